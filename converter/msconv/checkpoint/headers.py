@@ -1,0 +1,142 @@
+"""Safetensors headers, read as if an enemy wrote them: bounded, typed, every offset checked.
+
+Format: 8 bytes little-endian header length, that much JSON, then the data
+(https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from msconv_runtime.artifact import digest_bytes
+from msconv_runtime.errors import CheckpointError
+
+from ..layout import dtypes
+from ..layout.model import TensorInfo
+from ..layout.names import shorten
+
+MAX_HEADER_BYTES = 32 << 20  # 92,000 tensors need 10 MB
+MAX_DIMS = 8
+
+
+def read_header(path: Path) -> tuple[list[TensorInfo], str]:
+    """Tensors of one file in offset order, and the digest of its header.  Raises CheckpointError."""
+    try:
+        with path.open("rb") as f:
+            size = path.stat().st_size
+            prefix = f.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file.", _AGAIN)
+            (length,) = struct.unpack("<Q", prefix)
+            if length > size - 8:
+                raise CheckpointError(
+                    f"{path}: the header claims {length} bytes, the file has {size - 8} after its length.",
+                    _AGAIN,
+                )
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: a header of {length} bytes is over the limit of {MAX_HEADER_BYTES}."
+                )
+            data = f.read(length)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read: {e.strerror}.", _AGAIN) from None
+    if len(data) < length:
+        raise CheckpointError(f"{path}: the file ended inside its header.", _AGAIN)
+    return _tensors(_parse(data, path), path, 8 + length, size), digest_bytes(prefix + data)
+
+
+_AGAIN = "Download this file again."
+
+
+def parse_json(data: bytes, where: str) -> object:
+    """JSON without duplicate keys.  Raises CheckpointError for anything that is not."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{where}: the name {shorten(twice)!r} is there twice.", _AGAIN)
+        return out
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"{where}: not UTF-8 at byte {e.start}.", _AGAIN) from None
+    except RecursionError:
+        raise CheckpointError(f"{where}: nested too deeply for a header.", _AGAIN) from None
+    except ValueError as e:
+        raise CheckpointError(f"{where}: not valid JSON: {str(e)[:200]}.", _AGAIN) from None
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _parse(data: bytes, path: Path) -> dict[str, object]:
+    header = parse_json(data, f"{path}: header")
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is not a JSON object.", _AGAIN)
+    header.pop("__metadata__", None)
+    return header
+
+
+def _tensors(header: dict[str, object], path: Path, base: int, size: int) -> list[TensorInfo]:
+    out: list[TensorInfo] = []
+    for name, entry in header.items():
+        out.append(_tensor(name, entry, path, base))
+    out.sort(key=lambda t: (t.offset, t.nbytes))
+    end = base
+    for t in out:
+        if t.offset < end:
+            raise CheckpointError(
+                f"{path}: {shorten(t.name)} begins at byte {t.offset}, inside the tensor before it "
+                f"(which ends at {end}).",
+                _AGAIN,
+            )
+        if t.offset > end:
+            raise CheckpointError(f"{path}: bytes {end} to {t.offset} belong to no tensor.", _AGAIN)
+        end = t.offset + t.nbytes
+    if end > size:
+        raise CheckpointError(
+            f"{path}: truncated: the header describes {end} bytes, the file has {size} "
+            f"({end - size} are missing).",
+            _AGAIN,
+        )
+    if end < size:
+        raise CheckpointError(f"{path}: {size - end} bytes after the last tensor belong to none.", _AGAIN)
+    return out
+
+
+def _tensor(name: str, entry: object, path: Path, base: int) -> TensorInfo:
+    def bad(why: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {shorten(name)}: {why}.", _AGAIN)
+
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise bad("the name is not valid Unicode") from None
+    if not name or len(name) > 1024:
+        raise bad(f"a name of {len(name)} characters is not allowed")
+    if not isinstance(entry, dict):
+        raise bad("its entry is not an object")
+    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(code, str) or code not in dtypes.NAMES:
+        raise bad(f"unknown element type {str(code)[:40]!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(n) for n in shape):
+        raise bad(f"shape {str(shape)[:80]} is not a list of up to {MAX_DIMS} sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
+        raise bad(f"data_offsets {str(offsets)[:80]} are not two positions")
+    begin, end = offsets
+    nbytes = dtypes.SIZES[dtypes.NAMES[code]]
+    for n in shape:
+        nbytes *= n
+    if end - begin != nbytes:
+        raise bad(f"data_offsets span {end - begin} bytes, {code} {shape} needs {nbytes}")
+    return TensorInfo(name, dtypes.NAMES[code], tuple(shape), path.name, base + begin, nbytes)
+
+
+def _is_size(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62

@@ -1,0 +1,132 @@
+"""What commands share: printing, progress, sizes, finding the artifact, and turning errors into exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from msconv_runtime.artifact import is_artifact
+from msconv_runtime.errors import MsconvError, UsageError
+
+ARTIFACTS = Path("artifacts")
+INTERRUPTED = 130
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def say(text: str = "") -> None:
+    """For people: stderr."""
+    click.echo(text, err=True)
+
+
+def emit(data: dict[str, Any]) -> None:
+    """For programs: one JSON object on stdout."""
+    click.echo(json.dumps(data, indent=1))
+
+
+def report(error: BaseException, as_json: bool) -> int:
+    """Print an error the way it was asked for.  Returns the exit code."""
+    if isinstance(error, MsconvError):
+        code, message, hint, exit_code = error.code, error.message, error.hint, error.exit_code
+    elif isinstance(error, click.ClickException):
+        code, message, hint, exit_code = "usage", error.format_message(), "", 2
+        if isinstance(error, click.UsageError) and error.ctx:
+            hint = f"`{error.ctx.command_path} --help` shows how."
+    elif isinstance(error, KeyboardInterrupt | click.Abort):
+        code, message, exit_code = "interrupted", "Interrupted.", INTERRUPTED
+        hint = "Run the same command again: a conversion resumes."
+    elif isinstance(error, MemoryError):
+        code, message, hint, exit_code = "resource", "Out of memory.", "Try a lower --max-memory or --jobs 1.", 5
+    else:
+        code, exit_code = "internal", 1
+        message = f"{type(error).__name__}: {error}"
+        last = traceback.extract_tb(error.__traceback__)[-1:]
+        where = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
+        hint = f"This is a fault in msconv{where}. Please report it with the command you ran."
+    if as_json:
+        emit({"error": {"code": code, "message": message, "hint": hint}})
+    say(click.style("Error: ", fg="red", bold=True) + message)
+    if hint:
+        say(click.style("Next: ", fg="yellow") + hint)
+    return exit_code
+
+
+@contextmanager
+def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes with rate and time left, on a terminal only.  Threads may call it."""
+    if not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+@contextmanager
+def step(label: str) -> Iterator[None]:
+    """A line that says what takes time, with a spinner on a terminal."""
+    if not sys.stderr.isatty():
+        say(f"{label} ...")
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(label):
+        yield
+
+
+def human(n: float) -> str:
+    """Bytes for people: 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
+        if n < 1024 or unit == "TiB":
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.2f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 512M, 2GiB, 1000000."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower().removesuffix("ib").removesuffix("b")
+        scale = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}.get(text[-1:], 1)
+        try:
+            number = float(text[:-1] if scale > 1 else text)
+        except ValueError:
+            self.fail(f"{value!r} is not a size; write 512M or 2G.", param, ctx)
+        if not 0 < number * scale < 1 << 60:
+            self.fail(f"{value!r} is out of range.", param, ctx)
+        return int(number * scale)
+
+
+def find_artifact(given: Path | None) -> Path:
+    """The artifact that was named, or the newest in artifacts/ (and says which)."""
+    if given is not None:
+        return given
+    found = [p for p in ARTIFACTS.glob("*") if is_artifact(p)]
+    if not found:
+        raise UsageError(
+            f"No artifact was named and there is none in {ARTIFACTS}/.",
+            "`msconv convert --model <dir> --tp N` makes one.",
+        )
+    newest = max(found, key=lambda p: (p / "msconv.json").stat().st_mtime_ns)
+    say(f"Artifact: {newest} (the newest in {ARTIFACTS}/)")
+    return newest
+
+
+artifact_argument = click.argument("artifact", required=False, type=click.Path(path_type=Path))

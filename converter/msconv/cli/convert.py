@@ -1,0 +1,87 @@
+"""`msconv convert`: a checkpoint becomes an artifact."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from ..layout.dtypes import WEIGHT_DTYPES
+from .console import Size, byte_progress, emit, human, json_option, say
+
+
+@click.command("convert")
+@click.option("--model", required=True, metavar="REF", help="Directory of the checkpoint.")
+@click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
+@click.option("--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks.")
+@click.option("--dtype", type=click.Choice(WEIGHT_DTYPES), help="Element type.  [default: the checkpoint's]")
+@click.option("--output", type=click.Path(path_type=Path), help="[default: artifacts/<model>-tp<N>]")
+@click.option("--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]")
+@click.option("--max-memory", type=Size(), help="Ceiling on memory, for example 512M.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would do; reads headers, writes nothing.")
+@click.option("--force", is_flag=True, help="Start over; replaces what is in the output directory.")
+@json_option
+def command(
+    model: str,
+    tp: int,
+    ep: int,
+    dtype: str | None,
+    output: Path | None,
+    jobs: int | None,
+    max_memory: int | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Convert a checkpoint: reshard it for tensor parallelism into an artifact.
+
+    Run again after a crash: it resumes, and the result is the same to the byte.
+
+    \b
+    msconv convert --model models/Qwen3-8B --tp 4
+    msconv convert --model models/Qwen3-8B --tp 8 --dtype float16 --output out
+    """
+    from .. import convert
+
+    jobs = jobs or min(2, os.cpu_count() or 1)
+    conversion = convert.prepare(Path(model), tp, ep, dtype, output, jobs, max_memory)
+    plan = conversion.plan
+    say(
+        f"{conversion.checkpoint.name}: {conversion.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion "
+        f"parameters, {plan.source_dtype} -> {plan.dtype}, tp {tp}"
+        + (f", ep {ep}" if ep > 1 else "")
+        + f": {human(plan.rank_bytes)} per rank, {human(plan.output_bytes)} in all"
+    )
+    if plan.source_dtype != plan.dtype:
+        say(f"Values are cast from {plan.source_dtype} to {plan.dtype}; the manifest records it.")
+    if plan.vocab[1] > plan.vocab[0]:
+        say(f"Vocabulary of {plan.vocab[0]} padded to {plan.vocab[1]} rows; the padding is never sampled.")
+    if dry_run:
+        data = {
+            "ranks": [{"weight_bytes": plan.rank_bytes} for _ in plan.mesh.ranks],
+            "output_bytes": plan.output_bytes,
+            "peak_memory_bytes": conversion.planned_memory_bytes,
+        }
+        emit(data) if as_json else say(f"Nothing was written. Output would be {conversion.output}.")
+        return
+    with byte_progress("converting", plan.read_bytes) as advance:
+        done = convert.run(conversion, force, advance)
+    if as_json:
+        emit(
+            {
+                "artifact": str(done.artifact),
+                "bytes_read": done.bytes_read,
+                "bytes_written": done.bytes_written,
+                "seconds": round(done.seconds, 3),
+                "peak_rss_bytes": done.peak_rss_bytes,
+                "resumed": done.resumed,
+            }
+        )
+    rate = done.bytes_read / max(done.seconds, 1e-9) / 1e9
+    say(
+        f"{'Already complete' if not done.bytes_read else 'Resumed and finished' if done.resumed else 'Converted'}: "
+        f"{done.artifact}, read {human(done.bytes_read)}, wrote {human(done.bytes_written)} "
+        f"in {done.seconds:.1f} s ({rate:.2f} GB/s), peak memory {human(done.peak_rss_bytes)}"
+    )
+    say(f"Next: msconv compile {done.artifact} --target cpu")

@@ -1,0 +1,277 @@
+"""Checkpoint in, artifact out: opens, plans, streams, and writes the manifest last."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from msconv_runtime.artifact import (
+    FORMAT,
+    MANIFEST,
+    READY,
+    STATE_DIR,
+    Dropped,
+    Manifest,
+    Model,
+    Padding,
+    Parallel,
+    SourceFile,
+    Weights,
+    digest_bytes,
+    digest_of,
+    is_artifact,
+    read_manifest,
+    replace_file,
+    write_manifest,
+)
+from msconv_runtime.errors import ArtifactError, CheckpointError, UsageError
+
+from . import __version__
+from .checkpoint.directory import Checkpoint, open_checkpoint
+from .layout.cuts import Mesh
+from .layout.names import fold
+from .layout.plan import Plan, make_plan
+from .stream.blocks import Moved
+from .stream.execute import describe, execute, plan_memory
+from .stream.journal import Identity, Journal
+from .stream.lock import exclusive
+from .stream.source import DirectorySource, Source
+
+Progress = Callable[[int], None]
+TOOL = f"msconv {__version__}"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A planned conversion that has not started."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    output: Path
+    jobs: int
+    block_bytes: int
+    planned_memory_bytes: int
+
+    @property
+    def identity(self) -> Identity:
+        files = self.checkpoint.files.values()
+        return Identity(
+            tool=TOOL,
+            source=digest_of(f"{f.path.name} {f.size} {f.mtime_ns} {f.header_digest}" for f in files),
+            config=self.checkpoint.config_digest,
+            layout=digest_of(
+                [str(self.plan.mesh), self.plan.dtype, *(digest_bytes(f.header) for f in self.plan.files)]
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did.  Bytes are those of this run; `resumed`: an earlier run had begun."""
+
+    artifact: Path
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_rss_bytes: int
+    resumed: bool
+
+
+def prepare(
+    model: Path,
+    tp: int,
+    ep: int = 1,
+    dtype: str | None = None,
+    output: Path | None = None,
+    jobs: int = 1,
+    max_memory: int | None = None,
+) -> Conversion:
+    """Read headers and plan.  Moves nothing.  Raises any MsconvError there is to raise beforehand."""
+    if tp < 1 or ep < 1 or tp % ep:
+        raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp, and both be at least 1.")
+    checkpoint = open_checkpoint(model)
+    plan = make_plan(
+        checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, Mesh(tp, ep), dtype
+    )
+    block, planned = plan_memory(plan, jobs, max_memory)
+    output = output or Path("artifacts") / default_name(checkpoint.name, tp, ep)
+    return Conversion(checkpoint, plan, output, jobs, block, planned)
+
+
+def default_name(model: str, tp: int, ep: int = 1) -> str:
+    return f"{model}-tp{tp}" + (f"-ep{ep}" if ep > 1 else "")
+
+
+def run(conversion: Conversion, force: bool = False, progress: Progress = lambda n: None) -> Converted:
+    """Convert, or go on with a conversion.  The artifact is READY on return."""
+    started = time.monotonic()
+    root, plan, checkpoint = conversion.output, conversion.plan, conversion.checkpoint
+    _refuse_foreign(root, checkpoint.root)
+    with exclusive(root):
+        if force:
+            clear(root)
+        previous = _finished(root, conversion)
+        if previous is not None and previous.weights is not None:
+            return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
+        _check_twins(plan, DirectorySource(checkpoint.files))
+        source = DirectorySource(checkpoint.files)
+        try:
+            with Journal.resume(root, conversion.identity) as journal:
+                before = {n for n in journal.done}
+                moved = execute(
+                    plan, source, root, journal, conversion.jobs, conversion.block_bytes, progress
+                )
+                for path in checkpoint.auxiliary:
+                    replace_file(root / path.name, path.read_bytes())
+                replace_file(root / STATE_DIR / "source", f"{checkpoint.root.resolve()}\n".encode())
+                replace_file(
+                    root / STATE_DIR / "identity", identity_digest(conversion.identity).encode()
+                )
+                write_manifest(root, _manifest(conversion, moved, previous))
+                journal.remove()
+        finally:
+            source.close()
+    redone = [plan.sources[n].nbytes for n in plan.moves if n not in before]
+    share = sum(redone) / max(1, plan.read_bytes)
+    return Converted(
+        root,
+        sum(redone),
+        round(plan.output_bytes * share),
+        time.monotonic() - started,
+        peak_rss_bytes(),
+        bool(before),
+    )
+
+
+def _refuse_foreign(root: Path, source: Path) -> None:
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise UsageError(f"{root}: is a file, not a directory.", "Give another --output.")
+    if root.resolve() == source.resolve():
+        raise UsageError(f"{root}: the output is the source directory.", "Give another --output.")
+    ours = (root / STATE_DIR).is_dir() or is_artifact(root)
+    if not ours and any(root.iterdir()):
+        raise UsageError(
+            f"{root}: holds something else than an artifact; nothing was touched.",
+            "Give an empty or new directory with --output.",
+        )
+
+
+def _finished(root: Path, conversion: Conversion) -> Manifest | None:
+    """The manifest that is already here, if it belongs to the same conversion."""
+    if not is_artifact(root) or (root / STATE_DIR / "journal.jsonl").exists():
+        return None
+    try:
+        manifest = read_manifest(root)
+    except ArtifactError as e:
+        raise ArtifactError(e.message, "Run with --force to convert anew.") from None
+    checkpoint, plan = conversion.checkpoint, conversion.plan
+    if manifest.model.config_digest != checkpoint.config_digest or manifest.parallel != Parallel(
+        plan.mesh.tp, plan.mesh.ep
+    ):
+        raise ArtifactError(
+            f"{root}: holds an artifact of another model or layout "
+            f"({manifest.model.source}, tp {manifest.parallel.tp}, ep {manifest.parallel.ep}).",
+            "Give another --output, or replace it with --force.",
+        )
+    if manifest.weights is None:
+        return manifest  # graphs without weights: this conversion completes them
+    here = [(f.name, f.size) for f in manifest.model.files]
+    there = [(n, f.size) for n, f in checkpoint.files.items()]
+    same_layout = [(t.name, t.dtype, tuple(t.shape)) for t in manifest.weights.tensors] == [
+        (t.name, t.dtype, t.shape) for t in plan.tensors
+    ]
+    recorded = root / STATE_DIR / "identity"
+    unchanged = recorded.exists() and recorded.read_text() == identity_digest(conversion.identity)
+    if here != there or not same_layout or not unchanged:
+        raise ArtifactError(
+            f"{root}: holds a finished artifact of another conversion (the source, --dtype or msconv changed).",
+            "Give another --output, or replace it with --force.",
+        )
+    return manifest
+
+
+def identity_digest(identity: Identity) -> str:
+    return digest_of([identity.tool, identity.source, identity.config, identity.layout])
+
+
+def clear(root: Path) -> None:
+    """Remove what msconv wrote, and only that.  READY goes first."""
+    for name in (READY, MANIFEST, f"{STATE_DIR}/journal.jsonl", f"{STATE_DIR}/identity", "report.html"):
+        (root / name).unlink(missing_ok=True)
+    for path in (root / "weights").glob("model-rank-*-part-*.safetensors*"):
+        path.unlink()
+    shutil.rmtree(root / "graphs", ignore_errors=True)
+
+
+def _check_twins(plan: Plan, source: Source) -> None:
+    """A tensor dropped because another holds the same bytes must really do so."""
+    try:
+        for name, _, twin in plan.dropped:
+            if not twin:
+                continue
+            a, b = plan.sources[name], plan.sources[twin]
+            same = (a.dtype, a.shape) == (b.dtype, b.shape)
+            for begin in range(0, a.nbytes if same else 0, 4 << 20):
+                n = min(4 << 20, a.nbytes - begin)
+                left, right = bytearray(n), bytearray(n)
+                source.read(a, begin, memoryview(left))
+                source.read(b, begin, memoryview(right))
+                same = same and left == right
+            if not same:
+                raise CheckpointError(
+                    f"{name}: the configuration ties it to {twin}, but its values are different.",
+                    'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.',
+                )
+    finally:
+        source.close()
+
+
+def _manifest(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None) -> Manifest:
+    checkpoint, plan = conversion.checkpoint, conversion.plan
+    files, tensors = describe(plan, moved)
+    by_file: dict[str, list[str]] = {n: [f.header_digest] for n, f in checkpoint.files.items()}
+    for name in sorted(plan.moves, key=lambda n: plan.sources[n].offset):
+        by_file[plan.sources[name].file].append(moved[name].source_digest)
+    weights = Weights(
+        dtype=plan.dtype,
+        source_dtype=plan.source_dtype,
+        digest=digest_of(f.digest for f in files),
+        files=files,
+        tensors=tensors,
+        dropped=_dropped(plan),
+        padded=[Padding("vocab", *plan.vocab)] if plan.vocab[1] > plan.vocab[0] else [],
+    )
+    model = Model(
+        family=checkpoint.family.name,
+        architecture=checkpoint.family.architecture,
+        source=checkpoint.name,
+        config_digest=checkpoint.config_digest,
+        parameters=plan.parameters,
+        files=[SourceFile(n, f.size, digest_of(by_file[n])) for n, f in sorted(checkpoint.files.items())],
+    )
+    return Manifest(
+        format=FORMAT,
+        tool=TOOL,
+        model=model,
+        parallel=Parallel(plan.mesh.tp, plan.mesh.ep),
+        weights=weights,
+        graphs=previous.graphs if previous else [],
+    )
+
+
+def _dropped(plan: Plan) -> list[Dropped]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason, _ in plan.dropped:
+        reasons.setdefault(reason, []).append(name)
+    return [Dropped(n, count, reason) for reason, names in reasons.items() for n, count in fold(names)]
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

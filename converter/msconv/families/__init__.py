@@ -1,0 +1,35 @@
+"""Model families: one small file each, holding the weight table and the architecture as data."""
+
+from __future__ import annotations
+
+from msconv_runtime.errors import UsageError
+
+from .config import DecoderConfig, Family, read_config
+from .qwen3 import QWEN3
+
+FAMILIES: tuple[Family, ...] = (QWEN3,)
+
+
+def family_of(raw: dict[str, object], where: str) -> Family:
+    """The family that reads this config.json.  Raises UsageError naming those there are."""
+    named = raw.get("architectures")
+    architectures = [a for a in named if isinstance(a, str)] if isinstance(named, list) else []
+    for family in FAMILIES:
+        if family.architecture in architectures or (
+            not architectures and raw.get("model_type") == family.name
+        ):
+            return family
+    supported = ", ".join(f"{f.architecture} ({f.name})" for f in FAMILIES)
+    found = ", ".join(architectures) or str(raw.get("model_type") or "no architecture")
+    raise UsageError(
+        f"{where}: {found[:200]} is not a supported model family.", f"Supported are: {supported}."
+    )
+
+
+def configure(raw: dict[str, object], where: str) -> tuple[Family, DecoderConfig]:
+    """Family and checked configuration of a config.json."""
+    family = family_of(raw, where)
+    return family, read_config(raw, family, where)
+
+
+__all__ = ["FAMILIES", "DecoderConfig", "Family", "configure", "family_of", "read_config"]

@@ -1,0 +1,193 @@
+"""Reading config.json, in the published spelling and in transformers 5's, into one checked value.
+
+Whatever a graph would have to obey and does not is an error here, never ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from msconv_runtime.errors import CheckpointError
+
+from ..layout.model import Sizes, Table
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding.  `kind`: default, linear or yarn, with the published parameter names."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_positions: int = 0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: its name (`model_type`), its architecture's class name, and its weight table."""
+
+    name: str
+    architecture: str
+    table: Table
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """A decoder-only model.  Counts and widths are those of the whole model, before any cut."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    eps: float
+    max_positions: int
+    tied: bool
+    attention_bias: bool
+    rope: Rope
+    dtype: str = ""
+    traits: frozenset[str] = field(default_factory=frozenset)
+
+    def sizes(self) -> Sizes:
+        dims = {
+            "hidden": self.hidden,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "q": self.heads * self.head_dim,
+            "kv": self.kv_heads * self.head_dim,
+            "ffn": self.ffn,
+            "vocab": self.vocab,
+        }
+        traits = {"tied" if self.tied else "untied"}
+        if self.attention_bias:
+            traits.add("attention_bias")
+        return Sizes(dims, self.layers, frozenset(traits | self.traits))
+
+
+class _Reader:
+    """Typed access to a JSON object that collects what is wrong with it."""
+
+    def __init__(self, raw: dict[str, object], prefix: str = "") -> None:
+        self.raw, self.prefix, self.problems = raw, prefix, list[str]()
+
+    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+        value = self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 40:
+            self.problems.append(f"{self.prefix}{key} = {_show(value)}: a whole number from {least} is needed")
+            return max(default or least, least)
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = self.raw.get(key)
+        if value is None and default is not None:
+            return default
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not ok or value <= 0:  # type: ignore[operator]
+            self.problems.append(f"{self.prefix}{key} = {_show(value)}: a number above 0 is needed")
+            return default or 1.0
+        return float(value)  # type: ignore[arg-type]
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.problems.append(f"{self.prefix}{key} = {_show(value)}: true or false is needed")
+            return default
+        return value
+
+
+def read_config(raw: dict[str, object], family: Family, where: str) -> DecoderConfig:
+    """Check and convert a config.json.  Raises CheckpointError listing all that cannot be obeyed."""
+    r = _Reader(raw)
+    hidden, heads = r.whole("hidden_size"), r.whole("num_attention_heads")
+    kv_heads = r.whole("num_key_value_heads", heads)
+    head_dim = r.whole("head_dim", max(1, hidden // heads))
+    if heads % kv_heads:
+        r.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    if head_dim % 2:
+        r.problems.append(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
+    if raw.get("hidden_act", "silu") != "silu":
+        r.problems.append(f"hidden_act = {_show(raw['hidden_act'])}: only silu is supported")
+    if raw.get("use_sliding_window"):
+        r.problems.append("use_sliding_window is true: sliding windows are not supported")
+    kinds = raw.get("layer_types")
+    if isinstance(kinds, list) and any(k != "full_attention" for k in kinds):
+        r.problems.append("layer_types has layers that are not full_attention: not supported")
+    if raw.get("quantization_config"):
+        r.problems.append("quantization_config: quantised checkpoints of this family are not supported")
+    max_positions = r.whole("max_position_embeddings")
+    config = DecoderConfig(
+        hidden=hidden,
+        layers=r.whole("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=r.whole("intermediate_size"),
+        vocab=r.whole("vocab_size"),
+        eps=r.real("rms_norm_eps", 1e-6),
+        max_positions=max_positions,
+        tied=r.flag("tie_word_embeddings", False),
+        attention_bias=r.flag("attention_bias", False),
+        rope=_rope(raw, r, max_positions),
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or ""),
+    )
+    if r.problems:
+        raise CheckpointError(
+            f"{where}: this {family.name} configuration cannot be used:\n"
+            + "\n".join(f"  {p}." for p in r.problems)
+        )
+    return config
+
+
+def _rope(raw: dict[str, object], r: _Reader, max_positions: int) -> Rope:
+    new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+    values: dict[str, object] = {}
+    for name, spelled in (("rope_scaling", old), ("rope_parameters", new)):
+        if isinstance(spelled, dict):
+            values |= spelled
+        elif spelled is not None:
+            r.problems.append(f"{name} = {_show(spelled)}: an object is needed")
+    p = _Reader({"rope_theta": raw.get("rope_theta"), **values}, "rope: ")
+    kind = values.get("rope_type") or values.get("type") or "default"
+    theta = p.real("rope_theta", 10000.0)
+    if values.get("partial_rotary_factor", 1.0) != 1.0:
+        p.problems.append("rope: partial_rotary_factor other than 1 is not supported")
+    rope = Rope(theta)
+    if kind == "linear":
+        rope = Rope(theta, "linear", factor=p.real("factor"))
+    elif kind == "yarn":
+        original = p.whole("original_max_position_embeddings", max_positions)
+        attention = values.get("attention_factor")
+        rope = Rope(
+            theta,
+            "yarn",
+            factor=p.real("factor", max_positions / original),
+            original_max_positions=original,
+            attention_factor=p.real("attention_factor") if attention is not None else None,
+            beta_fast=p.real("beta_fast", 32.0),
+            beta_slow=p.real("beta_slow", 1.0),
+            mscale=p.real("mscale", 0.0) if values.get("mscale") else 0.0,
+            mscale_all_dim=p.real("mscale_all_dim", 0.0) if values.get("mscale_all_dim") else 0.0,
+            truncate=p.flag("truncate", True),
+        )
+    elif kind != "default":
+        p.problems.append(f"rope: rope_type {_show(kind)} is not supported (default, linear, yarn are)")
+    r.problems += p.problems
+    return rope
+
+
+def _show(value: object) -> str:
+    return repr(value)[:80]

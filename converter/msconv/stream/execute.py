@@ -1,0 +1,180 @@
+"""Running a plan with some workers: sources in file order, durable checkpoints while the workers go on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from msconv_runtime.artifact import TensorEntry, WeightFile, digest_bytes, digest_of
+from msconv_runtime.errors import ResourceError
+
+from ..layout.plan import Plan, constant_bytes, file_name
+from .blocks import Buffers, Moved, Stopped, largest_row, move_tensor
+from .journal import Journal
+from .outputs import Outputs, whole
+from .source import Source
+
+BLOCK_BYTES = 16 << 20
+SMALLEST_BLOCK = 1 << 20
+CHECKPOINT_BYTES = 512 << 20  # read between two durable points: at most this is done again after a crash
+BASE_BYTES = 96 << 20  # interpreter and libraries, measured
+BYTES_PER_TENSOR = 4096  # plan, journal and manifest entries, measured
+
+Progress = Callable[[int], None]
+
+
+def plan_memory(plan: Plan, jobs: int, max_memory: int | None) -> tuple[int, int]:
+    """(block bytes, planned peak bytes) for `jobs` workers.  Raises ResourceError if the ceiling is too low."""
+    fixed = BASE_BYTES + BYTES_PER_TENSOR * (len(plan.sources) + len(plan.tensors) * plan.mesh.tp)
+    least = max(SMALLEST_BLOCK, largest_row(plan))
+    block = max(BLOCK_BYTES, least)
+    if max_memory is not None and fixed + 3 * jobs * block > max_memory:
+        block = (max_memory - fixed) // (3 * jobs)
+        if block < least:
+            need = fixed + 3 * jobs * least
+            raise ResourceError(
+                f"--max-memory {max_memory:,} bytes is too little: this plan needs at least {need:,} "
+                f"with {jobs} jobs.",
+                f"Try --max-memory {-(-need >> 20)}M" + (" or --jobs 1." if jobs > 1 else "."),
+            )
+        block = block >> 12 << 12
+    return block, fixed + 3 * jobs * block
+
+
+def execute(
+    plan: Plan,
+    source: Source,
+    root: Path,
+    journal: Journal,
+    jobs: int,
+    block_bytes: int,
+    progress: Progress,
+) -> dict[str, Moved]:
+    """Write all rank files under `root` and publish them.  Returns every source tensor's digests.
+
+    Interrupted at any point, a later call with the same journal continues.
+    """
+    if journal.done and not whole(root, plan):
+        journal.restart()  # files it speaks of are gone
+    order = sorted(plan.moves, key=lambda n: (plan.sources[n].file, plan.sources[n].offset))
+    todo = [n for n in order if n not in journal.done]
+    progress(sum(plan.sources[n].nbytes for n in order if n in journal.done))
+    with Outputs(root, plan, fresh=not journal.done) as outputs:
+        for constant in plan.constants:
+            for rank in plan.mesh.ranks:
+                outputs.write_constant(constant, rank)
+        _run(plan, source, outputs, journal, todo, jobs, block_bytes, progress)
+        source.check_unchanged()
+        outputs.sync()
+        outputs.publish()
+    return journal.done
+
+
+def _run(
+    plan: Plan,
+    source: Source,
+    outputs: Outputs,
+    journal: Journal,
+    todo: list[str],
+    jobs: int,
+    block_bytes: int,
+    progress: Progress,
+) -> None:
+    stop = threading.Event()
+    names: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    results: queue.SimpleQueue[Moved | BaseException | None] = queue.SimpleQueue()
+    for name in todo:
+        names.put(name)
+    for _ in range(jobs):
+        names.put(None)
+
+    def work() -> None:
+        try:
+            buffers = Buffers(block_bytes)
+            while (name := names.get()) is not None and not stop.is_set():
+                results.put(move_tensor(plan, name, source, outputs, buffers, progress, stop.is_set))
+            results.put(None)
+        except Stopped:
+            results.put(None)
+        except BaseException as e:
+            results.put(e)
+
+    workers = [threading.Thread(target=work, name=f"move-{i}", daemon=True) for i in range(jobs)]
+    for worker in workers:
+        worker.start()
+    waiting: list[Moved] = []
+    waiting_bytes = 0
+    running = jobs
+    try:
+        while running:
+            result = results.get()
+            if result is None:
+                running -= 1
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                waiting.append(result)
+                waiting_bytes += plan.sources[result.name].nbytes
+            if waiting_bytes >= CHECKPOINT_BYTES:
+                _checkpoint(outputs, journal, waiting)
+                waiting_bytes = 0
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+        _checkpoint(outputs, journal, waiting)
+
+
+def _checkpoint(outputs: Outputs, journal: Journal, waiting: list[Moved]) -> None:
+    """Bytes first, then the journal that speaks of them."""
+    if waiting:
+        outputs.sync()
+        journal.append(waiting)
+        waiting.clear()
+
+
+def describe(plan: Plan, moved: dict[str, Moved]) -> tuple[list[WeightFile], list[TensorEntry]]:
+    """Manifest entries: every tensor's digest per rank, and from them every file's."""
+    digests: dict[tuple[int, int], list[str]] = {}
+    for m in moved.values():
+        digests.update(m.parts)
+    per_rank: list[list[str]] = []
+    constants = {c.tensor: c for c in plan.constants}
+    for i, tensor in enumerate(plan.tensors):
+        row = []
+        for rank in plan.mesh.ranks:
+            if i in constants:
+                row.append(digest_of([digest_bytes(constant_bytes(plan, constants[i], rank))]))
+            else:
+                row.append(digest_of(digests[i, part][rank] for part in range(len(tensor.parts))))
+        per_rank.append(row)
+    files = [
+        WeightFile(
+            path=file_name(rank, index),
+            rank=rank,
+            size=file.size,
+            digest=digest_of(
+                [
+                    digest_bytes(file.header),
+                    *(per_rank[i][rank] for i, t in enumerate(plan.tensors) if t.file == index),
+                ]
+            ),
+        )
+        for rank in plan.mesh.ranks
+        for index, file in enumerate(plan.files)
+    ]
+    entries = [
+        TensorEntry(
+            name=t.name,
+            dtype=t.dtype,
+            shape=list(t.shape),
+            file=t.file,
+            begin=len(plan.files[t.file].header) + t.begin,
+            parts=list(t.parts),
+            digests=per_rank[i],
+        )
+        for i, t in enumerate(plan.tensors)
+    ]
+    return files, entries

@@ -1,0 +1,145 @@
+"""The rank files while they are being written: preallocated, written at final offsets, renamed when whole."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+
+from msconv_runtime.artifact import sync_directory
+from msconv_runtime.errors import MsconvError, ResourceError
+
+from ..layout.plan import Constant, Plan, constant_bytes, file_name
+
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages out, do not wait
+_libc = ctypes.CDLL(None, use_errno=True)
+_START_EVERY = 64 << 20
+
+
+def whole(root: Path, plan: Plan) -> bool:
+    """True if every rank file is there, finished or not, with all its space."""
+    for rank in plan.mesh.ranks:
+        for i, file in enumerate(plan.files):
+            final = root / file_name(rank, i)
+            tmp = final.with_name(final.name + ".tmp")
+            if not any(p.is_file() and p.stat().st_size == file.size for p in (final, tmp)):
+                return False
+    return True
+
+
+class Outputs:
+    """All files of all ranks, as `*.tmp`.  Threads may write at once; places never overlap."""
+
+    def __init__(self, root: Path, plan: Plan, fresh: bool) -> None:
+        self.root, self.plan, self.fresh = root, plan, fresh
+        self._fds: dict[tuple[int, int], int] = {}
+        self._unstarted: dict[tuple[int, int], int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Outputs:
+        (self.root / "weights").mkdir(parents=True, exist_ok=True)
+        keys = [(rank, i) for rank in self.plan.mesh.ranks for i in range(len(self.plan.files))]
+        for rank, i in keys:
+            final = self.root / file_name(rank, i)
+            if self.fresh:
+                final.unlink(missing_ok=True)
+                self._tmp(rank, i).unlink(missing_ok=True)
+            elif final.exists():  # a crash after some were published
+                final.replace(self._tmp(rank, i))
+        need = sum(self.plan.files[i].size for _, i in keys)
+        have = sum(self._allocated(rank, i) for rank, i in keys)
+        free = shutil.disk_usage(self.root).free
+        if need - have > free:
+            raise out_of_space(self.root, need - have, free)
+        try:
+            for rank, i in keys:
+                fd = os.open(self._tmp(rank, i), os.O_RDWR | os.O_CREAT, 0o644)
+                self._fds[rank, i] = fd
+                file = self.plan.files[i]
+                os.posix_fallocate(fd, 0, file.size)
+                self.write(rank, i, 0, memoryview(file.header))
+        except OSError as e:
+            self.close()
+            raise disk_error(e, self.root, need - have) from None
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def write(self, rank: int, file: int, offset: int, data: memoryview) -> None:
+        """Put bytes at their final place."""
+        fd = self._fds[rank, file]
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(fd, data[done : done + (1 << 30)], offset + done)
+        except OSError as e:
+            raise disk_error(e, self.root, len(data) - done) from None
+        with self._lock:
+            waiting = self._unstarted.get((rank, file), 0) + len(data)
+            start = waiting >= _START_EVERY
+            self._unstarted[rank, file] = 0 if start else waiting
+        if start:  # keep the disk busy now, so that the next sync has little left to do
+            _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _WRITE)
+
+    def write_constant(self, constant: Constant, rank: int) -> bytes:
+        data = constant_bytes(self.plan, constant, rank)
+        tensor = self.plan.tensors[constant.tensor]
+        header = len(self.plan.files[tensor.file].header)
+        self.write(rank, tensor.file, header + tensor.begin, memoryview(data))
+        return data
+
+    def sync(self) -> None:
+        """Everything written so far is on the disk; its pages leave the page cache."""
+        for (rank, i), fd in self._fds.items():
+            try:
+                os.fdatasync(fd)
+            except OSError as e:
+                raise disk_error(e, self._tmp(rank, i), 0) from None
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def publish(self) -> None:
+        """Give every file its final name.  Call after the last `sync`."""
+        self.close()
+        for rank in self.plan.mesh.ranks:
+            for i in range(len(self.plan.files)):
+                self._tmp(rank, i).replace(self.root / file_name(rank, i))
+        sync_directory(self.root / "weights")
+
+    def _tmp(self, rank: int, i: int) -> Path:
+        return self.root / (file_name(rank, i) + ".tmp")
+
+    def _allocated(self, rank: int, i: int) -> int:
+        try:
+            return self._tmp(rank, i).stat().st_blocks * 512
+        except OSError:
+            return 0
+
+
+def out_of_space(root: Path, need: int, free: int) -> ResourceError:
+    return ResourceError(
+        f"{root}: not enough disk: {need:,} bytes are still needed, {free:,} are free, "
+        f"{max(0, need - free):,} are missing.",
+        "Free that much or give another --output, then run the same command again: it resumes.",
+    )
+
+
+def disk_error(e: OSError, where: Path, need: int) -> MsconvError:
+    """What an OSError while writing means to a person."""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        try:
+            free = shutil.disk_usage(where if where.is_dir() else where.parent).free
+        except OSError:
+            free = 0
+        return out_of_space(where, max(need, 1), free)
+    return ResourceError(
+        f"{e.filename or where}: cannot be written: {e.strerror}.", "Give a writable directory with --output."
+    )

@@ -1,0 +1,91 @@
+"""Reading source tensors by rows, and noticing when a file changes under our hands."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from msconv_runtime.errors import CheckpointError
+
+from ..checkpoint.directory import ShardFile
+from ..layout.model import TensorInfo
+
+
+class Source(Protocol):
+    """Where rows of source tensors come from."""
+
+    def read(self, info: TensorInfo, begin: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's bytes from `begin` on (both in bytes)."""
+
+    def release(self, info: TensorInfo) -> None:
+        """The tensor is not needed again: its pages may leave the page cache."""
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if any file changed since the plan was made."""
+
+    def close(self) -> None: ...
+
+
+class DirectorySource:
+    """The shards of a local checkpoint, read with pread (a mapping would keep its pages)."""
+
+    def __init__(self, files: Mapping[str, ShardFile]) -> None:
+        self._files = files
+        self._fds: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, info: TensorInfo, begin: int, out: memoryview) -> None:
+        fd = self._open(info.file)
+        read_exactly(fd, out, info.offset + begin, self._files[info.file].path)
+
+    def release(self, info: TensorInfo) -> None:
+        os.posix_fadvise(self._open(info.file), info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def check_unchanged(self) -> None:
+        for file in self._files.values():
+            try:
+                stat = file.path.stat()
+            except OSError as e:
+                raise CheckpointError(f"{file.path}: disappeared during conversion: {e.strerror}.") from None
+            if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise CheckpointError(
+                    f"{file.path}: changed during conversion (size {file.size} -> {stat.st_size}, "
+                    f"modified {(stat.st_mtime_ns - file.mtime_ns) / 1e9:+.3f} s).",
+                    "Let the download finish, then convert again with --force.",
+                )
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _open(self, name: str) -> int:
+        with self._lock:
+            if name not in self._fds:
+                path = self._files[name].path
+                try:
+                    self._fds[name] = os.open(path, os.O_RDONLY)
+                except OSError as e:
+                    raise CheckpointError(f"{path}: cannot be read: {e.strerror}.") from None
+                os.posix_fadvise(self._fds[name], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            return self._fds[name]
+
+
+def read_exactly(fd: int, out: memoryview, offset: int, path: Path) -> None:
+    """Fill `out` from `offset`.  Raises CheckpointError if the file ends before."""
+    done = 0
+    while done < len(out):
+        try:
+            n = os.preadv(fd, [out[done:]], offset + done)
+        except OSError as e:
+            raise CheckpointError(f"{path}: reading at byte {offset + done} failed: {e.strerror}.") from None
+        if n == 0:
+            raise CheckpointError(
+                f"{path}: ended at byte {offset + done} while {len(out) - done} more were expected: "
+                "it became shorter during conversion.",
+                "Let the download finish, then convert again.",
+            )
+        done += n

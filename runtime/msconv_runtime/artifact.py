@@ -1,0 +1,292 @@
+"""The artifact's format: typed manifest, version check, digests, READY.  Knows no model and no framework.
+
+Reading: `read_manifest` refuses what is unfinished, newer than this code, or damaged.
+Writing: `write_manifest` replaces manifest and READY so that a crash between the two leaves a readable artifact.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import msgspec
+import xxhash
+
+from .errors import ArtifactError
+
+FORMAT = 1
+MANIFEST = "msconv.json"
+READY = "READY"
+STATE_DIR = ".msconv"  # journal, lock, local paths: never part of what the artifact promises
+MAX_MANIFEST_BYTES = 256 << 20
+
+Phase = Literal["prefill", "decode"]
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=False, omit_defaults=True):
+    pass
+
+
+class SourceFile(_Struct):
+    """One file of the source checkpoint.  `digest` covers its header and the tensors that were read."""
+
+    name: str
+    size: int
+    digest: str
+
+
+class Model(_Struct):
+    family: str
+    architecture: str
+    source: str
+    config_digest: str
+    commit: str = ""
+    parameters: int = 0
+    files: list[SourceFile] = []
+
+
+class Parallel(_Struct):
+    tp: int
+    ep: int = 1
+
+
+class WeightFile(_Struct):
+    """One safetensors file of one rank.  `digest` = digest of (header digest, tensor digests in order)."""
+
+    path: str
+    rank: int
+    size: int
+    digest: str
+
+
+class TensorEntry(_Struct):
+    """One tensor, the same shape on every rank.  `file` indexes the files of a rank; `begin` is the offset
+    in that file.  `digests[rank]` covers the digests of its `parts` (bytes of each, in order)."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    file: int
+    begin: int
+    parts: list[int]
+    digests: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.parts)
+
+
+class Dropped(_Struct):
+    """Source tensors that were left out on purpose (names folded over layers)."""
+
+    name: str
+    count: int
+    reason: str
+
+
+class Padding(_Struct):
+    """A dimension that tp did not divide: zero rows fill `padded - size`, over all ranks."""
+
+    name: str
+    size: int
+    padded: int
+
+
+class Weights(_Struct):
+    dtype: str
+    digest: str
+    files: list[WeightFile]
+    tensors: list[TensorEntry]
+    source_dtype: str = ""
+    quant: str = ""
+    dropped: list[Dropped] = []
+    padded: list[Padding] = []
+
+
+class GraphInput(_Struct):
+    name: str
+    dtype: str
+    shape: list[int | None]
+
+
+class GraphParameter(_Struct):
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+class Graph(_Struct):
+    """One compiled phase for one target.  `inputs` in call order; `None` is a dynamic dimension."""
+
+    target: str
+    phase: str
+    path: str
+    size: int
+    digest: str
+    mindspore: str
+    nodes: int
+    inputs: list[GraphInput]
+    parameters: list[GraphParameter]
+    groups: list[str] = []
+    nz: list[str] = []
+
+
+class Verified(_Struct):
+    """What was compared with what, and how far apart it was.  Holds for exactly these digests."""
+
+    target: str
+    weights_digest: str
+    graph_digests: list[str]
+    reference: str
+    mode: str
+    bound: float
+    max_abs_logit_error: float
+    argmax_agreement: float
+    ranks: int
+    logits_compared: int
+    settings: dict[str, str | int | float] = {}
+
+
+class Manifest(_Struct):
+    format: int
+    tool: str
+    model: Model
+    parallel: Parallel
+    weights: Weights | None = None
+    graphs: list[Graph] = []
+    verified: list[Verified] = []
+
+    def graphs_for(self, target: str) -> list[Graph]:
+        return [g for g in self.graphs if g.target == target]
+
+    def proof_for(self, target: str) -> Verified | None:
+        """The verification that still holds for `target`: same weights, same graphs.  None: unproven."""
+        digests = sorted(g.digest for g in self.graphs_for(target))
+        for v in self.verified:
+            if (
+                v.target == target
+                and self.weights is not None
+                and v.weights_digest == self.weights.digest
+                and sorted(v.graph_digests) == digests
+            ):
+                return v
+        return None
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+def digest_bytes(data: bytes | bytearray | memoryview) -> str:
+    """`xxh3:<128 bits>` of some bytes."""
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(data)
+
+
+def digest_of(digests: Iterable[str]) -> str:
+    """Digest of a sequence of digests: how parts make a tensor, tensors a file, files the weights."""
+    return digest_bytes("\n".join(digests).encode())
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    try:
+        version = msgspec.json.decode(data, type=_Version).format
+        if version > FORMAT:
+            raise ArtifactError(
+                f"{where}: this artifact has format {version}; this msconv reads formats up to {FORMAT}.",
+                "Upgrade msconv, or convert the checkpoint again with this version.",
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise ArtifactError(
+            f"{where}: not a valid manifest: {e}.", "Convert again: `msconv convert --force`."
+        ) from None
+    for path in (
+        *(f.path for f in (manifest.weights.files if manifest.weights else ())),
+        *(g.path for g in manifest.graphs),
+    ):
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
+            raise ArtifactError(f"{where}: names a file outside the artifact: {path!r}.")
+    return manifest
+
+
+def is_artifact(path: str | os.PathLike[str] | None) -> bool:
+    """True if the directory claims to be an artifact (finished or not)."""
+    return path is not None and Path(path, MANIFEST).is_file()
+
+
+def read_manifest(root: str | os.PathLike[str]) -> Manifest:
+    """The manifest of a finished artifact.  Raises ArtifactError if there is none, if READY is missing or
+    belongs to another manifest, or if the format is newer."""
+    root = Path(root)
+    path = root / MANIFEST
+    if not root.is_dir():
+        raise ArtifactError(
+            f"{root}: no such directory.", "`msconv convert --model <dir> --tp N` makes an artifact."
+        )
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"{path}: {path.stat().st_size} bytes is too large for a manifest.")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        if (root / STATE_DIR).is_dir():
+            raise ArtifactError(
+                f"{root}: the conversion into this directory has not finished.",
+                "Run the same `msconv convert` again: it resumes.",
+            ) from None
+        raise ArtifactError(
+            f"{root}: not an artifact (no {MANIFEST}).",
+            "`msconv convert --model <dir> --tp N` makes one.",
+        ) from None
+    except OSError as e:
+        raise ArtifactError(f"{path}: cannot be read: {e.strerror}.") from None
+    manifest = decode_manifest(data, str(path))
+    try:
+        ready = (root / READY).read_text("utf-8", "replace").split()
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{root}: {READY} is missing: the artifact was never finished.",
+            "Run the same `msconv convert` again: it resumes.",
+        ) from None
+    if digest_bytes(data) not in ready:
+        raise ArtifactError(
+            f"{root}: {MANIFEST} is not the one that {READY} vouches for: it was changed or half copied.",
+            "Copy the artifact again, or convert again with --force.",
+        )
+    return manifest
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Replace manifest and READY.  READY names the old and the new manifest while they change places."""
+    data = encode_manifest(manifest)
+    new = digest_bytes(data)
+    path = root / MANIFEST
+    if (root / READY).exists() and path.exists():
+        replace_file(root / READY, f"{digest_bytes(path.read_bytes())}\n{new}\n".encode())
+    replace_file(path, data)
+    replace_file(root / READY, f"{new}\n".encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Atomically and durably put `data` at `path`."""
+    tmp = path.with_name(path.name + ".tmp")
+    with tmp.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    tmp.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
