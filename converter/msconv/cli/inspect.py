@@ -1,0 +1,153 @@
+"""`msconv inspect`: what an artifact holds, and whether its bytes are intact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from msconv_runtime.artifact import Manifest, read_manifest
+from msconv_runtime.errors import ArtifactError
+from msconv_runtime.integrity import check_artifact
+
+from ..layout.names import fold
+from .console import artifact_argument, byte_progress, emit, find_artifact, human, json_option, say
+
+
+@click.command("inspect")
+@artifact_argument
+@click.option("--check", is_flag=True, help="Read every byte and compare digests.")
+@json_option
+def command(artifact: Path | None, check: bool, as_json: bool) -> None:
+    """Show what an artifact holds; --check reads every byte.
+
+    \b
+    msconv inspect artifacts/Qwen3-8B-tp4
+    msconv inspect artifacts/Qwen3-8B-tp4 --check
+    """
+    root = find_artifact(artifact)
+    manifest = read_manifest(root)
+    data = summary(root, manifest)
+    damage = []
+    if check:
+        total = sum(f.size for f in manifest.weights.files) if manifest.weights else 0
+        with byte_progress("checking", total) as advance:
+            damage = check_artifact(root, manifest, advance)
+        data["check"] = {
+            "ok": not damage,
+            "damage": [{"path": d.path, "tensor": d.tensor, "problem": d.problem} for d in damage],
+        }
+    if as_json and not damage:
+        emit(data)
+    elif not as_json:
+        click.echo(describe(data))
+    if damage:
+        lines = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:50])
+        raise ArtifactError(
+            f"{root}: {len(damage)} places differ from the manifest:\n{lines}",
+            "Copy the artifact again, or convert again with --force.",
+        )
+    if check:
+        say("Every byte is as the manifest says.")
+
+
+def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
+    """The manifest as people ask for it.  `proven` per target holds only for these very bytes."""
+    w = manifest.weights
+    targets = list(dict.fromkeys(g.target for g in manifest.graphs))
+    proofs = {t: manifest.proof_for(t) for t in targets}
+    return {
+        "artifact": str(root),
+        "format": manifest.format,
+        "tool": manifest.tool,
+        "model": {
+            "source": manifest.model.source,
+            "family": manifest.model.family,
+            "parameters": manifest.model.parameters,
+        },
+        "parallel": {"tp": manifest.parallel.tp, "ep": manifest.parallel.ep},
+        "weights": None
+        if w is None
+        else {
+            "dtype": w.dtype,
+            "source_dtype": w.source_dtype,
+            "bytes": sum(f.size for f in w.files),
+            "rank_bytes": sum(f.size for f in w.files if f.rank == 0),
+            "files": len(w.files),
+            "digest": w.digest,
+            "padded": [{"name": p.name, "size": p.size, "padded": p.padded} for p in w.padded],
+        },
+        "coverage": {
+            "kept": [{"name": n, "count": c} for n, c in fold(t.name for t in w.tensors)] if w else [],
+            "dropped": [{"name": d.name, "count": d.count, "reason": d.reason} for d in w.dropped] if w else [],
+        },
+        "graphs": [
+            {
+                "target": g.target,
+                "phase": g.phase,
+                "nodes": g.nodes,
+                "bytes": g.size,
+                "mindspore": g.mindspore,
+                "casts": _casts(manifest, g.target),
+            }
+            for g in manifest.graphs
+        ],
+        "proven": {
+            t: None
+            if p is None
+            else {"max_abs_logit_error": p.max_abs_logit_error, "bound": p.bound, "reference": p.reference}
+            for t, p in proofs.items()
+        },
+    }
+
+
+def _casts(manifest: Manifest, target: str) -> str:
+    """What binding this target's graphs does to the stored type: "" if it copies nothing."""
+    if manifest.weights is None:
+        return ""
+    stored = {t.name: t.dtype for t in manifest.weights.tensors}
+    pairs = {
+        f"{stored[p.name]} -> {p.dtype}"
+        for g in manifest.graphs_for(target)
+        for p in g.parameters
+        if stored.get(p.name, p.dtype) != p.dtype
+    }
+    return ", ".join(sorted(pairs))
+
+
+def describe(data: dict[str, Any]) -> str:
+    """The summary as text."""
+    m, w = data["model"], data["weights"]
+    lines = [
+        f"{data['artifact']}: {m['source']} ({m['family']}, {m['parameters'] / 1e9:.3f} billion parameters), "
+        f"tp {data['parallel']['tp']}, ep {data['parallel']['ep']}, format {data['format']}, {data['tool']}"
+    ]
+    if w is None:
+        lines.append("weights: none")
+    else:
+        cast = f" (cast from {w['source_dtype']})" if w["source_dtype"] != w["dtype"] else ""
+        lines.append(
+            f"weights: {w['dtype']}{cast}, {human(w['rank_bytes'])} per rank, {w['files']} files, {w['digest']}"
+        )
+        lines += [f"  padded: {p['name']} {p['size']} -> {p['padded']}" for p in w["padded"]]
+        lines += [f"  kept: {k['name']}" + f"  x{k['count']}" * (k["count"] > 1) for k in data["coverage"]["kept"]]
+        lines += [
+            f"  dropped: {d['name']}" + f"  x{d['count']}" * (d["count"] > 1) + f": {d['reason']}"
+            for d in data["coverage"]["dropped"]
+        ]
+    for g in data["graphs"]:
+        casts = f", binding casts {g['casts']}" if g["casts"] else ""
+        lines.append(
+            f"graph: {g['target']} {g['phase']}: {g['nodes']} nodes, {human(g['bytes'])}, "
+            f"mindspore {g['mindspore']}{casts}"
+        )
+    for target, p in data["proven"].items():
+        if p is None:
+            lines.append(f"{target}: UNPROVEN.  Run `msconv verify {data['artifact']} --target {target}`.")
+        else:
+            lines.append(
+                f"{target}: proven against {p['reference']}, largest logit error "
+                f"{p['max_abs_logit_error']:.2e} (bound {p['bound']:.0e})"
+            )
+    return "\n".join(lines)

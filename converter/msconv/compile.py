@@ -1,0 +1,114 @@
+"""Artifact in, the same artifact with graphs out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from msconv_runtime.artifact import Graph, Manifest, Phase, digest_bytes, read_manifest, replace_file, write_manifest
+from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
+
+from .checkpoint.directory import read_small
+from .checkpoint.headers import parse_json
+from .convert import peak_rss_bytes
+from .families import DecoderConfig, configure
+from .layout.cuts import Mesh
+from .stream.lock import exclusive
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+TARGETS = ("cpu",)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One graph that was made."""
+
+    graph: Graph
+    seconds: float
+    peak_rss_bytes: int
+
+
+def configuration(root: Path, manifest: Manifest) -> DecoderConfig:
+    """The model's configuration, from the artifact's own config.json.  Raises ArtifactError if it changed."""
+    data = read_small(root / "config.json")
+    if digest_bytes(data) != manifest.model.config_digest:
+        raise ArtifactError(
+            f"{root / 'config.json'}: is not the configuration this artifact was made from.",
+            "Convert again with --force.",
+        )
+    raw = parse_json(data, str(root / "config.json"))
+    assert isinstance(raw, dict)
+    return configure(raw, str(root / "config.json"))[1]
+
+
+def compile_graphs(root: Path, target: str) -> list[Compiled]:
+    """Make both phases for `target`, replacing what is there.  Proofs of other targets stay valid."""
+    if target not in TARGETS:
+        raise UsageError(f"{target}: no such target.", f"Targets are: {', '.join(TARGETS)}.")
+    manifest = read_manifest(root)
+    config = configuration(root, manifest)
+    mindspore = mindspore_version()
+    from .graph.export import export
+
+    with exclusive(root):
+        manifest = read_manifest(root)
+        mesh = Mesh(manifest.parallel.tp, manifest.parallel.ep)
+        made: list[Compiled] = []
+        for phase in PHASES:
+            started = time.monotonic()
+            exported = export(config, mesh, target, phase)
+            graph = Graph(
+                target=target,
+                phase=phase,
+                path=f"graphs/{target}/{phase}.mindir",
+                size=len(exported.proto),
+                digest=digest_bytes(exported.proto),
+                mindspore=mindspore,
+                nodes=exported.nodes,
+                inputs=exported.inputs,
+                parameters=exported.parameters,
+                groups=exported.groups,
+            )
+            _check_weights(root, manifest, graph)
+            path = root / graph.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, exported.proto)
+            made.append(Compiled(graph, time.monotonic() - started, peak_rss_bytes()))
+        others = [g for g in manifest.graphs if g.target != target]
+        graphs = sorted([*others, *(m.graph for m in made)], key=lambda g: (g.target, g.phase))
+        write_manifest(root, msgspec.structs.replace(manifest, graphs=graphs))
+    return made
+
+
+def mindspore_version() -> str:
+    """Raises EnvironmentProblem if mindspore is not installed."""
+    try:
+        import mindspore
+    except ImportError as e:
+        raise EnvironmentProblem(
+            f"mindspore cannot be imported ({e}).", 'Install it: pip install "msconv[compile]".'
+        ) from None
+    return str(mindspore.__version__)
+
+
+def _check_weights(root: Path, manifest: Manifest, graph: Graph) -> None:
+    """The graph's parameters are exactly the weights' tensors, shape by shape."""
+    if manifest.weights is None:
+        return
+    stored = {t.name: t.shape for t in manifest.weights.tensors}
+    wanted = {p.name: p.shape for p in graph.parameters}
+    problems = [f"  {n}: needed by the graph, not among the weights" for n in wanted.keys() - stored.keys()]
+    problems += [f"  {n}: among the weights, not used by the graph" for n in stored.keys() - wanted.keys()]
+    problems += [
+        f"  {n}: the graph wants {wanted[n]}, the weights have {stored[n]}"
+        for n in wanted.keys() & stored.keys()
+        if wanted[n] != stored[n]
+    ]
+    if problems:
+        raise ArtifactError(
+            f"{root}: weights and {graph.target} {graph.phase} graph do not fit:\n" + "\n".join(sorted(problems)[:20]),
+            "Convert again with --force.",
+        )

@@ -1,0 +1,88 @@
+"""Exporting a cell as a MindIR without weight bytes.  All use of MindSpore's private interface is here.
+
+The executor's own proto names parameters with shapes and types; `mindspore.export` would add their bytes.
+Tested with mindspore 2.8.0 and 2.10.0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor
+
+from msconv_runtime.artifact import GraphInput, GraphParameter
+
+from ..families.config import DecoderConfig
+from ..layout.cuts import Mesh
+from .decoder import Decoder
+from .ops.base import Ops
+from .ops.cpu import CpuOps
+from .parameters import restore_names
+from .spec import TP_GROUP, Local
+
+OPS: dict[str, type[Ops]] = {"cpu": CpuOps}
+DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16, "int32": ms.int32}
+NAMES = {v: k for k, v in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A graph's bytes and what its manifest entry says."""
+
+    proto: bytes
+    nodes: int
+    inputs: list[GraphInput]
+    parameters: list[GraphParameter]
+    groups: list[str]
+
+
+def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Exported:
+    """Compile one phase for one target: front end and shape inference, on any machine."""
+    from mindspore.nn.utils import no_init_parameters
+
+    try:
+        from mindspore.graph.api import _cell_graph_executor as executor
+    except ImportError:  # 2.8.0
+        from mindspore.common.api import _cell_graph_executor as executor
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    local = Local(config, mesh, phase)
+    with no_init_parameters():
+        ops = OPS[target](local)
+        net = Decoder(ops, local)
+    parameters = restore_names(net)
+    inputs = ops.inputs() + cache_inputs(ops, local)
+    net.set_grad(False)
+    graph_id, _ = executor.compile(net, *placeholders(inputs), phase="export.mindir", do_convert=False)
+    proto = executor._get_func_graph_proto(net, graph_id, "mind_ir")
+    return Exported(
+        proto=proto,
+        nodes=count_nodes(proto),
+        inputs=inputs,
+        parameters=[GraphParameter(p.name, NAMES[p.dtype], list(p.shape)) for p in parameters],
+        groups=[TP_GROUP] if mesh.tp > 1 else [],
+    )
+
+
+def cache_inputs(ops: Ops, local: Local) -> list[GraphInput]:
+    """k0, v0, k1, v1, ...: [pages, page, K, D] each."""
+    dtype = NAMES[ops.dtype]
+    shape: list[int | None] = [None, None, local.kv_heads, local.config.head_dim]
+    return [
+        GraphInput(f"{kind}_cache.{layer}", dtype, shape)
+        for layer in range(local.config.layers)
+        for kind in ("k", "v")
+    ]
+
+
+def placeholders(inputs: list[GraphInput]) -> list[Tensor]:
+    """Tensors with dynamic dimensions, no data."""
+    return [Tensor(shape=list(i.shape), dtype=DTYPES[i.dtype]) for i in inputs]
+
+
+def count_nodes(proto: bytes) -> int:
+    from mindspore.train import mind_ir_pb2
+
+    return len(mind_ir_pb2.ModelProto.FromString(proto).graph.node)

@@ -1,0 +1,1 @@
+"""Operations, one file a target.  All offer what `base.Ops` names."""

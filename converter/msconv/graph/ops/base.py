@@ -1,0 +1,145 @@
+"""The operations a target offers.  Each method makes a cell; shapes are per rank (legend: ../decoder.py)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from mindspore import Tensor, nn, ops
+
+from msconv_runtime.artifact import GraphInput
+
+from ..parameters import parameter
+from ..spec import TP_GROUP, Local
+
+
+class Ops(ABC):
+    """Operations of one target for one phase."""
+
+    dtype: Any  # MindSpore type of weights, activations and cache
+
+    def __init__(self, local: Local) -> None:
+        self.local = local
+
+    @abstractmethod
+    def inputs(self) -> list[GraphInput]:
+        """Graph inputs before the caches, in call order.  The first is input_ids [T]."""
+
+    @abstractmethod
+    def begin(self) -> nn.Cell:
+        """All graph inputs, caches included -> step: what the layers share (rotation, masks, places)."""
+
+    @abstractmethod
+    def norm(self, name: str, width: int) -> nn.Cell:
+        """RMS norm of the last dimension.  x -> normed."""
+
+    @abstractmethod
+    def add_norm(self, name: str, width: int) -> nn.Cell:
+        """(delta, x) -> (norm(x + delta), x + delta)."""
+
+    @abstractmethod
+    def linear(self, name: str, out: int, inner: int, bias: bool) -> nn.Cell:
+        """[T, inner] -> [T, out] with weight [out, inner] and, if asked, bias [out]."""
+
+    @abstractmethod
+    def split_heads(self, prefix: str) -> nn.Cell:
+        """(qkv [T, (H+2K)*D], step) -> q, k, v; q and k normed per head and rotated."""
+
+    @abstractmethod
+    def write_kv(self) -> nn.Cell:
+        """(k, v, k_cache, v_cache, step) -> the caches with this step's rows in place."""
+
+    @abstractmethod
+    def attend(self) -> nn.Cell:
+        """(q, k, v, k_cache, v_cache, step) -> [T, H*D]."""
+
+    @abstractmethod
+    def swiglu(self, width: int) -> nn.Cell:
+        """[T, 2*width] -> [T, width]: silu of the first half times the second."""
+
+    @abstractmethod
+    def last_tokens(self) -> nn.Cell:
+        """(h [T, hidden], step) -> [B, hidden]: the last row of each sequence."""
+
+    @abstractmethod
+    def gather_vocab(self) -> nn.Cell:
+        """[B, V/tp] of each rank -> [B, V], padding removed."""
+
+    def embed(self, name: str) -> nn.Cell:
+        """ids [T] -> [T, hidden], the vocabulary divided over ranks.  Has the `weight` for a tied head."""
+        return Embed(self.local, name, self.dtype)
+
+    def head(self, tied: Any | None) -> nn.Cell:
+        """[B, hidden] -> logits [B, V]."""
+        weight = tied
+        if weight is None:
+            weight = parameter("lm_head.weight", (self.local.vocab, self.local.config.hidden), self.dtype)
+        return Head(weight, self.gather_vocab())
+
+    def all_reduce(self, bias: str, width: int) -> nn.Cell:
+        """Sum over ranks, then the bias: once, not once a rank."""
+        return AllReduce(self.local, parameter(bias, (width,), self.dtype) if bias else None)
+
+
+def collective(name: str, **attributes: Any) -> Any:
+    """A communication primitive that exports without any communication being started.
+
+    `ops.AllGather` asks the running process for the group's size and exports 1: built by hand instead.
+    """
+    primitive = ops.Primitive(name)
+    for key, value in {"group": TP_GROUP, "index": 0, "fusion": 0, "no_eliminate": True, **attributes}.items():
+        primitive.add_prim_attr(key, value)
+    return primitive
+
+
+class AllReduce(nn.Cell):
+    def __init__(self, local: Local, bias: Any | None) -> None:
+        super().__init__()
+        self.many = local.mesh.tp > 1
+        self.reduce = collective("AllReduce", op="sum")
+        self.has_bias = bias is not None
+        if bias is not None:
+            self.bias = bias
+
+    def construct(self, x: Any) -> Any:
+        if self.many:
+            x = self.reduce(x)
+        if self.has_bias:
+            x = x + self.bias
+        return x
+
+
+class Embed(nn.Cell):
+    """Rows of other ranks count as zero; the sum over ranks is the row."""
+
+    def __init__(self, local: Local, name: str, dtype: Any) -> None:
+        super().__init__()
+        from mindspore import int32
+
+        self.many = local.mesh.tp > 1
+        self.rows = local.vocab
+        self.dtype = dtype
+        self.weight = parameter(name, (local.vocab, local.config.hidden), dtype)
+        self.zero = Tensor(0, int32)
+        if self.many:
+            self.vocab_start = parameter("vocab_start", (1,), int32)
+            self.reduce = AllReduce(local, None)
+
+    def construct(self, ids: Any) -> Any:
+        if not self.many:
+            return ops.gather(self.weight, ids, 0)
+        mine = ids - self.vocab_start
+        inside = ops.logical_and(mine >= 0, mine < self.rows)
+        rows = ops.gather(self.weight, ops.select(inside, mine, ops.zeros_like(mine)), 0)
+        return self.reduce(rows * ops.cast(inside, self.dtype).reshape(-1, 1))
+
+
+class Head(nn.Cell):
+    def __init__(self, weight: Any, gather: nn.Cell) -> None:
+        super().__init__()
+        self.weight = weight
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.gather = gather
+
+    def construct(self, h: Any) -> Any:
+        return self.gather(self.matmul(h, self.weight))

@@ -1,0 +1,41 @@
+"""What a graph is compiled for: per-rank sizes, phase, target.  No framework here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from msconv_runtime.artifact import Phase
+
+from ..families.config import DecoderConfig
+from ..layout.cuts import Mesh
+
+TP_GROUP = "msconv_tp"  # the canonical group: whoever loads the graph creates it
+
+Target = Literal["cpu", "ascend910b", "ascend910c", "ascend310p"]
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """Sizes of one rank: the same on every rank."""
+
+    config: DecoderConfig
+    mesh: Mesh
+    phase: Phase
+
+    @property
+    def heads(self) -> int:
+        return self.config.heads // self.mesh.tp
+
+    @property
+    def kv_heads(self) -> int:
+        return max(1, self.config.kv_heads // self.mesh.tp)
+
+    @property
+    def ffn(self) -> int:
+        return self.config.ffn // self.mesh.tp
+
+    @property
+    def vocab(self) -> int:
+        """Vocabulary rows of one rank, padding included."""
+        return -(-self.config.vocab // self.mesh.tp)

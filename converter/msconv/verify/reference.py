@@ -1,0 +1,76 @@
+"""The reference: transformers on the source checkpoint, float32, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msconv_runtime.artifact import Manifest
+from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
+
+from ..checkpoint.directory import open_checkpoint
+
+Logits = NDArray[np.float32]
+
+
+class Reference:
+    """The source model in float32.  Where conversion rounded (`--dtype`), its weights are rounded alike, so
+    that what is compared is the computation and the layout."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        try:
+            import torch
+            from transformers import AutoModelForCausalLM
+        except ImportError as e:
+            raise EnvironmentProblem(
+                f"verify needs torch and transformers ({e}).", 'Install them: pip install "msconv[verify]".'
+            ) from None
+        checkpoint = open_checkpoint(root)
+        if checkpoint.config_digest != manifest.model.config_digest:
+            raise VerificationFailed(
+                f"{root}: is another model than the artifact was built from ({manifest.model.source}): "
+                f"config.json has digest {checkpoint.config_digest}, the artifact's {manifest.model.config_digest}.",
+                "Give the directory the artifact was converted from with --reference.",
+            )
+        self._torch = torch
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            root,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="eager",
+        ).eval()
+        weights = manifest.weights
+        self.rounded_to = ""
+        if weights is not None and weights.source_dtype != weights.dtype:
+            self.rounded_to = weights.dtype
+            narrow = getattr(torch, weights.dtype)
+            with torch.no_grad():
+                for p in self.model.parameters():
+                    p.copy_(p.to(narrow).to(torch.float32))
+
+    def logits(self, tokens: list[int]) -> Logits:
+        """All positions of one sequence, [T, V]."""
+        with self._torch.no_grad():
+            out: Logits = self.model(self._torch.tensor([tokens])).logits[0].numpy()
+        return out
+
+
+def source_of(root: Path, given: Path | None) -> Path:
+    """The reference directory: given, or the one the artifact was converted from on this machine."""
+    if given is not None:
+        return given
+    try:
+        recorded = Path((root / ".msconv" / "source").read_text().strip())
+    except OSError:
+        recorded = Path()
+    if not (recorded / "config.json").is_file():
+        raise UsageError(
+            f"{root}: the checkpoint it was converted from is not on this machine.",
+            "Give its directory with --reference.",
+        )
+    return recorded

@@ -1,0 +1,207 @@
+"""MindIR files to running graphs: checked against the manifest, weights bound, warmed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .artifact import Graph, Manifest, Phase, digest_bytes
+from .errors import ArtifactError
+from .weights import LoadMode, RankWeights, check_size
+
+Ints = NDArray[np.int32]
+CHUNK_TOKENS = 512  # places (sequences x longest) in one prefill call: bounds its memory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to run, ragged.  T tokens, B sequences, P pages wide.
+
+    input_ids, positions, slots [T]; block_tables [B, P]; context_lens (new tokens included), q_lens [B].
+    slot = page * page_size + offset.
+    """
+
+    input_ids: Ints
+    positions: Ints
+    slots: Ints
+    block_tables: Ints
+    context_lens: Ints
+    q_lens: Ints
+
+    @property
+    def arrays(self) -> tuple[Ints, ...]:
+        return (
+            self.input_ids,
+            self.positions,
+            self.slots,
+            self.block_tables,
+            self.context_lens,
+            self.q_lens,
+        )
+
+
+def load_weights(root: Path, manifest: Manifest, target: str, rank: int, mode: LoadMode) -> dict[str, Any]:
+    """Tensors by name, in the types that the target's graphs take.  Zero copy where nothing is cast."""
+    from mindspore import Tensor
+
+    weights = RankWeights(root, manifest, rank, mode)
+    wanted = {p.name: p for g in graphs_of(root, manifest, target) for p in g.parameters}
+    missing = sorted(wanted.keys() - weights.tensors.keys())
+    wrong = [n for n in wanted if n not in missing and wanted[n].shape != weights.tensors[n].shape]
+    if missing or wrong:
+        raise ArtifactError(
+            f"{root}: the weights do not fit the {target} graphs: "
+            f"missing {missing[:5]}, of another shape {wrong[:5]}.",
+            f"Run `msconv compile {root} --target {target}` again.",
+        )
+    return {n: Tensor.from_numpy(weights.array(n, p.dtype)[0]) for n, p in wanted.items()}
+
+
+def graphs_of(root: Path, manifest: Manifest, target: str) -> list[Graph]:
+    """Raises ArtifactError if a phase is not compiled for the target."""
+    graphs = manifest.graphs_for(target)
+    if {g.phase for g in graphs} < {"prefill", "decode"}:
+        have = sorted({g.target for g in manifest.graphs})
+        raise ArtifactError(
+            f"{root}: has no graphs for {target}" + (f" (only for {', '.join(have)})." if have else "."),
+            f"Run `msconv compile {root} --target {target}`.",
+        )
+    return graphs
+
+
+class Graphs:
+    """Both phases of one rank, sharing one set of weights."""
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        target: str,
+        rank: int = 0,
+        mode: LoadMode = "mmap",
+    ) -> None:
+        self.manifest, self.target = manifest, target
+        self.entries = {g.phase: g for g in graphs_of(root, manifest, target)}
+        self.tensors = load_weights(root, manifest, target, rank, mode)
+        self.cells = {phase: _bind(root, g, self.tensors) for phase, g in self.entries.items()}
+
+    @property
+    def cache_shape(self) -> list[int | None]:
+        """[pages, page, K, D] with None for what is free."""
+        return self.entries["decode"].inputs[-1].shape
+
+    @property
+    def num_caches(self) -> int:
+        """Cache inputs of a graph: two a layer."""
+        return sum("_cache." in i.name for i in self.entries["decode"].inputs)
+
+    def decode(self, batch: Batch, caches: Sequence[Any]) -> Any:
+        """One new token a sequence.  Logits [B, V], a MindSpore tensor."""
+        return self._call("decode", batch, caches)
+
+    def prefill(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
+        """Any number of new tokens a sequence, after any cached prefix.  Logits of the last, [B, V]."""
+        out: NDArray[np.float32] | None = None
+        for members, last, part in chunks(batch, page_size(caches)):
+            logits = self._call("prefill", part, caches).asnumpy()
+            if out is None:
+                out = np.empty((len(batch.q_lens), logits.shape[1]), np.float32)
+            for row, (member, is_last) in enumerate(zip(members, last, strict=True)):
+                if is_last:
+                    out[member] = logits[row]
+        assert out is not None
+        return out
+
+    def warm_up(self, page: int = 16) -> None:
+        """Run both phases once on a cache of their own: later calls of any shape compile nothing."""
+        from mindspore import Tensor
+
+        shape = [2, page, *(n or 1 for n in self.cache_shape[2:])]
+        caches = [Tensor.from_numpy(np.zeros(shape, np.float32)) for _ in range(self.num_caches)]
+        table = np.array([[1]], np.int32)
+        one = np.array([1], np.int32)
+        zero = np.array([0], np.int32)
+        batch = Batch(zero, zero, np.array([page], np.int32), table, one, one)
+        self.prefill(batch, caches)
+        self.decode(batch, caches).asnumpy()
+
+    def _call(self, phase: Phase, batch: Batch, caches: Sequence[Any]) -> Any:
+        from mindspore import Tensor
+
+        inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
+        return self.cells[phase](*inputs, *caches)
+
+
+def page_size(caches: Sequence[Any]) -> int:
+    return int(caches[0].shape[1])
+
+
+def chunks(batch: Batch, page: int) -> Iterator[tuple[list[int], list[bool], Batch]]:
+    """Cut a batch into calls of bounded size: (members, whether each is at its end, the part).
+
+    A sequence is cut in order, and never twice in one call: later chunks read what earlier ones cached.
+    """
+    ends = np.cumsum(batch.q_lens)
+    members: list[tuple[int, int, int]] = []  # sequence, first token, tokens
+    longest = 0
+    for sequence, (q_len, end) in enumerate(zip(batch.q_lens, ends, strict=True)):
+        for begin in range(0, int(q_len), CHUNK_TOKENS):
+            size = min(CHUNK_TOKENS, int(q_len) - begin)
+            full = (len(members) + 1) * max(longest, size) > CHUNK_TOKENS
+            if members and (full or members[-1][0] == sequence):
+                yield _part(batch, members, page)
+                members, longest = [], 0
+            members.append((sequence, int(end - q_len) + begin, size))
+            longest = max(longest, size)
+    if members:
+        yield _part(batch, members, page)
+
+
+def _part(batch: Batch, members: list[tuple[int, int, int]], page: int) -> tuple[list[int], list[bool], Batch]:
+    ends = np.cumsum(batch.q_lens)
+    sequences = [m[0] for m in members]
+    tokens = np.concatenate([np.arange(first, first + size) for _, first, size in members])
+    left = np.array([ends[s] - (first + size) for s, first, size in members])
+    context = batch.context_lens[sequences] - left
+    width = -(-int(context.max()) // page)
+    part = Batch(
+        input_ids=batch.input_ids[tokens],
+        positions=batch.positions[tokens],
+        slots=batch.slots[tokens],
+        block_tables=batch.block_tables[sequences, :width],
+        context_lens=context.astype(np.int32),
+        q_lens=np.array([size for _, _, size in members], np.int32),
+    )
+    return sequences, [bool(n == 0) for n in left], part
+
+
+def _bind(root: Path, graph: Graph, tensors: dict[str, Any]) -> Any:
+    """A GraphCell with its weights, compiled once for all shapes."""
+    import mindspore as ms
+    from mindspore import Tensor, nn
+
+    path = root / graph.path
+    check_size(path, graph.size)
+    if digest_bytes(path.read_bytes()) != graph.digest:
+        raise ArtifactError(
+            f"{path}: was altered: its digest is not the manifest's.",
+            f"Run `msconv compile {root} --target {graph.target}` again.",
+        )
+    cell = nn.GraphCell(ms.load(str(path)))
+    wanted = {p.name: p for p in graph.parameters}
+    if set(cell._params) != set(wanted):
+        odd = sorted(set(cell._params) ^ set(wanted))
+        raise ArtifactError(f"{path}: its parameters are not the manifest's: {odd[:5]}.")
+    for name, param in cell._params.items():
+        if list(param.shape) != wanted[name].shape:
+            raise ArtifactError(f"{path}: {name} has shape {list(param.shape)}, not {wanted[name].shape}.")
+        param.assign_value(tensors[name])
+    types = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16, "int32": ms.int32}
+    # without this every new block-table width compiles again
+    cell.set_inputs(*(Tensor(shape=list(i.shape), dtype=types[i.dtype]) for i in graph.inputs))
+    return cell

@@ -1,0 +1,108 @@
+"""Rank files as arrays: mapped, or read into memory; bound without a copy where the type fits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .artifact import Manifest, TensorEntry, Weights
+from .errors import ArtifactError
+
+LoadMode = Literal["mmap", "read"]
+
+_STORED = {"float32": "<f4", "float16": "<f2", "int32": "<i4", "bfloat16": "<u2"}
+
+
+class RankWeights:
+    """The tensors of one rank.  `mode`: `mmap` touches pages as they are used; `read` copies the files into
+    memory first (some driver stacks hang on mapped sources)."""
+
+    def __init__(self, root: Path, manifest: Manifest, rank: int, mode: LoadMode = "mmap") -> None:
+        self.weights = required(root, manifest)
+        if not 0 <= rank < manifest.parallel.tp:
+            raise ArtifactError(f"{root}: has ranks 0 to {manifest.parallel.tp - 1}, not {rank}.")
+        self.rank = rank
+        self.tensors = {t.name: t for t in self.weights.tensors}
+        self._files = []
+        for file in self.weights.files:
+            if file.rank == rank:
+                check_size(root / file.path, file.size)
+                self._files.append(_load(root / file.path, mode))
+
+    def raw(self, name: str) -> NDArray[Any]:
+        """Stored values, no copy.  bfloat16 comes as its bits, uint16."""
+        entry = self.tensors[name]
+        data = self._files[entry.file][entry.begin : entry.begin + entry.nbytes]
+        return data.view(_STORED[entry.dtype]).reshape(entry.shape)
+
+    def array(self, name: str, dtype: str) -> tuple[NDArray[Any], bool]:
+        """The tensor as `dtype` (float32, float16 or int32), and whether that took a cast.
+
+        bfloat16 and float16 widen to float32 exactly.  Raises ArtifactError for a cast that would round.
+        """
+        entry = self.tensors[name]
+        raw = self.raw(name)
+        if entry.dtype == dtype:
+            return raw, False
+        if dtype == "float32" and entry.dtype == "bfloat16":
+            wide = raw.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32), True
+        if dtype == "float32" and entry.dtype == "float16":
+            return raw.astype(np.float32), True
+        raise ArtifactError(
+            f"{name}: stored as {entry.dtype}, wanted as {dtype}.",
+            f"Convert with --dtype {dtype}, or compile for a target that takes {entry.dtype}.",
+        )
+
+
+def required(root: Path, manifest: Manifest) -> Weights:
+    """The weights section.  Raises ArtifactError if the artifact has graphs only."""
+    if manifest.weights is None:
+        raise ArtifactError(
+            f"{root}: holds graphs and no weights.", f"`msconv convert --model <dir> --output {root}` adds them."
+        )
+    return manifest.weights
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raises ArtifactError if a file is missing or has another size than the manifest says."""
+    try:
+        found = path.stat().st_size
+    except OSError as e:
+        raise ArtifactError(f"{path}: {e.strerror}.", "Copy the artifact again, or convert again.") from None
+    if found != size:
+        raise ArtifactError(
+            f"{path}: has {found} bytes, the manifest says {size}.",
+            "Copy the artifact again, or convert again with --force.",
+        )
+
+
+def entry_bytes(root: Path, weights: Weights, rank: int, entry: TensorEntry) -> NDArray[np.uint8]:
+    """One tensor's bytes, mapped read-only."""
+    files = [f for f in weights.files if f.rank == rank]
+    return np.memmap(root / files[entry.file].path, np.uint8, "r", entry.begin, (entry.nbytes,))
+
+
+def _load(path: Path, mode: LoadMode) -> NDArray[np.uint8]:
+    if mode == "mmap":
+        # copy-on-write: MindSpore wants writable memory, the file must not change
+        return np.asarray(np.memmap(path, np.uint8, "c"))
+    size = path.stat().st_size
+    data = np.empty(size, np.uint8)
+    view = memoryview(data)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < size:
+            n = os.preadv(fd, [view[done : done + (64 << 20)]], done)
+            if n == 0:
+                raise ArtifactError(f"{path}: ended at byte {done} of {size}.")
+            done += n
+    finally:
+        os.close(fd)
+    return data
