@@ -8,7 +8,15 @@ from pathlib import Path
 
 import msgspec
 
-from msconv_runtime.artifact import Graph, Manifest, Phase, digest_bytes, read_manifest, replace_file, write_manifest
+from msconv_runtime.artifact import (
+    Graph,
+    Manifest,
+    Phase,
+    digest_bytes,
+    read_manifest,
+    replace_file,
+    write_manifest,
+)
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
 
 from .checkpoint.directory import read_small
@@ -109,6 +117,7 @@ def _check_weights(root: Path, manifest: Manifest, graph: Graph) -> None:
     ]
     if problems:
         raise ArtifactError(
-            f"{root}: weights and {graph.target} {graph.phase} graph do not fit:\n" + "\n".join(sorted(problems)[:20]),
+            f"{root}: weights and {graph.target} {graph.phase} graph do not fit:\n"
+            + "\n".join(sorted(problems)[:20]),
             "Convert again with --force.",
         )

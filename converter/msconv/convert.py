@@ -94,9 +94,7 @@ def prepare(
     if tp < 1 or ep < 1 or tp % ep:
         raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp, and both be at least 1.")
     checkpoint = open_checkpoint(model)
-    plan = make_plan(
-        checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, Mesh(tp, ep), dtype
-    )
+    plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, Mesh(tp, ep), dtype)
     block, planned = plan_memory(plan, jobs, max_memory)
     output = output or Path("artifacts") / default_name(checkpoint.name, tp, ep)
     return Conversion(checkpoint, plan, output, jobs, block, planned)
@@ -121,16 +119,12 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
         source = DirectorySource(checkpoint.files)
         try:
             with Journal.resume(root, conversion.identity) as journal:
-                before = {n for n in journal.done}
-                moved = execute(
-                    plan, source, root, journal, conversion.jobs, conversion.block_bytes, progress
-                )
+                before = set(journal.done)
+                moved = execute(plan, source, root, journal, conversion.jobs, conversion.block_bytes, progress)
                 for path in checkpoint.auxiliary:
                     replace_file(root / path.name, path.read_bytes())
                 replace_file(root / STATE_DIR / "source", f"{checkpoint.root.resolve()}\n".encode())
-                replace_file(
-                    root / STATE_DIR / "identity", identity_digest(conversion.identity).encode()
-                )
+                replace_file(root / STATE_DIR / "identity", identity_digest(conversion.identity).encode())
                 write_manifest(root, _manifest(conversion, moved, previous))
                 journal.remove()
         finally:

@@ -1,7 +1,7 @@
 """The artifact's format: typed manifest, version check, digests, READY.  Knows no model and no framework.
 
 Reading: `read_manifest` refuses what is unfinished, newer than this code, or damaged.
-Writing: `write_manifest` replaces manifest and READY so that a crash between the two leaves a readable artifact.
+Writing: `write_manifest` replaces manifest and READY; a crash between the two leaves a readable artifact.
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 Phase = Literal["prefill", "decode"]
 
 
-class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=False, omit_defaults=True):
-    pass
-
-
-class SourceFile(_Struct):
+class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):
     """One file of the source checkpoint.  `digest` covers its header and the tensors that were read."""
 
     name: str
@@ -37,7 +33,7 @@ class SourceFile(_Struct):
     digest: str
 
 
-class Model(_Struct):
+class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     family: str
     architecture: str
     source: str
@@ -47,12 +43,12 @@ class Model(_Struct):
     files: list[SourceFile] = []
 
 
-class Parallel(_Struct):
+class Parallel(msgspec.Struct, frozen=True, omit_defaults=True):
     tp: int
     ep: int = 1
 
 
-class WeightFile(_Struct):
+class WeightFile(msgspec.Struct, frozen=True, omit_defaults=True):
     """One safetensors file of one rank.  `digest` = digest of (header digest, tensor digests in order)."""
 
     path: str
@@ -61,7 +57,7 @@ class WeightFile(_Struct):
     digest: str
 
 
-class TensorEntry(_Struct):
+class TensorEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     """One tensor, the same shape on every rank.  `file` indexes the files of a rank; `begin` is the offset
     in that file.  `digests[rank]` covers the digests of its `parts` (bytes of each, in order)."""
 
@@ -78,7 +74,7 @@ class TensorEntry(_Struct):
         return sum(self.parts)
 
 
-class Dropped(_Struct):
+class Dropped(msgspec.Struct, frozen=True, omit_defaults=True):
     """Source tensors that were left out on purpose (names folded over layers)."""
 
     name: str
@@ -86,7 +82,7 @@ class Dropped(_Struct):
     reason: str
 
 
-class Padding(_Struct):
+class Padding(msgspec.Struct, frozen=True, omit_defaults=True):
     """A dimension that tp did not divide: zero rows fill `padded - size`, over all ranks."""
 
     name: str
@@ -94,7 +90,7 @@ class Padding(_Struct):
     padded: int
 
 
-class Weights(_Struct):
+class Weights(msgspec.Struct, frozen=True, omit_defaults=True):
     dtype: str
     digest: str
     files: list[WeightFile]
@@ -105,19 +101,19 @@ class Weights(_Struct):
     padded: list[Padding] = []
 
 
-class GraphInput(_Struct):
+class GraphInput(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     dtype: str
     shape: list[int | None]
 
 
-class GraphParameter(_Struct):
+class GraphParameter(msgspec.Struct, frozen=True, omit_defaults=True):
     name: str
     dtype: str
     shape: list[int]
 
 
-class Graph(_Struct):
+class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
     """One compiled phase for one target.  `inputs` in call order; `None` is a dynamic dimension."""
 
     target: str
@@ -133,7 +129,7 @@ class Graph(_Struct):
     nz: list[str] = []
 
 
-class Verified(_Struct):
+class Verified(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was compared with what, and how far apart it was.  Holds for exactly these digests."""
 
     target: str
@@ -149,7 +145,7 @@ class Verified(_Struct):
     settings: dict[str, str | int | float] = {}
 
 
-class Manifest(_Struct):
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     format: int
     tool: str
     model: Model

@@ -64,7 +64,8 @@ def required(root: Path, manifest: Manifest) -> Weights:
     """The weights section.  Raises ArtifactError if the artifact has graphs only."""
     if manifest.weights is None:
         raise ArtifactError(
-            f"{root}: holds graphs and no weights.", f"`msconv convert --model <dir> --output {root}` adds them."
+            f"{root}: holds graphs and no weights.",
+            f"`msconv convert --model <dir> --output {root}` adds them.",
         )
     return manifest.weights
 
@@ -94,7 +95,7 @@ def _load(path: Path, mode: LoadMode) -> NDArray[np.uint8]:
         return np.asarray(np.memmap(path, np.uint8, "c"))
     size = path.stat().st_size
     data = np.empty(size, np.uint8)
-    view = memoryview(data)
+    view = data.data
     fd = os.open(path, os.O_RDONLY)
     try:
         done = 0

@@ -106,17 +106,13 @@ def open_checkpoint(root: Path) -> Checkpoint:
         files[name] = ShardFile(path, stat.st_size, stat.st_mtime_ns, header_digest)
         for info in infos:
             if info.name in tensors:
-                errors.append(
-                    f"{shorten(info.name)}: in {tensors[info.name].file} and again in {name}."
-                )
+                errors.append(f"{shorten(info.name)}: in {tensors[info.name].file} and again in {name}.")
             tensors[info.name] = info
     if index and not errors:
         errors += _disagreements(index, tensors)
     if errors:
         raise CheckpointError("\n".join(errors), "Download the files again that are named here.")
-    return Checkpoint(
-        base.root, base.name, base.family, base.config, base.config_digest, files, tensors
-    )
+    return Checkpoint(base.root, base.name, base.family, base.config, base.config_digest, files, tensors)
 
 
 def read_small(path: Path) -> bytes:

@@ -43,7 +43,12 @@ def report(error: BaseException, as_json: bool) -> int:
         code, message, exit_code = "interrupted", "Interrupted.", INTERRUPTED
         hint = "Run the same command again: a conversion resumes."
     elif isinstance(error, MemoryError):
-        code, message, hint, exit_code = "resource", "Out of memory.", "Try a lower --max-memory or --jobs 1.", 5
+        code, message, hint, exit_code = (
+            "resource",
+            "Out of memory.",
+            "Try a lower --max-memory or --jobs 1.",
+            5,
+        )
     else:
         code, exit_code = "internal", 1
         message = f"{type(error).__name__}: {error}"

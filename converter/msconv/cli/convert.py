@@ -79,9 +79,9 @@ def command(
             }
         )
     rate = done.bytes_read / max(done.seconds, 1e-9) / 1e9
+    verb = "Already complete" if not done.bytes_read else "Resumed and finished" if done.resumed else "Converted"
     say(
-        f"{'Already complete' if not done.bytes_read else 'Resumed and finished' if done.resumed else 'Converted'}: "
-        f"{done.artifact}, read {human(done.bytes_read)}, wrote {human(done.bytes_written)} "
+        f"{verb}: {done.artifact}, read {human(done.bytes_read)}, wrote {human(done.bytes_written)} "
         f"in {done.seconds:.1f} s ({rate:.2f} GB/s), peak memory {human(done.peak_rss_bytes)}"
     )
     say(f"Next: msconv compile {done.artifact} --target cpu")

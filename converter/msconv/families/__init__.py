@@ -15,15 +15,11 @@ def family_of(raw: dict[str, object], where: str) -> Family:
     named = raw.get("architectures")
     architectures = [a for a in named if isinstance(a, str)] if isinstance(named, list) else []
     for family in FAMILIES:
-        if family.architecture in architectures or (
-            not architectures and raw.get("model_type") == family.name
-        ):
+        if family.architecture in architectures or (not architectures and raw.get("model_type") == family.name):
             return family
     supported = ", ".join(f"{f.architecture} ({f.name})" for f in FAMILIES)
     found = ", ".join(architectures) or str(raw.get("model_type") or "no architecture")
-    raise UsageError(
-        f"{where}: {found[:200]} is not a supported model family.", f"Supported are: {supported}."
-    )
+    raise UsageError(f"{where}: {found[:200]} is not a supported model family.", f"Supported are: {supported}.")
 
 
 def configure(raw: dict[str, object], where: str) -> tuple[Family, DecoderConfig]:

@@ -87,9 +87,7 @@ def part_shape(cut: Cut, shape: tuple[int, ...], mesh: Mesh, dims: Mapping[str, 
     return tuple(out)
 
 
-def boxes(
-    cut: Cut, shape: tuple[int, ...], mesh: Mesh, dims: Mapping[str, int], rank: int
-) -> tuple[Box, ...]:
+def boxes(cut: Cut, shape: tuple[int, ...], mesh: Mesh, dims: Mapping[str, int], rank: int) -> tuple[Box, ...]:
     """The rectangles of the source that make this rank's part, top to bottom.  Empty: all padding."""
     rows, cols = matrix(shape)
     if cut.axis is None:

@@ -12,13 +12,9 @@ def fold(names: Iterable[str]) -> list[tuple[str, int]]:
     """[(folded name, how many)], in order of first appearance.  `a.0.w a.1.w b` -> `a.{0..1}.w`, `b`."""
     groups: dict[str, list[tuple[int, ...]]] = {}
     for name in names:
-        groups.setdefault(_NUMBER.sub("{}", name), []).append(
-            tuple(int(n) for n in _NUMBER.findall(name))
-        )
+        groups.setdefault(_NUMBER.sub("{}", name), []).append(tuple(int(n) for n in _NUMBER.findall(name)))
     return [
-        (template.format(*ranges), count)
-        for template, keys in groups.items()
-        for ranges, count in _merge(keys)
+        (template.format(*ranges), count) for template, keys in groups.items() for ranges, count in _merge(keys)
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from ..layout.plan import Move, Plan
 from .outputs import Outputs
 from .source import Source
 
-NUMPY = {
+NUMPY: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -93,15 +94,15 @@ def move_tensor(
             raise Stopped
         count = min(step, rows - row)
         block = buffers.block[: count * pitch]
-        source.read(info, row * pitch, memoryview(block))
-        source_hash.update(block)
+        source.read(info, row * pitch, block.data)
+        source_hash.update(block.data)
         for target in targets:
             for box in target.boxes:
                 top, bottom = max(row, box.row), min(row + count, box.row + box.rows)
                 if top < bottom:
                     piece = _cut(block, info.dtype, cols, top - row, bottom - row, box, target, buffers, name)
-                    outputs.write(target.rank, target.file, target.offset + target.written, memoryview(piece))
-                    target.hash.update(piece)
+                    outputs.write(target.rank, target.file, target.offset + target.written, piece.data)
+                    target.hash.update(piece.data)
                     target.written += len(piece)
         advance(len(block))
     source.release(info)

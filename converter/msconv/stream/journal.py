@@ -99,9 +99,7 @@ class Journal:
         if not moved:
             return
         lines = [
-            msgspec.json.encode(
-                _Line(m.name, m.source_digest, [(t, p, d) for (t, p), d in m.parts.items()])
-            )
+            msgspec.json.encode(_Line(m.name, m.source_digest, [(t, p, d) for (t, p), d in m.parts.items()]))
             for m in moved
         ]
         data = b"\n".join(lines) + b"\n"

@@ -68,7 +68,9 @@ class Comparison:
         self.agreeing += int(found.shape == expected.shape and found.argmax() == expected.argmax())
 
 
-def compare(candidate: Candidate, reference: Reference, vocab: int, max_positions: int, seed: int = 0) -> Comparison:
+def compare(
+    candidate: Candidate, reference: Reference, vocab: int, max_positions: int, seed: int = 0
+) -> Comparison:
     """Run the scenario with random tokens and compare every row of logits with the reference's."""
     rng = np.random.default_rng(seed)
 

@@ -56,9 +56,7 @@ def prove(root: Path, target: str, reference: Path | None) -> Proof:
 
     model = Reference(source, manifest)
     comparison = compare(Session(root, target), model, config.vocab, config.max_positions)
-    proof = Proof(
-        target, manifest.parallel.tp, comparison, missing, unused, time.monotonic() - started
-    )
+    proof = Proof(target, manifest.parallel.tp, comparison, missing, unused, time.monotonic() - started)
     weights = required(root, manifest)
     entry = Verified(
         target=target,
@@ -72,7 +70,7 @@ def prove(root: Path, target: str, reference: Path | None) -> Proof:
         argmax_agreement=comparison.argmax_agreement,
         ranks=manifest.parallel.tp,
         logits_compared=comparison.rows,
-        settings={phase: error for phase, error in comparison.by_phase.items()},
+        settings=dict(comparison.by_phase.items()),
     )
     with exclusive(root):
         manifest = read_manifest(root)

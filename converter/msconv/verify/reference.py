@@ -32,7 +32,8 @@ class Reference:
         if checkpoint.config_digest != manifest.model.config_digest:
             raise VerificationFailed(
                 f"{root}: is another model than the artifact was built from ({manifest.model.source}): "
-                f"config.json has digest {checkpoint.config_digest}, the artifact's {manifest.model.config_digest}.",
+                f"the digests of config.json are {checkpoint.config_digest} and "
+                f"{manifest.model.config_digest}.",
                 "Give the directory the artifact was converted from with --reference.",
             )
         self._torch = torch

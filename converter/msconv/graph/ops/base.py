@@ -87,7 +87,13 @@ def collective(name: str, **attributes: Any) -> Any:
     `ops.AllGather` asks the running process for the group's size and exports 1: built by hand instead.
     """
     primitive = ops.Primitive(name)
-    for key, value in {"group": TP_GROUP, "index": 0, "fusion": 0, "no_eliminate": True, **attributes}.items():
+    for key, value in {
+        "group": TP_GROUP,
+        "index": 0,
+        "fusion": 0,
+        "no_eliminate": True,
+        **attributes,
+    }.items():
         primitive.add_prim_attr(key, value)
     return primitive
 

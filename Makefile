@@ -1,0 +1,41 @@
+# Each target does all of its own set-up: git, make and Python 3.11 are enough.
+#   make demo    checkpoint -> artifact -> graphs -> proof -> SGLang server -> an answer
+#   make test    lint, types, import rules and all tests
+#   make setup   only the environment
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: setup demo test check format clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "Python 3.11 is needed; $(PYTHON) is another. Set PYTHON=/path/to/python3.11."; exit 4; }
+	@echo "Setting up $(VENV): about 1 GB of packages, some minutes the first time."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m demo.run
+
+test: check
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf artifacts build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,139 @@
+"""The model class under upstream's name: an artifact gets our graphs, every other model upstream's class.
+
+Upstream's class prepares a batch and hands logits back; the cell here only runs the artifact's graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sglang.srt.models.mindspore as upstream
+from mindspore import Tensor, nn
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+from sglang.srt.runtime_context import get_parallel
+
+from ..artifact import Manifest, is_artifact, read_manifest
+from ..errors import ArtifactError, EnvironmentProblem
+from ..graphs import Batch, Graphs
+from . import cpu
+
+logger = logging.getLogger(__name__)
+
+
+class MindSporeForCausalLM(upstream.MindSporeForCausalLM):
+    """Registered in place of upstream's class of this name."""
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        if _artifact_of(config) is not None and not upstream._is_npu:
+            cpu.complete(upstream)
+        super().__init__(config=config, quant_config=quant_config, prefix=prefix)
+
+    def get_arch(self, config: Any) -> Any:
+        return ArtifactModel if _artifact_of(config) is not None else super().get_arch(config)
+
+
+def _artifact_of(config: Any) -> Path | None:
+    path = getattr(config, "_name_or_path", None)
+    return Path(path) if path is not None and is_artifact(path) else None
+
+
+class ArtifactModel(nn.Cell):
+    """What upstream calls the architecture: loads the artifact's rank, runs its two graphs."""
+
+    capture_aux_hidden_states = False
+
+    def __init__(self, config: Any, quant_config: Any = None) -> None:
+        super().__init__()
+        import mindspore
+
+        root = _artifact_of(config)
+        assert root is not None
+        self.root = root
+        self.target = "cpu" if not upstream._is_npu else cpu.no_npu_target()
+        self.manifest = read_manifest(root)
+        self.num_layers = config.num_hidden_layers
+        config.param_dtype = mindspore.float32
+        self.rank = check_parallel(self.manifest, root)
+        self.caches: list[Any] = []
+
+    def load_weights(self, weights: Any) -> None:
+        """Load this rank and warm up both graphs.  SGLang's own iterator is never advanced."""
+        started = time.monotonic()
+        self.graphs = Graphs(self.root, self.manifest, self.target, self.rank)
+        loaded = time.monotonic()
+        self.graphs.warm_up()
+        logger.info(
+            "msconv: rank %d of %s: %d tensors bound in %.2f s, prefill and decode warmed up in %.2f s",
+            self.rank,
+            self.root,
+            len(self.graphs.tensors),
+            loaded - started,
+            time.monotonic() - loaded,
+        )
+
+    def prepare_inputs(self, forward_batch: Any, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        if not self.caches:
+            self.caches = self._map_pool()
+        model_inputs["is_extend"] = bool(forward_batch.forward_mode.is_extend())
+        return model_inputs
+
+    def __call__(
+        self,
+        input_ids: Any,
+        position_ids: Any,
+        out_cache_loc: Any,
+        block_tables: Any,
+        batch_valid_length: Any,
+        q_seq_lens: Any,
+        is_extend: bool,
+        **unused: Any,
+    ) -> Any:
+        """Logits [B, V] float32 of each sequence's last token."""
+        named = (input_ids, position_ids, out_cache_loc, block_tables, batch_valid_length, q_seq_lens)
+        batch = Batch(*(np.asarray(t.asnumpy(), np.int32) for t in named))
+        if is_extend:
+            return Tensor.from_numpy(self.graphs.prefill(batch, self.caches))
+        logits = self.graphs.decode(batch, self.caches)
+        logits.asnumpy()  # wait: torch owns the input buffers and reads the result
+        return logits
+
+    def _map_pool(self) -> list[Any]:
+        """SGLang's KV pool as graph inputs, k0 v0 k1 v1 ...: the same memory as [pages, page, K, D]."""
+        pool = get_token_to_kv_pool()
+        caches = []
+        for layer in range(self.num_layers):
+            for buffer in (pool.get_key_buffer(layer), pool.get_value_buffer(layer)):
+                if not buffer.is_contiguous():
+                    raise EnvironmentProblem("SGLang's KV pool is not contiguous: it cannot be shared.")
+                paged = buffer if buffer.ndim == 4 else buffer.view(-1, pool.page_size, *buffer.shape[1:])
+                caches.append(upstream.tensor_torch2ms(paged))
+        found, expected = list(caches[0].shape[2:]), self.graphs.cache_shape[2:]
+        if found != expected:
+            raise ArtifactError(
+                f"{self.root}: SGLang's KV pool has heads and dimension {found}, the graphs want {expected}."
+            )
+        logger.info("msconv: KV pool %s shared with the graphs", caches[0].shape)
+        return caches
+
+
+def check_parallel(manifest: Manifest, root: Path) -> int:
+    """This process's rank.  Raises EnvironmentProblem if the server's layout is not the artifact's."""
+    parallel = get_parallel()
+    tp = manifest.parallel.tp
+    if parallel.tp_size != tp:
+        raise EnvironmentProblem(
+            f"{root}: was converted for tp {tp}, the server runs tp {parallel.tp_size}.",
+            f"Start it with --tp-size {tp} (`msconv serve` does), or convert with --tp {parallel.tp_size}.",
+        )
+    if tp > 1:
+        raise EnvironmentProblem(
+            f"{root}: serving tp {tp} is not there yet: the slot starts one rank.", "Convert with --tp 1."
+        )
+    return int(parallel.tp_rank)
+
+
+EntryClass = [MindSporeForCausalLM]

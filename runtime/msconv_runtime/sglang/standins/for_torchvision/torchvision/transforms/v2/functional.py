@@ -1,0 +1,2 @@
+from ..functional import InterpolationMode as InterpolationMode
+from ..functional import __getattr__ as __getattr__
