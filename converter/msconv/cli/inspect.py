@@ -38,10 +38,12 @@ def command(artifact: Path | None, check: bool, as_json: bool) -> None:
             "ok": not damage,
             "damage": [{"path": d.path, "tensor": d.tensor, "problem": d.problem} for d in damage],
         }
-    if as_json and not damage:
+    if as_json:
         emit(data)
-    elif not as_json:
-        click.echo(describe(data))
+        if damage:
+            raise click.exceptions.Exit(ArtifactError.exit_code)
+        return
+    click.echo(describe(data))
     if damage:
         lines = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:50])
         raise ArtifactError(

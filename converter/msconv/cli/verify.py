@@ -53,6 +53,8 @@ def command(artifact: Path | None, target: str, reference: Path | None, as_json:
         )
     for phase, error in c.by_phase.items():
         say(f"  {phase}: largest logit error {error:.2e}")
+    if not proof.ok and as_json:
+        raise click.exceptions.Exit(VerificationFailed.exit_code)
     if not proof.ok:
         names = ", ".join((proof.missing + proof.unused)[:5])
         raise VerificationFailed(

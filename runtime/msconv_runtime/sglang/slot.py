@@ -1,6 +1,6 @@
 """The model class under upstream's name: an artifact gets our graphs, every other model upstream's class.
 
-Upstream's class prepares a batch and hands logits back; the cell here only runs the artifact's graphs.
+Upstream's class starts MindSpore and loads; a batch goes from SGLang's tensors straight to the graphs.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sglang.srt.models.mindspore as upstream
-from mindspore import Tensor, nn
+import torch
+from mindspore import nn
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.runtime_context import get_parallel
 
 from ..artifact import Manifest, is_artifact, read_manifest
 from ..errors import ArtifactError, EnvironmentProblem
-from ..graphs import Batch, Graphs
+from ..graphs import Graphs
 from . import cpu
 
 logger = logging.getLogger(__name__)
@@ -28,12 +29,23 @@ class MindSporeForCausalLM(upstream.MindSporeForCausalLM):
     """Registered in place of upstream's class of this name."""
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
-        if _artifact_of(config) is not None and not upstream._is_npu:
+        self.is_artifact = _artifact_of(config) is not None
+        if self.is_artifact:
+            if upstream._is_npu:
+                raise EnvironmentProblem(
+                    f"{config._name_or_path}: has graphs for the CPU only; this machine serves on an NPU."
+                )
             cpu.complete(upstream)
         super().__init__(config=config, quant_config=quant_config, prefix=prefix)
 
     def get_arch(self, config: Any) -> Any:
         return ArtifactModel if _artifact_of(config) is not None else super().get_arch(config)
+
+    def forward(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
+        if not self.is_artifact:
+            return super().forward(input_ids, positions, forward_batch)
+        logits = self.model.run(input_ids, positions, forward_batch)
+        return LogitsProcessorOutput(next_token_logits=logits, hidden_states=None)
 
 
 def _artifact_of(config: Any) -> Path | None:
@@ -53,7 +65,6 @@ class ArtifactModel(nn.Cell):
         root = _artifact_of(config)
         assert root is not None
         self.root = root
-        self.target = "cpu" if not upstream._is_npu else cpu.no_npu_target()
         self.manifest = read_manifest(root)
         self.num_layers = config.num_hidden_layers
         config.param_dtype = mindspore.float32
@@ -63,7 +74,7 @@ class ArtifactModel(nn.Cell):
     def load_weights(self, weights: Any) -> None:
         """Load this rank and warm up both graphs.  SGLang's own iterator is never advanced."""
         started = time.monotonic()
-        self.graphs = Graphs(self.root, self.manifest, self.target, self.rank)
+        self.graphs = Graphs(self.root, self.manifest, "cpu", self.rank)
         loaded = time.monotonic()
         self.graphs.warm_up()
         logger.info(
@@ -75,31 +86,14 @@ class ArtifactModel(nn.Cell):
             time.monotonic() - loaded,
         )
 
-    def prepare_inputs(self, forward_batch: Any, model_inputs: dict[str, Any]) -> dict[str, Any]:
+    def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
+        """Logits [B, V] float32 of each sequence's last token, a torch tensor."""
         if not self.caches:
             self.caches = self._map_pool()
-        model_inputs["is_extend"] = bool(forward_batch.forward_mode.is_extend())
-        return model_inputs
-
-    def __call__(
-        self,
-        input_ids: Any,
-        position_ids: Any,
-        out_cache_loc: Any,
-        block_tables: Any,
-        batch_valid_length: Any,
-        q_seq_lens: Any,
-        is_extend: bool,
-        **unused: Any,
-    ) -> Any:
-        """Logits [B, V] float32 of each sequence's last token."""
-        named = (input_ids, position_ids, out_cache_loc, block_tables, batch_valid_length, q_seq_lens)
-        batch = Batch(*(np.asarray(t.asnumpy(), np.int32) for t in named))
-        if is_extend:
-            return Tensor.from_numpy(self.graphs.prefill(batch, self.caches))
-        logits = self.graphs.decode(batch, self.caches)
-        logits.asnumpy()  # wait: torch owns the input buffers and reads the result
-        return logits
+        batch = cpu.batch_of(input_ids, positions, forward_batch)
+        if forward_batch.forward_mode.is_extend():
+            return torch.from_numpy(self.graphs.prefill(batch, self.caches))
+        return torch.from_numpy(self.graphs.decode(batch, self.caches).asnumpy())
 
     def _map_pool(self) -> list[Any]:
         """SGLang's KV pool as graph inputs, k0 v0 k1 v1 ...: the same memory as [pages, page, K, D]."""

@@ -1,0 +1,93 @@
+"""Real SGLang servers on real artifacts: loopback only, bounded, ended by their own process id."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START_TIMEOUT_S = 240
+
+
+@dataclass
+class Server:
+    """A running server.  `log` is everything it printed."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def post(self, path: str, body: dict[str, Any], timeout_s: float = 120) -> bytes:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+            found: bytes = reply.read()
+        return found
+
+    def generate(self, ids: list[int], max_new_tokens: int, **more: Any) -> dict[str, Any]:
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        reply: dict[str, Any] = json.loads(
+            self.post("/generate", {"input_ids": ids, "sampling_params": sampling, **more})
+        )
+        return reply
+
+
+@contextmanager
+def serving(artifact: Path, log_path: Path, *sglang_args: str) -> Iterator[Server]:
+    """`msconv serve` on a free port until the block ends."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    command = [sys.executable, "-m", "msconv", "serve", str(artifact), "--port", str(port), "--", *sglang_args]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    server = Server(port, process, log_path)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait(server: Server) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            pytest.fail(f"the server ended with {server.process.returncode}:\n{server.log[-3000:]}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=2) as reply:
+                if reply.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"the server was not ready after {START_TIMEOUT_S} s:\n{server.log[-3000:]}")
+
+
+def run(*args: object) -> None:
+    """A msconv command that must succeed."""
+    done = subprocess.run([sys.executable, "-m", "msconv", *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,160 @@
+"""The real SGLang server on a CPU against transformers' generate, token for token."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from msconv_runtime.sglang.launch import cpu_environment
+from tests.e2e.servers import Server, run, serving
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+
+CHUNK = 64
+NEW_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def server(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    work = tmp_path_factory.mktemp("serve")
+    artifact = work / "artifact"
+    run("convert", "--model", random_checkpoint, "--tp", 1, "--output", artifact)
+    run("compile", artifact, "--target", "cpu")
+    with serving(artifact, work / "server.log", "--chunked-prefill-size", str(CHUNK)) as s:
+        yield s
+
+
+@pytest.fixture(scope="module")
+def model(random_checkpoint: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(random_checkpoint, dtype=torch.float32).eval()
+
+
+def expected(model: Any, ids: list[int], new: int = NEW_TOKENS) -> list[int]:
+    """transformers' greedy continuation."""
+    import torch
+
+    out = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),  # else every pad id in the prompt is hidden
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    found: list[int] = out[0, len(ids) :].tolist()
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Any) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    lengths = (1, 2, 5, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 150, 3, 9)
+    return [rng.integers(0, model.config.vocab_size, n).tolist() for n in lengths]
+
+
+def test_the_log_shows_the_slot_and_the_warm_up_before_ready(server: Server) -> None:
+    log = server.log
+    assert "type=MindSporeForCausalLM" in log
+    assert "prefill and decode warmed up" in log
+    assert log.index("warmed up") < log.index("Uvicorn running")
+
+
+def test_prompts_one_after_another_give_transformers_tokens(
+    server: Server, model: Any, prompts: list[list[int]]
+) -> None:
+    for ids in prompts:
+        assert server.generate(ids, NEW_TOKENS)["output_ids"] == expected(model, ids), len(ids)
+
+
+def test_prompts_all_at_once_give_transformers_tokens(
+    server: Server, model: Any, prompts: list[list[int]]
+) -> None:
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        replies = list(pool.map(lambda ids: server.generate(ids, NEW_TOKENS)["output_ids"], prompts))
+    assert replies == [expected(model, ids) for ids in prompts]
+
+
+def test_a_repeated_prompt_hits_the_prefix_cache_and_answers_the_same(server: Server, model: Any) -> None:
+    ids = np.random.default_rng(2).integers(0, model.config.vocab_size, 90).tolist()
+    first = server.generate(ids, NEW_TOKENS)
+    longer = [*ids, 3, 1, 4]
+    second, third = server.generate(ids, NEW_TOKENS), server.generate(longer, NEW_TOKENS)
+    assert second["meta_info"]["cached_tokens"] > 0
+    assert third["meta_info"]["cached_tokens"] > 0
+    assert first["output_ids"] == second["output_ids"] == expected(model, ids)
+    assert third["output_ids"] == expected(model, longer)
+
+
+def test_a_prompt_longer_than_the_prefill_chunk(server: Server, model: Any) -> None:
+    ids = np.random.default_rng(3).integers(0, model.config.vocab_size, 7 * CHUNK + 5).tolist()
+    assert server.generate(ids, NEW_TOKENS)["output_ids"] == expected(model, ids)
+
+
+def test_streaming_gives_the_same_tokens_in_pieces(server: Server, model: Any) -> None:
+    ids = np.random.default_rng(4).integers(0, model.config.vocab_size, 20).tolist()
+    body = {
+        "input_ids": ids,
+        "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        "stream": True,
+    }
+    lines = server.post("/generate", body).decode().splitlines()
+    events = [json.loads(x[6:]) for x in lines if x.startswith("data: ") and x != "data: [DONE]"]
+    assert len(events) > 1
+    assert events[-1]["output_ids"] == expected(model, ids)
+
+
+def test_chat_completions_follow_the_chat_template(server: Server, model: Any, random_checkpoint: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(random_checkpoint)
+    messages = [{"role": "user", "content": "Simple is better than"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    body = {"model": "any", "messages": messages, "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    reply = json.loads(server.post("/v1/chat/completions", body))
+    text = tokenizer.decode(expected(model, list(ids), 12), skip_special_tokens=True)
+    assert reply["choices"][0]["message"]["content"] == text
+    assert reply["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_other_models_go_to_upstreams_own_class(random_checkpoint: Path) -> None:
+    code = f"""
+from types import SimpleNamespace
+from msconv_runtime.sglang import slot
+config = SimpleNamespace(_name_or_path={str(random_checkpoint)!r}, architectures=["NoSuchForCausalLM"])
+model = slot.MindSporeForCausalLM.__new__(slot.MindSporeForCausalLM)
+slot.upstream._get_arch_from_config = lambda config: "upstream's " + config.architectures[0]
+print(model.get_arch(config))
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **cpu_environment()}
+    )
+    assert done.stdout.strip().endswith("upstream's NoSuchForCausalLM"), done.stderr[-2000:]
+
+
+def test_the_served_demonstration_continues_the_text(
+    zen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from demo.checkpoint import zen_lines
+
+    work = tmp_path_factory.mktemp("zen-serve")
+    run("convert", "--model", zen_checkpoint, "--tp", 1, "--dtype", "bfloat16", "--output", work / "a")
+    run("compile", work / "a")
+    run("verify", work / "a", "--reference", zen_checkpoint)
+    with serving(work / "a", work / "log") as server:
+        for line in zen_lines()[:6]:
+            start = " ".join(line.split()[:3])
+            body = {"text": start, "sampling_params": {"temperature": 0, "max_new_tokens": 40}}
+            assert start + json.loads(server.post("/generate", body))["text"] == line
