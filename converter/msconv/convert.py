@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,26 +46,22 @@ TOOL = f"msconv {__version__}"
 
 @dataclass(frozen=True)
 class Conversion:
-    """A planned conversion that has not started."""
+    """A planned conversion that has not started.  `describe` makes the manifest's model from what was read."""
 
-    checkpoint: Checkpoint
+    name: str
+    family: str
     plan: Plan
+    source: Source
+    identity: Identity
+    origin: Path
+    auxiliary: list[Path]
+    describe: Callable[[dict[str, Moved]], Model]
+    dropped: list[Dropped]
+    source_dtype: str
     output: Path
     jobs: int
     block_bytes: int
     planned_memory_bytes: int
-
-    @property
-    def identity(self) -> Identity:
-        files = self.checkpoint.files.values()
-        return Identity(
-            tool=TOOL,
-            source=digest_of(f"{f.path.name} {f.size} {f.mtime_ns} {f.header_digest}" for f in files),
-            config=self.checkpoint.config_digest,
-            layout=digest_of(
-                [str(self.plan.mesh), self.plan.dtype, *(digest_bytes(f.header) for f in self.plan.files)]
-            ),
-        )
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,32 @@ def prepare(
     checkpoint = open_checkpoint(model)
     plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, Mesh(tp, ep), dtype)
     block, planned = plan_memory(plan, jobs, max_memory)
-    output = output or Path("artifacts") / default_name(checkpoint.name, tp, ep)
-    return Conversion(checkpoint, plan, output, jobs, block, planned)
+    return Conversion(
+        name=checkpoint.name,
+        family=checkpoint.family.name,
+        plan=plan,
+        source=DirectorySource(checkpoint.files),
+        identity=identify(
+            (f"{f.path.name} {f.size} {f.mtime_ns} {f.header_digest}" for f in checkpoint.files.values()),
+            checkpoint.config_digest,
+            plan,
+        ),
+        origin=checkpoint.root,
+        auxiliary=checkpoint.auxiliary,
+        describe=lambda moved: _model(checkpoint, plan, moved),
+        dropped=_dropped(plan),
+        source_dtype=plan.source_dtype,
+        output=output or Path("artifacts") / default_name(checkpoint.name, tp, ep),
+        jobs=jobs,
+        block_bytes=block,
+        planned_memory_bytes=planned,
+    )
+
+
+def identify(files: Iterable[str], config_digest: str, plan: Plan) -> Identity:
+    """What must stay the same for a half-done conversion to go on."""
+    headers = (digest_bytes(f.header) for f in plan.files)
+    return Identity(TOOL, digest_of(files), config_digest, digest_of([str(plan.mesh), plan.dtype, *headers]))
 
 
 def default_name(model: str, tp: int, ep: int = 1) -> str:
@@ -106,38 +126,32 @@ def default_name(model: str, tp: int, ep: int = 1) -> str:
 def run(conversion: Conversion, force: bool = False, progress: Progress = lambda n: None) -> Converted:
     """Convert, or go on with a conversion.  The artifact is READY on return."""
     started = time.monotonic()
-    root, plan, checkpoint = conversion.output, conversion.plan, conversion.checkpoint
-    _refuse_foreign(root, checkpoint.root)
-    with exclusive(root):
-        if force:
-            clear(root)
-        previous = _finished(root, conversion)
-        if previous is not None and previous.weights is not None:
-            return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
-        _check_twins(plan, DirectorySource(checkpoint.files))
-        source = DirectorySource(checkpoint.files)
-        try:
+    root, plan, source = conversion.output, conversion.plan, conversion.source
+    _refuse_foreign(root, conversion.origin)
+    try:
+        with exclusive(root):
+            if force:
+                clear(root)
+            previous = _finished(root, conversion)
+            if previous is not None and previous.weights is not None:
+                return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
+            _check_twins(plan, source)
             with Journal.resume(root, conversion.identity) as journal:
                 before = set(journal.done)
                 moved = execute(plan, source, root, journal, conversion.jobs, conversion.block_bytes, progress)
-                for path in checkpoint.auxiliary:
+                for path in conversion.auxiliary:
                     replace_file(root / path.name, path.read_bytes())
-                replace_file(root / STATE_DIR / "source", f"{checkpoint.root.resolve()}\n".encode())
-                replace_file(root / STATE_DIR / "identity", identity_digest(conversion.identity).encode())
+                state = root / STATE_DIR
+                replace_file(state / "source", f"{conversion.origin.resolve()}\n".encode())
+                replace_file(state / "identity", conversion.identity.digest().encode())
                 write_manifest(root, _manifest(conversion, moved, previous))
                 journal.remove()
-        finally:
-            source.close()
-    redone = [plan.sources[n].nbytes for n in plan.moves if n not in before]
-    share = sum(redone) / max(1, plan.read_bytes)
-    return Converted(
-        root,
-        sum(redone),
-        round(plan.output_bytes * share),
-        time.monotonic() - started,
-        peak_rss_bytes(),
-        bool(before),
-    )
+    finally:
+        source.close()
+    redone = sum(plan.sources[n].nbytes for n in plan.moves if n not in before)
+    share = redone / max(1, plan.read_bytes)
+    seconds = time.monotonic() - started
+    return Converted(root, redone, round(plan.output_bytes * share), seconds, peak_rss_bytes(), bool(before))
 
 
 def _refuse_foreign(root: Path, source: Path) -> None:
@@ -163,9 +177,9 @@ def _finished(root: Path, conversion: Conversion) -> Manifest | None:
         manifest = read_manifest(root)
     except ArtifactError as e:
         raise ArtifactError(e.message, "Run with --force to convert anew.") from None
-    checkpoint, plan = conversion.checkpoint, conversion.plan
-    if manifest.model.config_digest != checkpoint.config_digest or manifest.parallel != Parallel(
-        plan.mesh.tp, plan.mesh.ep
+    mesh = conversion.plan.mesh
+    if manifest.model.config_digest != conversion.identity.config or manifest.parallel != Parallel(
+        mesh.tp, mesh.ep
     ):
         raise ArtifactError(
             f"{root}: holds an artifact of another model or layout "
@@ -174,23 +188,13 @@ def _finished(root: Path, conversion: Conversion) -> Manifest | None:
         )
     if manifest.weights is None:
         return manifest  # graphs without weights: this conversion completes them
-    here = [(f.name, f.size) for f in manifest.model.files]
-    there = [(n, f.size) for n, f in checkpoint.files.items()]
-    same_layout = [(t.name, t.dtype, tuple(t.shape)) for t in manifest.weights.tensors] == [
-        (t.name, t.dtype, t.shape) for t in plan.tensors
-    ]
     recorded = root / STATE_DIR / "identity"
-    unchanged = recorded.exists() and recorded.read_text() == identity_digest(conversion.identity)
-    if here != there or not same_layout or not unchanged:
+    if not recorded.exists() or recorded.read_text() != conversion.identity.digest():
         raise ArtifactError(
             f"{root}: holds a finished artifact of another conversion (the source, --dtype or msconv changed).",
             "Give another --output, or replace it with --force.",
         )
     return manifest
-
-
-def identity_digest(identity: Identity) -> str:
-    return digest_of([identity.tool, identity.source, identity.config, identity.layout])
 
 
 def clear(root: Path) -> None:
@@ -204,43 +208,29 @@ def clear(root: Path) -> None:
 
 def _check_twins(plan: Plan, source: Source) -> None:
     """A tensor dropped because another holds the same bytes must really do so."""
-    try:
-        for name, _, twin in plan.dropped:
-            if not twin:
-                continue
-            a, b = plan.sources[name], plan.sources[twin]
-            same = (a.dtype, a.shape) == (b.dtype, b.shape)
-            for begin in range(0, a.nbytes if same else 0, 4 << 20):
-                n = min(4 << 20, a.nbytes - begin)
-                left, right = bytearray(n), bytearray(n)
-                source.read(a, begin, memoryview(left))
-                source.read(b, begin, memoryview(right))
-                same = same and left == right
-            if not same:
-                raise CheckpointError(
-                    f"{name}: the configuration ties it to {twin}, but its values are different.",
-                    'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.',
-                )
-    finally:
-        source.close()
+    for name, _, twin in plan.dropped:
+        if not twin:
+            continue
+        a, b = plan.sources[name], plan.sources[twin]
+        same = (a.dtype, a.shape) == (b.dtype, b.shape)
+        for begin in range(0, a.nbytes if same else 0, 4 << 20):
+            n = min(4 << 20, a.nbytes - begin)
+            left, right = bytearray(n), bytearray(n)
+            source.read(a, begin, memoryview(left))
+            source.read(b, begin, memoryview(right))
+            same = same and left == right
+        if not same:
+            raise CheckpointError(
+                f"{name}: the configuration ties it to {twin}, but its values are different.",
+                'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.',
+            )
 
 
-def _manifest(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None) -> Manifest:
-    checkpoint, plan = conversion.checkpoint, conversion.plan
-    files, tensors = describe(plan, moved)
+def _model(checkpoint: Checkpoint, plan: Plan, moved: dict[str, Moved]) -> Model:
     by_file: dict[str, list[str]] = {n: [f.header_digest] for n, f in checkpoint.files.items()}
     for name in sorted(plan.moves, key=lambda n: plan.sources[n].offset):
         by_file[plan.sources[name].file].append(moved[name].source_digest)
-    weights = Weights(
-        dtype=plan.dtype,
-        source_dtype=plan.source_dtype,
-        digest=digest_of(f.digest for f in files),
-        files=files,
-        tensors=tensors,
-        dropped=_dropped(plan),
-        padded=[Padding("vocab", *plan.vocab)] if plan.vocab[1] > plan.vocab[0] else [],
-    )
-    model = Model(
+    return Model(
         family=checkpoint.family.name,
         architecture=checkpoint.family.architecture,
         source=checkpoint.name,
@@ -248,10 +238,24 @@ def _manifest(conversion: Conversion, moved: dict[str, Moved], previous: Manifes
         parameters=plan.parameters,
         files=[SourceFile(n, f.size, digest_of(by_file[n])) for n, f in sorted(checkpoint.files.items())],
     )
+
+
+def _manifest(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None) -> Manifest:
+    plan = conversion.plan
+    files, tensors = describe(plan, moved)
+    weights = Weights(
+        dtype=plan.dtype,
+        source_dtype=conversion.source_dtype,
+        digest=digest_of(f.digest for f in files),
+        files=files,
+        tensors=tensors,
+        dropped=conversion.dropped,
+        padded=[Padding("vocab", *plan.vocab)] if plan.vocab[1] > plan.vocab[0] else [],
+    )
     return Manifest(
         format=FORMAT,
         tool=TOOL,
-        model=model,
+        model=conversion.describe(moved),
         parallel=Parallel(plan.mesh.tp, plan.mesh.ep),
         weights=weights,
         graphs=previous.graphs if previous else [],

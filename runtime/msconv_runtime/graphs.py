@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .artifact import Graph, Manifest, Phase, digest_bytes
 from .errors import ArtifactError
+from .integrity import check_artifact
 from .weights import LoadMode, RankWeights, check_size
 
 Ints = NDArray[np.int32]
@@ -45,10 +46,20 @@ class Batch:
         )
 
 
-def load_weights(root: Path, manifest: Manifest, target: str, rank: int, mode: LoadMode) -> dict[str, Any]:
-    """Tensors by name, in the types that the target's graphs take.  Zero copy where nothing is cast."""
+def load_weights(
+    root: Path, manifest: Manifest, target: str, rank: int, mode: LoadMode, check: bool
+) -> dict[str, Any]:
+    """Tensors by name, in the types that the target's graphs take.  Zero copy where nothing is cast.
+
+    Sizes are always checked; `check` reads the rank's files first and compares every digest."""
     from mindspore import Tensor
 
+    if check and (damage := check_artifact(root, manifest, rank=rank)):
+        places = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:20])
+        raise ArtifactError(
+            f"{root}: its bytes are not those the manifest describes:\n{places}",
+            "Copy the artifact again, or convert again with --force.",
+        )
     weights = RankWeights(root, manifest, rank, mode)
     wanted = {p.name: p for g in graphs_of(root, manifest, target) for p in g.parameters}
     missing = sorted(wanted.keys() - weights.tensors.keys())
@@ -84,10 +95,11 @@ class Graphs:
         target: str,
         rank: int = 0,
         mode: LoadMode = "mmap",
+        check: bool = False,
     ) -> None:
         self.manifest, self.target = manifest, target
         self.entries = {g.phase: g for g in graphs_of(root, manifest, target)}
-        self.tensors = load_weights(root, manifest, target, rank, mode)
+        self.tensors = load_weights(root, manifest, target, rank, mode, check)
         self.cells = {phase: _bind(root, g, self.tensors) for phase, g in self.entries.items()}
 
     @property

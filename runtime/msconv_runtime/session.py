@@ -33,6 +33,7 @@ class Session:
         rank: int = 0,
         page_size: int = 16,
         load: LoadMode = "mmap",
+        check_digests: bool = False,
     ) -> None:
         root = Path(artifact)
         manifest = read_manifest(root)
@@ -45,7 +46,7 @@ class Session:
                 f"{root}: is for {manifest.parallel.tp} ranks, and a Session runs one without communication.",
                 "Convert with --tp 1, or serve all ranks with `msconv serve`.",
             )
-        self.graphs = Graphs(root, manifest, target, rank, load)
+        self.graphs = Graphs(root, manifest, target, rank, load, check_digests)
         self.page_size = page_size
         self._caches: list[Any] = []
         self._num_pages = 0

@@ -115,6 +115,11 @@ def open_checkpoint(root: Path) -> Checkpoint:
     return Checkpoint(base.root, base.name, base.family, base.config, base.config_digest, files, tensors)
 
 
+def has_weights(root: Path) -> bool:
+    """Whether there are weights, or an index that promises them."""
+    return (root / INDEX).exists() or any(root.glob("*.safetensors"))
+
+
 def read_small(path: Path) -> bytes:
     """A text file of bounded size."""
     try:

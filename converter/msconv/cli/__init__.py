@@ -13,9 +13,11 @@ from .. import __version__
 
 COMMANDS = {
     "convert": "Convert a checkpoint: reshard it for tensor parallelism into an artifact.",
+    "plan": "Say what a conversion would cost, and what the model needs on a device.",
     "compile": "Compile an artifact's static graphs, ahead of time, for one or more targets.",
     "verify": "Prove an artifact numerically against the source checkpoint.",
     "serve": "Serve an artifact with SGLang.",
+    "reshard": "Write an artifact for another number of ranks, without the source checkpoint.",
     "inspect": "Show what an artifact holds; --check reads every byte.",
 }
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
+from ..convert import Conversion, Converted
 from ..layout.dtypes import WEIGHT_DTYPES
+from ..layout.memory import kv_bytes_per_token
 from .console import Size, byte_progress, emit, human, json_option, say
 
 
@@ -47,26 +49,46 @@ def command(
     jobs = jobs or min(2, os.cpu_count() or 1)
     conversion = convert.prepare(Path(model), tp, ep, dtype, output, jobs, max_memory)
     plan = conversion.plan
+    print_plan(conversion)
+    if dry_run:
+        rank = {
+            "weight_bytes": plan.rank_bytes,
+            "kv_bytes_per_token": kv_bytes_per_token(plan.sizes, plan.mesh, plan.dtype),
+        }
+        if as_json:
+            emit(
+                {
+                    "ranks": [rank for _ in plan.mesh.ranks],
+                    "download_bytes": 0,
+                    "output_bytes": plan.output_bytes,
+                    "peak_memory_bytes": conversion.planned_memory_bytes,
+                }
+            )
+        say(f"Nothing was written. Output would be {conversion.output}.")
+        return
+    with byte_progress("converting", plan.read_bytes) as advance:
+        done = convert.run(conversion, force, advance)
+    print_done(done, as_json)
+    say(f"Next: msconv compile {done.artifact} --target cpu")
+
+
+def print_plan(conversion: Conversion) -> None:
+    """What will be done, for people."""
+    plan = conversion.plan
+    mesh = f"tp {plan.mesh.tp}" + (f", ep {plan.mesh.ep}" if plan.mesh.ep > 1 else "")
     say(
-        f"{conversion.checkpoint.name}: {conversion.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion "
-        f"parameters, {plan.source_dtype} -> {plan.dtype}, tp {tp}"
-        + (f", ep {ep}" if ep > 1 else "")
-        + f": {human(plan.rank_bytes)} per rank, {human(plan.output_bytes)} in all"
+        f"{conversion.name}: {conversion.family}, {plan.parameters / 1e9:.3f} billion parameters, "
+        f"{plan.source_dtype} -> {plan.dtype}, {mesh}: "
+        f"{human(plan.rank_bytes)} per rank, {human(plan.output_bytes)} in all"
     )
     if plan.source_dtype != plan.dtype:
         say(f"Values are cast from {plan.source_dtype} to {plan.dtype}; the manifest records it.")
     if plan.vocab[1] > plan.vocab[0]:
         say(f"Vocabulary of {plan.vocab[0]} padded to {plan.vocab[1]} rows; the padding is never sampled.")
-    if dry_run:
-        data = {
-            "ranks": [{"weight_bytes": plan.rank_bytes} for _ in plan.mesh.ranks],
-            "output_bytes": plan.output_bytes,
-            "peak_memory_bytes": conversion.planned_memory_bytes,
-        }
-        emit(data) if as_json else say(f"Nothing was written. Output would be {conversion.output}.")
-        return
-    with byte_progress("converting", plan.read_bytes) as advance:
-        done = convert.run(conversion, force, advance)
+
+
+def print_done(done: Converted, as_json: bool) -> None:
+    """What was done."""
     if as_json:
         emit(
             {
@@ -79,9 +101,8 @@ def command(
             }
         )
     rate = done.bytes_read / max(done.seconds, 1e-9) / 1e9
-    verb = "Already complete" if not done.bytes_read else "Resumed and finished" if done.resumed else "Converted"
+    verb = "Already complete" if not done.bytes_read else "Resumed and finished" if done.resumed else "Written"
     say(
         f"{verb}: {done.artifact}, read {human(done.bytes_read)}, wrote {human(done.bytes_written)} "
         f"in {done.seconds:.1f} s ({rate:.2f} GB/s), peak memory {human(done.peak_rss_bytes)}"
     )
-    say(f"Next: msconv compile {done.artifact} --target cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from msconv_runtime.artifact import read_manifest
-from msconv_runtime.sglang.launch import plan_launch
+from msconv_runtime.sglang.launch import CHECK_DIGESTS, plan_launch
 
 from .console import artifact_argument, emit, find_artifact, json_option, say
 
@@ -19,6 +19,7 @@ from .console import artifact_argument, emit, find_artifact, json_option, say
 @click.option("--device", type=click.Choice(["cpu", "npu"]), default="cpu", show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=30000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--check-digests", is_flag=True, help="Compare every byte with the manifest before loading.")
 @click.option("--print-command", is_flag=True, help="Only print the command; start nothing.")
 @click.argument("sglang_args", nargs=-1, type=click.UNPROCESSED)
 @json_option
@@ -27,6 +28,7 @@ def command(
     device: str,
     host: str,
     port: int,
+    check_digests: bool,
     print_command: bool,
     sglang_args: tuple[str, ...],
     as_json: bool,
@@ -46,6 +48,8 @@ def command(
         artifact = None
     root = find_artifact(artifact)
     launch = plan_launch(root, device, host, port, extra)
+    if check_digests:
+        launch.environment[CHECK_DIGESTS] = "1"
     if as_json:
         emit({"argv": launch.argv, "environment": launch.environment})
     if print_command:

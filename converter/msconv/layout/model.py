@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .dtypes import SIZES
 from .rules import Drop, Rule
 
 
@@ -65,6 +67,7 @@ def expected_sources(table: Table, sizes: Sizes, dtype: str) -> dict[str, Tensor
     out: dict[str, TensorInfo] = {}
     for rule, _, names in expand(table, sizes):
         for part in rule.parts:
+            name, kind = names[part.src], rule.dtype or dtype
             shape = tuple(sizes.dims[d] for d in part.shape)
-            out[names[part.src]] = TensorInfo(names[part.src], rule.dtype or dtype, shape)
+            out[name] = TensorInfo(name, kind, shape, nbytes=SIZES[kind] * math.prod(shape))
     return out

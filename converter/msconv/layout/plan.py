@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Elements of the source tensors that are used: the model's published parameter count."""
-        return sum(_count(self.sources[name].shape) for name in self.moves)
+        return sum(math.prod(self.sources[name].shape) for name in self.moves)
 
     def boxes(self, name: str, move: Move, rank: int) -> tuple[Box, ...]:
         return boxes(move.cut, self.sources[name].shape, self.mesh, self.sizes.dims, rank)
@@ -146,14 +147,14 @@ def make_plan(
                 vocab = (shape[0], shapes[-1][0] * mesh.tp)
         joined = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
         item = dtypes.SIZES[out_dtype]
-        tensors.append((dst, out_dtype, joined, tuple(_count(s) * item for s in shapes)))
+        tensors.append((dst, out_dtype, joined, tuple(math.prod(s) * item for s in shapes)))
     if mesh.tp > 1:
         for name, kind_dtype, shape in (
             ("vocab_start", "int32", (1,)),
             ("rank_onehot", "float32", (mesh.tp, 1, 1)),
         ):
             constants.append(Constant(len(tensors), name))
-            tensors.append((name, kind_dtype, shape, (_count(shape) * 4,)))
+            tensors.append((name, kind_dtype, shape, (math.prod(shape) * 4,)))
 
     placed, files = _place(tensors, part_bytes)
     return Plan(
@@ -288,10 +289,3 @@ def _hint(table: Table, sizes: Sizes, mesh: Mesh) -> str:
         return "Download the checkpoint again, or check that config.json belongs to these weights."
     fitting = [str(tp) for tp in TP_CHOICES if not _divisions(table, sizes, Mesh(tp))]
     return f"Try --tp {', '.join(fitting[:-1])} or {fitting[-1]}." if len(fitting) > 1 else "Try --tp 1."
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    n = 1
-    for d in shape:
-        n *= d
-    return n

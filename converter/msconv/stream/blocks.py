@@ -108,7 +108,7 @@ def move_tensor(
     source.release(info)
     parts: dict[tuple[int, int], list[str]] = {}
     for target in targets:
-        _hash_padding(target)
+        pad_hash(target.hash, target.nbytes - target.written)
         parts.setdefault(target.key, []).append("xxh3:" + target.hash.hexdigest())
     return Moved(name, "xxh3:" + source_hash.hexdigest(), parts)
 
@@ -170,10 +170,9 @@ def _cut(
     return buffers.cut[:size]
 
 
-def _hash_padding(target: _Target) -> None:
-    """What was not written is zeros (the file was preallocated): rows that pad the last ranks."""
-    rest = target.nbytes - target.written
-    while rest > 0:
-        n = min(rest, len(_ZEROS))
-        target.hash.update(_ZEROS[:n])
-        rest -= n
+def pad_hash(hasher: xxhash.xxh3_128, zeros: int) -> None:
+    """What was not written is zeros (files are preallocated): rows that pad the last ranks."""
+    while zeros > 0:
+        n = min(zeros, len(_ZEROS))
+        hasher.update(_ZEROS[:n])
+        zeros -= n

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import msgspec
 
-from msconv_runtime.artifact import STATE_DIR, replace_file
+from msconv_runtime.artifact import STATE_DIR, digest_of, replace_file
 from msconv_runtime.errors import PlanError
 
 from .blocks import Moved
@@ -23,6 +23,9 @@ class Identity(msgspec.Struct, frozen=True):
     source: str
     config: str
     layout: str
+
+    def digest(self) -> str:
+        return digest_of([self.tool, self.source, self.config, self.layout])
 
     def differences(self, other: Identity) -> list[str]:
         words = {

@@ -16,6 +16,7 @@ from ..graphs import graphs_of
 from ..weights import check_size, required
 
 STANDINS = Path(__file__).with_name("standins")
+CHECK_DIGESTS = "MSCONV_CHECK_DIGESTS"  # "1": the slot compares every digest of its rank before it loads
 PAGE_SIZE = 16
 POOL_BYTES = 4 << 30  # most memory the KV pool takes by default on a CPU
 POOL_TOKENS = (4096, 131072)  # least and most

@@ -6,6 +6,7 @@ Upstream's class starts MindSpore and loads; a batch goes from SGLang's tensors 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..artifact import Manifest, is_artifact, read_manifest
 from ..errors import ArtifactError, EnvironmentProblem
 from ..graphs import Graphs
 from . import cpu
+from .launch import CHECK_DIGESTS
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,8 @@ class ArtifactModel(nn.Cell):
     def load_weights(self, weights: Any) -> None:
         """Load this rank and warm up both graphs.  SGLang's own iterator is never advanced."""
         started = time.monotonic()
-        self.graphs = Graphs(self.root, self.manifest, "cpu", self.rank)
+        check = os.environ.get(CHECK_DIGESTS, "") == "1"
+        self.graphs = Graphs(self.root, self.manifest, "cpu", self.rank, check=check)
         loaded = time.monotonic()
         self.graphs.warm_up()
         logger.info(

@@ -1,0 +1,100 @@
+"""`msconv plan`: what a conversion would cost, and what the model needs on a device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from ..layout.dtypes import WEIGHT_DTYPES
+from ..layout.memory import RESERVED
+from .console import Size, emit, human, json_option, say
+
+
+@click.command("plan")
+@click.option("--model", required=True, metavar="REF", help="Directory of the checkpoint; config.json is enough.")
+@click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
+@click.option("--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks.")
+@click.option("--dtype", type=click.Choice(WEIGHT_DTYPES), help="Element type.  [default: the checkpoint's]")
+@click.option("--output", type=click.Path(path_type=Path), help="Where it would be written: that disk is tried.")
+@click.option("--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]")
+@click.option("--max-memory", type=Size(), help="Ceiling on memory, for example 512M.")
+@click.option("--context", default=4096, show_default=True, type=click.IntRange(1), help="Tokens a sequence.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Sequences at once.")
+@click.option("--device-memory", type=Size(), help="Memory of one device, for example 64G.")
+@json_option
+def command(
+    model: str,
+    tp: int,
+    ep: int,
+    dtype: str | None,
+    output: Path | None,
+    jobs: int | None,
+    max_memory: int | None,
+    context: int,
+    batch: int,
+    device_memory: int | None,
+    as_json: bool,
+) -> None:
+    """Say what a conversion would cost, and what the model needs on a device.
+
+    Reads headers only, and config.json alone if the weights are not there yet.
+
+    \b
+    msconv plan --model models/Qwen3-32B --tp 8
+    msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
+    """
+    from ..estimate import estimate
+
+    jobs = jobs or min(2, os.cpu_count() or 1)
+    e = estimate(Path(model), tp, ep, dtype, output, jobs, max_memory, context, batch, device_memory)
+    plan, device = e.plan, e.device
+    if as_json:
+        rank = {
+            "weight_bytes": plan.rank_bytes,
+            "kv_bytes_per_token": device.kv_bytes_per_token,
+            "kv_bytes": device.kv_bytes,
+            "device_bytes": device.total_bytes,
+        }
+        emit(
+            {
+                "model": e.checkpoint.name,
+                "family": e.checkpoint.family.name,
+                "parameters": plan.parameters,
+                "dtype": plan.dtype,
+                "ranks": [rank for _ in plan.mesh.ranks],
+                "source_bytes": plan.read_bytes,
+                "download_bytes": e.download_bytes,
+                "output_bytes": plan.output_bytes,
+                "peak_memory_bytes": e.peak_memory_bytes,
+                "seconds": None if e.seconds is None else round(e.seconds, 1),
+                "context": context,
+                "batch": batch,
+                "smallest_tp": e.smallest_tp,
+            }
+        )
+        return
+    click.echo(
+        f"{e.checkpoint.name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
+        + (", shapes from config.json (no weights here yet)" if e.assumed else "")
+    )
+    click.echo(
+        f"source      {human(plan.read_bytes)} of {plan.source_dtype}; to download {human(e.download_bytes)}"
+    )
+    click.echo(
+        f"output      {human(plan.output_bytes)} of {plan.dtype}: {plan.mesh.tp} ranks of {human(plan.rank_bytes)}"
+    )
+    click.echo(f"memory      {human(e.peak_memory_bytes)} at most, {jobs} jobs")
+    if e.seconds is not None:
+        click.echo(f"time        about {e.seconds:.0f} s, as fast as this disk was just now")
+    click.echo(
+        f"a device    {human(device.weight_bytes)} weights + {human(device.kv_bytes)} KV cache "
+        f"({batch} x {context} tokens of {human(device.kv_bytes_per_token)}) = {human(device.total_bytes)}"
+    )
+    if device_memory:
+        share = f"{RESERVED:.0%} kept free"
+        verdict = "fits" if device.fits(device_memory) else "does not fit"
+        smallest = f"smallest tp that fits: {e.smallest_tp}" if e.smallest_tp else "no tp tried fits"
+        click.echo(f"            {verdict} in {human(device_memory)} ({share}); {smallest}")
+    say(f"Next: msconv convert --model {model} --tp {tp}")

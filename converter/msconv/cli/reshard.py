@@ -1,0 +1,50 @@
+"""`msconv reshard`: an artifact for another number of ranks, without the source checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from .console import Size, byte_progress, json_option, say
+from .convert import print_done, print_plan
+
+
+@click.command("reshard")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
+@click.option("--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks.")
+@click.option("--output", type=click.Path(path_type=Path), help="[default: artifacts/<model>-tp<N>]")
+@click.option("--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]")
+@click.option("--max-memory", type=Size(), help="Ceiling on memory, for example 512M.")
+@click.option("--force", is_flag=True, help="Start over; replaces what is in the output directory.")
+@json_option
+def command(
+    artifact: Path,
+    tp: int,
+    ep: int,
+    output: Path | None,
+    jobs: int | None,
+    max_memory: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write an artifact for another number of ranks, without the source checkpoint.
+
+    The weight files are those of a direct conversion, byte for byte.  Graphs are not copied: they are made for
+    one number of ranks.
+
+    \b
+    msconv reshard artifacts/Qwen3-8B-tp4 --tp 8 --output artifacts/Qwen3-8B-tp8
+    """
+    from .. import convert
+    from ..reshard import prepare
+
+    conversion = prepare(artifact, tp, ep, output, jobs or min(2, os.cpu_count() or 1), max_memory)
+    print_plan(conversion)
+    with byte_progress("resharding", conversion.plan.read_bytes) as advance:
+        done = convert.run(conversion, force, advance)
+    print_done(done, as_json)
+    say("Graphs are made for one number of ranks and were not copied.")
+    say(f"Next: msconv compile {done.artifact} --target cpu")

@@ -1,0 +1,104 @@
+"""What a conversion would cost, from headers alone and a quick look at this disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from msconv_runtime.errors import PlanError
+
+from .checkpoint.directory import Checkpoint, has_weights, open_checkpoint, open_configuration
+from .convert import default_name
+from .layout.cuts import Mesh
+from .layout.memory import DeviceMemory, kv_bytes_per_token
+from .layout.model import expected_sources
+from .layout.plan import TP_CHOICES, Plan, make_plan
+from .stream.execute import plan_memory
+
+PROBE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`seconds` None: the output's disk could not be tried.  `smallest_tp` None: no device size was given, or
+    nothing fits.  `assumed`: there are no weights yet, shapes come from the configuration."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    device: DeviceMemory
+    peak_memory_bytes: int
+    download_bytes: int
+    seconds: float | None
+    smallest_tp: int | None
+    assumed: bool
+
+
+def estimate(
+    model: Path,
+    tp: int,
+    ep: int,
+    dtype: str | None,
+    output: Path | None,
+    jobs: int,
+    max_memory: int | None,
+    context: int,
+    batch: int,
+    device_bytes: int | None,
+) -> Estimate:
+    """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
+    assumed = not has_weights(model)
+    checkpoint = open_configuration(model) if assumed else open_checkpoint(model)
+    table, sizes = checkpoint.family.table, checkpoint.config.sizes()
+    sources = checkpoint.tensors
+    if assumed:
+        sources = expected_sources(table, sizes, checkpoint.config.dtype or "bfloat16")
+    plan = make_plan(table, sizes, sources, Mesh(tp, ep), dtype)
+
+    def memory(p: Plan) -> DeviceMemory:
+        return DeviceMemory(p.rank_bytes, kv_bytes_per_token(sizes, p.mesh, p.dtype), context, batch)
+
+    smallest = None
+    for choice in TP_CHOICES if device_bytes else ():
+        try:
+            tried = make_plan(table, sizes, sources, Mesh(choice), dtype)
+        except PlanError:
+            continue
+        if memory(tried).fits(device_bytes or 0):
+            smallest = choice
+            break
+    target = output or Path("artifacts") / default_name(checkpoint.name, tp, ep)
+    return Estimate(
+        checkpoint=checkpoint,
+        plan=plan,
+        device=memory(plan),
+        peak_memory_bytes=plan_memory(plan, jobs, max_memory)[1],
+        download_bytes=plan.read_bytes if assumed else 0,
+        seconds=_seconds(plan, target),
+        smallest_tp=smallest,
+        assumed=assumed,
+    )
+
+
+def _seconds(plan: Plan, target: Path) -> float | None:
+    """Reading and writing at the rate that a probe of some megabytes reaches where the output would be."""
+    place = next((p for p in (target, *target.parents) if p.is_dir()), Path())
+    block = os.urandom(1 << 20) * (PROBE_BYTES >> 20)
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".msconv-probe-") as f:
+            started = time.perf_counter()
+            f.write(block)
+            f.flush()
+            os.fdatasync(f.fileno())
+            written = time.perf_counter() - started
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.perf_counter()
+            f.seek(0)
+            while f.read(1 << 20):
+                pass
+            read = time.perf_counter() - started
+    except OSError:
+        return None
+    return (plan.read_bytes * read + plan.output_bytes * written) / PROBE_BYTES

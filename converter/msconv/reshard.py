@@ -1,0 +1,91 @@
+"""From one layout to another without the source checkpoint: padding and replication undone and redone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msconv_runtime.artifact import Manifest, read_manifest
+from msconv_runtime.errors import ArtifactError, UsageError
+from msconv_runtime.weights import check_size, required
+
+from .checkpoint.directory import AUXILIARY
+from .compile import configuration
+from .convert import Conversion, default_name, identify
+from .families import FAMILIES
+from .layout.cuts import Mesh
+from .layout.model import TensorInfo, expected_sources
+from .layout.plan import Plan, make_plan
+from .stream.artifact_source import ArtifactSource
+from .stream.execute import plan_memory
+
+
+def prepare(
+    artifact: Path, tp: int, ep: int = 1, output: Path | None = None, jobs: int = 1, max_memory: int | None = None
+) -> Conversion:
+    """Plan to write `artifact` anew for another mesh.  The weight files become those of a direct conversion,
+    byte for byte.  `convert.run` carries it out."""
+    if tp < 1 or ep < 1 or tp % ep:
+        raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp, and both be at least 1.")
+    manifest = read_manifest(artifact)
+    weights = required(artifact, manifest)
+    for file in weights.files:
+        check_size(artifact / file.path, file.size)
+    config = configuration(artifact, manifest)
+    table = next(f for f in FAMILIES if f.name == manifest.model.family).table
+    old = _plan_of(artifact, manifest, Mesh(manifest.parallel.tp, manifest.parallel.ep))
+    plan = make_plan(table, config.sizes(), old.sources, Mesh(tp, ep), weights.dtype)
+    block, planned = plan_memory(plan, jobs, max_memory)
+    stats = ((f.path, (artifact / f.path).stat()) for f in weights.files)
+    return Conversion(
+        name=manifest.model.source,
+        family=manifest.model.family,
+        plan=plan,
+        source=ArtifactSource(artifact, old, weights),
+        identity=identify(
+            [weights.digest, *(f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in stats)],
+            manifest.model.config_digest,
+            plan,
+        ),
+        origin=_origin(artifact),
+        auxiliary=[artifact / n for n in AUXILIARY if (artifact / n).is_file()],
+        describe=lambda moved: manifest.model,
+        dropped=weights.dropped,
+        source_dtype=weights.source_dtype,
+        output=output or Path("artifacts") / default_name(manifest.model.source, tp, ep),
+        jobs=jobs,
+        block_bytes=block,
+        planned_memory_bytes=planned,
+    )
+
+
+def _plan_of(artifact: Path, manifest: Manifest, mesh: Mesh) -> Plan:
+    """The plan the artifact was written by, made again and held against its manifest."""
+    weights = required(artifact, manifest)
+    config = configuration(artifact, manifest)
+    table = next(f for f in FAMILIES if f.name == manifest.model.family).table
+    sources = expected_sources(table, config.sizes(), weights.dtype)
+    plan = make_plan(table, config.sizes(), sources, mesh, weights.dtype)
+    recorded = [(t.name, t.dtype, tuple(t.shape), t.file, t.begin, tuple(t.parts)) for t in weights.tensors]
+    made = [
+        (t.name, t.dtype, t.shape, t.file, len(plan.files[t.file].header) + t.begin, t.parts) for t in plan.tensors
+    ]
+    if recorded != made:
+        raise ArtifactError(
+            f"{artifact}: its weights are laid out by another version of msconv ({manifest.tool}).",
+            "Convert the checkpoint again.",
+        )
+    # where each source lies in rank 0's files: what is read in one pass follows the disk
+    placed: dict[str, TensorInfo] = {}
+    for name, moves in plan.moves.items():
+        info = plan.sources[name]
+        file = f"part-{plan.tensors[moves[0].tensor].file}"
+        placed[name] = TensorInfo(name, info.dtype, info.shape, file, plan.part_offset(moves[0]), info.nbytes)
+    return Plan(**{**vars(plan), "sources": placed})
+
+
+def _origin(artifact: Path) -> Path:
+    """The checkpoint this all came from, so that `verify` finds it; the artifact itself if unknown."""
+    try:
+        return Path((artifact / ".msconv" / "source").read_text().strip())
+    except OSError:
+        return artifact
