@@ -30,14 +30,15 @@ from msconv_runtime.artifact import (
 from msconv_runtime.errors import ArtifactError, CheckpointError, UsageError
 
 from . import __version__
-from .checkpoint.directory import Checkpoint, open_checkpoint
+from .checkpoint.directory import AUXILIARY, Checkpoint, open_checkpoint
 from .layout.cuts import Mesh
 from .layout.names import fold
 from .layout.plan import Plan, make_plan
 from .stream.blocks import Moved
 from .stream.execute import describe, execute, plan_memory
-from .stream.journal import Identity, Journal
+from .stream.journal import JOURNAL, Identity, Journal
 from .stream.lock import exclusive
+from .stream.outputs import whole
 from .stream.source import DirectorySource, Source
 
 Progress = Callable[[int], None]
@@ -134,9 +135,14 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
                 clear(root)
             previous = _finished(root, conversion)
             if previous is not None and previous.weights is not None:
-                return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
+                if whole(root, plan, published=True):
+                    (root / STATE_DIR / JOURNAL).unlink(missing_ok=True)
+                    return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
+                (root / READY).unlink()  # a file was lost: not finished any more
             _check_twins(plan, source)
             with Journal.resume(root, conversion.identity) as journal:
+                if journal.done and not whole(root, plan):
+                    journal.restart()
                 before = set(journal.done)
                 moved = execute(plan, source, root, journal, conversion.jobs, conversion.block_bytes, progress)
                 for path in conversion.auxiliary:
@@ -155,8 +161,13 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
 
 
 def _refuse_foreign(root: Path, source: Path) -> None:
-    if not root.exists():
-        return
+    try:
+        if not root.exists():
+            return
+    except (OSError, ValueError):
+        raise UsageError(
+            f"{str(root)[:300]}: no directory can have this name.", "Give another --output."
+        ) from None
     if not root.is_dir():
         raise UsageError(f"{root}: is a file, not a directory.", "Give another --output.")
     if root.resolve() == source.resolve():
@@ -171,11 +182,13 @@ def _refuse_foreign(root: Path, source: Path) -> None:
 
 def _finished(root: Path, conversion: Conversion) -> Manifest | None:
     """The manifest that is already here, if it belongs to the same conversion."""
-    if not is_artifact(root) or (root / STATE_DIR / "journal.jsonl").exists():
+    if not is_artifact(root):
         return None
     try:
         manifest = read_manifest(root)
     except ArtifactError as e:
+        if (root / STATE_DIR / JOURNAL).exists():
+            return None  # interrupted before READY
         raise ArtifactError(e.message, "Run with --force to convert anew.") from None
     mesh = conversion.plan.mesh
     if manifest.model.config_digest != conversion.identity.config or manifest.parallel != Parallel(
@@ -199,7 +212,7 @@ def _finished(root: Path, conversion: Conversion) -> Manifest | None:
 
 def clear(root: Path) -> None:
     """Remove what msconv wrote, and only that.  READY goes first."""
-    for name in (READY, MANIFEST, f"{STATE_DIR}/journal.jsonl", f"{STATE_DIR}/identity", "report.html"):
+    for name in (READY, MANIFEST, f"{STATE_DIR}/{JOURNAL}", f"{STATE_DIR}/identity", *AUXILIARY):
         (root / name).unlink(missing_ok=True)
     for path in (root / "weights").glob("model-rank-*-part-*.safetensors*"):
         path.unlink()

@@ -49,6 +49,7 @@ def estimate(
     device_bytes: int | None,
 ) -> Estimate:
     """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
+    open_configuration(model)
     assumed = not has_weights(model)
     checkpoint = open_configuration(model) if assumed else open_checkpoint(model)
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()

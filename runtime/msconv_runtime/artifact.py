@@ -6,6 +6,7 @@ Writing: `write_manifest` replaces manifest and READY; a crash between the two l
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,8 @@ MANIFEST = "msconv.json"
 READY = "READY"
 STATE_DIR = ".msconv"  # journal, lock, local paths: never part of what the artifact promises
 MAX_MANIFEST_BYTES = 256 << 20
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}  # what weights may be stored as
 
 Phase = Literal["prefill", "decode"]
 
@@ -212,9 +215,41 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
+def _contradiction(manifest: Manifest) -> str:
+    """Where a manifest's parts do not agree, or "": what is read later may be taken at its word."""
+    tp, w = manifest.parallel.tp, manifest.weights
+    if not 1 <= tp <= 4096 or not 1 <= manifest.parallel.ep <= tp:
+        return f"tp {tp}, ep {manifest.parallel.ep}"
+    if w is None:
+        return ""
+    sizes: list[list[int]] = [[] for _ in range(tp)]
+    for f in w.files:
+        if not 0 <= f.rank < tp:
+            return f"{f.path} is of rank {f.rank}, of {tp}"
+        sizes[f.rank].append(f.size)
+    if not sizes[0] or any(len(s) != len(sizes[0]) for s in sizes):
+        return "ranks have different numbers of files"
+    for t in w.tensors:
+        item = ITEM_BYTES.get(t.dtype, 0)
+        if not item:
+            return f"{t.name} has unknown element type {t.dtype[:40]}"
+        if len(t.digests) != tp:
+            return f"{t.name} has {len(t.digests)} digests for {tp} ranks"
+        if not 0 <= t.file < len(sizes[0]):
+            return f"{t.name} is in file {t.file} of {len(sizes[0])}"
+        if min([*t.parts, *t.shape, t.begin], default=0) < 0 or math.prod(t.shape) * item != t.nbytes:
+            return f"{t.name} has shape {t.shape} and {t.nbytes} bytes at {t.begin}"
+        if t.begin + t.nbytes > min(s[t.file] for s in sizes):
+            return f"{t.name} ends at byte {t.begin + t.nbytes}, past the end of its file"
+    return ""
+
+
 def is_artifact(path: str | os.PathLike[str] | None) -> bool:
     """True if the directory claims to be an artifact (finished or not)."""
-    return path is not None and Path(path, MANIFEST).is_file()
+    try:
+        return path is not None and Path(path, MANIFEST).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def read_manifest(root: str | os.PathLike[str]) -> Manifest:
@@ -222,9 +257,13 @@ def read_manifest(root: str | os.PathLike[str]) -> Manifest:
     belongs to another manifest, or if the format is newer."""
     root = Path(root)
     path = root / MANIFEST
-    if not root.is_dir():
+    try:
+        found = root.is_dir()
+    except (OSError, ValueError):
+        found = False
+    if not found:
         raise ArtifactError(
-            f"{root}: no such directory.", "`msconv convert --model <dir> --tp N` makes an artifact."
+            f"{str(root)[:300]}: no such directory.", "`msconv convert --model <dir> --tp N` makes an artifact."
         )
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -255,6 +294,8 @@ def read_manifest(root: str | os.PathLike[str]) -> Manifest:
             f"{root}: {MANIFEST} is not the one that {READY} vouches for: it was changed or half copied.",
             "Copy the artifact again, or convert again with --force.",
         )
+    if problem := _contradiction(manifest):
+        raise ArtifactError(f"{path}: contradicts itself: {problem}.", "Convert again with --force.")
     return manifest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .headers import parse_json, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]{0,199}\.safetensors")
 MAX_JSON_BYTES = 64 << 20
 
 # What makes the artifact a model directory too.  Never code, never pickles.
@@ -62,8 +64,12 @@ class Checkpoint:
 
 def open_configuration(root: Path) -> Checkpoint:
     """Only config.json: enough to plan and to compile.  Raises UsageError if `root` is no model directory."""
-    if not root.exists():
-        raise UsageError(f"{root}: no such directory.", "Give the directory of a downloaded model.")
+    try:
+        found = root.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise UsageError(f"{str(root)[:300]}: no such directory.", "Give the directory of a downloaded model.")
     if not root.is_dir():
         raise UsageError(f"{root}: not a directory.", "Give the directory that holds config.json.")
     path = root / "config.json"
@@ -140,13 +146,7 @@ def _read_index(root: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: has no weight_map.", "Download this file again.")
     index: dict[str, str] = {}
     for name, file in weight_map.items():
-        if (
-            not isinstance(file, str)
-            or not file.endswith(".safetensors")
-            or Path(file).name != file
-            or "\\" in file
-            or "\0" in file
-        ):
+        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
             raise CheckpointError(
                 f"{path}: {shorten(name)} is said to be in {shorten(str(file))!r}, "
                 "which is not the name of a safetensors file in this directory."

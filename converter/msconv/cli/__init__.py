@@ -62,11 +62,15 @@ def main() -> None:
         code = cli.main(standalone_mode=False) or 0
     except click.exceptions.Exit as e:
         code = e.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+    except SystemExit as e:  # click's answer to a reader that went away
+        code = e.code if isinstance(e.code, int) else 1
     except BaseException as e:
         code = report(e, as_json="--json" in sys.argv)
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads any more, or there is no room for the answer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or 1
     sys.exit(code)
 
 

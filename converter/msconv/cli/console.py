@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import sys
 import traceback
@@ -42,6 +44,9 @@ def report(error: BaseException, as_json: bool) -> int:
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, message, exit_code = "interrupted", "Interrupted.", INTERRUPTED
         hint = "Run the same command again: a conversion resumes."
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
+        code, exit_code = "resource", 5
+        message, hint = f"The answer could not be written: {error.strerror}.", "Check where stdout goes."
     elif isinstance(error, MemoryError):
         code, message, hint, exit_code = (
             "resource",
@@ -56,7 +61,8 @@ def report(error: BaseException, as_json: bool) -> int:
         where = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
         hint = f"This is a fault in msconv{where}. Please report it with the command you ran."
     if as_json:
-        emit({"error": {"code": code, "message": message, "hint": hint}})
+        with contextlib.suppress(OSError):
+            emit({"error": {"code": code, "message": message, "hint": hint}})
     say(click.style("Error: ", fg="red", bold=True) + message)
     if hint:
         say(click.style("Next: ", fg="yellow") + hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msconv_runtime.errors import UsageError
 
+from ..layout.names import shorten
 from .config import DecoderConfig, Family, read_config
 from .qwen3 import QWEN3
 
@@ -19,7 +20,7 @@ def family_of(raw: dict[str, object], where: str) -> Family:
             return family
     supported = ", ".join(f"{f.architecture} ({f.name})" for f in FAMILIES)
     found = ", ".join(architectures) or str(raw.get("model_type") or "no architecture")
-    raise UsageError(f"{where}: {found[:200]} is not a supported model family.", f"Supported are: {supported}.")
+    raise UsageError(f"{where}: {shorten(found)} is not a supported model family.", f"Supported are: {supported}.")
 
 
 def configure(raw: dict[str, object], where: str) -> tuple[Family, DecoderConfig]:

@@ -12,6 +12,8 @@ from msconv_runtime.errors import CheckpointError
 
 from ..layout.model import Sizes, Table
 
+MAX_LAYERS = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -80,13 +82,13 @@ class _Reader:
     def __init__(self, raw: dict[str, object], prefix: str = "") -> None:
         self.raw, self.prefix, self.problems = raw, prefix, list[str]()
 
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def whole(self, key: str, default: int | None = None, most: int = 1 << 40) -> int:
         value = self.raw.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 40:
-            self.problems.append(f"{self.prefix}{key} = {_show(value)}: a whole number from {least} is needed")
-            return max(default or least, least)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            self.problems.append(f"{self.prefix}{key} = {_show(value)}: a whole number from 1 to {most} is needed")
+            return default or 1
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
@@ -131,7 +133,7 @@ def read_config(raw: dict[str, object], family: Family, where: str) -> DecoderCo
     max_positions = r.whole("max_position_embeddings")
     config = DecoderConfig(
         hidden=hidden,
-        layers=r.whole("num_hidden_layers"),
+        layers=r.whole("num_hidden_layers", most=MAX_LAYERS),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -56,10 +56,10 @@ def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Export
     inputs = ops.inputs() + cache_inputs(ops, local)
     net.set_grad(False)
     graph_id, _ = executor.compile(net, *placeholders(inputs), phase="export.mindir", do_convert=False)
-    proto = executor._get_func_graph_proto(net, graph_id, "mind_ir")
+    proto, nodes = canonical(executor._get_func_graph_proto(net, graph_id, "mind_ir"))
     return Exported(
         proto=proto,
-        nodes=count_nodes(proto),
+        nodes=nodes,
         inputs=inputs,
         parameters=[GraphParameter(p.name, NAMES[p.dtype], list(p.shape)) for p in parameters],
         groups=[TP_GROUP] if mesh.tp > 1 else [],
@@ -82,7 +82,44 @@ def placeholders(inputs: list[GraphInput]) -> list[Tensor]:
     return [Tensor(shape=list(i.shape), dtype=DTYPES[i.dtype]) for i in inputs]
 
 
-def count_nodes(proto: bytes) -> int:
+def canonical(proto: bytes) -> tuple[bytes, int]:
+    """The same graph under names of our own, so that the same input gives the same bytes; and its nodes.
+
+    MindSpore names values after source lines and Python variables, in an order that changes from run to run,
+    and gives parameters addresses of this process as keys.
+    """
     from mindspore.train import mind_ir_pb2
 
-    return len(mind_ir_pb2.ModelProto.FromString(proto).graph.node)
+    model = mind_ir_pb2.ModelProto.FromString(proto)
+    graph = model.graph
+    names: dict[str, str] = {}
+    for given in (*graph.parameter, *graph.input):
+        names[given.name] = "msconv:" + given.name.rpartition(":")[2]
+        given.name = names[given.name]
+    for i, node in enumerate(graph.node):
+        for output in node.output:
+            names[output] = f"n{i}"
+    for node in graph.node:
+        node.input[:] = [names.get(v, v) for v in node.input]
+        node.output[:] = [names[v] for v in node.output]
+        node.name = node.output[0]
+        node.domain = ""
+    for value in graph.output:
+        value.name = names.get(value.name, value.name)
+    keys: dict[str, str] = {}
+    for tensor in (*graph.parameter, *(t for value in graph.input for t in value.tensor)):
+        if tensor.ref_key:
+            tensor.ref_key = keys.setdefault(tensor.ref_key, str(len(keys)))
+    primitives = sorted(model.primitives, key=lambda p: p.name)
+    for primitive in primitives:
+        attributes = sorted(primitive.attribute, key=lambda a: a.name)
+        del primitive.attribute[:]
+        primitive.attribute.extend(attributes)
+    del model.primitives[:]
+    model.primitives.extend(primitives)
+    for attribute in graph.attribute:
+        if attribute.name == "compile_phase":
+            attribute.s = b"export.mindir"
+    graph.name = "msconv"
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data, len(graph.node)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole dotted component
+_NUMBER = re.compile(r"(?<![^.])(0|[1-9]\d{0,8})(?![^.])", re.ASCII)  # a whole dotted component
 
 
 def fold(names: Iterable[str]) -> list[tuple[str, int]]:
     """[(folded name, how many)], in order of first appearance.  `a.0.w a.1.w b` -> `a.{0..1}.w`, `b`."""
-    groups: dict[str, list[tuple[int, ...]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in names:
-        groups.setdefault(_NUMBER.sub("{}", name), []).append(tuple(int(n) for n in _NUMBER.findall(name)))
+        pieces = _NUMBER.split(name)
+        texts, numbers = tuple(pieces[::2]), tuple(int(n) for n in pieces[1::2])
+        groups.setdefault(texts, []).append(numbers)
     return [
-        (template.format(*ranges), count) for template, keys in groups.items() for ranges, count in _merge(keys)
+        (texts[0] + "".join(r + t for r, t in zip(ranges, texts[1:], strict=True)), count)
+        for texts, keys in groups.items()
+        for ranges, count in _merge(keys)
     ]
 
 
@@ -34,8 +38,10 @@ def shorten(name: str, limit: int = 160) -> str:
 
 
 def _merge(keys: list[tuple[int, ...]]) -> list[tuple[tuple[str, ...], int]]:
-    if not keys or not keys[0]:
+    if not keys[0]:
         return [((), len(keys))]
+    if len(keys[0]) > 8:  # no model nests so deep: leave such names as they are
+        return [(tuple(map(str, key)), 1) for key in keys]
     rests: dict[int, list[tuple[int, ...]]] = {}
     for key in keys:
         rests.setdefault(key[0], []).append(key[1:])

@@ -125,10 +125,12 @@ def make_plan(
     expanded = expand(table, sizes)
     dropped = _drops(table, sizes, sources, {n for _, _, names in expanded for n in names.values()})
     errors = _coverage(expanded, sizes, sources, dropped)
+    damaged = bool(errors)
     source_dtype = _common_dtype(expanded, sources, dtype, errors)
     errors += _divisions(table, sizes, mesh)
     if errors:
-        raise PlanError("\n".join(errors), _hint(table, sizes, mesh))
+        hint = "Download the checkpoint again, or check that config.json belongs to these weights."
+        raise PlanError("\n".join(errors), hint if damaged else _hint(table, sizes, mesh))
     dtype = dtype or source_dtype
 
     tensors: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = []
@@ -286,6 +288,6 @@ def _divisions(table: Table, sizes: Sizes, mesh: Mesh) -> list[str]:
 
 def _hint(table: Table, sizes: Sizes, mesh: Mesh) -> str:
     if not _divisions(table, sizes, mesh):
-        return "Download the checkpoint again, or check that config.json belongs to these weights."
+        return "Try --dtype float32: every value fits."
     fitting = [str(tp) for tp in TP_CHOICES if not _divisions(table, sizes, Mesh(tp))]
     return f"Try --tp {', '.join(fitting[:-1])} or {fitting[-1]}." if len(fitting) > 1 else "Try --tp 1."

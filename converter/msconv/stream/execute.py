@@ -13,7 +13,7 @@ from msconv_runtime.errors import ResourceError
 from ..layout.plan import Plan, constant_bytes, file_name
 from .blocks import Buffers, Moved, Stopped, largest_row, move_tensor
 from .journal import Journal
-from .outputs import Outputs, whole
+from .outputs import Outputs
 from .source import Source
 
 BLOCK_BYTES = 16 << 20
@@ -56,8 +56,6 @@ def execute(
 
     Interrupted at any point, a later call with the same journal continues.
     """
-    if journal.done and not whole(root, plan):
-        journal.restart()  # files it speaks of are gone
     order = sorted(plan.moves, key=lambda n: (plan.sources[n].file, plan.sources[n].offset))
     todo = [n for n in order if n not in journal.done]
     progress(sum(plan.sources[n].nbytes for n in order if n in journal.done))

@@ -19,13 +19,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _START_EVERY = 64 << 20
 
 
-def whole(root: Path, plan: Plan) -> bool:
-    """True if every rank file is there, finished or not, with all its space."""
+def whole(root: Path, plan: Plan, published: bool = False) -> bool:
+    """True if every rank file is there with all its space: under its final name, or (unless `published`) as
+    it is while being written."""
     for rank in plan.mesh.ranks:
         for i, file in enumerate(plan.files):
             final = root / file_name(rank, i)
             tmp = final.with_name(final.name + ".tmp")
-            if not any(p.is_file() and p.stat().st_size == file.size for p in (final, tmp)):
+            places = (final,) if published else (final, tmp)
+            if not any(p.is_file() and p.stat().st_size == file.size for p in places):
                 return False
     return True
 

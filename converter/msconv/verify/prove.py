@@ -46,6 +46,7 @@ def prove(root: Path, target: str, reference: Path | None) -> Proof:
     mindspore_version()
     damage = check_artifact(root, manifest)
     if damage:
+        _record(root, target, None)
         where = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:20])
         raise VerificationFailed(
             f"{root}: its bytes are not those the manifest describes:\n{where}",
@@ -72,12 +73,18 @@ def prove(root: Path, target: str, reference: Path | None) -> Proof:
         logits_compared=comparison.rows,
         settings=dict(comparison.by_phase.items()),
     )
+    _record(root, target, entry if proof.ok else None)
+    return proof
+
+
+def _record(root: Path, target: str, entry: Verified | None) -> None:
+    """Put the target's proof into the manifest, or take an earlier one out."""
     with exclusive(root):
         manifest = read_manifest(root)
-        others = [v for v in manifest.verified if v.target != target]
-        kept = sorted([*others, *([entry] if proof.ok else [])], key=lambda v: v.target)
-        write_manifest(root, msgspec.structs.replace(manifest, verified=kept))
-    return proof
+        kept = [v for v in manifest.verified if v.target != target] + ([entry] if entry else [])
+        changed = msgspec.structs.replace(manifest, verified=sorted(kept, key=lambda v: v.target))
+        if changed != manifest:
+            write_manifest(root, changed)
 
 
 def _coverage(root: Path, manifest: Manifest, target: str) -> tuple[list[str], list[str]]:

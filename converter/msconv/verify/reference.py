@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msconv_runtime.artifact import Manifest
+from msconv_runtime.artifact import STATE_DIR, Manifest
 from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
 
 from ..checkpoint.directory import open_checkpoint
@@ -66,12 +66,12 @@ def source_of(root: Path, given: Path | None) -> Path:
     if given is not None:
         return given
     try:
-        recorded = Path((root / ".msconv" / "source").read_text().strip())
+        recorded = (root / STATE_DIR / "source").read_text().strip()
     except OSError:
-        recorded = Path()
-    if not (recorded / "config.json").is_file():
+        recorded = ""
+    if not recorded or not Path(recorded, "config.json").is_file():
         raise UsageError(
             f"{root}: the checkpoint it was converted from is not on this machine.",
             "Give its directory with --reference.",
         )
-    return recorded
+    return Path(recorded)

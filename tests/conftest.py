@@ -1,0 +1,83 @@
+"""Checkpoints and commands that all tests share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import make_qwen3
+from tests.commands import Result, run_msconv
+
+Checkpoints = Callable[[str], Path]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "other_seed": {"seed": 7},
+    "tied": {"tie_word_embeddings": True},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "attention_factor": 1.2,
+        },
+        "max_position_embeddings": 256,
+    },
+    "linear_rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.5}},
+    "attention_bias": {"attention_bias": True},
+    "bfloat16_shards": {"dtype": "bfloat16", "shards": 12},
+    "float16": {"dtype": "float16"},
+    "short_context": {"max_position_embeddings": 32},
+    "sixteen_heads": {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 16},
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """`checkpoint("tied")`: the directory of a variant, made once.  To be read, never changed."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def variant(name: str) -> Path:
+        if not (root / name).exists():
+            make_qwen3(root / name, **VARIANTS[name])
+        return root / name
+
+    return variant
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint: Checkpoints, tmp_path: Path) -> Checkpoints:
+    """`own_checkpoint("tied")`: a copy that the test may change."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(checkpoint(name), tmp_path / f"own-{name}"))
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def msconv() -> Callable[..., Result]:
+    """`msconv("convert", ...)`: runs the command line, returns exit code, stdout and stderr."""
+    return run_msconv
+
+
+@pytest.fixture(scope="session")
+def compiled(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole artifact of `untied` for one rank, with CPU graphs, unproven.  To be read, never changed."""
+    from msconv.compile import compile_graphs
+    from msconv.convert import prepare, run
+
+    root = tmp_path_factory.mktemp("compiled") / "untied-tp1"
+    run(prepare(checkpoint("untied"), 1, output=root))
+    compile_graphs(root, "cpu")
+    return root
+
+
+@pytest.fixture
+def own_artifact(compiled: Path, tmp_path: Path) -> Path:
+    """A copy of `compiled` that the test may change."""
+    return Path(shutil.copytree(compiled, tmp_path / "own-artifact"))
