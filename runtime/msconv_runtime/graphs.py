@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,10 @@ from numpy.typing import NDArray
 from .artifact import Graph, Manifest, Phase, digest_bytes
 from .errors import ArtifactError
 from .integrity import check_artifact
+from .paging import Batch
 from .weights import LoadMode, RankWeights, check_size
 
-Ints = NDArray[np.int32]
 CHUNK_TOKENS = 512  # places (sequences x longest) in one prefill call: bounds its memory
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences to run, ragged.  T tokens, B sequences, P pages wide.
-
-    input_ids, positions, slots [T]; block_tables [B, P]; context_lens (new tokens included), q_lens [B].
-    slot = page * page_size + offset.
-    """
-
-    input_ids: Ints
-    positions: Ints
-    slots: Ints
-    block_tables: Ints
-    context_lens: Ints
-    q_lens: Ints
-
-    @property
-    def arrays(self) -> tuple[Ints, ...]:
-        return (
-            self.input_ids,
-            self.positions,
-            self.slots,
-            self.block_tables,
-            self.context_lens,
-            self.q_lens,
-        )
 
 
 def load_weights(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from .artifact import read_manifest
 from .errors import EnvironmentProblem, UsageError
-from .graphs import Batch, Graphs
+from .graphs import Graphs
+from .paging import Batch, Sequences
 from .weights import LoadMode
 
 Logits = NDArray[np.float32]
@@ -55,22 +56,18 @@ class Session:
 
     def reset(self) -> None:
         """Forget all sequences."""
-        self._tables: list[list[int]] = []
-        self._lengths: list[int] = []
-        self._next_page = 0
+        self._sequences = Sequences(0, self.page_size)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens in the cache, by sequence."""
-        return list(self._lengths)
+        return list(self._sequences.lengths)
 
     def prefill(self, prompts: list[list[int]]) -> Logits:
         """Start over with these prompts (any lengths above 0).  Logits of each last token, [B, V]."""
         if not prompts or not all(prompts):
             raise UsageError("prefill needs at least one prompt, and no prompt may be empty.")
-        self.reset()
-        self._tables = [[] for _ in prompts]
-        self._lengths = [0] * len(prompts)
+        self._sequences = Sequences(len(prompts), self.page_size)
         return self.extend(prompts)
 
     def extend(self, tokens: list[list[int]]) -> Logits:
@@ -97,32 +94,9 @@ class Session:
         return out
 
     def _advance(self, tokens: list[list[int]]) -> Batch:
-        if len(tokens) != len(self._lengths):
-            raise UsageError(f"{len(self._lengths)} sequences are running, tokens for {len(tokens)} given.")
-        positions: list[int] = []
-        slots: list[int] = []
-        for i, new in enumerate(tokens):
-            for position in range(self._lengths[i], self._lengths[i] + len(new)):
-                if position // self.page_size == len(self._tables[i]):
-                    self._tables[i].append(self._next_page)
-                    self._next_page += 1
-                positions.append(position)
-                slots.append(
-                    self._tables[i][position // self.page_size] * self.page_size + position % self.page_size
-                )
-            self._lengths[i] += len(new)
-        self._reserve(self._next_page)
-        tables = np.zeros((len(tokens), max(map(len, self._tables))), np.int32)
-        for row, table in zip(tables, self._tables, strict=True):
-            row[: len(table)] = table
-        return Batch(
-            np.array([t for new in tokens for t in new], np.int32),
-            np.array(positions, np.int32),
-            np.array(slots, np.int32),
-            tables,
-            np.array(self._lengths, np.int32),
-            np.array([len(new) for new in tokens], np.int32),
-        )
+        batch = self._sequences.advance(tokens)
+        self._reserve(self._sequences.num_pages)
+        return batch
 
     def _reserve(self, pages: int) -> None:
         """Room for so many pages; grows by doubling and keeps what is there."""

@@ -17,12 +17,18 @@ from msconv_runtime.artifact import GraphInput, GraphParameter
 from ..families.config import DecoderConfig
 from ..layout.cuts import Mesh
 from .decoder import Decoder
+from .ops.ascend import Ascend310POps, AscendOps
 from .ops.base import Ops
 from .ops.cpu import CpuOps
 from .parameters import restore_names
 from .spec import TP_GROUP, Local
 
-OPS: dict[str, type[Ops]] = {"cpu": CpuOps}
+OPS: dict[str, type[Ops]] = {
+    "cpu": CpuOps,
+    "ascend910b": AscendOps,
+    "ascend910c": AscendOps,
+    "ascend310p": Ascend310POps,
+}
 DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16, "int32": ms.int32}
 NAMES = {v: k for k, v in DTYPES.items()}
 

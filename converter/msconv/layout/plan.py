@@ -112,6 +112,9 @@ def file_name(rank: int, index: int) -> str:
     return f"weights/model-rank-{rank}-part-{index}.safetensors"
 
 
+RANK_CONSTANTS = (("vocab_start", "int32"), ("rank_onehot", "float32"))  # a target may need only some of them
+
+
 def make_plan(
     table: Table,
     sizes: Sizes,
@@ -151,10 +154,8 @@ def make_plan(
         item = dtypes.SIZES[out_dtype]
         tensors.append((dst, out_dtype, joined, tuple(math.prod(s) * item for s in shapes)))
     if mesh.tp > 1:
-        for name, kind_dtype, shape in (
-            ("vocab_start", "int32", (1,)),
-            ("rank_onehot", "float32", (mesh.tp, 1, 1)),
-        ):
+        for name, kind_dtype in RANK_CONSTANTS:
+            shape = (1,) if name == "vocab_start" else (mesh.tp, 1, 1)
             constants.append(Constant(len(tensors), name))
             tensors.append((name, kind_dtype, shape, (math.prod(shape) * 4,)))
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .reference import Logits, Reference
+from .reference import Logits, Reference, Trace
 
 FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random models, a fault is 1e-2 and up
 DECODE_STEPS = 16
 PROMPTS = (1, 5, 16, 17, 33, 70)  # below, at and above page boundaries
+DRAFT = 3  # tokens a sequence, when a graph gives all tokens' logits
 CHUNKS = (3, 40, 1, 2, 300, 9)  # appended to what is cached by then
 
 
@@ -24,10 +26,25 @@ class Candidate(Protocol):
     def decode(self, tokens: list[int]) -> Logits: ...
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One call of the candidate.  `places` and `rows`: (sequence, position) of each token and each logits row."""
+
+    phase: str
+    places: list[tuple[int, int]]
+    rows: list[tuple[int, int]]
+    logits: Logits
+    probes: dict[str, NDArray[np.float32]]
+
+
 @dataclass
 class Comparison:
     """How far apart candidate and reference are.  A row whose two best reference logits are closer than
-    twice the bound has no argmax to agree on: it is counted in `ties` and left out of `argmax_agreement`."""
+    twice the bound has no argmax to agree on: it is counted in `ties` and left out of `argmax_agreement`.
+
+    `probes`: largest error of each norm's output, relative to its largest value; `first`: the first that is
+    beyond the bound, and so the place where things go apart.  `apart`: between ranks, which must agree.
+    """
 
     bound: float
     max_abs_logit_error: float = 0.0
@@ -36,6 +53,9 @@ class Comparison:
     ties: int = 0
     worst: str = ""
     by_phase: dict[str, float] = field(default_factory=dict)
+    probes: dict[str, float] = field(default_factory=dict)
+    first: str = ""
+    apart: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -47,16 +67,24 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        return self.rows > 0 and self.max_abs_logit_error < self.bound and self.argmax_agreement == 1.0
+        judged = self.rows > 0 or bool(self.probes)
+        right = self.max_abs_logit_error < self.bound and self.argmax_agreement == 1.0
+        return judged and right and not self.first and self.apart < self.bound
+
+    def add_step(self, step: Seen, traces: list[Trace]) -> None:
+        """Compare one call: its norms, in the graph's order, then its logits."""
+        for name, found in step.probes.items():
+            expected = np.stack([traces[i].probes[name][p] for i, p in step.places])
+            error = _error(found, expected) / max(1.0, float(np.abs(expected).max()))
+            self.probes[name] = max(error, self.probes.get(name, 0.0))
+            if error >= self.bound and not self.first:
+                self.first = f"{culprit(name)}, seen at {name} in {step.phase}"
+        for (i, position), row in zip(step.rows, step.logits, strict=False):
+            self.add(step.phase, f"sequence {i}, position {position}", row, traces[i].logits[position])
 
     def add(self, phase: str, where: str, found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
         """Compare one row of logits [V]."""
-        if found.shape != expected.shape:
-            error = float("inf")
-        else:
-            error = float(np.abs(found.astype(np.float64) - expected).max())
-            if not np.isfinite(error):
-                error = float("inf")
+        error = _error(found, expected)
         self.by_phase[phase] = max(error, self.by_phase.get(phase, 0.0))
         if error > self.max_abs_logit_error or not self.worst:
             self.max_abs_logit_error, self.worst = max(error, self.max_abs_logit_error), f"{phase}, {where}"
@@ -68,41 +96,73 @@ class Comparison:
         self.agreeing += int(found.shape == expected.shape and found.argmax() == expected.argmax())
 
 
+def _error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Largest absolute difference; infinite if shapes differ or a value is not finite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    error = float(np.abs(found.astype(np.float64) - expected).max(initial=0.0))
+    return error if np.isfinite(error) else float("inf")
+
+
+def culprit(probe: str) -> str:
+    """Which tensors stand before a norm and after the one before it."""
+    layer = re.match(r"model\.layers\.(\d+)\.(\w+)", probe)
+    if layer is None:
+        return "the last layer's mlp"
+    index, kind = int(layer[1]), layer[2]
+    if kind == "post_attention_layernorm":
+        return f"model.layers.{index}.self_attn"
+    return f"model.layers.{index - 1}.mlp" if index else "model.embed_tokens or model.layers.0.input_layernorm"
+
+
 def compare(
     candidate: Candidate, reference: Reference, vocab: int, max_positions: int, seed: int = 0
 ) -> Comparison:
-    """Run the scenario with random tokens and compare every row of logits with the reference's."""
+    """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
+    shows (`probes`), with the reference's."""
     rng = np.random.default_rng(seed)
 
     def tokens(n: int) -> list[int]:
         return [int(t) for t in rng.integers(0, vocab, n)]
 
-    room = max(1, max_positions - 2 * DECODE_STEPS)
+    room = max(1, max_positions - 2 * DECODE_STEPS - DRAFT)
     prompts = [tokens(min(n, max(1, room // 2))) for n in PROMPTS]
     appended = [tokens(min(n, max(1, room - len(p)))) for n, p in zip(CHUNKS, prompts, strict=True)]
     sequences = [list(p) for p in prompts]
-    rows: list[tuple[str, int, int, NDArray[np.float32]]] = []  # phase, sequence, position, logits
+    seen: list[Seen] = []
 
-    def note(phase: str, logits: Logits) -> None:
-        for i, row in enumerate(logits):
-            rows.append((phase, i, len(sequences[i]) - 1, row))
+    def note(phase: str, new: list[list[int]], logits: Logits, every: bool = False) -> None:
+        places = [
+            (i, len(s) - len(n) + t)
+            for i, (s, n) in enumerate(zip(sequences, new, strict=True))
+            for t in range(len(n))
+        ]
+        last = [(i, len(s) - 1) for i, s in enumerate(sequences)]
+        probes = dict(getattr(candidate, "probes", {}))
+        seen.append(Seen(phase, places, places if every else last, logits, probes))
+
+    def grow(new: list[list[int]]) -> list[list[int]]:
+        for sequence, more in zip(sequences, new, strict=True):
+            sequence += more
+        return new
 
     def decode(phase: str) -> None:
         for _ in range(DECODE_STEPS):
             step = tokens(len(sequences))
-            for sequence, token in zip(sequences, step, strict=True):
-                sequence.append(token)
-            note(phase, candidate.decode(step))
+            grow([[t] for t in step])
+            note(phase, [[t] for t in step], candidate.decode(step))
 
-    note("prefill", candidate.prefill(prompts))
+    note("prefill", prompts, candidate.prefill(prompts))
     decode("decode")
-    for sequence, new in zip(sequences, appended, strict=True):
-        sequence += new
-    note("prefill on a cached prefix", candidate.extend(appended))
+    note("prefill on a cached prefix", grow(appended), candidate.extend(appended))
     decode("decode after it")
+    if getattr(candidate, "has_all_tokens", False):
+        drafts = grow([tokens(DRAFT) for _ in sequences])
+        note("drafts, all tokens", drafts, candidate.extend_all(drafts), every=True)  # type: ignore[attr-defined]
 
     result = Comparison(FLOAT32_BOUND)
-    expected = [reference.logits(s) for s in sequences]
-    for phase, i, position, row in rows:
-        result.add(phase, f"sequence {i}, position {position}", row, expected[i][position])
+    traces = [reference.trace(s) for s in sequences]
+    for step in seen:
+        result.add_step(step, traces)
+    result.apart = getattr(candidate, "apart", 0.0)
     return result

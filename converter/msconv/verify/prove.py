@@ -14,9 +14,9 @@ from msconv_runtime.graphs import graphs_of
 from msconv_runtime.integrity import check_artifact
 from msconv_runtime.weights import required
 
-from ..compile import configuration, mindspore_version
+from ..compile import configuration, mindspore_version, unused_names
 from ..stream.lock import exclusive
-from .compare import Comparison, compare
+from .compare import Candidate, Comparison, compare
 from .reference import Reference, source_of
 
 
@@ -53,10 +53,8 @@ def prove(root: Path, target: str, reference: Path | None) -> Proof:
             "Copy the artifact again, or convert again with --force.",
         )
     missing, unused = _coverage(root, manifest, target)
-    from msconv_runtime import Session
-
     model = Reference(source, manifest)
-    comparison = compare(Session(root, target), model, config.vocab, config.max_positions)
+    comparison = compare(_candidate(root, manifest, target), model, config.vocab, config.max_positions)
     proof = Proof(target, manifest.parallel.tp, comparison, missing, unused, time.monotonic() - started)
     weights = required(root, manifest)
     entry = Verified(
@@ -77,6 +75,17 @@ def prove(root: Path, target: str, reference: Path | None) -> Proof:
     return proof
 
 
+def _candidate(root: Path, manifest: Manifest, target: str) -> Candidate:
+    """One CPU rank runs for real, in MindSpore; several ranks, and Ascend's graphs, in the interpreter."""
+    if target == "cpu" and manifest.parallel.tp == 1:
+        from msconv_runtime import Session
+
+        return Session(root, target)
+    from .lockstep import Lockstep
+
+    return Lockstep(root, manifest, target)
+
+
 def _record(root: Path, target: str, entry: Verified | None) -> None:
     """Put the target's proof into the manifest, or take an earlier one out."""
     with exclusive(root):
@@ -90,4 +99,4 @@ def _record(root: Path, target: str, entry: Verified | None) -> None:
 def _coverage(root: Path, manifest: Manifest, target: str) -> tuple[list[str], list[str]]:
     stored = {t.name for t in required(root, manifest).tensors}
     used = {p.name for g in graphs_of(root, manifest, target) for p in g.parameters}
-    return sorted(used - stored), sorted(stored - used)
+    return sorted(used - stored), unused_names(stored, used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFa
 from ..checkpoint.directory import open_checkpoint
 
 Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One sequence through the reference."""
+
+    logits: Logits
+    probes: dict[str, Logits]
 
 
 class Reference:
@@ -54,11 +63,23 @@ class Reference:
                 for p in self.model.parameters():
                     p.copy_(p.to(narrow).to(torch.float32))
 
-    def logits(self, tokens: list[int]) -> Logits:
-        """All positions of one sequence, [T, V]."""
-        with self._torch.no_grad():
-            out: Logits = self.model(self._torch.tensor([tokens])).logits[0].numpy()
-        return out
+    def trace(self, tokens: list[int]) -> Trace:
+        """Logits [T, V] of one sequence, and the output [T, hidden] of every norm of the residual stream."""
+        probes: dict[str, Logits] = {}
+        hooks = [
+            module.register_forward_hook(
+                lambda _module, _inputs, out, name=name: probes.__setitem__(name, out[0].numpy())
+            )
+            for name, module in self.model.named_modules()
+            if name.endswith(("input_layernorm", "post_attention_layernorm")) or name == "model.norm"
+        ]
+        try:
+            with self._torch.no_grad():
+                logits: Logits = self.model(self._torch.tensor([tokens])).logits[0].numpy()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Trace(logits, probes)
 
 
 def source_of(root: Path, given: Path | None) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..graphs import Batch, Ints
+from ..paging import Batch, Ints
 
 
 class NoMask:

@@ -1,0 +1,288 @@
+"""Primitives that mean what their name says (MindSpore's API documentation, mindspore.ops)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .table import Context, kernel, wide
+
+TYPE_IDS = {  # mindspore/core/include/mindapi/base/type_id.h
+    30: torch.bool,
+    32: torch.int8,
+    33: torch.int16,
+    34: torch.int32,
+    35: torch.int64,
+    37: torch.uint8,
+    42: torch.float16,
+    43: torch.float32,
+    44: torch.float64,
+    45: torch.bfloat16,
+}
+
+
+Attributes = dict[str, Any]
+
+
+def _ints(values: Any) -> list[int]:
+    if isinstance(values, Tensor):
+        return [int(v) for v in values.reshape(-1).tolist()]
+    return [int(v) for v in values] if isinstance(values, tuple | list) else [int(values)]
+
+
+@kernel("Load")
+def load(c: Context, a: Attributes, x: Any, *monads: Any) -> Any:
+    return x
+
+
+@kernel("Depend")
+def depend(c: Context, a: Attributes, x: Any, *after: Any) -> Any:
+    return x
+
+
+@kernel("UpdateState")
+def update_state(c: Context, a: Attributes, *inputs: Any) -> None:
+    return None
+
+
+@kernel("MakeTuple")
+def make_tuple(c: Context, a: Attributes, *items: Any) -> tuple[Any, ...]:
+    return items
+
+
+@kernel("TupleGetItem")
+def tuple_get_item(c: Context, a: Attributes, items: Any, index: int) -> Any:
+    return items[int(index)]
+
+
+@kernel("Shape")
+def shape(c: Context, a: Attributes, x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+@kernel("ScalarMul")
+def scalar_mul(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x * y
+
+
+@kernel("ScalarSub")
+def scalar_sub(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x - y
+
+
+@kernel("ScalarToTensor")
+def scalar_to_tensor(c: Context, a: Attributes, x: Any, dtype: int) -> Tensor:
+    return torch.tensor(x, dtype=c.keep(TYPE_IDS[int(dtype)]))
+
+
+@kernel("TensorToScalar")
+def tensor_to_scalar(c: Context, a: Attributes, x: Tensor) -> Any:
+    return x.item()
+
+
+@kernel("TensorToTuple")
+def tensor_to_tuple(c: Context, a: Attributes, x: Tensor) -> tuple[Any, ...]:
+    return tuple(x.tolist())
+
+
+@kernel("Cast")
+def cast(c: Context, a: Attributes, x: Tensor, dtype: int) -> Tensor:
+    return x.to(c.keep(TYPE_IDS[int(dtype)]))
+
+
+@kernel("Add")
+def add(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x + y
+
+
+@kernel("Sub")
+def sub(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x - y
+
+
+@kernel("Mul", "Muls")
+def mul(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x * y
+
+
+@kernel("FloorDiv")
+def floor_div(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x // y
+
+
+@kernel("RemainderTensorScalar")
+def remainder(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x % y
+
+
+@kernel("Less", "LessScalar")
+def less(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x < y
+
+
+@kernel("LessEqual")
+def less_equal(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x <= y
+
+
+@kernel("GreaterEqual", "GreaterEqualScalar")
+def greater_equal(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x >= y
+
+
+@kernel("LogicalAnd")
+def logical_and(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x & y
+
+
+@kernel("Minimum")
+def minimum(c: Context, a: Attributes, x: Tensor, y: Any) -> Tensor:
+    return torch.minimum(x, torch.as_tensor(y, dtype=x.dtype))
+
+
+@kernel("Select")
+def select(c: Context, a: Attributes, condition: Tensor, x: Any, y: Any) -> Tensor:
+    return torch.where(condition, x, y)
+
+
+@kernel("ZerosLike")
+def zeros_like(c: Context, a: Attributes, x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+@kernel("Cos")
+def cos(c: Context, a: Attributes, x: Tensor) -> Tensor:
+    return wide(x).cos().to(x.dtype)
+
+
+@kernel("Sin")
+def sin(c: Context, a: Attributes, x: Tensor) -> Tensor:
+    return wide(x).sin().to(x.dtype)
+
+
+@kernel("Rsqrt")
+def rsqrt(c: Context, a: Attributes, x: Tensor) -> Tensor:
+    return wide(x).rsqrt().to(x.dtype)
+
+
+@kernel("SiLU")
+def silu(c: Context, a: Attributes, x: Tensor) -> Tensor:
+    return torch.nn.functional.silu(wide(x)).to(x.dtype)
+
+
+@kernel("Softmax")
+def softmax(c: Context, a: Attributes, x: Tensor, axis: Any) -> Tensor:
+    return torch.softmax(wide(x), _ints(axis)[0]).to(x.dtype)
+
+
+@kernel("SumExt")
+def sum_ext(c: Context, a: Attributes, x: Tensor, axis: Any, keep: Any, dtype: Any) -> Tensor:
+    out = wide(x).sum(_ints(axis), keepdim=bool(keep)) if axis is not None else wide(x).sum()
+    return out.to(x.dtype if dtype is None else c.keep(TYPE_IDS[int(dtype)]))
+
+
+@kernel("ReduceMean")
+def reduce_mean(c: Context, a: Attributes, x: Tensor, axis: Any, keep: Any) -> Tensor:
+    return wide(x).mean(_ints(axis), keepdim=bool(keep)).to(x.dtype)
+
+
+@kernel("ReduceMax")
+def reduce_max(c: Context, a: Attributes, x: Tensor, axis: Any, keep: Any) -> Tensor:
+    axes = _ints(axis)
+    return x.amax(axes or None, keepdim=bool(keep)) if axes else x.max()
+
+
+@kernel("CumSum")
+def cumsum(c: Context, a: Attributes, x: Tensor, axis: Any, exclusive: Any, reverse: Any) -> Tensor:
+    if exclusive or reverse:
+        raise ValueError("CumSum: exclusive and reverse are not known here")
+    return x.cumsum(_ints(axis)[0]).to(x.dtype)
+
+
+@kernel("Range")
+def arange(c: Context, a: Attributes, start: Any, limit: Any, delta: Any, most: Any = None) -> Tensor:
+    dtype = start.dtype if isinstance(start, Tensor) else torch.int64
+    return torch.arange(int(start), int(limit), int(delta), dtype=dtype)
+
+
+@kernel("Concat")
+def concat(c: Context, a: Attributes, items: Any, axis: int) -> Tensor:
+    return torch.cat(list(items), int(axis))
+
+
+@kernel("Stack", attributes=("axis", "N", "num"))
+def stack(c: Context, a: Attributes, items: Any) -> Tensor:
+    return torch.stack(list(items), int(a["axis"]))
+
+
+@kernel("Split")
+def split(c: Context, a: Attributes, x: Tensor, axis: Any, count: Any) -> tuple[Tensor, ...]:
+    return tuple(x.chunk(int(count), int(axis)))
+
+
+@kernel("SplitWithSize")
+def split_with_size(c: Context, a: Attributes, x: Tensor, sizes: Any, axis: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.split(x, _ints(sizes), int(axis)))
+
+
+@kernel("Reshape")
+def reshape(c: Context, a: Attributes, x: Tensor, to: Any) -> Tensor:
+    return x.reshape(_ints(to))
+
+
+@kernel("Transpose")
+def transpose(c: Context, a: Attributes, x: Tensor, order: Any) -> Tensor:
+    return x.permute(_ints(order))
+
+
+@kernel("ExpandDims")
+def expand_dims(c: Context, a: Attributes, x: Tensor, axis: Any) -> Tensor:
+    return x.unsqueeze(int(axis))
+
+
+@kernel("BroadcastTo")
+def broadcast_to(c: Context, a: Attributes, x: Tensor, to: Any) -> Tensor:
+    return x.expand(_ints(to))
+
+
+@kernel("StridedSlice")
+def strided_slice(c: Context, a: Attributes, x: Tensor, begin: Any, end: Any, step: Any, *masks: Any) -> Tensor:
+    begin_mask, end_mask, ellipsis, new_axis, shrink = (int(m) for m in masks)
+    if ellipsis or new_axis or shrink:
+        raise ValueError("StridedSlice: only begin and end masks are known here")
+    cuts = tuple(
+        slice(None if begin_mask >> i & 1 else b, None if end_mask >> i & 1 else e, s)
+        for i, (b, e, s) in enumerate(zip(_ints(begin), _ints(end), _ints(step), strict=True))
+    )
+    return x[cuts]
+
+
+@kernel("Gather")
+def gather(c: Context, a: Attributes, x: Tensor, index: Tensor, axis: Any, batch: Any) -> Tensor:
+    if int(batch):
+        raise ValueError("Gather: batch_dims is not known here")
+    axis = int(axis)
+    index = index.long()
+    if index.numel() and (index.min() < 0 or index.max() >= x.shape[axis]):
+        raise IndexError(f"Gather: index {int(index.min())}..{int(index.max())} of {x.shape[axis]}")
+    flat = x.index_select(axis, index.reshape(-1))
+    return flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+
+
+@kernel("MatMul", "BatchMatMul")
+def matmul(c: Context, a: Attributes, x: Tensor, y: Tensor, tx: Any, ty: Any) -> Tensor:
+    x2, y2 = (x.mT if tx else x), (y.mT if ty else y)
+    return (wide(x2) @ wide(y2)).to(x.dtype)
+
+
+@kernel("ScatterNdUpdate")
+def scatter_nd_update(c: Context, a: Attributes, x: Tensor, index: Tensor, rows: Tensor, *monads: Any) -> Tensor:
+    """In place: x[index[i, 0], index[i, 1], ...] = rows[i]."""
+    places = tuple(index.long().unbind(-1))
+    for i, place in enumerate(places):
+        if place.numel() and (place.min() < 0 or place.max() >= x.shape[i]):
+            raise IndexError(f"ScatterNdUpdate: index {int(place.min())}..{int(place.max())} of {x.shape[i]}")
+    x[places] = rows.to(x.dtype)
+    return x

@@ -1,0 +1,234 @@
+"""All ranks of a shipped graph, executed together: node by node, with collectives as real sums and joins.
+
+Reads the MindIR and the rank files and nothing else of ours: weights come through the safetensors library by
+the names that the graph's parameters carry.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from msconv_runtime.artifact import Manifest
+from msconv_runtime.errors import VerificationFailed
+from msconv_runtime.graphs import graphs_of
+from msconv_runtime.paging import Batch, Sequences
+from msconv_runtime.weights import required
+
+from ..graph.spec import TP_GROUP
+from .kernels import KERNELS, Context
+from .mindir import Node, Program, parse
+
+PAGE = 16
+KEEP_BYTES = 2 << 30  # weights of all ranks up to this stay widened in memory; above, they are read anew
+NP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLLECTIVES = {"AllReduce": {"group", "op", "index", "fusion", "no_eliminate"}}
+COLLECTIVES["AllGather"] = {"group", "rank_size", "index", "fusion", "no_eliminate"}
+MASK_COEFFICIENT = -10000.0
+
+
+class RankFiles:
+    """One rank's weights by name, in the type this mode computes in."""
+
+    def __init__(self, root: Path, manifest: Manifest, rank: int, context: Context, keep: bool) -> None:
+        self.context, self.keep = context, keep
+        self._cache: dict[str, torch.Tensor] = {}
+        self._stack = ExitStack()
+        self._where: dict[str, Any] = {}
+        for file in required(root, manifest).files:
+            if file.rank == rank:
+                opened = self._stack.enter_context(safe_open(root / file.path, framework="pt"))
+                self._where |= dict.fromkeys(opened.keys(), opened)
+
+    def get(self, name: str) -> torch.Tensor:
+        """In exact mode stored values widened to float32; else cast to the graph's type."""
+        if name in self._cache:
+            return self._cache[name]
+        if name not in self._where:
+            raise VerificationFailed(f"{name}: wanted by the graph, in no weight file of this rank.")
+        stored = self._where[name].get_tensor(name)
+        if stored.is_floating_point() and stored.dtype != torch.float32:
+            stored = stored.to(torch.float32 if self.context.exact else self.context.dtype)
+        elif stored.dtype == torch.float32 and not self.context.exact:
+            stored = stored.to(self.context.dtype)
+        if self.keep:
+            self._cache[name] = stored
+        return stored
+
+
+@dataclass
+class Step:
+    """What a run gave.  `logits[rank]`; `probes[name]` = the output of that norm, rank 0, [T, hidden];
+    `apart`: how far ranks differ where they must be the same."""
+
+    logits: list[NDArray[np.float32]]
+    probes: dict[str, NDArray[np.float32]]
+    apart: float
+
+
+class Lockstep:
+    """Ranks of one target as a candidate for `compare`."""
+
+    def __init__(self, root: Path, manifest: Manifest, target: str, exact: bool = True, layers: int = 0) -> None:
+        self.target, self.tp = target, manifest.parallel.tp
+        self.layers = layers
+        graphs = {g.phase: g for g in graphs_of(root, manifest, target)}
+        self.graphs = graphs
+        self.programs = {phase: parse(root / g.path) for phase, g in graphs.items()}
+        self.context = Context(exact, next(iter(self.programs.values())).dtype)
+        size = sum(t.nbytes for t in required(root, manifest).tensors) * self.tp
+        self.ranks = [RankFiles(root, manifest, r, self.context, size <= KEEP_BYTES) for r in range(self.tp)]
+        self.caches: list[list[torch.Tensor]] = []
+        self.probes: dict[str, NDArray[np.float32]] = {}
+        self.apart = 0.0
+        self.sequences = Sequences(0, PAGE)
+
+    @property
+    def has_all_tokens(self) -> bool:
+        return "decode_all" in self.programs
+
+    def prefill(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+        self.sequences = Sequences(len(prompts), PAGE)
+        self.caches = []
+        return self._step("prefill", prompts)
+
+    def extend(self, tokens: list[list[int]]) -> NDArray[np.float32]:
+        return self._step("prefill" if self.target == "cpu" else "decode", tokens)
+
+    def decode(self, tokens: list[int]) -> NDArray[np.float32]:
+        return self._step("decode", [[t] for t in tokens])
+
+    def extend_all(self, tokens: list[list[int]]) -> NDArray[np.float32]:
+        """Logits of every new token, [T, V]: verification of drafts."""
+        return self._step("decode_all", tokens)
+
+    def _step(self, phase: str, tokens: list[list[int]]) -> NDArray[np.float32]:
+        batch = self.sequences.advance(tokens)
+        self._reserve(self.sequences.num_pages)
+        inputs: list[torch.Tensor] = [torch.from_numpy(a.copy()) for a in batch.arrays]
+        if self.target != "cpu":
+            inputs.append(self.mask(phase, batch))
+        out = self.run(self.programs[phase], [[*inputs, *caches] for caches in self.caches])
+        self.probes, self.apart = out.probes, max(self.apart, out.apart)
+        return out.logits[0] if out.logits else np.zeros((0, 0), np.float32)
+
+    def mask(self, phase: str, batch: Batch) -> torch.Tensor:
+        """As SGLang's slot makes it: a 128x128 tile for prefill, (1, 1) for single tokens, else a row a token."""
+        dtype = self.context.keep(self.context.dtype)
+        if phase == "prefill":
+            coefficient = 1.0 if self.context.dtype == torch.bfloat16 else MASK_COEFFICIENT
+            return (torch.triu(torch.ones(128, 128), 1) * coefficient).to(dtype)
+        if int(batch.q_lens.max()) == 1:
+            return torch.zeros(1, 1, dtype=dtype)
+        columns = torch.arange(int(batch.context_lens.max()))
+        hidden = columns[None, :] > torch.from_numpy(batch.positions.copy())[:, None]
+        return (hidden * MASK_COEFFICIENT).to(dtype)
+
+    def run(self, program: Program, inputs: list[list[torch.Tensor]]) -> Step:
+        """Execute for all ranks.  Raises VerificationFailed naming the node that cannot be run."""
+        if len(program.inputs) != len(inputs[0]):
+            raise VerificationFailed(
+                f"the graph takes {len(program.inputs)} inputs, its manifest describes {len(inputs[0])}."
+            )
+        values: list[dict[str, Any]] = [dict(zip(program.inputs, given, strict=True)) for given in inputs]
+        probes: dict[str, NDArray[np.float32]] = {}
+        apart = 0.0
+        stop = f"model.layers.{self.layers}.input_layernorm.weight" if self.layers else ""
+        for i, node in enumerate(program.nodes):
+            results = self._node(node, program, values)
+            for env, result in zip(values, results, strict=True):
+                env[node.output] = result
+            if _is_probe(node):
+                found = [_first(r).float() for r in results]
+                probes[node.parameter.removesuffix(".weight")] = found[0].numpy()
+                apart = max(apart, *(float((f - found[0]).abs().max()) for f in found))
+                if node.parameter == stop:
+                    return Step([], probes, apart)
+            for name in node.inputs:
+                if program.last_use[name] == i and name != program.output:
+                    for env in values:
+                        env.pop(name, None)
+        logits = [env[program.output].float().numpy() for env in values]
+        apart = max(apart, *(float(np.abs(x - logits[0]).max()) for x in logits))
+        return Step(logits, probes, apart)
+
+    def _node(self, node: Node, program: Program, values: list[dict[str, Any]]) -> list[Any]:
+        if node.kind == "Constant":
+            value = node.value
+            if isinstance(value, torch.Tensor):
+                value = value.to(self.context.keep(value.dtype))
+            return [value] * len(values)
+        arguments = [
+            [env[n] if n in env else self._weight(rank, program, n) for n in node.inputs]
+            for rank, env in enumerate(values)
+        ]
+        if node.kind in COLLECTIVES:
+            return self._collective(node, [a[0] for a in arguments])
+        kernel = KERNELS.get(node.kind)
+        if kernel is None:
+            raise VerificationFailed(f"{node.where}: the primitive {node.kind} is not known: it cannot be proved.")
+        if unknown := set(node.attributes) - kernel.attributes:
+            raise VerificationFailed(f"{node.where}: attributes {sorted(unknown)} are not known.")
+        try:
+            return [kernel.run(self.context, node.attributes, *a) for a in arguments]
+        except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as e:
+            raise VerificationFailed(f"{node.where} cannot be run: {type(e).__name__}: {e}") from None
+
+    def _weight(self, rank: int, program: Program, name: str) -> torch.Tensor:
+        if name not in program.parameters:
+            raise VerificationFailed(f"the graph reads {name}, which nothing made.")
+        return self.ranks[rank].get(program.parameters[name])
+
+    def _collective(self, node: Node, parts: list[torch.Tensor]) -> list[Any]:
+        a = node.attributes
+        if unknown := set(a) - COLLECTIVES[node.kind]:
+            raise VerificationFailed(f"{node.where}: attributes {sorted(unknown)} are not known.")
+        if a.get("group") != TP_GROUP:
+            raise VerificationFailed(f"{node.where}: its group is {a.get('group')!r}, not {TP_GROUP!r}.")
+        if node.kind == "AllGather":
+            if a.get("rank_size") != len(parts):
+                raise VerificationFailed(f"{node.where}: gathers {a.get('rank_size')} ranks of {len(parts)}.")
+            joined = torch.cat(parts, 0)
+            return [joined] * len(parts)
+        if a.get("op") != "sum":
+            raise VerificationFailed(f"{node.where}: reduces by {a.get('op')!r}, not by sum.")
+        total = torch.stack([p.float() for p in parts]).sum(0).to(parts[0].dtype)
+        return [total.clone() for _ in parts]
+
+    def _reserve(self, pages: int) -> None:
+        shapes = [i.shape for i in self.graphs["decode"].inputs if "_cache." in i.name]
+        have = len(self.caches[0][0]) if self.caches else 0
+        if have >= pages:
+            return
+        dtype = self.context.keep(self.context.dtype)
+        for rank in range(self.tp):
+            grown = [
+                torch.zeros(max(pages, 2 * have), PAGE, *(n or 1 for n in s[2:]), dtype=dtype) for s in shapes
+            ]
+            if have:
+                for new, old in zip(grown, self.caches[rank], strict=True):
+                    new[:have] = old
+                self.caches[rank] = grown
+            else:
+                self.caches.append(grown)
+
+
+def _is_probe(node: Node) -> bool:
+    """Norms of the whole residual stream: after each attention and each MLP."""
+    if node.kind not in ("RmsNorm", "AddRmsNorm", "Mul"):
+        return False
+    return node.parameter.endswith(
+        ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
+    )
+
+
+def _first(value: Any) -> torch.Tensor:
+    first: torch.Tensor = value[0] if isinstance(value, tuple) else value
+    return first

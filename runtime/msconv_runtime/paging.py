@@ -1,0 +1,78 @@
+"""Sequences and their pages: which slot each new token takes, and the batch that says so to a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UsageError
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to run, ragged.  T tokens, B sequences, P pages wide.
+
+    input_ids, positions, slots [T]; block_tables [B, P]; context_lens (new tokens included), q_lens [B].
+    slot = page * page_size + offset.
+    """
+
+    input_ids: Ints
+    positions: Ints
+    slots: Ints
+    block_tables: Ints
+    context_lens: Ints
+    q_lens: Ints
+
+    @property
+    def arrays(self) -> tuple[Ints, ...]:
+        """In the order of the graphs' inputs."""
+        return (
+            self.input_ids,
+            self.positions,
+            self.slots,
+            self.block_tables,
+            self.context_lens,
+            self.q_lens,
+        )
+
+
+class Sequences:
+    """A batch of growing sequences.  Pages are given out as they are needed, so tables interleave."""
+
+    def __init__(self, count: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.lengths = [0] * count
+        self.num_pages = 0
+        self._tables: list[list[int]] = [[] for _ in range(count)]
+
+    def advance(self, tokens: list[list[int]]) -> Batch:
+        """Append tokens to each sequence.  Raises UsageError if the number of sequences differs."""
+        if len(tokens) != len(self.lengths):
+            raise UsageError(f"{len(self.lengths)} sequences are running, tokens for {len(tokens)} given.")
+        positions: list[int] = []
+        slots: list[int] = []
+        for i, new in enumerate(tokens):
+            table = self._tables[i]
+            for position in range(self.lengths[i], self.lengths[i] + len(new)):
+                page, offset = divmod(position, self.page_size)
+                if page == len(table):
+                    table.append(self.num_pages)
+                    self.num_pages += 1
+                positions.append(position)
+                slots.append(table[page] * self.page_size + offset)
+            self.lengths[i] += len(new)
+        tables = np.zeros((len(tokens), max(map(len, self._tables))), np.int32)
+        for row, table in zip(tables, self._tables, strict=True):
+            row[: len(table)] = table
+        return Batch(
+            np.array([t for new in tokens for t in new], np.int32),
+            np.array(positions, np.int32),
+            np.array(slots, np.int32),
+            tables,
+            np.array(self.lengths, np.int32),
+            np.array([len(new) for new in tokens], np.int32),
+        )
