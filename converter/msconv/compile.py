@@ -10,22 +10,27 @@ from pathlib import Path
 import msgspec
 
 from msconv_runtime.artifact import (
+    FORMAT,
     Graph,
     Manifest,
+    Model,
+    Parallel,
     Phase,
     digest_bytes,
+    is_artifact,
     read_manifest,
     replace_file,
     write_manifest,
 )
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
 
-from .checkpoint.directory import read_small
+from .checkpoint.directory import open_configuration, read_small
 from .checkpoint.headers import parse_json
-from .convert import peak_rss_bytes
+from .convert import TOOL, peak_rss_bytes, refuse_foreign
 from .families import DecoderConfig, configure
 from .layout.cuts import Mesh
-from .layout.plan import RANK_CONSTANTS
+from .layout.model import expected_sources
+from .layout.plan import RANK_CONSTANTS, make_plan
 from .stream.lock import exclusive
 
 PHASES: dict[str, tuple[Phase, ...]] = {
@@ -56,6 +61,37 @@ def configuration(root: Path, manifest: Manifest) -> DecoderConfig:
     raw = parse_json(data, str(root / "config.json"))
     assert isinstance(raw, dict)
     return configure(raw, str(root / "config.json"))[1]
+
+
+def begin_without_weights(model: Path, tp: int, ep: int, root: Path) -> None:
+    """Make `root` an artifact with a configuration and no weights: enough to compile for.  A later conversion
+    into the same directory completes it.  Raises UsageError or ArtifactError if it holds something else."""
+    if ep < 1 or tp % ep:
+        raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp.")
+    source = open_configuration(model)
+    table, sizes = source.family.table, source.config.sizes()
+    plan = make_plan(table, sizes, expected_sources(table, sizes, "bfloat16"), Mesh(tp, ep))
+    refuse_foreign(root, source.root)
+    with exclusive(root):
+        if is_artifact(root):
+            found = read_manifest(root)
+            if found.model.config_digest != source.config_digest or found.parallel != Parallel(tp, ep):
+                raise ArtifactError(
+                    f"{root}: holds an artifact of another model or layout ({found.model.source}, "
+                    f"tp {found.parallel.tp}, ep {found.parallel.ep}).",
+                    "Give another --output.",
+                )
+            return
+        for path in source.auxiliary:
+            replace_file(root / path.name, path.read_bytes())
+        described = Model(
+            family=source.family.name,
+            architecture=source.family.architecture,
+            source=source.name,
+            config_digest=source.config_digest,
+            parameters=plan.parameters,
+        )
+        write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=Parallel(tp, ep)))
 
 
 def compile_graphs(root: Path, target: str) -> list[Compiled]:

@@ -128,7 +128,7 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
     """Convert, or go on with a conversion.  The artifact is READY on return."""
     started = time.monotonic()
     root, plan, source = conversion.output, conversion.plan, conversion.source
-    _refuse_foreign(root, conversion.origin)
+    refuse_foreign(root, conversion.origin)
     try:
         with exclusive(root):
             if force:
@@ -160,7 +160,8 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
     return Converted(root, redone, round(plan.output_bytes * share), seconds, peak_rss_bytes(), bool(before))
 
 
-def _refuse_foreign(root: Path, source: Path) -> None:
+def refuse_foreign(root: Path, source: Path) -> None:
+    """Raises UsageError if `root` is the source itself or holds something that msconv did not write."""
     try:
         if not root.exists():
             return

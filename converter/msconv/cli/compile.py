@@ -6,28 +6,56 @@ from pathlib import Path
 
 import click
 
+from msconv_runtime.artifact import read_manifest
+
 from .console import artifact_argument, emit, find_artifact, human, json_option, say, step
 
 
 @click.command("compile")
 @artifact_argument
-@click.option("--target", "targets", multiple=True, help="cpu.  Repeatable.  [default: cpu]")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="cpu, ascend910b, ascend910c or ascend310p.  Repeatable.  [default: cpu]",
+)
+@click.option("--model", metavar="REF", help="Without weights: a directory with config.json is enough.")
+@click.option("--tp", type=click.IntRange(1, 1024), help="With --model: tensor-parallel ranks.")
+@click.option("--ep", default=1, type=click.IntRange(1, 1024), help="With --model: expert-parallel ranks.")
+@click.option("--output", type=click.Path(path_type=Path), help="With --model: the artifact to make.")
 @json_option
-def command(artifact: Path | None, targets: tuple[str, ...], as_json: bool) -> None:
+def command(
+    artifact: Path | None,
+    targets: tuple[str, ...],
+    model: str | None,
+    tp: int | None,
+    ep: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
     """Compile an artifact's static graphs, ahead of time, for one or more targets.
 
     Needs no accelerator; the files hold no weight bytes and are the same for every rank.
 
     \b
     msconv compile                                   the newest artifact in artifacts/
-    msconv compile artifacts/Qwen3-8B-tp4 --target cpu
+    msconv compile artifacts/Qwen3-8B-tp4 --target ascend910b --target cpu
+    msconv compile --model models/Qwen3-32B --tp 8 --target ascend910b --output graphs-only
     """
     from .. import compile as compiler
 
-    root = find_artifact(artifact)
+    if model is not None:
+        if artifact is not None or tp is None or output is None:
+            raise click.UsageError("--model needs --tp and --output, and no ARTIFACT.")
+        root = output
+        compiler.begin_without_weights(Path(model), tp, ep, root)
+    elif tp is not None or output is not None:
+        raise click.UsageError("--tp and --output go with --model; an artifact has its own.")
+    else:
+        root = find_artifact(artifact)
     made = []
     for target in dict.fromkeys(targets or ("cpu",)):
-        with step(f"compiling prefill and decode for {target}"):
+        with step(f"compiling for {target}"):
             done = compiler.compile_graphs(root, target)
         for m in done:
             say(
@@ -52,4 +80,7 @@ def command(artifact: Path | None, targets: tuple[str, ...], as_json: bool) -> N
                 ],
             }
         )
-    say(f"Next: msconv verify {root} --target {made[-1].graph.target}")
+    if model is not None and read_manifest(root).weights is None:
+        say(f"Next: msconv convert --model {model} --tp {tp} --output {root} adds the weights")
+    else:
+        say(f"Next: msconv verify {root} --target {made[-1].graph.target}")
