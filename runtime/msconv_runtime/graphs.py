@@ -15,6 +15,7 @@ from .integrity import check_artifact
 from .paging import Batch
 from .weights import LoadMode, RankWeights, check_size
 
+TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other
 CHUNK_TOKENS = 512  # places (sequences x longest) in one prefill call: bounds its memory
 
 
@@ -164,12 +165,23 @@ def _part(batch: Batch, members: list[tuple[int, int, int]], page: int) -> tuple
     return sequences, [bool(n == 0) for n in left], part
 
 
+def check_version(path: Path, graph: Graph) -> None:
+    """Raises ArtifactError if the graph is from a MindSpore that was never tried with this code."""
+    if not graph.mindspore.startswith(TESTED_MINDSPORE):
+        raise ArtifactError(
+            f"{path}: was compiled with mindspore {graph.mindspore}; tested are "
+            f"{', '.join(v + 'x' for v in TESTED_MINDSPORE)}.",
+            f"Run `msconv compile` again with one of them (target {graph.target}).",
+        )
+
+
 def _bind(root: Path, graph: Graph, tensors: dict[str, Any]) -> Any:
     """A GraphCell with its weights, compiled once for all shapes."""
     import mindspore as ms
     from mindspore import Tensor, nn
 
     path = root / graph.path
+    check_version(path, graph)
     check_size(path, graph.size)
     if digest_bytes(path.read_bytes()) != graph.digest:
         raise ArtifactError(

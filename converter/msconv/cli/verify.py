@@ -19,12 +19,14 @@ from .console import artifact_argument, emit, find_artifact, json_option, say, s
     type=click.Path(path_type=Path),
     help="Directory of the source checkpoint.  [default: where it was converted from]",
 )
+@click.option("--layers", default=0, type=click.IntRange(0), help="Only the first N layers: for large models.")
 @json_option
-def command(artifact: Path | None, target: str, reference: Path | None, as_json: bool) -> None:
+def command(artifact: Path | None, target: str, reference: Path | None, layers: int, as_json: bool) -> None:
     """Prove an artifact numerically against the source checkpoint.
 
     Runs the artifact's own graphs on its own bytes and compares logits with transformers in float32:
     ragged prefill, decode, prefill on a cached prefix, decode.  Exit 0 if proven, 3 if not.
+    Ascend graphs and several ranks run in an interpreter, all ranks together.
 
     \b
     msconv verify artifacts/Qwen3-0.6B-tp1 --reference models/Qwen3-0.6B
@@ -33,7 +35,7 @@ def command(artifact: Path | None, target: str, reference: Path | None, as_json:
 
     root = find_artifact(artifact)
     with step(f"comparing {root} ({target}) with transformers"):
-        proof = prove(root, target, reference)
+        proof = prove(root, target, reference, layers)
     c = proof.comparison
     if as_json:
         emit(
@@ -49,6 +51,10 @@ def command(artifact: Path | None, target: str, reference: Path | None, as_json:
                 "ties": c.ties,
                 "seconds": round(proof.seconds, 3),
                 "by_phase": c.by_phase,
+                "layers": proof.layers or None,
+                "norms": c.probes,
+                "place": c.first,
+                **proof.half_precision,
             }
         )
     for phase, error in c.by_phase.items():
@@ -59,10 +65,25 @@ def command(artifact: Path | None, target: str, reference: Path | None, as_json:
         names = ", ".join((proof.missing + proof.unused)[:5])
         raise VerificationFailed(
             f"{root}: not proven for {target}: largest logit error {c.max_abs_logit_error:.3e} "
-            f"(bound {c.bound:.0e}) at {c.worst}; argmax agrees in {c.argmax_agreement:.2%}"
+            f"(bound {c.bound:.0e}) at {c.worst or 'no row'}; argmax agrees in {c.argmax_agreement:.2%}"
+            + (f"; first apart: {c.first}" if c.first else "")
+            + (f"; ranks differ by {c.apart:.1e} where they must agree" if c.apart >= c.bound else "")
             + (f"; tensors missing or unused: {names}" if names else "")
             + ".",
             "Check that --reference is what was converted; then convert and compile again with --force.",
+        )
+    if proof.layers:
+        worst = max(c.probes.values(), default=0.0)
+        say(
+            f"The first {proof.layers} layers agree for {target}: {len(c.probes)} norms, largest relative error "
+            f"{worst:.2e} (bound {c.bound:.0e}), {proof.seconds:.1f} s.  The whole is not proven by this."
+        )
+        return
+    if proof.half_precision:
+        say(
+            f"  in the target's own precision: largest logit error "
+            f"{proof.half_precision['half_precision_max_abs_logit_error']:.2e}, "
+            f"expected below {proof.half_precision['half_precision_bound']:.2e}"
         )
     say(
         f"Proven for {target}: {c.rows} rows of logits, largest error {c.max_abs_logit_error:.2e} "

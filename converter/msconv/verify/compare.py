@@ -56,6 +56,7 @@ class Comparison:
     probes: dict[str, float] = field(default_factory=dict)
     first: str = ""
     apart: float = 0.0
+    largest_logit: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -75,7 +76,8 @@ class Comparison:
         """Compare one call: its norms, in the graph's order, then its logits."""
         for name, found in step.probes.items():
             expected = np.stack([traces[i].probes[name][p] for i, p in step.places])
-            error = _error(found, expected) / max(1.0, float(np.abs(expected).max()))
+            largest = float(np.abs(expected).max())
+            error = _error(found, expected) / max(1.0, largest)
             self.probes[name] = max(error, self.probes.get(name, 0.0))
             if error >= self.bound and not self.first:
                 self.first = f"{culprit(name)}, seen at {name} in {step.phase}"
@@ -88,8 +90,9 @@ class Comparison:
         self.by_phase[phase] = max(error, self.by_phase.get(phase, 0.0))
         if error > self.max_abs_logit_error or not self.worst:
             self.max_abs_logit_error, self.worst = max(error, self.max_abs_logit_error), f"{phase}, {where}"
+        self.largest_logit = max(self.largest_logit, float(np.abs(expected).max()))
         best = np.sort(expected)[-2:]
-        if len(best) == 2 and best[1] - best[0] <= 2 * self.bound:
+        if len(best) == 2 and best[1] - best[0] <= 2 * min(self.bound, FLOAT32_BOUND):
             self.ties += 1
             return
         self.decided += 1
@@ -116,7 +119,13 @@ def culprit(probe: str) -> str:
 
 
 def compare(
-    candidate: Candidate, reference: Reference, vocab: int, max_positions: int, seed: int = 0
+    candidate: Candidate,
+    reference: Reference,
+    vocab: int,
+    max_positions: int,
+    bound: float = FLOAT32_BOUND,
+    steps: int = DECODE_STEPS,
+    seed: int = 0,
 ) -> Comparison:
     """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
     shows (`probes`), with the reference's."""
@@ -147,7 +156,7 @@ def compare(
         return new
 
     def decode(phase: str) -> None:
-        for _ in range(DECODE_STEPS):
+        for _ in range(steps):
             step = tokens(len(sequences))
             grow([[t] for t in step])
             note(phase, [[t] for t in step], candidate.decode(step))
@@ -160,7 +169,7 @@ def compare(
         drafts = grow([tokens(DRAFT) for _ in sequences])
         note("drafts, all tokens", drafts, candidate.extend_all(drafts), every=True)  # type: ignore[attr-defined]
 
-    result = Comparison(FLOAT32_BOUND)
+    result = Comparison(bound)
     traces = [reference.trace(s) for s in sequences]
     for step in seen:
         result.add_step(step, traces)

@@ -27,6 +27,7 @@ from .kernels import KERNELS, Context
 from .mindir import Node, Program, parse
 
 PAGE = 16
+SMALL_BYTES = 64 << 20
 KEEP_BYTES = 2 << 30  # weights of all ranks up to this stay widened in memory; above, they are read anew
 NP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLLECTIVES = {"AllReduce": {"group", "op", "index", "fusion", "no_eliminate"}}
@@ -84,6 +85,8 @@ class Lockstep:
         self.programs = {phase: parse(root / g.path) for phase, g in graphs.items()}
         self.context = Context(exact, next(iter(self.programs.values())).dtype)
         size = sum(t.nbytes for t in required(root, manifest).tensors) * self.tp
+        if size < SMALL_BYTES:
+            torch.set_num_threads(1)  # handing small work to threads costs more than the work
         self.ranks = [RankFiles(root, manifest, r, self.context, size <= KEEP_BYTES) for r in range(self.tp)]
         self.caches: list[list[torch.Tensor]] = []
         self.probes: dict[str, NDArray[np.float32]] = {}

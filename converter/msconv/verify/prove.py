@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,7 @@ from msconv_runtime.integrity import check_artifact
 from msconv_runtime.weights import required
 
 from ..compile import configuration, mindspore_version, unused_names
+from ..families import DecoderConfig
 from ..stream.lock import exclusive
 from .compare import Candidate, Comparison, compare
 from .reference import Reference, source_of
@@ -30,14 +31,20 @@ class Proof:
     missing: list[str]
     unused: list[str]
     seconds: float
+    layers: int = 0
+    half_precision: dict[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
         return self.comparison.ok and not self.missing and not self.unused
 
 
-def prove(root: Path, target: str, reference: Path | None) -> Proof:
-    """Compare the artifact's graphs and bytes with transformers.  A failed proof removes an earlier one."""
+def prove(root: Path, target: str, reference: Path | None, layers: int = 0) -> Proof:
+    """Compare the artifact's graphs and bytes with transformers.  A failed proof removes an earlier one.
+
+    `layers` above 0 compares the first layers only, in bounded memory; that is no proof of the whole and is
+    not recorded as one.  Half-precision targets are also run in their own precision, and that is reported.
+    """
     started = time.monotonic()
     manifest = read_manifest(root)
     config = configuration(root, manifest)
@@ -53,9 +60,16 @@ def prove(root: Path, target: str, reference: Path | None) -> Proof:
             "Copy the artifact again, or convert again with --force.",
         )
     missing, unused = _coverage(root, manifest, target)
-    model = Reference(source, manifest)
-    comparison = compare(_candidate(root, manifest, target), model, config.vocab, config.max_positions)
-    proof = Proof(target, manifest.parallel.tp, comparison, missing, unused, time.monotonic() - started)
+    layers = layers if layers < config.layers else 0
+    model = Reference(source, manifest, layers)
+    candidate = _candidate(root, manifest, target, layers)
+    comparison = compare(candidate, model, config.vocab, config.max_positions)
+    ok = comparison.ok and not missing and not unused
+    half = _half_precision(root, manifest, target, model, config) if ok and not layers else {}
+    seconds = time.monotonic() - started
+    proof = Proof(target, manifest.parallel.tp, comparison, missing, unused, seconds, layers, half)
+    if layers:
+        return proof
     weights = required(root, manifest)
     entry = Verified(
         target=target,
@@ -69,21 +83,44 @@ def prove(root: Path, target: str, reference: Path | None) -> Proof:
         argmax_agreement=comparison.argmax_agreement,
         ranks=manifest.parallel.tp,
         logits_compared=comparison.rows,
-        settings=dict(comparison.by_phase.items()),
+        settings={**comparison.by_phase, **half},
     )
     _record(root, target, entry if proof.ok else None)
     return proof
 
 
-def _candidate(root: Path, manifest: Manifest, target: str) -> Candidate:
+def _half_precision(
+    root: Path, manifest: Manifest, target: str, model: Reference, config: DecoderConfig
+) -> dict[str, float]:
+    """The same graphs with the target's own rounding, short: reported with a bound of its own, no gate.
+
+    Each layer adds some roundings of half an ulp to the residual stream, which random walks add up:
+    bound = 8 * eps * largest logit * sqrt(layers).
+    """
+    if target == "cpu":
+        return {}
+    from .lockstep import Lockstep
+
+    candidate = Lockstep(root, manifest, target, exact=False)
+    result = compare(candidate, model, config.vocab, config.max_positions, bound=float("inf"), steps=2)
+    eps = 2**-8 if "310p" not in target else 2**-11
+    bound = 8 * eps * result.largest_logit * config.layers**0.5
+    return {
+        "half_precision_max_abs_logit_error": result.max_abs_logit_error,
+        "half_precision_bound": bound,
+        "half_precision_argmax_agreement": result.argmax_agreement,
+    }
+
+
+def _candidate(root: Path, manifest: Manifest, target: str, layers: int) -> Candidate:
     """One CPU rank runs for real, in MindSpore; several ranks, and Ascend's graphs, in the interpreter."""
-    if target == "cpu" and manifest.parallel.tp == 1:
+    if target == "cpu" and manifest.parallel.tp == 1 and not layers:
         from msconv_runtime import Session
 
         return Session(root, target)
     from .lockstep import Lockstep
 
-    return Lockstep(root, manifest, target)
+    return Lockstep(root, manifest, target, layers=layers)
 
 
 def _record(root: Path, target: str, entry: Verified | None) -> None:

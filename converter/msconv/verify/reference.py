@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from msconv_runtime.artifact import STATE_DIR, Manifest
 from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
 
-from ..checkpoint.directory import open_checkpoint
+from ..checkpoint.directory import Checkpoint, open_checkpoint
 
 Logits = NDArray[np.float32]
 
@@ -29,14 +29,17 @@ class Reference:
     """The source model in float32.  Where conversion rounded (`--dtype`), its weights are rounded alike, so
     that what is compared is the computation and the layout."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: Manifest, layers: int = 0) -> None:
         try:
             import torch
-            from transformers import AutoModelForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers.utils import logging as transformers_logging
         except ImportError as e:
             raise EnvironmentProblem(
                 f"verify needs torch and transformers ({e}).", 'Install them: pip install "msconv[verify]".'
             ) from None
+        transformers_logging.set_verbosity_error()  # our own words say what is compared
+        transformers_logging.disable_progress_bar()
         checkpoint = open_checkpoint(root)
         if checkpoint.config_digest != manifest.model.config_digest:
             raise VerificationFailed(
@@ -46,8 +49,15 @@ class Reference:
                 "Give the directory the artifact was converted from with --reference.",
             )
         self._torch = torch
+        self.layers = layers
+        config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+        if layers:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             root,
+            config=config,
             dtype=torch.float32,
             local_files_only=True,
             trust_remote_code=False,
@@ -62,10 +72,25 @@ class Reference:
             with torch.no_grad():
                 for p in self.model.parameters():
                     p.copy_(p.to(narrow).to(torch.float32))
+        self._follower = self._follower_norm(checkpoint) if layers else None
+
+    def _follower_norm(self, checkpoint: Checkpoint) -> Any:
+        """The norm that comes after the last of the layers that are looked at, from the checkpoint."""
+        from safetensors import safe_open
+
+        name = f"model.layers.{self.layers}.input_layernorm.weight"
+        file = checkpoint.files[checkpoint.tensors[name].file].path
+        with safe_open(file, framework="pt") as f:
+            weight = f.get_tensor(name).to(self._torch.float32)
+        if self.rounded_to:
+            weight = weight.to(getattr(self._torch, self.rounded_to)).to(self._torch.float32)
+        return weight
 
     def trace(self, tokens: list[int]) -> Trace:
         """Logits [T, V] of one sequence, and the output [T, hidden] of every norm of the residual stream."""
         probes: dict[str, Logits] = {}
+        if self._follower is not None:
+            return Trace(np.zeros((0, 0), np.float32), self._first_layers(tokens))
         hooks = [
             module.register_forward_hook(
                 lambda _module, _inputs, out, name=name: probes.__setitem__(name, out[0].numpy())
@@ -80,6 +105,22 @@ class Reference:
             for hook in hooks:
                 hook.remove()
         return Trace(logits, probes)
+
+    def _first_layers(self, tokens: list[int]) -> dict[str, Logits]:
+        """The norms of the first layers, and the one that follows them."""
+        follower, self._follower = self._follower, None
+        last: list[Any] = []
+        norm = self.model.model.norm
+        hook = norm.register_forward_hook(lambda _module, inputs, _out: last.append(inputs[0][0]))
+        try:
+            probes = dict(self.trace(tokens).probes)
+        finally:
+            hook.remove()
+            self._follower = follower
+        probes.pop("model.norm")
+        scale = self._torch.rsqrt(last[0].pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        probes[f"model.layers.{self.layers}.input_layernorm"] = (last[0] * scale * follower).numpy()
+        return probes
 
 
 def source_of(root: Path, given: Path | None) -> Path:
