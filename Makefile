@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test test-ms28 check format clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +26,16 @@ demo: setup
 
 test: check
 	$(BIN)/python -m pytest
+
+# Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
+test-ms28: setup .venv-ms28/.installed
+	$(BIN)/python -m pytest tests/ms28
+
+.venv-ms28/.installed: requirements/ms28.txt pyproject.toml
+	test -x .venv-ms28/bin/python || $(PYTHON) -m venv .venv-ms28
+	.venv-ms28/bin/python -m pip install --no-deps --progress-bar off -r requirements/ms28.txt
+	.venv-ms28/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
 
 check: setup
 	$(BIN)/ruff check .

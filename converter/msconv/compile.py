@@ -121,6 +121,7 @@ def compile_graphs(root: Path, target: str) -> list[Compiled]:
                 inputs=exported.inputs,
                 parameters=exported.parameters,
                 groups=exported.groups,
+                nz=exported.nz,
             )
             _check_weights(root, manifest, graph)
             path = root / graph.path

@@ -42,6 +42,7 @@ class Exported:
     inputs: list[GraphInput]
     parameters: list[GraphParameter]
     groups: list[str]
+    nz: list[str]
 
 
 def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Exported:
@@ -69,6 +70,7 @@ def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Export
         inputs=inputs,
         parameters=[GraphParameter(p.name, NAMES[p.dtype], list(p.shape)) for p in parameters],
         groups=[TP_GROUP] if mesh.tp > 1 else [],
+        nz=ops.matrices if ops.wants_nz else [],
     )
 
 

@@ -54,6 +54,7 @@ class AscendOps(Ops):
         return AddNorm(name, width, self.local.config.eps, self.dtype)
 
     def linear(self, name: str, out: int, inner: int, bias: bool) -> nn.Cell:
+        self.matrices.append(name + ".weight")
         return Linear(name, out, inner, bias, self.dtype)
 
     def split_heads(self, prefix: str) -> nn.Cell:
@@ -80,6 +81,7 @@ class Ascend310POps(AscendOps):
 
     dtype = ms.float16
     dtype_name = "float16"
+    wants_nz = True
 
 
 class Begin(nn.Cell):

@@ -17,9 +17,11 @@ class Ops(ABC):
     """Operations of one target for one phase."""
 
     dtype: Any  # MindSpore type of weights, activations and cache
+    wants_nz = False  # matrices are cast to the NZ format on the device, at load
 
     def __init__(self, local: Local) -> None:
         self.local = local
+        self.matrices: list[str] = []  # weights of matrix products, by name
 
     @abstractmethod
     def inputs(self) -> list[GraphInput]:
@@ -73,6 +75,7 @@ class Ops(ABC):
         """[B, hidden] -> logits [B, V]."""
         weight = tied
         if weight is None:
+            self.matrices.append("lm_head.weight")
             weight = parameter("lm_head.weight", (self.local.vocab, self.local.config.hidden), self.dtype)
         return Head(weight, self.gather_vocab())
 
