@@ -100,6 +100,7 @@ def compile_graphs(root: Path, target: str) -> list[Compiled]:
         raise UsageError(f"{target}: no such target.", f"Targets are: {', '.join(PHASES)}.")
     manifest = read_manifest(root)
     config = configuration(root, manifest)
+    _check_heads(config, target)
     mindspore = mindspore_version()
     from .graph.export import export
 
@@ -132,6 +133,22 @@ def compile_graphs(root: Path, target: str) -> list[Compiled]:
         graphs = sorted([*others, *(m.graph for m in made)], key=lambda g: (g.target, g.phase))
         write_manifest(root, msgspec.structs.replace(manifest, graphs=graphs))
     return made
+
+
+def _check_heads(config: DecoderConfig, target: str) -> None:
+    """Raises UsageError for heads that Ascend's attention cannot take.
+
+    ATB's PagedAttention wants page size * head size <= 128 * 128 (hiascend.com, ascendtb_01_0075), which is a
+    head of 1024 with SGLang's smallest pages of 16; rows must be aligned to 16 bytes.
+    """
+    if target == "cpu":
+        return
+    if config.head_dim % 8 or config.head_dim > 1024:
+        raise UsageError(
+            f"{target}: its attention takes a head_dim that is a multiple of 8, up to 1024; this model's is "
+            f"{config.head_dim}.",
+            "Compile it for --target cpu.",
+        )
 
 
 def mindspore_version() -> str:
