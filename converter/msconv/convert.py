@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from msconv_runtime.artifact import (
     FORMAT,
     MANIFEST,
@@ -20,6 +22,7 @@ from msconv_runtime.artifact import (
     Parallel,
     SourceFile,
     Weights,
+    decode_manifest,
     digest_bytes,
     digest_of,
     is_artifact,
@@ -38,7 +41,7 @@ from .stream.blocks import Moved
 from .stream.execute import describe, execute, plan_memory
 from .stream.journal import JOURNAL, Identity, Journal
 from .stream.lock import exclusive
-from .stream.outputs import whole
+from .stream.outputs import disk_error, whole
 from .stream.source import DirectorySource, Source
 
 Progress = Callable[[int], None]
@@ -54,6 +57,7 @@ class Conversion:
     plan: Plan
     source: Source
     identity: Identity
+    reads: Path
     origin: Path
     auxiliary: list[Path]
     describe: Callable[[dict[str, Moved]], Model]
@@ -102,6 +106,7 @@ def prepare(
             checkpoint.config_digest,
             plan,
         ),
+        reads=checkpoint.root,
         origin=checkpoint.root,
         auxiliary=checkpoint.auxiliary,
         describe=lambda moved: _model(checkpoint, plan, moved),
@@ -128,29 +133,33 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
     """Convert, or go on with a conversion.  The artifact is READY on return."""
     started = time.monotonic()
     root, plan, source = conversion.output, conversion.plan, conversion.source
-    refuse_foreign(root, conversion.origin)
+    refuse_foreign(root, conversion.reads)
     try:
         with exclusive(root):
             if force:
                 clear(root)
             previous = _finished(root, conversion)
+            lost = False
             if previous is not None and previous.weights is not None:
                 if whole(root, plan, published=True):
                     (root / STATE_DIR / JOURNAL).unlink(missing_ok=True)
                     return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
-                (root / READY).unlink()  # a file was lost: not finished any more
+                lost = True  # a rank file is gone: not finished any more
             _check_twins(plan, source)
             with Journal.resume(root, conversion.identity) as journal:
+                if lost:
+                    (root / READY).unlink()
                 if journal.done and not whole(root, plan):
                     journal.restart()
                 before = set(journal.done)
-                moved = execute(plan, source, root, journal, conversion.jobs, conversion.block_bytes, progress)
-                for path in conversion.auxiliary:
-                    replace_file(root / path.name, path.read_bytes())
-                state = root / STATE_DIR
-                replace_file(state / "source", f"{conversion.origin.resolve()}\n".encode())
-                replace_file(state / "identity", conversion.identity.digest().encode())
-                write_manifest(root, _manifest(conversion, moved, previous))
+                besides = _bytes_besides(conversion)
+                moved = execute(
+                    plan, source, root, journal, conversion.jobs, conversion.block_bytes, progress, besides
+                )
+                try:
+                    _finish(conversion, moved, previous)
+                except OSError as e:
+                    raise disk_error(e, root, besides) from None
                 journal.remove()
     finally:
         source.close()
@@ -158,6 +167,24 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
     share = redone / max(1, plan.read_bytes)
     seconds = time.monotonic() - started
     return Converted(root, redone, round(plan.output_bytes * share), seconds, peak_rss_bytes(), bool(before))
+
+
+def _finish(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None) -> None:
+    """Everything but the weights; the manifest and READY last."""
+    root = conversion.output
+    for path in conversion.auxiliary:
+        replace_file(root / path.name, path.read_bytes())
+    state = root / STATE_DIR
+    replace_file(state / "source", f"{conversion.origin.resolve()}\n".encode())
+    replace_file(state / "identity", conversion.identity.digest().encode())
+    write_manifest(root, _manifest(conversion, moved, previous))
+
+
+def _bytes_besides(conversion: Conversion) -> int:
+    """What is written besides the weights: copied files, journal and manifest (measured: 60 bytes a digest)."""
+    plan = conversion.plan
+    digests = len(plan.tensors) * (plan.mesh.tp + 4)
+    return sum(p.stat().st_size for p in conversion.auxiliary) + 200 * digests + (64 << 10)
 
 
 def refuse_foreign(root: Path, source: Path) -> None:
@@ -189,7 +216,7 @@ def _finished(root: Path, conversion: Conversion) -> Manifest | None:
         manifest = read_manifest(root)
     except ArtifactError as e:
         if (root / STATE_DIR / JOURNAL).exists():
-            return None  # interrupted before READY
+            return _graphs_of_unfinished(root, conversion)  # interrupted before READY
         raise ArtifactError(e.message, "Run with --force to convert anew.") from None
     mesh = conversion.plan.mesh
     if manifest.model.config_digest != conversion.identity.config or manifest.parallel != Parallel(
@@ -209,6 +236,19 @@ def _finished(root: Path, conversion: Conversion) -> Manifest | None:
             "Give another --output, or replace it with --force.",
         )
     return manifest
+
+
+def _graphs_of_unfinished(root: Path, conversion: Conversion) -> Manifest | None:
+    """The manifest without its weights, for the graphs it names, if it is of this model and layout."""
+    mesh = conversion.plan.mesh
+    try:
+        manifest = decode_manifest((root / MANIFEST).read_bytes(), str(root / MANIFEST))
+    except (ArtifactError, OSError):
+        return None
+    same_model = manifest.model.config_digest == conversion.identity.config
+    if not same_model or manifest.parallel != Parallel(mesh.tp, mesh.ep):
+        return None
+    return msgspec.structs.replace(manifest, weights=None)
 
 
 def clear(root: Path) -> None:

@@ -46,6 +46,7 @@ def prepare(
             manifest.model.config_digest,
             plan,
         ),
+        reads=artifact,
         origin=_origin(artifact),
         auxiliary=[artifact / n for n in AUXILIARY if (artifact / n).is_file()],
         describe=lambda moved: manifest.model,

@@ -61,7 +61,7 @@ def check_file(
         header = f.read(min((t.begin for t in entries), default=file.size))
         found = [digest_bytes(header)]
         for entry in entries:
-            digest = _tensor_digest(f.fileno(), entry, buffer)
+            digest = tensor_digest(f.fileno(), entry, buffer)
             found.append(digest)
             if digest != entry.digests[file.rank]:
                 damage.append(Damage(file.path, entry.name, "digest differs"))
@@ -72,7 +72,8 @@ def check_file(
     return damage
 
 
-def _tensor_digest(fd: int, entry: TensorEntry, buffer: bytearray) -> str:
+def tensor_digest(fd: int, entry: TensorEntry, buffer: bytearray) -> str:
+    """Digest of a tensor's bytes in an open rank file; `buffer` is reused between calls."""
     digests = []
     offset = entry.begin
     view = memoryview(buffer)

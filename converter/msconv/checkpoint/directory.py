@@ -17,7 +17,8 @@ from .headers import parse_json, read_header
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]{0,199}\.safetensors")
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 16 << 20
+MAX_CONFIG_BYTES = 1 << 20
 
 # What makes the artifact a model directory too.  Never code, never pickles.
 AUXILIARY = (
@@ -126,10 +127,10 @@ def has_weights(root: Path) -> bool:
     return (root / INDEX).exists() or any(root.glob("*.safetensors"))
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
     """A text file of bounded size."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if path.stat().st_size > limit:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too large for this file.")
         return path.read_bytes()
     except OSError as e:
@@ -140,7 +141,7 @@ def _read_index(root: Path) -> dict[str, str]:
     path = root / INDEX
     if not path.exists():
         return {}
-    raw = parse_json(read_small(path), str(path))
+    raw = parse_json(read_small(path, MAX_JSON_BYTES), str(path))
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map.", "Download this file again.")

@@ -7,6 +7,7 @@ Format: 8 bytes little-endian header length, that much JSON, then the data
 from __future__ import annotations
 
 import json
+import reprlib
 import struct
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from ..layout import dtypes
 from ..layout.model import TensorInfo
 from ..layout.names import shorten
 
-MAX_HEADER_BYTES = 32 << 20  # 92,000 tensors need 10 MB
+MAX_HEADER_BYTES = 16 << 20  # 92,000 tensors need 10 MB
+MAX_JSON_ITEMS = 1_200_000  # they have 830,000 braces, brackets and commas; this many take 240 MB to parse
 MAX_DIMS = 8
 
 
@@ -61,6 +63,8 @@ def parse_json(data: bytes, where: str) -> object:
             raise CheckpointError(f"{where}: the name {shorten(twice)!r} is there twice.", _AGAIN)
         return out
 
+    if sum(data.count(c) for c in (b"{", b"[", b",")) > MAX_JSON_ITEMS:
+        raise CheckpointError(f"{where}: has too many parts for what it should be.", _AGAIN)
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant)
     except UnicodeDecodeError as e:
@@ -124,11 +128,11 @@ def _tensor(name: str, entry: object, path: Path, base: int) -> TensorInfo:
         raise bad("its entry is not an object")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(code, str) or code not in dtypes.NAMES:
-        raise bad(f"unknown element type {str(code)[:40]!r}")
+        raise bad(f"unknown element type {shorten(reprlib.repr(code))}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(n) for n in shape):
-        raise bad(f"shape {str(shape)[:80]} is not a list of up to {MAX_DIMS} sizes")
+        raise bad(f"shape {shorten(reprlib.repr(shape))} is not a list of up to {MAX_DIMS} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
-        raise bad(f"data_offsets {str(offsets)[:80]} are not two positions")
+        raise bad(f"data_offsets {shorten(reprlib.repr(offsets))} are not two positions")
     begin, end = offsets
     nbytes = dtypes.SIZES[dtypes.NAMES[code]]
     for n in shape:

@@ -71,6 +71,8 @@ def main() -> None:
     except OSError:  # nobody reads any more, or there is no room for the answer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # all is done and said
     sys.exit(code)
 
 

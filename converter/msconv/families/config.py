@@ -5,12 +5,13 @@ Whatever a graph would have to obey and does not is an error here, never ignored
 
 from __future__ import annotations
 
-import math
+import reprlib
 from dataclasses import dataclass, field
 
 from msconv_runtime.errors import CheckpointError
 
 from ..layout.model import Sizes, Table
+from ..layout.names import shorten
 
 MAX_LAYERS = 4096
 
@@ -95,11 +96,10 @@ class _Reader:
         value = self.raw.get(key)
         if value is None and default is not None:
             return default
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not ok or value <= 0:  # type: ignore[operator]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
             self.problems.append(f"{self.prefix}{key} = {_show(value)}: a number above 0 is needed")
             return default or 1.0
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.raw.get(key)
@@ -192,4 +192,4 @@ def _rope(raw: dict[str, object], r: _Reader, max_positions: int) -> Rope:
 
 
 def _show(value: object) -> str:
-    return repr(value)[:80]
+    return shorten(reprlib.repr(value), 80)

@@ -14,6 +14,7 @@ import xxhash
 
 from msconv_runtime.artifact import Weights, digest_of
 from msconv_runtime.errors import ArtifactError
+from msconv_runtime.integrity import tensor_digest
 
 from ..layout import dtypes
 from ..layout.cuts import Box, matrix
@@ -68,14 +69,17 @@ class ArtifactSource:
 
     def check_unchanged(self) -> None:
         for path, stat in self._stats.items():
-            now = path.stat()
+            try:
+                now = path.stat()
+            except OSError as e:
+                raise ArtifactError(f"{path}: disappeared while it was resharded: {e.strerror}.") from None
             if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
                 raise ArtifactError(f"{path}: changed while it was resharded.", "Run it again with --force.")
         bad = [
             f"  {file_name(rank, tensor.file)}: {tensor.name}"
             for i, tensor in enumerate(self.plan.tensors)
             for rank in self.plan.mesh.ranks
-            if (found := self._digest(rank, i)) is not None and found != self.weights.tensors[i].digests[rank]
+            if self._digest(rank, i) != self.weights.tensors[i].digests[rank]
         ]
         if bad:
             raise ArtifactError(
@@ -106,12 +110,16 @@ class ArtifactSource:
             hasher.update(out)
             self._hashes[key] = (hasher, done + len(out))
 
-    def _digest(self, rank: int, tensor: int) -> str | None:
-        """What was read of a tensor, or None if not all of it was."""
+    def _digest(self, rank: int, tensor: int) -> str:
+        """Of one rank's tensor: from what was read on the way, else (another rank's copy was read, or an
+        earlier run did it) by reading it now."""
         digests = []
         for part, size in enumerate(self.plan.tensors[tensor].parts):
             if (rank, tensor, part) not in self._hashes:
-                return None
+                entry = self.weights.tensors[tensor]
+                return tensor_digest(
+                    self._open(self.root / file_name(rank, entry.file)), entry, bytearray(8 << 20)
+                )
             hasher, done = self._hashes[rank, tensor, part]
             hasher = hasher.copy()
             pad_hash(hasher, size - done)
@@ -121,5 +129,8 @@ class ArtifactSource:
     def _open(self, path: Path) -> int:
         with self._lock:
             if path not in self._fds:
-                self._fds[path] = os.open(path, os.O_RDONLY)
+                try:
+                    self._fds[path] = os.open(path, os.O_RDONLY)
+                except OSError as e:
+                    raise ArtifactError(f"{path}: cannot be read: {e.strerror}.") from None
             return self._fds[path]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from msconv_runtime.artifact import TensorEntry, WeightFile, digest_bytes, digest_of
-from msconv_runtime.errors import ResourceError
+from msconv_runtime.errors import ArtifactError, ResourceError
 
 from ..layout.plan import Plan, constant_bytes, file_name
 from .blocks import Buffers, Moved, Stopped, largest_row, move_tensor
@@ -51,20 +51,26 @@ def execute(
     jobs: int,
     block_bytes: int,
     progress: Progress,
+    besides: int = 0,
 ) -> dict[str, Moved]:
     """Write all rank files under `root` and publish them.  Returns every source tensor's digests.
 
-    Interrupted at any point, a later call with the same journal continues.
+    Interrupted at any point, a later call with the same journal continues.  `besides`: bytes that will be
+    written after the weights, which must find room too.
     """
     order = sorted(plan.moves, key=lambda n: (plan.sources[n].file, plan.sources[n].offset))
     todo = [n for n in order if n not in journal.done]
     progress(sum(plan.sources[n].nbytes for n in order if n in journal.done))
-    with Outputs(root, plan, fresh=not journal.done) as outputs:
+    with Outputs(root, plan, not journal.done, besides) as outputs:
         for constant in plan.constants:
             for rank in plan.mesh.ranks:
                 outputs.write_constant(constant, rank)
         _run(plan, source, outputs, journal, todo, jobs, block_bytes, progress)
-        source.check_unchanged()
+        try:
+            source.check_unchanged()
+        except ArtifactError:
+            journal.remove()  # damaged bytes were moved: nothing of this is to be built upon
+            raise
         outputs.sync()
         outputs.publish()
     return journal.done

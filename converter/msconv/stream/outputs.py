@@ -35,8 +35,8 @@ def whole(root: Path, plan: Plan, published: bool = False) -> bool:
 class Outputs:
     """All files of all ranks, as `*.tmp`.  Threads may write at once; places never overlap."""
 
-    def __init__(self, root: Path, plan: Plan, fresh: bool) -> None:
-        self.root, self.plan, self.fresh = root, plan, fresh
+    def __init__(self, root: Path, plan: Plan, fresh: bool, besides: int = 0) -> None:
+        self.root, self.plan, self.fresh, self.besides = root, plan, fresh, besides
         self._fds: dict[tuple[int, int], int] = {}
         self._unstarted: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
@@ -51,7 +51,7 @@ class Outputs:
                 self._tmp(rank, i).unlink(missing_ok=True)
             elif final.exists():  # a crash after some were published
                 final.replace(self._tmp(rank, i))
-        need = sum(self.plan.files[i].size for _, i in keys)
+        need = self.besides + sum(self.plan.files[i].size for _, i in keys)
         have = sum(self._allocated(rank, i) for rank, i in keys)
         free = shutil.disk_usage(self.root).free
         if need - have > free:
