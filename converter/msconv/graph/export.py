@@ -115,7 +115,9 @@ def canonical(proto: bytes) -> tuple[bytes, int]:
     for value in graph.output:
         value.name = names.get(value.name, value.name)
     keys: dict[str, str] = {}
-    for tensor in (*graph.parameter, *(t for value in graph.input for t in value.tensor)):
+    tensors = [t for value in graph.input for t in value.tensor]
+    tensors += [t for node in graph.node for a in node.attribute for t in a.tensors]
+    for tensor in (*graph.parameter, *tensors):
         if tensor.ref_key:
             tensor.ref_key = keys.setdefault(tensor.ref_key, str(len(keys)))
     primitives = sorted(model.primitives, key=lambda p: p.name)

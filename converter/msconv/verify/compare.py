@@ -81,8 +81,15 @@ class Comparison:
             self.probes[name] = max(error, self.probes.get(name, 0.0))
             if error >= self.bound and not self.first:
                 self.first = f"{culprit(name)}, seen at {name} in {step.phase}"
-        for (i, position), row in zip(step.rows, step.logits, strict=False):
+        if step.logits.size and len(step.logits) != len(step.rows):
+            self.max_abs_logit_error = float("inf")
+            self.worst = f"{step.phase}: {len(step.logits)} rows of logits for {len(step.rows)}"
+            self.first = self.first or f"lm_head and the choice of last tokens before it, {self.worst}"
+            return
+        for (i, position), row in zip(step.rows, step.logits, strict=False):  # no logits: first layers only
             self.add(step.phase, f"sequence {i}, position {position}", row, traces[i].logits[position])
+        if not self.max_abs_logit_error < self.bound and not self.first:
+            self.first = f"lm_head or what follows the last norm, seen at the logits in {step.phase}"
 
     def add(self, phase: str, where: str, found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
         """Compare one row of logits [V]."""

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from msconv_runtime.artifact import Manifest
+from msconv_runtime.artifact import Graph, Manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.graphs import graphs_of
 from msconv_runtime.paging import Batch, Sequences
@@ -83,6 +83,8 @@ class Lockstep:
         graphs = {g.phase: g for g in graphs_of(root, manifest, target)}
         self.graphs = graphs
         self.programs = {phase: parse(root / g.path) for phase, g in graphs.items()}
+        for phase, program in self.programs.items():
+            check_declared(root, manifest, graphs[phase], program)
         self.context = Context(exact, next(iter(self.programs.values())).dtype)
         size = sum(t.nbytes for t in required(root, manifest).tensors) * self.tp
         if size < SMALL_BYTES:
@@ -151,7 +153,7 @@ class Lockstep:
             if _is_probe(node):
                 found = [_first(r).float() for r in results]
                 probes[node.parameter.removesuffix(".weight")] = found[0].numpy()
-                apart = max(apart, *(float((f - found[0]).abs().max()) for f in found))
+                apart = max(apart, _apart(found))
                 if node.parameter == stop:
                     return Step([], probes, apart)
             for name in node.inputs:
@@ -159,7 +161,7 @@ class Lockstep:
                     for env in values:
                         env.pop(name, None)
         logits = [env[program.output].float().numpy() for env in values]
-        apart = max(apart, *(float(np.abs(x - logits[0]).max()) for x in logits))
+        apart = max(apart, _apart([torch.from_numpy(x) for x in logits]))
         return Step(logits, probes, apart)
 
     def _node(self, node: Node, program: Program, values: list[dict[str, Any]]) -> list[Any]:
@@ -221,6 +223,29 @@ class Lockstep:
                 self.caches[rank] = grown
             else:
                 self.caches.append(grown)
+
+
+def check_declared(root: Path, manifest: Manifest, graph: Graph, program: Program) -> None:
+    """The parameters of the file are those of its manifest entry, and have the shapes of the stored weights."""
+    stored = {t.name: tuple(t.shape) for t in required(root, manifest).tensors}
+    listed = {p.name: (p.dtype, tuple(p.shape)) for p in graph.parameters}
+    for name, (dtype, shape) in program.declared.items():
+        expected = listed.get(name)
+        found = str(dtype).removeprefix("torch.")
+        if expected != (found, shape) or stored.get(name, shape) != shape:
+            raise VerificationFailed(
+                f"{root / graph.path}: its parameter {name} is {found} {list(shape)}; the manifest says "
+                f"{expected}, the weights {stored.get(name)}."
+            )
+    if set(program.declared) != set(listed):
+        odd = sorted(set(program.declared) ^ set(listed))
+        raise VerificationFailed(f"{root / graph.path}: its parameters are not the manifest's: {odd[:5]}.")
+
+
+def _apart(values: list[torch.Tensor]) -> float:
+    """Largest difference to the first; what is not a number differs without bound."""
+    worst = max(float((v - values[0]).abs().max()) if v.numel() else 0.0 for v in values)
+    return worst if worst == worst else float("inf")
 
 
 def _is_probe(node: Node) -> bool:

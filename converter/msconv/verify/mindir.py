@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,12 @@ class Node:
 
 @dataclass(frozen=True)
 class Program:
-    """Steps in order.  `last_use[name]` is the index of the last step that reads a value."""
+    """Steps in the order in which the result demands them: what nothing leads to is not run, and a write comes
+    before a read only if an edge of the graph says so.  `last_use[name]` is the last step that reads a value.
+    """
 
     parameters: dict[str, str]  # value name -> weight name
+    declared: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # weight name -> type and shape
     inputs: list[str]
     nodes: list[Node]
     output: str
@@ -83,8 +87,30 @@ def parse(path: Path) -> Program:
         nodes.append(Node(primitive.op_type, inputs, n.output[0], attributes, None, weight))
     floats = [DATA_TYPES.get(p.data_type) for p in graph.parameter]
     dtype = next((d for d in floats if d in (torch.bfloat16, torch.float16)), torch.float32)
+    nodes = _on_demand(nodes, graph.output[0].name)
     last_use = {name: i for i, n in enumerate(nodes) for name in n.inputs}
-    return Program(parameters, [i.name for i in graph.input], nodes, graph.output[0].name, dtype, last_use)
+    declared = {parameters[p.name]: (DATA_TYPES.get(p.data_type), tuple(p.dims)) for p in graph.parameter}
+    given = [i.name for i in graph.input]
+    return Program(parameters, declared, given, nodes, graph.output[0].name, dtype, last_use)
+
+
+def _on_demand(nodes: list[Node], output: str) -> list[Node]:
+    """Depth first from the output, each node's inputs from left to right."""
+    made = {n.output: n for n in nodes}
+    done: set[str] = set()
+    order: list[Node] = []
+    stack = [(output, False)]
+    while stack:
+        name, ready = stack.pop()
+        if name in done or name not in made:
+            continue
+        if ready:
+            done.add(name)
+            order.append(made[name])
+        else:
+            stack.append((name, True))
+            stack += [(i, False) for i in reversed(made[name].inputs)]
+    return order
 
 
 def _value(a: Any) -> Any:
@@ -116,5 +142,7 @@ def _tensor(t: Any) -> torch.Tensor:
         raise VerificationFailed(f"constant {t.name}: element type {t.data_type} is not known here.")
     data = bytearray(t.raw_data)
     if not data:
+        if math.prod(t.dims):
+            raise VerificationFailed(f"constant {t.name}: has no values.")
         return torch.zeros(list(t.dims), dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(list(t.dims)).clone()

@@ -15,6 +15,7 @@ from .table import Context, kernel, wide
 Attributes = dict[str, Any]
 TILE = 128  # the mask of FlashAttentionScore in layout TH is one tile of this size
 MASKED = -10000.0  # what a mask value of 1.0 adds in bfloat16; float16 masks hold it themselves
+EVERYTHING = 2**31 - 1  # pre_tokens: no window
 TH = 5  # layout's number in the MindIR
 
 
@@ -94,9 +95,11 @@ def flash_attention(c: Context, a: Attributes, *inputs: Any) -> Any:
     scores, in float16 its values themselves (SGLang's LowerTriangularMask).  Result: item 3 of 4, [T, H*D].
     """
     q, k, v, shift, drop, pad, mask, prefix, q_lens, kv_lens = inputs[:10]
-    heads, keep, scale, _before, after, inner, layout, sparse = inputs[10:18]
+    heads, keep, scale, before, after, inner, layout, sparse = inputs[10:18]
     if any(x is not None for x in (shift, drop, pad, prefix)) or keep != 1.0 or layout != TH:
         raise ValueError("FlashAttentionScore: only layout TH with a mask and lengths is known here")
+    if before != EVERYTHING or tuple(mask.shape) != (TILE, TILE):
+        raise ValueError(f"FlashAttentionScore: pre_tokens {before}, mask {tuple(mask.shape)}")
     if after != 0 or inner != 0 or sparse != 0:
         raise ValueError(f"FlashAttentionScore: next_tokens {after}, inner_precise {inner}, sparse_mode {sparse}")
     heads = int(heads)

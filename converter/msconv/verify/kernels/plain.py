@@ -203,8 +203,10 @@ def cumsum(c: Context, a: Attributes, x: Tensor, axis: Any, exclusive: Any, reve
 
 @kernel("Range")
 def arange(c: Context, a: Attributes, start: Any, limit: Any, delta: Any, most: Any = None) -> Tensor:
-    dtype = start.dtype if isinstance(start, Tensor) else torch.int64
-    return torch.arange(int(start), int(limit), int(delta), dtype=dtype)
+    """int64 whatever whole numbers it is given."""
+    if any(float(v) != int(v) for v in (start, limit, delta)):
+        raise ValueError("Range: fractions are not known here")
+    return torch.arange(int(start), int(limit), int(delta), dtype=torch.int64)
 
 
 @kernel("Concat")
@@ -219,32 +221,34 @@ def stack(c: Context, a: Attributes, items: Any) -> Tensor:
 
 @kernel("Split")
 def split(c: Context, a: Attributes, x: Tensor, axis: Any, count: Any) -> tuple[Tensor, ...]:
-    return tuple(x.chunk(int(count), int(axis)))
+    if x.shape[int(axis)] % int(count):
+        raise ValueError(f"Split: {x.shape[int(axis)]} into {int(count)} parts")
+    return tuple(p.clone() for p in x.chunk(int(count), int(axis)))
 
 
 @kernel("SplitWithSize")
 def split_with_size(c: Context, a: Attributes, x: Tensor, sizes: Any, axis: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.split(x, _ints(sizes), int(axis)))
+    return tuple(p.clone() for p in torch.split(x, _ints(sizes), int(axis)))
 
 
 @kernel("Reshape")
 def reshape(c: Context, a: Attributes, x: Tensor, to: Any) -> Tensor:
-    return x.reshape(_ints(to))
+    return x.reshape(_ints(to)).clone()  # MindSpore copies: a write through a view must not be seen
 
 
 @kernel("Transpose")
 def transpose(c: Context, a: Attributes, x: Tensor, order: Any) -> Tensor:
-    return x.permute(_ints(order))
+    return x.permute(_ints(order)).clone()
 
 
 @kernel("ExpandDims")
 def expand_dims(c: Context, a: Attributes, x: Tensor, axis: Any) -> Tensor:
-    return x.unsqueeze(int(axis))
+    return x.unsqueeze(int(axis)).clone()
 
 
 @kernel("BroadcastTo")
 def broadcast_to(c: Context, a: Attributes, x: Tensor, to: Any) -> Tensor:
-    return x.expand(_ints(to))
+    return x.expand(_ints(to)).clone()
 
 
 @kernel("StridedSlice")
@@ -256,14 +260,14 @@ def strided_slice(c: Context, a: Attributes, x: Tensor, begin: Any, end: Any, st
         slice(None if begin_mask >> i & 1 else b, None if end_mask >> i & 1 else e, s)
         for i, (b, e, s) in enumerate(zip(_ints(begin), _ints(end), _ints(step), strict=True))
     )
-    return x[cuts]
+    return x[cuts].clone()
 
 
 @kernel("Gather")
 def gather(c: Context, a: Attributes, x: Tensor, index: Tensor, axis: Any, batch: Any) -> Tensor:
     if int(batch):
         raise ValueError("Gather: batch_dims is not known here")
-    axis = int(axis)
+    axis = int(axis) % x.ndim
     index = index.long()
     if index.numel() and (index.min() < 0 or index.max() >= x.shape[axis]):
         raise IndexError(f"Gather: index {int(index.min())}..{int(index.max())} of {x.shape[axis]}")

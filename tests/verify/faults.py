@@ -1,0 +1,866 @@
+"""Faults planted where they would arise: in the weight files, as a wrong converter leaves them, and in the
+graphs, as a wrong compiler leaves them.  Manifests are sealed again, so that no digest finds them first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from msconv_runtime.artifact import digest_bytes, digest_of, read_manifest, write_manifest
+from tests.checkpoints import Bits, read_rank
+
+Ranks = list[dict[str, Bits]]
+ALL = ("prefill", "decode", "decode_all")
+CACHED = ("decode", "decode_all")
+FLOAT32, FLOAT16 = 1, 10  # TensorProto.DataType
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`place`: a pattern of what a failed proof must name.  `refused`: the graph cannot be run at all, or
+    must not be."""
+
+    name: str
+    target: str
+    place: str
+    weights: Callable[[Ranks], None] | None = None
+    graph: Callable[[GraphEdit], None] | None = None
+    phases: tuple[str, ...] = ALL
+    refused: bool = False
+
+    def plant(self, root: Path) -> None:
+        if self.weights is not None:
+            edit_weights(root, self.weights)
+        if self.graph is not None:
+            edit_graphs(root, self.target, self.phases, self.graph)
+
+
+def edit_weights(root: Path, change: Callable[[Ranks], None]) -> None:
+    """Change the stored bits of all ranks, and seal the manifest."""
+    manifest = read_manifest(root)
+    assert manifest.weights is not None
+    ranks = [
+        {name: t.bits.copy() for name, t in read_rank(root, rank).items()} for rank in range(manifest.parallel.tp)
+    ]
+    change(ranks)
+    tensors, files = list(manifest.weights.tensors), []
+    for file in manifest.weights.files:
+        path = root / file.path
+        data = bytearray(path.read_bytes())
+        digests = []
+        for i, entry in enumerate(tensors):
+            raw = np.ascontiguousarray(ranks[file.rank][entry.name]).tobytes()
+            assert entry.file == 0
+            assert len(raw) == entry.nbytes
+            data[entry.begin : entry.begin + entry.nbytes] = raw
+            ends = np.cumsum(entry.parts)
+            parts = [raw[end - size : end] for end, size in zip(ends, entry.parts, strict=True)]
+            digests.append(digest_of(map(digest_bytes, parts)))
+            changed = [*entry.digests[: file.rank], digests[-1], *entry.digests[file.rank + 1 :]]
+            tensors[i] = msgspec.structs.replace(entry, digests=changed)
+        path.write_bytes(data)
+        header = digest_bytes(bytes(data[: tensors[0].begin]))
+        files.append(msgspec.structs.replace(file, digest=digest_of([header, *digests])))
+    weights = msgspec.structs.replace(
+        manifest.weights, tensors=tensors, files=files, digest=digest_of(f.digest for f in files)
+    )
+    write_manifest(root, msgspec.structs.replace(manifest, weights=weights))
+
+
+def edit_graphs(root: Path, target: str, phases: tuple[str, ...], change: Callable[[GraphEdit], None]) -> None:
+    """Change the graphs of some phases, and seal the manifest."""
+    manifest = read_manifest(root)
+    graphs = list(manifest.graphs)
+    for i, graph in enumerate(graphs):
+        if graph.target == target and graph.phase in phases:
+            edit = GraphEdit((root / graph.path).read_bytes())
+            change(edit)
+            data = edit.save()
+            (root / graph.path).write_bytes(data)
+            graphs[i] = msgspec.structs.replace(graph, size=len(data), digest=digest_bytes(data))
+    write_manifest(root, msgspec.structs.replace(manifest, graphs=graphs))
+
+
+class GraphEdit:
+    """A MindIR's nodes, to be rewired."""
+
+    def __init__(self, data: bytes) -> None:
+        from mindspore.train import mind_ir_pb2
+
+        self.model: Any = mind_ir_pb2.ModelProto.FromString(data)
+        self.nodes: list[Any] = [_copy(n) for n in self.model.graph.node]
+        self.inputs = [i.name for i in self.model.graph.input]
+
+    def save(self) -> bytes:
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(self.nodes)
+        data: bytes = self.model.SerializeToString(deterministic=True)
+        return data
+
+    def primitive(self, node: Any) -> Any:
+        reference = node.op_type.partition("::")[2]
+        return next((p for p in self.model.primitives if p.name == reference), None)
+
+    def kind(self, node: Any) -> str:
+        return self.primitive(node).op_type if self.primitive(node) is not None else "Constant"
+
+    def made(self, name: str) -> Any:
+        """The node that makes a value."""
+        return next(n for n in self.nodes if n.output[0] == name)
+
+    def users(self, node: Any, kind: str = "") -> list[Any]:
+        return [n for n in self.nodes if node.output[0] in n.input and kind in ("", self.kind(n))]
+
+    def all(self, kind: str, weight: str = "") -> list[Any]:
+        """Nodes of a kind in order; with `weight`, those that read it, whichever way it is loaded."""
+        loads = {n.output[0] for n in self.nodes if any(i.rpartition(":")[2] == weight for i in n.input)}
+        return [n for n in self.nodes if self.kind(n) == kind and (not weight or loads & set(n.input))]
+
+    def one(self, kind: str, weight: str = "") -> Any:
+        (node,) = self.all(kind, weight)
+        return node
+
+    def add(self, before: Any, kind: str, inputs: list[str]) -> str:
+        """Put a node before another; its value's name."""
+        if all(p.op_type != kind for p in self.model.primitives):
+            self.model.primitives.add(name=f"{kind}:new", op_type=kind)
+        primitive = next(p for p in self.model.primitives if p.op_type == kind)
+        return self._insert(before, f"REF::{primitive.name}", inputs).output[0]
+
+    def constant(self, before: Any, value: float | tuple[int, ...]) -> str:
+        node = self._insert(before, "Constant", [])
+        attribute = node.attribute.add(name="value")
+        types = attribute.AttributeType
+        if isinstance(value, tuple):
+            attribute.type = types.Value("TUPLE")
+            for item in value:
+                attribute.values.add(ints=[item], type=types.Value("INT64"))
+        elif isinstance(value, int):
+            attribute.i, attribute.type = value, types.Value("INT64")
+        else:
+            attribute.f, attribute.type = value, types.Value("FLOAT")
+        return node.output[0]
+
+    def set(self, node: Any, index: int, value: float | tuple[int, ...]) -> None:
+        """Give one node a constant of its own: others share it."""
+        node.input[index] = self.constant(node, value)
+
+    def attribute(self, node: Any, name: str, value: int | str) -> None:
+        """Change or add an attribute of this node alone."""
+        primitive = _copy(self.primitive(node))
+        primitive.name += ":changed"
+        attribute = next((a for a in primitive.attribute if a.name == name), None)
+        attribute = attribute if attribute is not None else primitive.attribute.add(name=name)
+        if isinstance(value, int):
+            attribute.i, attribute.type = value, attribute.AttributeType.Value("INT64")
+        else:
+            attribute.s, attribute.type = value.encode(), attribute.AttributeType.Value("STRING")
+        self.model.primitives.append(primitive)
+        node.op_type = f"REF::{primitive.name}"
+
+    def become(self, node: Any, kind: str) -> None:
+        """Another primitive with the same inputs."""
+        name = f"{kind}:{node.output[0]}"
+        self.model.primitives.add(name=name, op_type=kind)
+        node.op_type = f"REF::{name}"
+
+    def rewire(self, old: str, new: str) -> None:
+        for node in self.nodes:
+            node.input[:] = [new if i == old else i for i in node.input]
+
+    def bypass(self, node: Any, index: int = 0) -> None:
+        self.rewire(node.output[0], node.input[index])
+
+    def move_after(self, node: Any, other: Any) -> None:
+        self.nodes = [n for n in self.nodes if n is not node]
+        self.nodes.insert(self._index(other) + 1, node)
+
+    def _index(self, node: Any) -> int:
+        return next(i for i, n in enumerate(self.nodes) if n is node)
+
+    def _insert(self, before: Any, op_type: str, inputs: list[str]) -> Any:
+        node = type(before)(input=inputs, op_type=op_type)
+        name = f"new{len(self.nodes)}"
+        node.output.append(name)
+        node.name = name
+        self.nodes.insert(self._index(before), node)
+        return node
+
+
+def _copy(message: Any) -> Any:
+    out = type(message)()
+    out.CopyFrom(message)
+    return out
+
+
+# What a failed proof must name.
+EMBEDDING = r"model\.embed_tokens"
+HEAD = r"lm_head"
+
+
+def attention(layer: int) -> str:
+    return rf"model\.layers\.{layer}\.self_attn"
+
+
+def mlp(layer: int) -> str:
+    return rf"model\.layers\.{layer}\.mlp"
+
+
+def name_of(layer: int, rest: str) -> str:
+    return f"model.layers.{layer}.{rest}"
+
+
+# Faults in weights.  Sizes are those of the tests' model at tp 2: 4 query and 2 key heads a rank, of 16.
+Q, KV = 64, 32
+
+
+def exchange_rows(name: str, a: slice, b: slice) -> Callable[[Ranks], None]:
+    def change(ranks: Ranks) -> None:
+        for values in ranks:
+            first, second = values[name][a].copy(), values[name][b].copy()
+            values[name][a], values[name][b] = second, first
+
+    return change
+
+
+def between_ranks(*names: str) -> Callable[[Ranks], None]:
+    """Both ranks have each other's; all tensors if none is named."""
+
+    def change(ranks: Ranks) -> None:
+        for name in names or tuple(ranks[0]):
+            ranks[0][name], ranks[1][name] = ranks[1][name], ranks[0][name]
+
+    return change
+
+
+def exchange(a: str, b: str) -> Callable[[Ranks], None]:
+    def change(ranks: Ranks) -> None:
+        for values in ranks:
+            values[a], values[b] = values[b], values[a]
+
+    return change
+
+
+def copy_from(name: str, other: str) -> Callable[[Ranks], None]:
+    def change(ranks: Ranks) -> None:
+        for values in ranks:
+            values[name] = values[other].copy()
+
+    return change
+
+
+def layers_exchanged(ranks: Ranks) -> None:
+    for values in ranks:
+        for name in [n for n in values if n.startswith("model.layers.1.")]:
+            other = name.replace(".1.", ".2.", 1)
+            values[name], values[other] = values[other], values[name]
+
+
+def exponent_flipped(ranks: Ranks) -> None:
+    ranks[1][name_of(1, "mlp.down_proj.weight")][3, 5] ^= 1 << 27
+
+
+def same_vocab_start(ranks: Ranks) -> None:
+    ranks[1]["vocab_start"] = ranks[0]["vocab_start"].copy()
+
+
+def one_rank_forgets(name: str) -> Callable[[Ranks], None]:
+    def change(ranks: Ranks) -> None:
+        ranks[1][name][:] = 0
+
+    return change
+
+
+def not_a_number_on_the_last_rank(name: str) -> Callable[[Ranks], None]:
+    def change(ranks: Ranks) -> None:
+        ranks[1][name].reshape(-1)[3] = 0x7FC00000
+
+    return change
+
+
+def shifted_rows(name: str) -> Callable[[Ranks], None]:
+    def change(ranks: Ranks) -> None:
+        ranks[1][name] = np.roll(ranks[1][name], 1, axis=0)
+
+    return change
+
+
+def heads_turned(ranks: Ranks) -> None:
+    """A head's rows as interleaved rotation stores them."""
+    name = name_of(1, "self_attn.qkv_proj.weight")
+    for values in ranks:
+        head = values[name][:16].copy()
+        values[name][:16] = head.reshape(2, 8, -1).transpose(1, 0, 2).reshape(16, -1)
+
+
+WEIGHTS = [
+    Fault("the files of two ranks are exchanged", "ascend910b", HEAD, between_ranks()),
+    Fault(
+        "q and k are exchanged",
+        "ascend910b",
+        attention(1),
+        exchange_rows(name_of(1, "self_attn.qkv_proj.weight"), slice(0, KV), slice(Q, Q + KV)),
+    ),
+    Fault(
+        "k and v are exchanged",
+        "ascend310p",
+        attention(2),
+        exchange_rows(name_of(2, "self_attn.qkv_proj.weight"), slice(Q, Q + KV), slice(Q + KV, Q + 2 * KV)),
+    ),
+    Fault(
+        "gate and up are exchanged",
+        "ascend910b",
+        mlp(0),
+        exchange_rows(name_of(0, "mlp.gate_up_proj.weight"), slice(0, 48), slice(48, 96)),
+    ),
+    Fault("one exponent bit is flipped on one rank", "ascend910b", mlp(1), exponent_flipped),
+    Fault(
+        "heads are on the wrong rank",
+        "ascend910b",
+        attention(1),
+        between_ranks(name_of(1, "self_attn.qkv_proj.weight")),
+    ),
+    Fault(
+        "o_proj has the columns of the wrong rank",
+        "ascend310p",
+        attention(0),
+        between_ranks(name_of(0, "self_attn.o_proj.weight")),
+    ),
+    Fault(
+        "down_proj has the columns of the wrong rank",
+        "cpu",
+        mlp(1),
+        between_ranks(name_of(1, "mlp.down_proj.weight")),
+    ),
+    Fault("vocab_start is another rank's", "ascend910b", EMBEDDING, same_vocab_start),
+    Fault("vocab_start is another rank's, on cpu", "cpu", EMBEDDING, same_vocab_start),
+    Fault(
+        "a rank's vocabulary is shifted by a row",
+        "ascend910b",
+        EMBEDDING,
+        shifted_rows("model.embed_tokens.weight"),
+    ),
+    Fault(
+        "a norm is another layer's",
+        "ascend910b",
+        r"model\.layers\.1\.post_attention_layernorm",
+        copy_from(name_of(1, "post_attention_layernorm.weight"), name_of(2, "post_attention_layernorm.weight")),
+    ),
+    Fault(
+        "q_norm and k_norm are exchanged",
+        "ascend310p",
+        attention(1),
+        exchange(name_of(1, "self_attn.q_norm.weight"), name_of(1, "self_attn.k_norm.weight")),
+    ),
+    Fault("two layers are exchanged", "ascend910b", r"model\.layers\.1\.", layers_exchanged),
+    Fault("a head is stored interleaved", "ascend910b", attention(1), heads_turned),
+    Fault(
+        "a rank has no bias",
+        "ascend910b",
+        attention(2),
+        one_rank_forgets(name_of(2, "self_attn.qkv_proj.bias")),
+    ),
+    Fault(
+        "a norm is lost on the last rank only",
+        "ascend910b",
+        r"model\.layers\.1\.(post_attention_layernorm|mlp)",
+        one_rank_forgets(name_of(1, "post_attention_layernorm.weight")),
+    ),
+    Fault(
+        "a weight of the last rank is not a number",
+        "ascend910b",
+        attention(0),
+        not_a_number_on_the_last_rank(name_of(0, "self_attn.k_norm.weight")),
+    ),
+    Fault("lm_head is the wrong rank's", "ascend910b", HEAD, between_ranks("lm_head.weight")),
+    Fault("lm_head has a row too many before it", "cpu", HEAD, shifted_rows("lm_head.weight")),
+    Fault("rank_onehot is the wrong rank's", "cpu", HEAD, between_ranks("rank_onehot")),
+]
+
+
+# Faults in graphs.
+def reduced(edit: GraphEdit, weight: str) -> Any:
+    """The AllReduce after a projection."""
+    (node,) = edit.users(edit.one("MatMul", weight), "AllReduce")
+    return node
+
+
+def not_reduced(weight: str) -> Callable[[GraphEdit], None]:
+    return lambda edit: edit.bypass(reduced(edit, weight))
+
+
+def embedding_not_reduced(edit: GraphEdit) -> None:
+    edit.bypass(edit.all("AllReduce")[0])
+
+
+def reduction(name: str, value: str) -> Callable[[GraphEdit], None]:
+    return lambda edit: edit.attribute(reduced(edit, name_of(1, "self_attn.o_proj.weight")), name, value)
+
+
+def gathered(name: str, value: int | str) -> Callable[[GraphEdit], None]:
+    return lambda edit: edit.attribute(edit.one("AllGather"), name, value)
+
+
+def without_last(kind: str) -> Callable[[GraphEdit], None]:
+    return lambda edit: edit.bypass(edit.all(kind)[-1])
+
+
+def flash(layer: int, index: int, value: float) -> Callable[[GraphEdit], None]:
+    return lambda edit: edit.set(edit.all("FlashAttentionScore")[layer], index, value)
+
+
+def paged(layer: int, index: int, value: float) -> Callable[[GraphEdit], None]:
+    return lambda edit: edit.set(edit.all("PagedAttention")[layer], index, value)
+
+
+def positions_later(edit: GraphEdit) -> None:
+    (cast,) = (n for n in edit.all("Cast") if n.input[0] == edit.inputs[1])
+    cast.input[0] = edit.add(cast, "Add", [cast.input[0], edit.constant(cast, 1)])
+
+
+def frequencies_wrong(edit: GraphEdit) -> None:
+    """The constant that the positions are multiplied by."""
+    (cast,) = (n for n in edit.all("Cast") if n.input[0] == edit.inputs[1])
+    (angle,) = edit.users(edit.users(cast, "Reshape")[0], "Mul")
+    tensor = edit.made(angle.input[1]).attribute[0].tensors[0]
+    tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float32) * np.float32(1.01)).tobytes()
+
+
+def sine_negative(edit: GraphEdit) -> None:
+    (scaled,) = edit.users(edit.one("Sin"), "Muls")
+    edit.set(scaled, 1, -1.0)
+
+
+def keys_not_turned(edit: GraphEdit) -> None:
+    turned = edit.all("ApplyRotaryPosEmb")[1]
+    edit.rewire(turned_part(edit, turned, 1).output[0], turned.input[1])
+
+
+def turned_part(edit: GraphEdit, node: Any, index: int) -> Any:
+    """TupleGetItem of one output."""
+    for user in edit.users(node, "TupleGetItem"):
+        if edit.made(user.input[1]).attribute[0].i == index:
+            return user
+    raise LookupError(index)
+
+
+def norm_epsilon(edit: GraphEdit) -> None:
+    edit.set(edit.one("AddRmsNorm", name_of(1, "post_attention_layernorm.weight")), 3, 1e-2)
+
+
+def residual_dropped(edit: GraphEdit) -> None:
+    norm = edit.one("AddRmsNorm", name_of(1, "post_attention_layernorm.weight"))
+    norm.input[1] = edit.add(norm, "ZerosLike", [norm.input[1]])
+
+
+def residual_is_the_norm(edit: GraphEdit) -> None:
+    norm = edit.one("AddRmsNorm", name_of(1, "post_attention_layernorm.weight"))
+    edit.set(turned_part(edit, norm, 2), 1, 0)
+
+
+def last_norm_skipped(edit: GraphEdit) -> None:
+    edit.set(turned_part(edit, edit.one("AddRmsNorm", "model.norm.weight"), 0), 1, 2)
+
+
+def activation_dropped(edit: GraphEdit) -> None:
+    edit.bypass(edit.all("SiLU")[1])
+
+
+def gate_takes_up(edit: GraphEdit) -> None:
+    silu = edit.all("SiLU")[1]
+    gate = edit.made(silu.input[0])
+    (up,) = (n for n in edit.users(edit.made(gate.input[0]), "TupleGetItem") if n is not gate)
+    gate.input[1], up.input[1] = up.input[1], gate.input[1]
+
+
+def written_at_positions(edit: GraphEdit) -> None:
+    edit.all("ReshapeAndCache")[1].input[4] = edit.inputs[1]
+
+
+def values_written_as_keys(edit: GraphEdit) -> None:
+    write = edit.all("ReshapeAndCache")[1]
+    write.input[0], write.input[1] = write.input[1], write.input[0]
+
+
+def another_layers_cache(edit: GraphEdit) -> None:
+    attend = edit.all("PagedAttention")
+    attend[2].input[1] = attend[1].input[1]
+
+
+def keys_read_as_values(edit: GraphEdit) -> None:
+    attend = edit.all("PagedAttention")[1]
+    attend.input[2] = attend.input[1]
+
+
+def positions_for_tables(edit: GraphEdit) -> None:
+    edit.all("PagedAttention")[0].input[3] = edit.inputs[1]
+
+
+def lengths_exchanged(edit: GraphEdit) -> None:
+    attend = edit.all("PagedAttention")[0]
+    attend.input[4], attend.input[8] = attend.input[8], attend.input[4]
+
+
+def first_tokens(edit: GraphEdit) -> None:
+    (last,) = edit.users(edit.one("CumSum"), "Sub")
+    last.input[1] = edit.inputs[5]
+
+
+def one_token_early(edit: GraphEdit) -> None:
+    (last,) = edit.users(edit.one("CumSum"), "Sub")
+    edit.set(last, 1, 2)
+
+
+def first_sequence_only(edit: GraphEdit) -> None:
+    """The slice that cuts the padding keeps one row as well."""
+    cut = edit.all("StridedSlice")[-1]
+    edit.set(cut, 2, (1, 203))
+    edit.set(cut, 5, 0)
+
+
+def bias_dropped(edit: GraphEdit) -> None:
+    edit.bypass(edit.one("Add", name_of(2, "self_attn.qkv_proj.bias")))
+
+
+def bias_once_a_rank(edit: GraphEdit) -> None:
+    reduce = reduced(edit, name_of(1, "self_attn.o_proj.weight"))
+    (add,) = edit.users(reduce, "Add")
+    edit.rewire(add.output[0], reduce.output[0])
+    add.input[0] = reduce.input[0]
+    reduce.input[0] = add.output[0]
+    edit.move_after(reduce, add)
+
+
+def write_is_dead(edit: GraphEdit) -> None:
+    """Nothing that leads to the output needs the write: who loads the graph drops the node."""
+    write = edit.all("ReshapeAndCache")[1]
+    for user in edit.users(write):
+        if edit.kind(user) == "Depend":
+            edit.bypass(user)
+    for user in edit.users(write):
+        user.input[:] = [i for i in user.input if i != write.output[0]]
+
+
+def read_does_not_wait(edit: GraphEdit) -> None:
+    """The cache is read as it came in, not after the write; the order of the file alone says otherwise."""
+    write, attend = edit.all("ReshapeAndCache")[1], edit.all("PagedAttention")[1]
+    attend.input[1], attend.input[2] = write.input[2], write.input[3]
+
+
+def read_before_the_write(edit: GraphEdit) -> None:
+    read_does_not_wait(edit)
+    write, attend = edit.all("ReshapeAndCache")[1], edit.all("PagedAttention")[1]
+    for user in edit.users(write, "Depend"):
+        edit.bypass(user)
+    for user in edit.users(write):
+        user.input[:] = [i for i in user.input if i != write.output[0]]
+    edit.move_after(write, attend)
+
+
+def written_to_a_copy(kind: str, index: int) -> Callable[[GraphEdit], None]:
+    def change(edit: GraphEdit) -> None:
+        write = edit.all(kind)[-1]
+        write.input[index] = edit.add(
+            write, "Reshape", [write.input[index], edit.constant(write, (-1, 16, 2, 16))]
+        )
+
+    return change
+
+
+def parameter_dims(edit: GraphEdit) -> None:
+    (p,) = (p for p in edit.model.graph.parameter if p.name.endswith(name_of(1, "mlp.down_proj.weight")))
+    p.dims[:] = reversed(p.dims)
+
+
+def parameter_type(edit: GraphEdit) -> None:
+    (p,) = (p for p in edit.model.graph.parameter if p.name.endswith(name_of(1, "mlp.down_proj.weight")))
+    p.data_type = FLOAT16
+
+
+def unknown_primitive(edit: GraphEdit) -> None:
+    edit.become(edit.all("SiLU")[1], "HSwish")
+
+
+def unknown_attribute(edit: GraphEdit) -> None:
+    edit.attribute(edit.one("MatMul", name_of(1, "mlp.down_proj.weight")), "transpose_c", 1)
+
+
+def cpu_epsilon(edit: GraphEdit) -> None:
+    normed = edit.one("Mul", name_of(1, "post_attention_layernorm.weight"))
+    rsqrt = edit.made(edit.made(normed.input[0]).input[1])
+    edit.set(edit.made(rsqrt.input[0]), 1, 1e-2)
+
+
+def cpu_scale(edit: GraphEdit) -> None:
+    def value(node: Any) -> float:
+        return float(edit.made(node.input[1]).attribute[0].f)
+
+    edit.set([n for n in edit.all("Muls") if value(n) == 0.25][1], 1, 0.3)
+
+
+def becomes(kind: str, other: str) -> Callable[[GraphEdit], None]:
+    return lambda edit: edit.become(edit.all(kind)[-1], other)
+
+
+def pages_for_offsets(edit: GraphEdit) -> None:
+    place = edit.made(edit.made(edit.all("ScatterNdUpdate")[0].input[1]).input[0])
+    place.input[:] = reversed(place.input)
+
+
+def values_written_to_keys_cpu(edit: GraphEdit) -> None:
+    writes = edit.all("ScatterNdUpdate")
+    edit.move_after(writes[2], writes[3])  # layer 1: both rows are made before the second write
+    writes[2].input[2], writes[3].input[2] = writes[3].input[2], writes[2].input[2]
+
+
+GRAPHS = [
+    Fault(
+        "attention is not summed over ranks",
+        "ascend910b",
+        attention(1),
+        graph=not_reduced(name_of(1, "self_attn.o_proj.weight")),
+    ),
+    Fault(
+        "mlp is not summed over ranks", "ascend310p", mlp(0), graph=not_reduced(name_of(0, "mlp.down_proj.weight"))
+    ),
+    Fault(
+        "mlp is not summed over ranks, on cpu",
+        "cpu",
+        mlp(1),
+        graph=not_reduced(name_of(1, "mlp.down_proj.weight")),
+        phases=("decode",),
+    ),
+    Fault("the embedding is not summed over ranks", "ascend910b", EMBEDDING, graph=embedding_not_reduced),
+    Fault("a sum is a maximum", "ascend910b", r"AllReduce.*max", graph=reduction("op", "max"), refused=True),
+    Fault(
+        "a sum is over another group",
+        "ascend910b",
+        r"AllReduce.*hccl_world_group",
+        graph=reduction("group", "hccl_world_group"),
+        refused=True,
+    ),
+    Fault(
+        "a gather is of one rank",
+        "ascend910b",
+        r"AllGather.*1 ranks of 2",
+        graph=gathered("rank_size", 1),
+        refused=True,
+    ),
+    Fault(
+        "a gather is over another group",
+        "ascend310p",
+        r"AllGather.*dp",
+        graph=gathered("group", "dp"),
+        refused=True,
+    ),
+    Fault("a gather is laid out rank by rank", "ascend910b", HEAD, graph=without_last("Transpose")),
+    Fault("the padding of the vocabulary is kept", "ascend910b", HEAD, graph=without_last("StridedSlice")),
+    Fault("only the first sequence has logits", "ascend910b", HEAD, graph=first_sequence_only, phases=("decode",)),
+    Fault(
+        "attention is scaled wrongly",
+        "ascend910b",
+        attention(1) + ".* in prefill",
+        graph=flash(1, 12, 0.3),
+        phases=("prefill",),
+    ),
+    Fault(
+        "paged attention is scaled wrongly",
+        "ascend310p",
+        attention(2) + ".* in decode",
+        graph=paged(2, 11, 0.2),
+        phases=CACHED,
+    ),
+    Fault("attention has half the heads", "ascend910b", attention(0), graph=flash(0, 10, 2), phases=("prefill",)),
+    Fault(
+        "paged attention has one key head",
+        "ascend910b",
+        attention(1) + "|PagedAttention",
+        graph=paged(1, 12, 1),
+        phases=CACHED,
+    ),
+    Fault(
+        "attention sees the next token",
+        "ascend910b",
+        "FlashAttentionScore",
+        graph=flash(1, 14, 1),
+        phases=("prefill",),
+        refused=True,
+    ),
+    Fault(
+        "attention sees four tokens back",
+        "ascend910b",
+        "FlashAttentionScore|" + attention(1),
+        graph=flash(1, 13, 4),
+        phases=("prefill",),
+    ),
+    Fault(
+        "attention has another sparse mode",
+        "ascend310p",
+        "FlashAttentionScore",
+        graph=flash(1, 17, 3),
+        phases=("prefill",),
+        refused=True,
+    ),
+    Fault(
+        "rotation is of another form",
+        "ascend910b",
+        "ApplyRotaryPosEmb",
+        graph=lambda e: e.set(e.all("ApplyRotaryPosEmb")[1], 5, 0),
+        refused=True,
+    ),
+    Fault(
+        "decode is rotated one position on",
+        "ascend910b",
+        attention(0) + ".* in decode",
+        graph=positions_later,
+        phases=("decode",),
+    ),
+    Fault("frequencies are wrong by a hundredth", "ascend910b", attention(0), graph=frequencies_wrong),
+    Fault("rotation has the wrong sign", "ascend310p", attention(0), graph=sine_negative),
+    Fault("keys are not rotated", "ascend910b", attention(1), graph=keys_not_turned),
+    Fault(
+        "a norm's epsilon is 1e-2", "ascend910b", r"model\.layers\.1\.post_attention_layernorm", graph=norm_epsilon
+    ),
+    Fault(
+        "a residual is dropped",
+        "ascend910b",
+        r"model\.layers\.1\.post_attention_layernorm",
+        graph=residual_dropped,
+    ),
+    Fault("a residual is the norm's output", "ascend910b", mlp(1), graph=residual_is_the_norm),
+    Fault("the last norm is skipped", "ascend910b", HEAD, graph=last_norm_skipped),
+    Fault("silu is dropped", "ascend310p", mlp(1), graph=activation_dropped),
+    Fault("silu is of up", "cpu", mlp(1), graph=gate_takes_up),
+    Fault("keys go to slots by position", "ascend910b", attention(1) + ".* in decode", graph=written_at_positions),
+    Fault(
+        "keys are cached as values",
+        "ascend910b",
+        attention(1) + ".* in decode",
+        graph=values_written_as_keys,
+        phases=("prefill",),
+    ),
+    Fault(
+        "the cache of another layer is read",
+        "ascend910b",
+        attention(2) + ".* in decode",
+        graph=another_layers_cache,
+        phases=CACHED,
+    ),
+    Fault(
+        "keys are read as values",
+        "ascend310p",
+        attention(1) + ".* in decode",
+        graph=keys_read_as_values,
+        phases=CACHED,
+    ),
+    Fault(
+        "positions are read as block tables",
+        "ascend910b",
+        "PagedAttention",
+        graph=positions_for_tables,
+        phases=CACHED,
+        refused=True,
+    ),
+    Fault(
+        "lengths are exchanged",
+        "ascend910b",
+        "PagedAttention",
+        graph=lengths_exchanged,
+        phases=CACHED,
+        refused=True,
+    ),
+    Fault("the first token's logits are given", "ascend910b", HEAD, graph=first_tokens, phases=("prefill",)),
+    Fault(
+        "the last token is taken one early",
+        "ascend910b",
+        "Gather|" + HEAD,
+        graph=one_token_early,
+        phases=("prefill", "decode"),
+    ),
+    Fault("a bias is missing", "ascend910b", attention(2), graph=bias_dropped),
+    Fault("a bias is missing, on cpu", "cpu", attention(2), graph=bias_dropped),
+    Fault("a bias is added once a rank", "ascend910b", attention(1), graph=bias_once_a_rank),
+    Fault(
+        "the cache is read before it is written",
+        "ascend910b",
+        attention(1) + ".* in decode",
+        graph=read_before_the_write,
+        phases=CACHED,
+    ),
+    Fault(
+        "the cache's read does not wait for its write",
+        "ascend910b",
+        attention(1) + "|PagedAttention|ReshapeAndCache",
+        graph=read_does_not_wait,
+        phases=CACHED,
+    ),
+    Fault(
+        "the cache's write leads nowhere",
+        "ascend910b",
+        attention(1) + "|ReshapeAndCache",
+        graph=write_is_dead,
+        phases=("prefill",),
+    ),
+    Fault(
+        "the cache is written through a copy",
+        "ascend910b",
+        attention(2) + "|ReshapeAndCache",
+        graph=written_to_a_copy("ReshapeAndCache", 2),
+        phases=("prefill",),
+    ),
+    Fault(
+        "the cache is written through a copy, on cpu",
+        "cpu",
+        attention(2) + "|ScatterNdUpdate",
+        graph=written_to_a_copy("ScatterNdUpdate", 0),
+        phases=("prefill",),
+    ),
+    Fault(
+        "a parameter has another shape than its weight", "ascend910b", mlp(1), graph=parameter_dims, refused=True
+    ),
+    Fault(
+        "a parameter has another type than its target's", "ascend910b", mlp(1), graph=parameter_type, refused=True
+    ),
+    Fault(
+        "a primitive is unknown", "ascend910b", r"n\d+ \(HSwish.*not known", graph=unknown_primitive, refused=True
+    ),
+    Fault(
+        "an attribute is unknown",
+        "ascend910b",
+        r"MatMul, " + mlp(1) + ".*transpose_c",
+        graph=unknown_attribute,
+        refused=True,
+    ),
+    Fault(
+        "a norm's epsilon is 1e-2, on cpu", "cpu", r"model\.layers\.1\.post_attention_layernorm", graph=cpu_epsilon
+    ),
+    Fault("attention is scaled wrongly, on cpu", "cpu", attention(1), graph=cpu_scale),
+    Fault(
+        "a token does not see itself, on cpu",
+        "cpu",
+        attention(0),
+        graph=becomes("LessEqual", "Less"),
+        phases=("prefill",),
+    ),
+    Fault(
+        "a token sees one slot too many, on cpu",
+        "cpu",
+        attention(0) + ".* in decode",
+        graph=becomes("Less", "LessEqual"),
+        phases=("decode",),
+    ),
+    Fault(
+        "pages and offsets are exchanged, on cpu",
+        "cpu",
+        attention(0) + "|ScatterNdUpdate",
+        graph=pages_for_offsets,
+    ),
+    Fault("the vocabulary is not summed over ranks, on cpu", "cpu", HEAD, graph=without_last("AllReduce")),
+]
+
+FAULTS = [*WEIGHTS, *GRAPHS]
