@@ -16,7 +16,7 @@ from ..layout.plan import Constant, Plan, constant_bytes, file_name
 
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages out, do not wait
 _libc = ctypes.CDLL(None, use_errno=True)
-_START_EVERY = 64 << 20
+_START_EVERY = 16 << 20
 
 
 def whole(root: Path, plan: Plan, published: bool = False) -> bool:
