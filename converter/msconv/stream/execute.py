@@ -16,7 +16,7 @@ from .journal import Journal
 from .outputs import Outputs
 from .source import Source
 
-BLOCK_BYTES = 1 << 20  # small enough to stay in the processor cache between read and write: measured 1.2x of 16 MiB
+BLOCK_BYTES = 1 << 20  # stays in the processor cache between read and write: measured 1.2x of 16 MiB
 SMALLEST_BLOCK = 256 << 10
 CHECKPOINT_BYTES = 512 << 20  # read between two durable points: at most this is done again after a crash
 BASE_BYTES = 96 << 20  # interpreter and libraries, measured
