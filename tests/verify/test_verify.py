@@ -296,3 +296,17 @@ def test_two_processes_compile_the_same_bytes(checkpoint: Checkpoints, tmp_path:
         assert run_msconv("compile", root).code == 0
         trees.append(read_tree(root))
     assert {name for name in trees[0] if trees[0][name] != trees[1][name]} == set()
+
+
+@pytest.mark.slow
+def test_a_touched_graph_is_unproven_and_inspect_says_so(own_artifact: Path) -> None:
+    assert prove(own_artifact, "cpu", None).ok
+    assert proven(own_artifact) is not None
+    graph = own_artifact / "graphs" / "cpu" / "decode.mindir"
+    data = bytearray(graph.read_bytes())
+    data[len(data) // 2] ^= 1
+    graph.write_bytes(data)
+    done = run_msconv("inspect", own_artifact, "--json")
+    assert done.code == 1
+    assert done.json["proven"]["cpu"] is None
+    assert "decode.mindir" in run_msconv("inspect", own_artifact).stderr

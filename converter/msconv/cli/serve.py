@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from msconv_runtime.artifact import read_manifest
+from msconv_runtime.integrity import check_graphs
 from msconv_runtime.sglang.launch import CHECK_DIGESTS, plan_launch
 
 from .console import artifact_argument, emit, find_artifact, json_option, say
@@ -56,7 +57,8 @@ def command(
         if not as_json:
             click.echo(launch.shell())
         return
-    if read_manifest(root).proof_for("cpu") is None:
+    manifest = read_manifest(root)
+    if manifest.proof_for("cpu") is None or check_graphs(root, manifest):
         say(f"Warning: {root} is UNPROVEN for {device}; `msconv verify {root}` compares it with its source.")
     say(launch.shell())
     sys.stdout.flush()
