@@ -33,7 +33,7 @@ def build(model: Path, root: Path, tp: int = 1, **options: Any) -> Path:
 def proven(root: Path) -> Any:
     """What `inspect --json` says of the CPU's graphs."""
     done = run_msconv("inspect", root, "--json")
-    assert done.code == 0
+    assert done.code in (0, 1)  # 1: a graph is not what the manifest says
     return done.json["proven"]["cpu"]
 
 

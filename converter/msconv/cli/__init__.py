@@ -57,7 +57,8 @@ def main() -> None:
     """Run the command line and leave with its exit code."""
     from .console import report
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs start with it ignored
+        signal.signal(number, _interrupt)
     try:
         code = cli.main(standalone_mode=False) or 0
     except click.exceptions.Exit as e:
