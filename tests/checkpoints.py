@@ -26,7 +26,13 @@ SMALL: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.1,
 }
-BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16, "I32": np.uint32}  # values as bits: exact
+BITS: dict[str, Any] = {  # values as bits: exact
+    "F32": np.uint32,
+    "F16": np.uint16,
+    "BF16": np.uint16,
+    "F8_E4M3": np.uint8,
+    "I32": np.uint32,
+}
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def mindspore_version() -> str:
 
 def unused_names(stored: Iterable[str], wanted: Iterable[str]) -> list[str]:
     """Weights no graph reads, leaving out the rank constants that other targets need."""
-    return sorted(set(stored) - set(wanted) - {name for name, _ in RANK_CONSTANTS})
+    return sorted(set(stored) - set(wanted) - set(RANK_CONSTANTS))
 
 
 def _check_weights(root: Path, manifest: Manifest, graph: Graph) -> None:

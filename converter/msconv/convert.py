@@ -37,7 +37,7 @@ from .checkpoint.directory import AUXILIARY, Checkpoint, open_checkpoint
 from .layout.cuts import Mesh
 from .layout.names import fold
 from .layout.plan import Plan, make_plan
-from .stream.blocks import Moved
+from .stream.blocks import BufferSizes, Moved
 from .stream.execute import describe, execute, plan_memory
 from .stream.journal import JOURNAL, Identity, Journal
 from .stream.lock import exclusive
@@ -65,7 +65,7 @@ class Conversion:
     source_dtype: str
     output: Path
     jobs: int
-    block_bytes: int
+    buffers: BufferSizes
     planned_memory_bytes: int
 
 
@@ -95,7 +95,7 @@ def prepare(
         raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp, and both be at least 1.")
     checkpoint = open_checkpoint(model)
     plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, Mesh(tp, ep), dtype)
-    block, planned = plan_memory(plan, jobs, max_memory)
+    buffers, planned = plan_memory(plan, jobs, max_memory)
     return Conversion(
         name=checkpoint.name,
         family=checkpoint.family.name,
@@ -114,7 +114,7 @@ def prepare(
         source_dtype=plan.source_dtype,
         output=output or Path("artifacts") / default_name(checkpoint.name, tp, ep),
         jobs=jobs,
-        block_bytes=block,
+        buffers=buffers,
         planned_memory_bytes=planned,
     )
 
@@ -154,7 +154,7 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
                 before = set(journal.done)
                 besides = _bytes_besides(conversion)
                 moved = execute(
-                    plan, source, root, journal, conversion.jobs, conversion.block_bytes, progress, besides
+                    plan, source, root, journal, conversion.jobs, conversion.buffers, progress, besides
                 )
                 try:
                     _finish(conversion, moved, previous)
@@ -163,7 +163,7 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
                 journal.remove()
     finally:
         source.close()
-    redone = sum(plan.sources[n].nbytes for n in plan.moves if n not in before)
+    redone = sum(plan.unit_bytes(u) for u in plan.units if not plan.is_done(u, before))
     share = redone / max(1, plan.read_bytes)
     seconds = time.monotonic() - started
     return Converted(root, redone, round(plan.output_bytes * share), seconds, peak_rss_bytes(), bool(before))
@@ -282,7 +282,7 @@ def _check_twins(plan: Plan, source: Source) -> None:
 
 def _model(checkpoint: Checkpoint, plan: Plan, moved: dict[str, Moved]) -> Model:
     by_file: dict[str, list[str]] = {n: [f.header_digest] for n, f in checkpoint.files.items()}
-    for name in sorted(plan.moves, key=lambda n: plan.sources[n].offset):
+    for name in sorted((*plan.moves, *plan.scales.values()), key=lambda n: plan.sources[n].offset):
         by_file[plan.sources[name].file].append(moved[name].source_digest)
     return Model(
         family=checkpoint.family.name,

@@ -34,7 +34,7 @@ def prepare(
     table = next(f for f in FAMILIES if f.name == manifest.model.family).table
     old = _plan_of(artifact, manifest, Mesh(manifest.parallel.tp, manifest.parallel.ep))
     plan = make_plan(table, config.sizes(), old.sources, Mesh(tp, ep), weights.dtype)
-    block, planned = plan_memory(plan, jobs, max_memory)
+    buffers, planned = plan_memory(plan, jobs, max_memory)
     stats = ((f.path, (artifact / f.path).stat()) for f in weights.files)
     return Conversion(
         name=manifest.model.source,
@@ -54,7 +54,7 @@ def prepare(
         source_dtype=weights.source_dtype,
         output=output or Path("artifacts") / default_name(manifest.model.source, tp, ep),
         jobs=jobs,
-        block_bytes=block,
+        buffers=buffers,
         planned_memory_bytes=planned,
     )
 
@@ -64,7 +64,8 @@ def _plan_of(artifact: Path, manifest: Manifest, mesh: Mesh) -> Plan:
     weights = required(artifact, manifest)
     config = configuration(artifact, manifest)
     table = next(f for f in FAMILIES if f.name == manifest.model.family).table
-    sources = expected_sources(table, config.sizes(), weights.dtype)
+    own = {t.name: t.dtype for t in weights.tensors}
+    sources = expected_sources(table, config.sizes(), weights.dtype, own)
     plan = make_plan(table, config.sizes(), sources, mesh, weights.dtype)
     recorded = [(t.name, t.dtype, tuple(t.shape), t.file, t.begin, tuple(t.parts)) for t in weights.tensors]
     made = [

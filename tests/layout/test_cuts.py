@@ -45,9 +45,10 @@ class Case:
         for rank in mesh.ranks:
             part = np.zeros(part_shape(self.cut, self.source.shape, mesh, self.dims), self.source.dtype)
             flat = part.reshape(part.shape[0], -1)
+            row = 0
             for box in boxes(self.cut, self.source.shape, mesh, self.dims, rank):
-                block = rows[box.row : box.row + box.rows, box.col : box.col + box.cols]
-                flat[box.dst_row : box.dst_row + box.rows] = block
+                flat[row : row + box.rows] = rows[box.row : box.row + box.rows, box.col : box.col + box.cols]
+                row += box.rows
             out.append(part)
         return out
 

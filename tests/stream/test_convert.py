@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from msconv.convert import prepare, run
+from msconv.stream.blocks import BufferSizes
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import (
     ArtifactError,
@@ -92,7 +93,7 @@ def test_a_block_smaller_than_a_tensor_writes_the_same_bytes(
 ) -> None:
     convert(checkpoint("untied"), tmp_path / "whole", 4)
     conversion = prepare(checkpoint("untied"), 4, output=tmp_path / "blocks")
-    run(replace(conversion, jobs=2, block_bytes=4096))
+    run(replace(conversion, jobs=2, buffers=BufferSizes(4096, 4096)))
     assert read_tree(tmp_path / "blocks") == read_tree(tmp_path / "whole")
 
 

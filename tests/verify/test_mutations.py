@@ -41,13 +41,14 @@ class Remembered:
     """The reference, which computes each sequence once for all tests."""
 
     def __init__(self, reference: Any) -> None:
-        self.reference, self.rounded_to = reference, reference.rounded_to
-        self.traces: dict[tuple[int, ...], Any] = {}
+        self.reference = reference
+        self.known: dict[tuple[tuple[int, ...], ...], Any] = {}
 
-    def trace(self, tokens: list[int]) -> Any:
-        if tuple(tokens) not in self.traces:
-            self.traces[tuple(tokens)] = self.reference.trace(tokens)
-        return self.traces[tuple(tokens)]
+    def traces(self, sequences: list[list[int]]) -> Any:
+        key = tuple(map(tuple, sequences))
+        if key not in self.known:
+            self.known[key] = self.reference.traces(sequences)
+        return self.known[key]
 
 
 @pytest.fixture(scope="module")

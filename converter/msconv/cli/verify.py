@@ -49,6 +49,8 @@ def command(artifact: Path | None, target: str, reference: Path | None, layers: 
                 "bound": c.bound,
                 "rows": c.rows,
                 "ties": c.ties,
+                "undecided": c.undecided,
+                "closest_routing": c.closest_routing if c.closest_routing < float("inf") else None,
                 "seconds": round(proof.seconds, 3),
                 "by_phase": c.by_phase,
                 "layers": proof.layers or None,
@@ -79,12 +81,17 @@ def command(artifact: Path | None, target: str, reference: Path | None, layers: 
             f"{worst:.2e} (bound {c.bound:.0e}), {proof.seconds:.1f} s.  The whole is not proven by this."
         )
         return
-    if proof.half_precision:
+    if half := proof.half_precision:
+        expected = "other experts are chosen here and there"
+        if "half_precision_bound" in half:
+            expected = f"expected below {half['half_precision_bound']:.2e}"
         say(
             f"  in the target's own precision: largest logit error "
-            f"{proof.half_precision['half_precision_max_abs_logit_error']:.2e}, "
-            f"expected below {proof.half_precision['half_precision_bound']:.2e}"
+            f"{half['half_precision_max_abs_logit_error']:.2e}, {expected}"
         )
+    if c.closest_routing < float("inf"):
+        left = f"; {c.undecided} rows behind closer calls were left out" if c.undecided else ""
+        say(f"  routing: closest call among what was judged {c.closest_routing:.1e}{left}")
     say(
         f"Proven for {target}: {c.rows} rows of logits, largest error {c.max_abs_logit_error:.2e} "
         f"(bound {c.bound:.0e}), argmax agrees in {c.argmax_agreement:.0%}, {proof.seconds:.1f} s"

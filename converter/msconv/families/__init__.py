@@ -6,9 +6,17 @@ from msconv_runtime.errors import UsageError
 
 from ..layout.names import shorten
 from .config import DecoderConfig, Family, read_config
+from .deepseek_v3 import DEEPSEEK_V3, V32
 from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (QWEN3,)
+FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE, DEEPSEEK_V3)
+
+NEIGHBOURS = {  # look alike, compute something else
+    "DeepseekV2ForCausalLM": "DeepSeek-V2 routes by softmax without a correction bias, V3 by sigmoid with one",
+    "DeepseekV32ForCausalLM": V32,
+    "Qwen3NextForCausalLM": "Qwen3-Next has linear attention layers",
+}
 
 
 def family_of(raw: dict[str, object], where: str) -> Family:
@@ -18,9 +26,17 @@ def family_of(raw: dict[str, object], where: str) -> Family:
     for family in FAMILIES:
         if family.architecture in architectures or (not architectures and raw.get("model_type") == family.name):
             return family
-    supported = ", ".join(f"{f.architecture} ({f.name})" for f in FAMILIES)
+    for architecture in architectures:
+        if architecture in NEIGHBOURS:
+            raise UsageError(
+                f"{where}: {architecture} is not supported: {NEIGHBOURS[architecture]}.", _supported()
+            )
     found = ", ".join(architectures) or str(raw.get("model_type") or "no architecture")
-    raise UsageError(f"{where}: {shorten(found)} is not a supported model family.", f"Supported are: {supported}.")
+    raise UsageError(f"{where}: {shorten(found)} is not a supported model family.", _supported())
+
+
+def _supported() -> str:
+    return "Supported are: " + ", ".join(f"{f.architecture} ({f.name})" for f in FAMILIES) + "."
 
 
 def configure(raw: dict[str, object], where: str) -> tuple[Family, DecoderConfig]:

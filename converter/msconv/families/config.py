@@ -5,8 +5,11 @@ Whatever a graph would have to obey and does not is an error here, never ignored
 
 from __future__ import annotations
 
+import math
 import reprlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from msconv_runtime.errors import CheckpointError
 
@@ -14,6 +17,7 @@ from ..layout.model import Sizes, Table
 from ..layout.names import shorten
 
 MAX_LAYERS = 4096
+MAX_EXPERTS = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +37,48 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """A model family: its name (`model_type`), its architecture's class name, and its weight table."""
+class Moe:
+    """Mixture of experts.  `layers`: whether each layer has experts or a dense MLP.  `scoring`: softmax over all
+    experts, or sigmoid with a correction bias that takes part in the choice only.  The best `top_k` are taken
+    from the best `top_groups` of `groups`; their weights are divided by their sum if `normalise`, then times
+    `scale`."""
 
-    name: str
-    architecture: str
-    table: Table
+    layers: tuple[bool, ...]
+    experts: int
+    top_k: int
+    ffn: int
+    shared_ffn: int = 0
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+    normalise: bool = True
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mla:
+    """Multi-head latent attention.  `q_lora` 0: queries come straight from the hidden state.  A head's query and
+    key are `nope` values without and `rope` values with rotation; the cache keeps `kv_lora` + `rope` a token."""
+
+    q_lora: int
+    kv_lora: int
+    nope: int
+    rope: int
+    v_dim: int
+    interleaved: bool = True
+
+    @property
+    def latent(self) -> int:
+        return self.kv_lora + self.rope
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A decoder-only model.  Counts and widths are those of the whole model, before any cut."""
+    """A decoder-only model.  Counts and widths are those of the whole model, before any cut.
+
+    `head_dim`: of queries and keys.  `block`: rows and columns that share a scale in an FP8 checkpoint.
+    `mtp_layers`: layers after the last, for multi-token prediction.
+    """
 
     hidden: int
     layers: int
@@ -58,7 +93,25 @@ class DecoderConfig:
     attention_bias: bool
     rope: Rope
     dtype: str = ""
-    traits: frozenset[str] = field(default_factory=frozenset)
+    moe: Moe | None = None
+    mla: Mla | None = None
+    block: tuple[int, int] = (0, 0)
+    mtp_layers: int = 0
+
+    @property
+    def rope_dim(self) -> int:
+        return self.mla.rope if self.mla else self.head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """1/sqrt(head_dim); with latent attention times the square of yarn's mscale_all_dim term."""
+        scale: float = self.head_dim**-0.5
+        if self.mla and self.rope.mscale_all_dim and self.rope.factor > 1:
+            scale *= (0.1 * self.rope.mscale_all_dim * math.log(self.rope.factor) + 1.0) ** 2
+        return scale
+
+    def has_experts(self, layer: int) -> bool:
+        return self.moe is not None and self.moe.layers[layer]
 
     def sizes(self) -> Sizes:
         dims = {
@@ -70,14 +123,46 @@ class DecoderConfig:
             "kv": self.kv_heads * self.head_dim,
             "ffn": self.ffn,
             "vocab": self.vocab,
+            "mtp_layers": self.mtp_layers,
         }
         traits = {"tied" if self.tied else "untied"}
         if self.attention_bias:
             traits.add("attention_bias")
-        return Sizes(dims, self.layers, frozenset(traits | self.traits))
+        if self.mtp_layers:
+            traits.add("mtp")
+        kinds: tuple[frozenset[str], ...] = ()
+        if moe := self.moe:
+            dims |= {"experts": moe.experts, "expert_ffn": moe.ffn, "shared_ffn": moe.shared_ffn}
+            sparse = frozenset({"moe_layer"} | ({"shared_expert"} if moe.shared_ffn else set()))
+            kinds = tuple(sparse if has else frozenset({"dense_layer"}) for has in moe.layers)
+        if mla := self.mla:
+            dims |= {
+                "q_lora": mla.q_lora,
+                "kv_lora": mla.kv_lora,
+                "latent": mla.latent,
+                "nope": mla.nope,
+                "v_dim": mla.v_dim,
+                "kv_b_head": mla.nope + mla.v_dim,
+                "kv_b": self.heads * (mla.nope + mla.v_dim),
+                "o": self.heads * mla.v_dim,
+                "pairs": mla.rope if mla.interleaved else 0,
+            }
+            traits.add("q_lora" if mla.q_lora else "no_q_lora")
+        return Sizes(dims, self.layers, frozenset(traits), kinds, self.block)
 
 
-class _Reader:
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family: its name (`model_type`), its architecture's class name, its weight table, and how what only
+    it has is read from config.json (values of DecoderConfig by name)."""
+
+    name: str
+    architecture: str
+    table: Table
+    read: Callable[[Reader, int], dict[str, Any]] | None = None
+
+
+class Reader:
     """Typed access to a JSON object that collects what is wrong with it."""
 
     def __init__(self, raw: dict[str, object], prefix: str = "") -> None:
@@ -91,6 +176,18 @@ class _Reader:
             self.problems.append(f"{self.prefix}{key} = {_show(value)}: a whole number from 1 to {most} is needed")
             return default or 1
         return value
+
+    def count(self, key: str, default: int = 0, most: int = 1 << 40) -> int:
+        """A whole number that may be 0 or null."""
+        if key not in self.raw:
+            return default
+        value = self.raw[key]
+        return 0 if value is None or (type(value) is int and value == 0) else self.whole(key, most=most)
+
+    def one_of(self, key: str, supported: str) -> None:
+        """A key with one supported value, which is also what its absence means."""
+        if self.raw.get(key, supported) != supported:
+            self.problems.append(f"{self.prefix}{key} = {_show(self.raw[key])}: only {supported} is supported")
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self.raw.get(key)
@@ -113,27 +210,25 @@ class _Reader:
 
 def read_config(raw: dict[str, object], family: Family, where: str) -> DecoderConfig:
     """Check and convert a config.json.  Raises CheckpointError listing all that cannot be obeyed."""
-    r = _Reader(raw)
+    r = Reader(raw)
     hidden, heads = r.whole("hidden_size"), r.whole("num_attention_heads")
     kv_heads = r.whole("num_key_value_heads", heads)
     head_dim = r.whole("head_dim", max(1, hidden // heads))
     if heads % kv_heads:
         r.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if head_dim % 2:
+    if head_dim % 2 and "qk_rope_head_dim" not in raw:
         r.problems.append(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
-    if raw.get("hidden_act", "silu") != "silu":
-        r.problems.append(f"hidden_act = {_show(raw['hidden_act'])}: only silu is supported")
+    r.one_of("hidden_act", "silu")
     if raw.get("use_sliding_window"):
         r.problems.append("use_sliding_window is true: sliding windows are not supported")
     kinds = raw.get("layer_types")
     if isinstance(kinds, list) and any(k != "full_attention" for k in kinds):
         r.problems.append("layer_types has layers that are not full_attention: not supported")
-    if raw.get("quantization_config"):
-        r.problems.append("quantization_config: quantised checkpoints of this family are not supported")
     max_positions = r.whole("max_position_embeddings")
+    layers = r.whole("num_hidden_layers", most=MAX_LAYERS)
     config = DecoderConfig(
         hidden=hidden,
-        layers=r.whole("num_hidden_layers", most=MAX_LAYERS),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -145,16 +240,39 @@ def read_config(raw: dict[str, object], family: Family, where: str) -> DecoderCo
         attention_bias=r.flag("attention_bias", False),
         rope=_rope(raw, r, max_positions),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or ""),
+        block=_block(raw, r),
     )
+    if family.read is not None:
+        config = replace(config, **family.read(r, layers))
     if r.problems:
         raise CheckpointError(
             f"{where}: this {family.name} configuration cannot be used:\n"
-            + "\n".join(f"  {p}." for p in r.problems)
+            + "\n".join(f"  {p}." for p in dict.fromkeys(r.problems))
         )
     return config
 
 
-def _rope(raw: dict[str, object], r: _Reader, max_positions: int) -> Rope:
+def _block(raw: dict[str, object], r: Reader) -> tuple[int, int]:
+    """Rows and columns of a scale's block, (0, 0) if nothing is quantised."""
+    quant = raw.get("quantization_config")
+    if not quant:
+        return 0, 0
+    if not isinstance(quant, dict):
+        r.problems.append(f"quantization_config = {_show(quant)}: an object is needed")
+        return 0, 0
+    q = Reader(quant, "quantization_config: ")
+    q.one_of("quant_method", "fp8")
+    q.one_of("fmt", "e4m3")
+    block = quant.get("weight_block_size")
+    sizes = [n for n in block if type(n) is int and 1 <= n <= 1 << 20] if isinstance(block, list) else []
+    if not isinstance(block, list) or len(block) != 2 or len(sizes) != 2:
+        q.problems.append(f"weight_block_size = {_show(block)}: two sizes are needed, such as [128, 128]")
+        sizes = [1, 1]
+    r.problems += q.problems
+    return sizes[0], sizes[1]
+
+
+def _rope(raw: dict[str, object], r: Reader, max_positions: int) -> Rope:
     new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
     values: dict[str, object] = {}
     for name, spelled in (("rope_scaling", old), ("rope_parameters", new)):
@@ -162,7 +280,7 @@ def _rope(raw: dict[str, object], r: _Reader, max_positions: int) -> Rope:
             values |= spelled
         elif spelled is not None:
             r.problems.append(f"{name} = {_show(spelled)}: an object is needed")
-    p = _Reader({"rope_theta": raw.get("rope_theta"), **values}, "rope: ")
+    p = Reader({"rope_theta": raw.get("rope_theta"), **values}, "rope: ")
     kind = values.get("rope_type") or values.get("type") or "default"
     theta = p.real("rope_theta", 10000.0)
     if values.get("partial_rotary_factor", 1.0) != 1.0:

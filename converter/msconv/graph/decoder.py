@@ -1,7 +1,7 @@
-"""A decoder-only model with grouped-query attention, written once.  It does not ask for its target.
+"""A decoder-only model, written once.  It does not ask for its target.
 
-Shape legend: T tokens of all sequences, B sequences, P table width, H heads, K kv heads, D head_dim,
-V vocabulary; all per rank except V.
+Shape legend: T tokens of all sequences, B sequences, P table width, H heads, K kv heads, D head_dim, R latent
+width, E experts, k experts a token, V vocabulary; all per rank except V and k.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from mindspore import nn
 
 from .ops.base import Ops
 from .spec import Local
+
+LATENT_EPS = 1e-6  # of the norms inside latent attention: the published code takes it from nowhere
 
 
 class Attention(nn.Cell):
@@ -29,25 +31,85 @@ class Attention(nn.Cell):
         self.o_proj = ops.linear(prefix + "o_proj", c.hidden, q, False)
         self.reduce = ops.all_reduce(prefix + "o_proj.bias" if bias else "", c.hidden)
 
-    def construct(self, h: Any, step: Any, k_cache: Any, v_cache: Any) -> Any:
+    def construct(self, h: Any, step: Any, caches: Any) -> Any:
         q, k, v = self.heads(self.qkv_proj(h), step)
-        k_cache, v_cache = self.write(k, v, k_cache, v_cache, step)
+        k_cache, v_cache = self.write(k, v, caches[0], caches[1], step)
         return self.reduce(self.o_proj(self.attend(q, k, v, k_cache, v_cache, step)))
 
 
-class DenseMlp(nn.Cell):
-    """down(silu(gate(h)) * up(h)), gate and up fused."""
+class LatentAttention(nn.Cell):
+    """Keys and values of all heads come from one latent vector a token: the cache keeps that, and one rotated key
+    that the heads share."""
 
     def __init__(self, ops: Ops, local: Local, prefix: str) -> None:
         super().__init__()
-        hidden = local.config.hidden
-        self.gate_up_proj = ops.linear(prefix + "gate_up_proj", 2 * local.ffn, hidden, False)
-        self.act = ops.swiglu(local.ffn)
-        self.down_proj = ops.linear(prefix + "down_proj", hidden, local.ffn, False)
-        self.reduce = ops.all_reduce("", hidden)
+        c, mla = local.config, local.mla
+        q = local.heads * c.head_dim
+        self.has_q_lora = mla.q_lora > 0
+        if self.has_q_lora:
+            self.q_a_proj = ops.linear(prefix + "q_a_proj", mla.q_lora, c.hidden, False)
+            self.q_a_norm = ops.norm(prefix + "q_a_layernorm.weight", mla.q_lora, LATENT_EPS)
+            self.q_proj = ops.linear(prefix + "q_b_proj", q, mla.q_lora, False)
+        else:
+            self.q_proj = ops.linear(prefix + "q_proj", q, c.hidden, False)
+        self.kv_a_proj = ops.linear(prefix + "kv_a_proj_with_mqa", mla.latent, c.hidden, False)
+        self.kv_a_norm = ops.norm(prefix + "kv_a_layernorm.weight", mla.kv_lora, LATENT_EPS)
+        self.rotate = ops.rotate_latent()
+        self.write = ops.write_latent()
+        self.attend = ops.attend_latent(prefix)
+        self.o_proj = ops.linear(prefix + "o_proj", c.hidden, local.heads * mla.v_dim, False)
+        self.reduce = ops.all_reduce("", c.hidden)
+
+    def construct(self, h: Any, step: Any, caches: Any) -> Any:
+        q = self.q_a_norm(self.q_a_proj(h)) if self.has_q_lora else h
+        q_nope, q_rope, latent, k_rope = self.rotate(self.q_proj(q), self.kv_a_proj(h), step)
+        latent = self.kv_a_norm(latent)
+        cache = self.write(latent, k_rope, caches[0], step)
+        return self.reduce(self.o_proj(self.attend(q_nope, q_rope, latent, k_rope, cache, step)))
+
+
+class Mlp(nn.Cell):
+    """down(silu(gate(h)) * up(h)), gate and up fused.  This rank's share of the sum over ranks."""
+
+    def __init__(self, ops: Ops, hidden: int, ffn: int, prefix: str) -> None:
+        super().__init__()
+        self.gate_up_proj = ops.linear(prefix + "gate_up_proj", 2 * ffn, hidden, False)
+        self.act = ops.swiglu(ffn)
+        self.down_proj = ops.linear(prefix + "down_proj", hidden, ffn, False)
 
     def construct(self, h: Any) -> Any:
-        return self.reduce(self.down_proj(self.act(self.gate_up_proj(h))))
+        return self.down_proj(self.act(self.gate_up_proj(h)))
+
+
+class DenseMlp(nn.Cell):
+    def __init__(self, ops: Ops, local: Local, prefix: str) -> None:
+        super().__init__()
+        self.mlp = Mlp(ops, local.config.hidden, local.ffn, prefix)
+        self.reduce = ops.all_reduce("", local.config.hidden)
+
+    def construct(self, h: Any) -> Any:
+        return self.reduce(self.mlp(h))
+
+
+class MoeMlp(nn.Cell):
+    """Each rank has all tokens and some experts, or some of each; one sum over ranks brings them together.  (An
+    exchange of tokens between ranks would be another `ops.experts`.)"""
+
+    def __init__(self, ops: Ops, local: Local, prefix: str) -> None:
+        super().__init__()
+        self.route = ops.route(prefix + "gate")
+        self.experts = ops.experts(prefix + "experts.")
+        self.has_shared = local.moe.shared_ffn > 0
+        if self.has_shared:
+            self.shared = Mlp(ops, local.config.hidden, local.shared_ffn, prefix + "shared_experts.")
+        self.reduce = ops.all_reduce("", local.config.hidden)
+
+    def construct(self, h: Any) -> Any:
+        weights, ids = self.route(h)
+        y = self.experts(h, weights, ids)
+        if self.has_shared:
+            y = y + self.shared(h)
+        return self.reduce(y)
 
 
 class Layer(nn.Cell):
@@ -58,27 +120,29 @@ class Layer(nn.Cell):
         c = local.config
         prefix = f"model.layers.{index}."
         follower = f"model.layers.{index + 1}.input_layernorm" if index + 1 < c.layers else "model.norm"
-        self.attention = Attention(ops, local, prefix + "self_attn.")
+        attention = Attention if c.mla is None else LatentAttention
+        self.attention = attention(ops, local, prefix + "self_attn.")
         self.after_attention = ops.add_norm(prefix + "post_attention_layernorm.weight", c.hidden)
-        self.mlp = DenseMlp(ops, local, prefix + "mlp.")
+        self.mlp = (MoeMlp if c.has_experts(index) else DenseMlp)(ops, local, prefix + "mlp.")
         self.after_mlp = ops.add_norm(follower + ".weight", c.hidden)
 
-    def construct(self, h: Any, x: Any, step: Any, k_cache: Any, v_cache: Any) -> Any:
-        h, x = self.after_attention(self.attention(h, step, k_cache, v_cache), x)
+    def construct(self, h: Any, x: Any, step: Any, caches: Any) -> Any:
+        h, x = self.after_attention(self.attention(h, step, caches), x)
         return self.after_mlp(self.mlp(h), x)
 
 
 class Decoder(nn.Cell):
-    """Tokens to logits of each sequence's last token, [B, V].  Inputs: `ops.inputs`, then caches k0 v0 k1 v1."""
+    """Tokens to logits of each sequence's last token, [B, V].  Inputs: `ops.inputs`, then each layer's caches."""
 
     def __init__(self, ops: Ops, local: Local) -> None:
         super().__init__()
         c = local.config
         self.num_inputs = len(ops.inputs())
         self.num_layers = c.layers
+        self.num_caches = len(ops.caches())
         self.begin = ops.begin()
         self.embed = ops.embed("model.embed_tokens.weight")
-        self.first_norm = ops.norm("model.layers.0.input_layernorm.weight", c.hidden)
+        self.first_norm = ops.norm("model.layers.0.input_layernorm.weight", c.hidden, c.eps)
         self.layers = nn.CellList([Layer(ops, local, i) for i in range(c.layers)])
         self.last = ops.last_tokens()
         self.head = ops.head(self.embed.weight if c.tied else None)
@@ -88,7 +152,6 @@ class Decoder(nn.Cell):
         x = self.embed(inputs[0])
         h = self.first_norm(x)
         for i in range(self.num_layers):
-            k_cache = inputs[self.num_inputs + 2 * i]
-            v_cache = inputs[self.num_inputs + 2 * i + 1]
-            h, x = self.layers[i](h, x, step, k_cache, v_cache)
+            first = self.num_inputs + self.num_caches * i
+            h, x = self.layers[i](h, x, step, inputs[first : first + self.num_caches])
         return self.head(self.last(h, step))

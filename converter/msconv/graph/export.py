@@ -75,13 +75,11 @@ def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Export
 
 
 def cache_inputs(ops: Ops, local: Local) -> list[GraphInput]:
-    """k0, v0, k1, v1, ...: [pages, page, K, D] each."""
-    dtype = NAMES[ops.dtype]
-    shape: list[int | None] = [None, None, local.kv_heads, local.config.head_dim]
+    """Each layer's caches: k0, v0, k1, v1, ... of [pages, page, K, D], or one latent of [pages, page, 1, R]."""
     return [
-        GraphInput(f"{kind}_cache.{layer}", dtype, shape)
+        GraphInput(f"{kind}_cache.{layer}", NAMES[ops.dtype], [None, None, heads, width])
         for layer in range(local.config.layers)
-        for kind in ("k", "v")
+        for kind, heads, width in ops.caches()
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from msconv_runtime.artifact import Phase
 
-from ..families.config import DecoderConfig
+from ..families.config import DecoderConfig, Mla, Moe
 from ..layout.cuts import Mesh
 
 TP_GROUP = "msconv_tp"  # the canonical group: whoever loads the graph creates it
@@ -36,6 +36,29 @@ class Local:
         return self.config.ffn // self.mesh.tp
 
     @property
+    def experts(self) -> int:
+        """Experts of one rank."""
+        return self.moe.experts // self.mesh.ep
+
+    @property
+    def expert_ffn(self) -> int:
+        return self.moe.ffn // self.mesh.moe_tp
+
+    @property
+    def shared_ffn(self) -> int:
+        return self.moe.shared_ffn // self.mesh.tp
+
+    @property
     def vocab(self) -> int:
         """Vocabulary rows of one rank, padding included."""
         return -(-self.config.vocab // self.mesh.tp)
+
+    @property
+    def moe(self) -> Moe:
+        assert self.config.moe is not None
+        return self.config.moe
+
+    @property
+    def mla(self) -> Mla:
+        assert self.config.mla is not None
+        return self.config.mla

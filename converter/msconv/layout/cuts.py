@@ -1,19 +1,24 @@
 """Cuts: how one source tensor is divided over ranks, and put together again.
 
 A cut is a value.  Seen as a matrix (a vector is one column), the source is divided along rows or columns,
-or copied.  `boxes` says which rectangle goes to a rank; the same boxes, read backwards, join the ranks
-again, so every cut is reversible by construction.
+or copied.  `boxes` says which rectangles go to a rank, and `row_order` how rows change places within a head;
+both, read backwards, join the ranks again, so every cut is reversible by construction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Ranks of one model replica.  `ep` divides `tp` (SGLang's order: ep_rank = rank // (tp // ep))."""
+    """Ranks of one model replica.  `ep` divides `tp`: experts are divided over `ep` groups, and the matrices of
+    an expert over the `moe_tp` ranks of its group (SGLang's order: neighbours share experts)."""
 
     tp: int
     ep: int = 1
@@ -22,6 +27,13 @@ class Mesh:
     def ranks(self) -> range:
         return range(self.tp)
 
+    @property
+    def moe_tp(self) -> int:
+        return self.tp // self.ep
+
+    def ep_rank(self, rank: int) -> int:
+        return rank // self.moe_tp
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -29,6 +41,9 @@ class Cut:
 
     `unit` names the count that must stay whole (heads): it is divided, and rows or columns follow.
     `replicate`: more ranks than units share one unit.  `pad`: zero rows fill up the last ranks.
+    `over`: all ranks, or the ranks that share an expert.
+    `head` names the rows of one head.  Of each head, `rows` are taken from `first` on (both names, "" for all);
+    the last `pairs` rows of each, stored as x0 y0 x1 y1 ..., become x0 x1 ... y0 y1 ...
     """
 
     name: str
@@ -36,6 +51,11 @@ class Cut:
     unit: str = ""
     replicate: bool = False
     pad: bool = False
+    over: Literal["tp", "moe_tp"] = "tp"
+    head: str = ""
+    first: str = ""
+    rows: str = ""
+    pairs: str = ""
 
 
 COPY = Cut("copy")
@@ -45,17 +65,18 @@ HEADS = Cut("heads", 0, unit="heads")  # [heads*D, I] -> [heads/tp*D, I]
 KV_HEADS = Cut("kv_heads", 0, unit="kv_heads", replicate=True)
 HEAD_COLS = Cut("head_cols", 1, unit="heads")  # [O, heads*D] -> [O, heads/tp*D]
 VOCAB = Cut("vocab", 0, pad=True)  # [V, I] -> [ceil(V/tp), I]
+EXPERT_ROWS = Cut("expert_rows", 0, over="moe_tp")  # [O, I] -> [O*ep/tp, I]
+EXPERT_COLS = Cut("expert_cols", 1, over="moe_tp")
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle of the source and where its first row lands in the rank's part."""
+    """A rectangle of the source.  A rank's part is its boxes, one below the other."""
 
     row: int
     rows: int
     col: int
     cols: int
-    dst_row: int = 0
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -68,22 +89,25 @@ def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def problem(cut: Cut, shape: tuple[int, ...], mesh: Mesh, dims: Mapping[str, int]) -> str:
     """Why `shape` cannot be cut this way over `mesh`, or "" if it can."""
-    if cut.axis is None or cut.pad or mesh.tp == 1:
+    ways = _ways(cut, mesh)
+    if cut.axis is None or cut.pad or ways == 1:
         return ""
     size = matrix(shape)[cut.axis]
     units = dims[cut.unit] if cut.unit else size
     kind = cut.unit.replace("_", " ") if cut.unit else ("rows" if cut.axis == 0 else "columns")
-    if units % mesh.tp == 0 or (cut.replicate and mesh.tp % units == 0):
+    if units % ways == 0 or (cut.replicate and ways % units == 0):
         return ""
-    return f"{units} {kind} do not split over tp={mesh.tp}"
+    over = f"tp={mesh.tp}" if cut.over == "tp" else f"the {ways} ranks of an expert (tp={mesh.tp} ep={mesh.ep})"
+    return f"{units} {kind} do not split over {over}"
 
 
 def part_shape(cut: Cut, shape: tuple[int, ...], mesh: Mesh, dims: Mapping[str, int]) -> tuple[int, ...]:
     """Shape of one rank's part: the same on every rank."""
-    if cut.axis is None:
-        return shape
     out = list(shape)
-    out[cut.axis] = _extent(cut, shape[cut.axis], mesh, dims)
+    if cut.axis is not None:
+        out[cut.axis] = _extent(cut, shape[cut.axis], mesh, dims)
+    if cut.rows:
+        out[0] = out[0] // dims[cut.head] * dims[cut.rows]
     return tuple(out)
 
 
@@ -93,18 +117,36 @@ def boxes(cut: Cut, shape: tuple[int, ...], mesh: Mesh, dims: Mapping[str, int],
     if cut.axis is None:
         return (Box(0, rows, 0, cols),)
     extent = _extent(cut, shape[cut.axis], mesh, dims)
-    if cut.replicate and dims[cut.unit] < mesh.tp:
-        start = rank // (mesh.tp // dims[cut.unit]) * extent
+    ways = _ways(cut, mesh)
+    if cut.replicate and dims[cut.unit] < ways:
+        start = rank // (ways // dims[cut.unit]) * extent
     else:
-        start = rank * extent
+        start = rank % ways * extent
     if cut.axis == 1:
         return (Box(0, rows, start, extent),)
+    if cut.rows:
+        head, first = dims[cut.head], dims[cut.first] if cut.first else 0
+        return tuple(Box(row + first, dims[cut.rows], 0, cols) for row in range(start, start + extent, head))
     real = min(extent, max(0, rows - start))
     return (Box(start, real, 0, cols),) if real else ()
 
 
+def row_order(cut: Cut, dims: Mapping[str, int]) -> NDArray[np.intp] | None:
+    """Which row of a head goes to each place, [head] indices; None if all stay where they are."""
+    if not cut.pairs or not dims[cut.pairs]:
+        return None
+    head, pairs = dims[cut.head], dims[cut.pairs]
+    order = np.arange(head, dtype=np.intp)
+    order[head - pairs :] = np.concatenate([order[head - pairs :: 2], order[head - pairs + 1 :: 2]])
+    return order
+
+
+def _ways(cut: Cut, mesh: Mesh) -> int:
+    return mesh.tp if cut.over == "tp" else mesh.moe_tp
+
+
 def _extent(cut: Cut, size: int, mesh: Mesh, dims: Mapping[str, int]) -> int:
+    ways = _ways(cut, mesh)
     if cut.pad:
-        return -(-size // mesh.tp)
-    pieces = min(mesh.tp, dims[cut.unit]) if cut.replicate else mesh.tp
-    return size // pieces
+        return -(-size // ways)
+    return size // (min(ways, dims[cut.unit]) if cut.replicate else ways)

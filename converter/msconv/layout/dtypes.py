@@ -37,4 +37,5 @@ SIZES = {
     "uint64": 8,
     "bool": 1,
 }
+FP8 = "float8_e4m3fn"
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")

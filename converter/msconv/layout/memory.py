@@ -33,6 +33,9 @@ class DeviceMemory:
 
 
 def kv_bytes_per_token(sizes: Sizes, mesh: Mesh, dtype: str) -> int:
-    """Keys and values of one token on one rank, all layers.  Replicated heads count on each rank."""
+    """Keys and values of one token on one rank, all layers.  Replicated heads count on each rank, and so does a
+    latent cache, which no rank can divide."""
+    if latent := sizes.dims.get("latent", 0):
+        return sizes.layers * latent * SIZES[dtype]
     heads = max(1, sizes.dims["kv_heads"] // mesh.tp)
     return 2 * sizes.layers * heads * sizes.dims["head_dim"] * SIZES[dtype]

@@ -7,19 +7,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .dtypes import SIZES
-from .rules import Drop, Rule
+from .rules import OWN, Drop, Part, Rule
+
+SCALE = "_scale_inv"  # what the name of a block-quantised tensor's scales ends with
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """`dims`: named sizes (`hidden`, `heads`, ...).  `traits`: names that rules ask for in `when`."""
+    """`dims`: named sizes (`hidden`, `heads`, ...).  `traits` and, by layer, `layer_traits`: names that rules
+    ask for in `when`.  `block`: rows and columns that share one scale in quantised tensors; (0, 0) if none is.
+    """
 
     dims: Mapping[str, int]
     layers: int
     traits: frozenset[str]
+    layer_traits: tuple[frozenset[str], ...] = ()
+    block: tuple[int, int] = (0, 0)
 
-    def holds(self, when: str) -> bool:
-        return not when or when in self.traits
+    def holds(self, when: str, layer: int | None = None) -> bool:
+        if not when or when in self.traits:
+            return True
+        return layer is not None and bool(self.layer_traits) and when in self.layer_traits[layer]
+
+    @property
+    def experts(self) -> int:
+        return self.dims.get("experts", 0)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Shape of the scales of a quantised matrix."""
+        return -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +58,46 @@ class TensorInfo:
     nbytes: int = 0
 
 
-def expand(table: Table, sizes: Sizes) -> list[tuple[Rule, str, dict[str, str]]]:
-    """Every output tensor: (rule, output name, {source template: source name}).  Layers outermost."""
-    out: list[tuple[Rule, str, dict[str, str]]] = []
-    head: list[Rule] = []
-    tail: list[Rule] = []
-    layered: list[Rule] = []
-    for rule in table.rules:
-        if sizes.holds(rule.when):
-            (layered if "{layer}" in rule.dst else tail if layered else head).append(rule)
-    for rule in head:
-        out.append((rule, rule.dst, {p.src: p.src for p in rule.parts}))
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One output tensor of the model and the sources it is made of.  Of a stacked one, expert by expert."""
+
+    rule: Rule
+    name: str
+    sources: tuple[tuple[Part, str], ...]
+
+
+def expand(table: Table, sizes: Sizes) -> list[Output]:
+    """Every output tensor.  What comes before the layers, the layers one by one, what comes after."""
+    first = next((i for i, r in enumerate(table.rules) if "{layer}" in r.dst), len(table.rules))
+    layered = [r for r in table.rules if "{layer}" in r.dst]
+    single = [r for r in table.rules if "{layer}" not in r.dst and sizes.holds(r.when)]
+    head = [r for r in single if table.rules.index(r) < first]
+    out = [_output(rule, sizes, None) for rule in head]
     for layer in range(sizes.layers):
-        for rule in layered:
-            names = {p.src: p.src.replace("{layer}", str(layer)) for p in rule.parts}
-            out.append((rule, rule.dst.replace("{layer}", str(layer)), names))
-    for rule in tail:
-        out.append((rule, rule.dst, {p.src: p.src for p in rule.parts}))
-    return out
+        out += [_output(rule, sizes, layer) for rule in layered if sizes.holds(rule.when, layer)]
+    return out + [_output(rule, sizes, None) for rule in single if rule not in head]
 
 
-def expected_sources(table: Table, sizes: Sizes, dtype: str) -> dict[str, TensorInfo]:
-    """Every source tensor that the configuration promises, with its shape: headers without a checkpoint."""
+def _output(rule: Rule, sizes: Sizes, layer: int | None) -> Output:
+    def name(template: str, expert: int = 0) -> str:
+        return template.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+    experts = range(sizes.experts) if rule.stacked else range(1)
+    return Output(rule, name(rule.dst), tuple((p, name(p.src, e)) for e in experts for p in rule.parts))
+
+
+def expected_sources(
+    table: Table, sizes: Sizes, dtype: str, own: Mapping[str, str] | None = None
+) -> dict[str, TensorInfo]:
+    """Every source tensor that the configuration promises, with its shape: headers without a checkpoint.
+    `own`: element types by output name, for rules that keep the checkpoint's."""
     out: dict[str, TensorInfo] = {}
-    for rule, _, names in expand(table, sizes):
-        for part in rule.parts:
-            name, kind = names[part.src], rule.dtype or dtype
+    for output in expand(table, sizes):
+        kind = output.rule.dtype or dtype
+        if kind == OWN:
+            kind = (own or {}).get(output.name, dtype)
+        for part, name in output.sources:
             shape = tuple(sizes.dims[d] for d in part.shape)
             out[name] = TensorInfo(name, kind, shape, nbytes=SIZES[kind] * math.prod(shape))
     return out

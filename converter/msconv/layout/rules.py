@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .cuts import Cut
+
+OWN = "own"  # as `dtype` of a rule: whatever the checkpoint has
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One source tensor: its name (`{layer}` is a hole), its shape as dimension names, and its cut."""
+    """One source tensor: its name (`{layer}` and `{expert}` are holes), its shape as dimension names, its cut."""
 
     src: str
     shape: tuple[str, ...]
@@ -18,19 +20,25 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One output tensor: its parts joined along rows, in order.  `when` names a trait of the model that
-    must hold; `dtype` pins an element type against `--dtype`."""
+    """One output tensor: its parts joined along rows, in order.
+
+    `stacked`: one matrix for each of a rank's experts, [E, in, out], as grouped matrix products want them: each
+    part turned over, side by side.  `when` names a trait of the model or of the layer that must hold.  `dtype`
+    pins an element type against `--dtype`; OWN keeps the checkpoint's.
+    """
 
     dst: str
     parts: tuple[Part, ...]
     when: str = ""
     dtype: str = ""
+    stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Source tensors left out on purpose.  `pattern` is a glob; the reason is shown to people.
-    `twin`: a tensor that must hold the same bytes, or dropping would lose something."""
+    """Source tensors left out on purpose.  `pattern` is a glob, `{mtp}` the numbers of the layers after the last;
+    the reason is shown to people.  `twin`: a tensor that must hold the same bytes, or dropping would lose
+    something."""
 
     pattern: str
     reason: str
@@ -43,6 +51,21 @@ def keep(name: str, shape: tuple[str, ...], cut: Cut, when: str = "", dtype: str
     return Rule(name, (Part(name, shape, cut),), when, dtype)
 
 
+def take(dst: str, src: str, shape: tuple[str, ...], cut: Cut) -> Rule:
+    """Some of a tensor, under another name."""
+    return Rule(dst, (Part(src, shape, cut),))
+
+
 def fuse(dst: str, *parts: Part, when: str = "") -> Rule:
     """Several tensors, each cut by itself, joined along rows."""
     return Rule(dst, parts, when)
+
+
+def stack(dst: str, *parts: Part, when: str = "") -> Rule:
+    """One tensor of all experts of a rank, [E, in, out]; the parts' outputs lie side by side."""
+    return Rule(dst, parts, when, stacked=True)
+
+
+def only(when: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules, for layers or models with this trait."""
+    return tuple(replace(rule, when=when) for rule in rules)

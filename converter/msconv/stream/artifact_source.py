@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Weights, digest_of
 from msconv_runtime.errors import ArtifactError
@@ -20,8 +22,11 @@ from ..layout import dtypes
 from ..layout.cuts import Box, matrix
 from ..layout.model import TensorInfo
 from ..layout.plan import Move, Plan, file_name
+from ..quant.kernels import turn
 from .blocks import pad_hash
 from .source import read_exactly
+
+TURN_BYTES = 1 << 20  # of a turned part, read at a time
 
 
 class ArtifactSource:
@@ -35,37 +40,55 @@ class ArtifactSource:
         self._hashes: dict[tuple[int, int, int], tuple[xxhash.xxh3_128, int]] = {}
 
     def read(self, info: TensorInfo, begin: int, out: memoryview) -> None:
-        """Rows [begin, begin + len(out)) of the tensor, both whole rows, in bytes."""
-        move = self.plan.moves[info.name][0]
+        """Rows [begin, begin + len(out)) of the tensor, both whole rows, in bytes: whole heads where rows change
+        places within them, all rows where matrices are turned over."""
         _, cols = matrix(info.shape)
         item = dtypes.SIZES[info.dtype]
-        pitch = cols * item
-        first, last = begin // pitch, (begin + len(out)) // pitch
-        whole = np.frombuffer(out, np.uint8).reshape(-1, pitch)
-        for rank, box in self._owners(info, move):
-            top, bottom = max(first, box.row), min(last, box.row + box.rows)
+        first = begin // (cols * item)
+        rows = np.frombuffer(out, f"u{item}").reshape(-1, cols)
+        for move in self.plan.moves[info.name]:
+            if move.column >= 0:
+                self._read_turned(info, move, rows)
+            else:
+                self._read_rows(info, move, first, rows)
+
+    def _read_rows(self, info: TensorInfo, move: Move, first: int, rows: NDArray[Any]) -> None:
+        item = rows.itemsize
+        order = self.plan.row_order(move)
+        for rank, box, above in self._owners(info, move):
+            top, bottom = max(first, box.row), min(first + len(rows), box.row + box.rows)
             if top >= bottom:
                 continue
-            width = box.cols * item
-            offset = (top - box.row) * width
-            size = (bottom - top) * width
-            if box.cols == cols:
-                piece = out[(top - first) * pitch : (bottom - first) * pitch]
-                self._read(rank, move, offset, piece)
-            else:
-                piece = memoryview(bytearray(size))
-                self._read(rank, move, offset, piece)
-                left = box.col * item
-                whole[top - first : bottom - first, left : left + width] = np.frombuffer(piece, np.uint8).reshape(
-                    -1, width
-                )
+            place = rows[top - first : bottom - first]
+            offset = (above + top - box.row) * box.cols * item
+            if box.cols == rows.shape[1] and order is None:
+                self._read(rank, move, offset, place.reshape(-1).view(np.uint8).data)
+                continue
+            piece = np.empty((bottom - top, box.cols), rows.dtype)
+            self._read(rank, move, offset, piece.reshape(-1).view(np.uint8).data)
+            if order is not None:
+                heads = piece.reshape(-1, len(order), box.cols)
+                piece = heads[:, np.argsort(order)].reshape(piece.shape)
+            place[:, box.col : box.col + box.cols] = piece
+
+    def _read_turned(self, info: TensorInfo, move: Move, rows: NDArray[Any]) -> None:
+        """Parts are [in, out]: some of their rows at a time become columns."""
+        _, inner, width = self.plan.tensors[move.tensor].shape
+        step = max(1, TURN_BYTES // (width * rows.itemsize))
+        for rank, box, _ in self._owners(info, move):
+            for at in range(0, inner, step):
+                piece = np.empty((min(step, inner - at), width), rows.dtype)
+                self._read(rank, move, at * width * rows.itemsize, piece.reshape(-1).view(np.uint8).data)
+                place = rows[box.row : box.row + box.rows, box.col + at : box.col + at + len(piece)]
+                turn(piece, 0, move.column, place)
 
     def release(self, info: TensorInfo) -> None:
-        move = self.plan.moves[info.name][0]
-        tensor = self.plan.tensors[move.tensor]
-        for rank, _ in self._owners(info, move):
-            fd = self._open(self.root / file_name(rank, tensor.file))
-            os.posix_fadvise(fd, self.plan.part_offset(move), tensor.parts[move.part], os.POSIX_FADV_DONTNEED)
+        for move in self.plan.moves[info.name]:
+            tensor = self.plan.tensors[move.tensor]
+            for rank, _, _ in self._owners(info, move):
+                fd = self._open(self.root / file_name(rank, tensor.file))
+                size = tensor.parts[move.part]
+                os.posix_fadvise(fd, self.plan.part_offset(move), size, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
         for path, stat in self._stats.items():
@@ -92,13 +115,16 @@ class ArtifactSource:
             os.close(fd)
         self._fds.clear()
 
-    def _owners(self, info: TensorInfo, move: Move) -> list[tuple[int, Box]]:
-        """One rank for each rectangle: where ranks share one, the first of them."""
-        owners: dict[Box, int] = {}
-        for rank in self.plan.mesh.ranks:
+    def _owners(self, info: TensorInfo, move: Move) -> list[tuple[int, Box, int]]:
+        """(rank, rectangle, rows above it in the rank's part), one rank for each rectangle: where ranks share
+        one, the first of them."""
+        owners: dict[Box, tuple[int, int]] = {}
+        for rank in self.plan.ranks(move):
+            above = 0
             for box in self.plan.boxes(info.name, move, rank):
-                owners.setdefault(box, rank)
-        return [(rank, box) for box, rank in owners.items()]
+                owners.setdefault(box, (rank, above))
+                above += box.rows
+        return [(rank, box, above) for box, (rank, above) in owners.items()]
 
     def _read(self, rank: int, move: Move, offset: int, out: memoryview) -> None:
         path = self.root / file_name(rank, self.plan.tensors[move.tensor].file)

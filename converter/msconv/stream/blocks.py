@@ -1,4 +1,4 @@
-"""Moving one source tensor: read a block of rows once, cut it for every rank, cast, hash, write."""
+"""Moving source tensors: read once, dequantise, cut for every rank, turn over, cast, hash, write."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from msconv_runtime.errors import CheckpointError
 from ..layout import dtypes
 from ..layout.cuts import Box, matrix
 from ..layout.plan import Move, Plan
+from ..quant.fp8 import Blocks, count_nan
+from ..quant.kernels import turn
 from .outputs import Outputs
 from .source import Source
 
@@ -33,26 +35,41 @@ class Stopped(Exception):
 
 
 class Buffers:
-    """One worker's memory: `block` takes source rows, `cut` what a rank gets of them."""
+    """One worker's memory: `raw` takes what is read, `wide` it in the output's type, `cut` what a rank gets."""
 
-    def __init__(self, block_bytes: int) -> None:
+    def __init__(self, sizes: BufferSizes) -> None:
         # mmap, not bytearray: pages are returned to the system when it is closed
-        self.block = np.frombuffer(mmap.mmap(-1, block_bytes), np.uint8)
-        self.cut = np.frombuffer(mmap.mmap(-1, 2 * block_bytes), np.uint8)  # 2x: float16 may become float32
+        self.chunk_bytes = sizes.chunk
+        self.raw = np.frombuffer(mmap.mmap(-1, sizes.raw), np.uint8)
+        self.wide = np.frombuffer(mmap.mmap(-1, sizes.chunk), np.uint8)
+        self.cut = np.frombuffer(mmap.mmap(-1, sizes.chunk), np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSizes:
+    """Bytes of a worker's buffers: what is read at once, and what is worked on at once."""
+
+    raw: int
+    chunk: int
+
+    @property
+    def total(self) -> int:
+        return self.raw + 2 * self.chunk
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A source tensor that is in all its places.  `parts[(tensor, part)]` = digest per rank."""
+    """A source tensor that is in all its places.  `parts[(tensor, part, rank)]` = digest; those of a unit of
+    several are with its first."""
 
     name: str
     source_digest: str
-    parts: dict[tuple[int, int], list[str]]
+    parts: dict[tuple[int, int, int], str]
 
 
 @dataclass(slots=True)
 class _Target:
-    """Where one rank's part of this tensor goes, and how far it has been written."""
+    """Where one rank's part goes, and how far it has been written."""
 
     rank: int
     file: int
@@ -60,62 +77,193 @@ class _Target:
     nbytes: int
     boxes: tuple[Box, ...]
     dtype: str
+    key: tuple[int, int, int]
+    order: NDArray[np.intp] | None
     hash: xxhash.xxh3_128
-    key: tuple[int, int]
     written: int = 0
 
-
-def largest_row(plan: Plan) -> int:
-    """Bytes of the widest row of any source tensor: the smallest block that works."""
-    return max(
-        (matrix(plan.sources[n].shape)[1] * dtypes.SIZES[plan.sources[n].dtype] for n in plan.moves),
-        default=1,
-    )
+    def write(self, piece: NDArray[np.uint8], outputs: Outputs) -> None:
+        """The next bytes of the part."""
+        outputs.write(self.rank, self.file, self.offset + self.written, piece.data)
+        self.hash.update(piece.data)
+        self.written += len(piece)
 
 
-def move_tensor(
+def smallest_buffers(plan: Plan) -> BufferSizes:
+    """What the plan cannot do without: the widest row (or head, where rows change places within it), and the
+    largest unit that is turned over, which is read whole."""
+    chunk = raw = 1
+    for unit in plan.units:
+        for name in unit:
+            info = plan.sources[name]
+            out = plan.tensors[plan.moves[name][0].tensor]
+            row = matrix(info.shape)[1] * max(dtypes.SIZES[info.dtype], dtypes.SIZES[out.dtype])
+            if plan.moves[name][0].column >= 0:
+                chunk = max(chunk, out.shape[2] * max(dtypes.SIZES[info.dtype], dtypes.SIZES[out.dtype]))
+                raw = max(raw, sum(plan.sources[n].nbytes for n in unit))
+            else:
+                chunk = max(chunk, row * _rows_at_once(plan, name))
+    return BufferSizes(max(raw, chunk), chunk)
+
+
+def _rows_at_once(plan: Plan, name: str) -> int:
+    return max((len(o) for m in plan.moves[name] if (o := plan.row_order(m)) is not None), default=1)
+
+
+def move_unit(
     plan: Plan,
-    name: str,
+    unit: tuple[str, ...],
     source: Source,
     outputs: Outputs,
     buffers: Buffers,
     advance: Callable[[int], None],
     stopped: Callable[[], bool],
-) -> Moved:
-    """Bring one source tensor to all its places.  `advance(bytes read)` after each block."""
+) -> list[Moved]:
+    """Bring the sources of a unit to all their places.  `advance(bytes read)` after each block."""
+    scales = {n: _read_scales(plan, n, source) for n in unit if n in plan.scales}
+    turned = plan.moves[unit[0]][0].column >= 0
+    move = _turn_over if turned else _move_rows
+    digests, targets = move(plan, unit, scales, source, outputs, buffers, advance, stopped)
+    parts: dict[tuple[int, int, int], str] = {}
+    for target in targets:
+        pad_hash(target.hash, target.nbytes - target.written)
+        parts[target.key] = "xxh3:" + target.hash.hexdigest()
+    moved = []
+    for name in unit:
+        source.release(plan.sources[name])
+        moved.append(Moved(name, digests[name], parts if name == unit[0] else {}))
+        if name in scales:
+            moved.append(Moved(plan.scales[name], scales[name].digest, {}))
+            advance(plan.sources[plan.scales[name]].nbytes)
+    return moved
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """The scales of one source, and the digest of their bytes."""
+
+    values: NDArray[np.float32]
+    block: tuple[int, int]
+    digest: str
+
+    def blocks(self, dtype: str) -> Blocks:
+        return Blocks(self.values, self.block, NUMPY[dtype])
+
+
+def _read_scales(plan: Plan, name: str, source: Source) -> _Scales:
+    info = plan.sources[plan.scales[name]]
+    data = bytearray(info.nbytes)
+    source.read(info, 0, memoryview(data))
+    values = np.frombuffer(data, NUMPY[info.dtype]).astype(np.float32).reshape(info.shape)
+    if not np.isfinite(values).all():
+        row, column = (int(i[0]) for i in np.nonzero(~np.isfinite(values)))
+        raise CheckpointError(
+            f"{info.name}: the scale of block [{row}, {column}] is {values[row, column]}.",
+            "Download the file that holds it again.",
+        )
+    return _Scales(values, plan.sizes.block, "xxh3:" + xxhash.xxh3_128_hexdigest(data))
+
+
+def _move_rows(
+    plan: Plan,
+    unit: tuple[str, ...],
+    scales: dict[str, _Scales],
+    source: Source,
+    outputs: Outputs,
+    buffers: Buffers,
+    advance: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> tuple[dict[str, str], list[_Target]]:
+    """A block of rows is read once, cut for every rank, cast, hashed and written."""
+    (name,) = unit
     info = plan.sources[name]
     rows, cols = matrix(info.shape)
     pitch = cols * dtypes.SIZES[info.dtype]
     targets = [t for move in plan.moves[name] for t in _targets(plan, name, move)]
-    step = max(1, len(buffers.block) // max(1, pitch))
-    source_hash = xxhash.xxh3_128()
+    out = targets[0].dtype
+    widest = cols * max(dtypes.SIZES[info.dtype], dtypes.SIZES[out])
+    together = _rows_at_once(plan, name)
+    step = max(together, buffers.chunk_bytes // max(1, widest) // together * together)
+    blocks = scales[name].blocks(out) if name in scales else None
+    digest = xxhash.xxh3_128()
     for row in range(0, rows if pitch else 0, step):
         if stopped():
             raise Stopped
         count = min(step, rows - row)
-        block = buffers.block[: count * pitch]
-        source.read(info, row * pitch, block.data)
-        source_hash.update(block.data)
+        raw = buffers.raw[: count * pitch]
+        source.read(info, row * pitch, raw.data)
+        digest.update(raw.data)
+        block, dtype = raw, info.dtype
+        if blocks is not None:
+            block, dtype = _dequantise(name, raw.reshape(count, cols), row, blocks, out, buffers), out
         for target in targets:
             for box in target.boxes:
                 top, bottom = max(row, box.row), min(row + count, box.row + box.rows)
                 if top < bottom:
-                    piece = _cut(block, info.dtype, cols, top - row, bottom - row, box, target, buffers, name)
-                    outputs.write(target.rank, target.file, target.offset + target.written, piece.data)
-                    target.hash.update(piece.data)
-                    target.written += len(piece)
-        advance(len(block))
-    source.release(info)
-    parts: dict[tuple[int, int], list[str]] = {}
+                    piece = _cut(block, dtype, cols, top - row, bottom - row, box, target, buffers, name)
+                    target.write(piece, outputs)
+        advance(len(raw))
+    return {name: "xxh3:" + digest.hexdigest()}, targets
+
+
+def _turn_over(
+    plan: Plan,
+    unit: tuple[str, ...],
+    scales: dict[str, _Scales],
+    source: Source,
+    outputs: Outputs,
+    buffers: Buffers,
+    advance: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> tuple[dict[str, str], list[_Target]]:
+    """One expert's matrices are read whole and written turned over, side by side: [in, out]."""
+    sources: list[tuple[NDArray[Any], Blocks | None]] = []
+    digests: dict[str, str] = {}
+    moves = [plan.moves[name][0] for name in unit]
+    tensor = plan.tensors[moves[0].tensor]
+    out = NUMPY[tensor.dtype]
+    begin = 0
+    for name in unit:
+        info = plan.sources[name]
+        raw = buffers.raw[begin : begin + info.nbytes]
+        begin += info.nbytes
+        source.read(info, 0, raw.data)
+        advance(len(raw))
+        digests[name] = "xxh3:" + xxhash.xxh3_128_hexdigest(raw.data)
+        blocks = scales[name].blocks(tensor.dtype) if name in scales else None
+        codes = raw.view(f"u{dtypes.SIZES[info.dtype]}").reshape(info.shape)
+        if blocks is not None:
+            _check_codes(name, codes, 0, blocks)
+        sources.append((codes, blocks))
+    height, width = tensor.shape[1], tensor.shape[2]
+    step = max(1, buffers.chunk_bytes // (width * max(out.itemsize, sources[0][0].itemsize)))
+    targets = _targets(plan, unit[0], moves[0])
     for target in targets:
-        pad_hash(target.hash, target.nbytes - target.written)
-        parts.setdefault(target.key, []).append("xxh3:" + target.hash.hexdigest())
-    return Moved(name, "xxh3:" + source_hash.hexdigest(), parts)
+        boxes = [plan.boxes(name, move, target.rank)[0] for name, move in zip(unit, moves, strict=True)]
+        for first in range(0, height, step):
+            count = min(step, height - first)
+            item = out.itemsize if sources[0][1] is not None else sources[0][0].itemsize
+            turned = buffers.wide[: count * width * item].view(f"u{item}").reshape(count, width)
+            for move, box, (codes, blocks) in zip(moves, boxes, sources, strict=True):
+                place = turned[:, move.column : move.column + box.rows]
+                if blocks is not None:
+                    blocks.turned(codes, box.row, box.col + first, place)
+                else:
+                    turn(codes, box.row, box.col + first, place)
+            data = buffers.wide[: count * width * item]
+            if sources[0][1] is None and plan.sources[unit[0]].dtype != tensor.dtype:
+                values = data.view(NUMPY[plan.sources[unit[0]].dtype])
+                data = _cast(values, tensor.dtype, buffers, unit[0])
+            target.write(data, outputs)
+        if stopped():
+            raise Stopped
+    return digests, targets
 
 
 def _targets(plan: Plan, name: str, move: Move) -> list[_Target]:
     tensor = plan.tensors[move.tensor]
     offset = plan.part_offset(move)
+    order = plan.row_order(move)
     return [
         _Target(
             rank,
@@ -124,11 +272,31 @@ def _targets(plan: Plan, name: str, move: Move) -> list[_Target]:
             tensor.parts[move.part],
             plan.boxes(name, move, rank),
             tensor.dtype,
+            (move.tensor, move.part, rank),
+            order,
             xxhash.xxh3_128(),
-            (move.tensor, move.part),
         )
-        for rank in plan.mesh.ranks
+        for rank in plan.ranks(move)
     ]
+
+
+def _check_codes(name: str, codes: NDArray[np.uint8], first: int, blocks: Blocks) -> None:
+    if bad := count_nan(codes):
+        raise CheckpointError(
+            f"{name}: {bad} of its FP8 codes are no number (0x7f or 0xff).",
+            "Download the file that holds it again; a sound checkpoint has none.",
+        )
+    if lost := blocks.lost(codes, first):
+        raise _too_large(name, lost)
+
+
+def _dequantise(
+    name: str, codes: NDArray[np.uint8], first: int, blocks: Blocks, dtype: str, buffers: Buffers
+) -> NDArray[np.uint8]:
+    _check_codes(name, codes, first, blocks)
+    size = codes.size * dtypes.SIZES[dtype]
+    blocks.rows(codes, first, buffers.wide[:size].view(f"u{dtypes.SIZES[dtype]}").reshape(codes.shape))
+    return buffers.wide[:size]
 
 
 def _cut(
@@ -146,28 +314,43 @@ def _cut(
     item = dtypes.SIZES[dtype]
     pitch = cols * item
     if dtype == target.dtype:
-        if box.cols == cols:
+        if box.cols == cols and target.order is None:
             return block[top * pitch : bottom * pitch]
         word = next(w for w in (8, 4, 2, 1) if not (pitch % w or box.col * item % w or box.cols * item % w))
         view = block.view(f"u{word}").reshape(-1, pitch // word)
         first, width = box.col * item // word, box.cols * item // word
         size = (bottom - top) * width
         out = buffers.cut[: size * word].view(f"u{word}").reshape(bottom - top, width)
-        np.copyto(out, view[top:bottom, first : first + width])
+        np.copyto(out, _ordered(view[top:bottom, first : first + width], target.order))
         return buffers.cut[: size * word]
     wide = block.view(NUMPY[dtype]).reshape(-1, cols)[top:bottom, box.col : box.col + box.cols]
-    size = wide.size * dtypes.SIZES[target.dtype]
-    cast = buffers.cut[:size].view(NUMPY[target.dtype]).reshape(wide.shape)
+    return _cast(_ordered(wide, target.order), target.dtype, buffers, name)
+
+
+def _ordered(rows: NDArray[Any], order: NDArray[np.intp] | None) -> NDArray[Any]:
+    """Whole heads with their rows in another order."""
+    if order is None:
+        return rows
+    return rows.reshape(-1, len(order), rows.shape[1])[:, order].reshape(rows.shape)
+
+
+def _cast(wide: NDArray[Any], dtype: str, buffers: Buffers, name: str) -> NDArray[np.uint8]:
+    size = wide.size * dtypes.SIZES[dtype]
+    cast = buffers.cut[:size].view(NUMPY[dtype]).reshape(wide.shape)
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(cast, wide, casting="unsafe")
-    if target.dtype == "float16":
+    if dtype == "float16":
         lost = int(np.isinf(cast).sum()) - int(np.isinf(wide).sum())
         if lost:
-            raise CheckpointError(
-                f"{name}: {lost} values are beyond float16's range (largest 65504).",
-                "Convert with --dtype bfloat16 or float32.",
-            )
+            raise _too_large(name, lost)
     return buffers.cut[:size]
+
+
+def _too_large(name: str, lost: int) -> CheckpointError:
+    return CheckpointError(
+        f"{name}: {lost} values are beyond float16's range (largest 65504).",
+        "Convert with --dtype bfloat16 or float32.",
+    )
 
 
 def pad_hash(hasher: xxhash.xxh3_128, zeros: int) -> None:

@@ -11,7 +11,7 @@ from msconv_runtime.artifact import TensorEntry, WeightFile, digest_bytes, diges
 from msconv_runtime.errors import ArtifactError, ResourceError
 
 from ..layout.plan import Plan, constant_bytes, file_name
-from .blocks import Buffers, Moved, Stopped, largest_row, move_tensor
+from .blocks import Buffers, BufferSizes, Moved, Stopped, move_unit, smallest_buffers
 from .journal import Journal
 from .outputs import Outputs
 from .source import Source
@@ -25,22 +25,23 @@ BYTES_PER_TENSOR = 4096  # plan, journal and manifest entries, measured
 Progress = Callable[[int], None]
 
 
-def plan_memory(plan: Plan, jobs: int, max_memory: int | None) -> tuple[int, int]:
-    """(block bytes, planned peak bytes) for `jobs` workers.  Raises ResourceError if the ceiling is too low."""
+def plan_memory(plan: Plan, jobs: int, max_memory: int | None) -> tuple[BufferSizes, int]:
+    """(sizes of a worker's buffers, planned peak bytes).  Raises ResourceError if the ceiling is too low."""
     fixed = BASE_BYTES + BYTES_PER_TENSOR * (len(plan.sources) + len(plan.tensors) * plan.mesh.tp)
-    least = max(SMALLEST_BLOCK, largest_row(plan))
-    block = max(BLOCK_BYTES, least)
-    if max_memory is not None and fixed + 3 * jobs * block > max_memory:
-        block = (max_memory - fixed) // (3 * jobs)
-        if block < least:
-            need = fixed + 3 * jobs * least
+    least = smallest_buffers(plan)
+    chunk = max(BLOCK_BYTES, least.chunk)
+    sizes = BufferSizes(max(chunk, least.raw), chunk)
+    if max_memory is not None and fixed + jobs * sizes.total > max_memory:
+        chunk = max(SMALLEST_BLOCK, least.chunk)
+        sizes = BufferSizes(max(chunk, least.raw), chunk)
+        need = fixed + jobs * sizes.total
+        if need > max_memory:
             raise ResourceError(
                 f"--max-memory {max_memory:,} bytes is too little: this plan needs at least {need:,} "
                 f"with {jobs} jobs.",
                 f"Try --max-memory {-(-need >> 20)}M" + (" or --jobs 1." if jobs > 1 else "."),
             )
-        block = block >> 12 << 12
-    return block, fixed + 3 * jobs * block
+    return sizes, fixed + jobs * sizes.total
 
 
 def execute(
@@ -49,7 +50,7 @@ def execute(
     root: Path,
     journal: Journal,
     jobs: int,
-    block_bytes: int,
+    buffers: BufferSizes,
     progress: Progress,
     besides: int = 0,
 ) -> dict[str, Moved]:
@@ -58,14 +59,14 @@ def execute(
     Interrupted at any point, a later call with the same journal continues.  `besides`: bytes that will be
     written after the weights, which must find room too.
     """
-    order = sorted(plan.moves, key=lambda n: (plan.sources[n].file, plan.sources[n].offset))
-    todo = [n for n in order if n not in journal.done]
-    progress(sum(plan.sources[n].nbytes for n in order if n in journal.done))
+    order = sorted(plan.units, key=lambda u: (plan.sources[u[0]].file, plan.sources[u[0]].offset))
+    todo = [u for u in order if not plan.is_done(u, journal.done)]
+    progress(plan.read_bytes - sum(plan.unit_bytes(u) for u in todo))
     with Outputs(root, plan, not journal.done, besides) as outputs:
         for constant in plan.constants:
             for rank in plan.mesh.ranks:
                 outputs.write_constant(constant, rank)
-        _run(plan, source, outputs, journal, todo, jobs, block_bytes, progress)
+        _run(plan, source, outputs, journal, todo, jobs, buffers, progress)
         try:
             source.check_unchanged()
         except ArtifactError:
@@ -81,24 +82,22 @@ def _run(
     source: Source,
     outputs: Outputs,
     journal: Journal,
-    todo: list[str],
+    todo: list[tuple[str, ...]],
     jobs: int,
-    block_bytes: int,
+    buffers: BufferSizes,
     progress: Progress,
 ) -> None:
     stop = threading.Event()
-    names: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    results: queue.SimpleQueue[Moved | BaseException | None] = queue.SimpleQueue()
-    for name in todo:
-        names.put(name)
-    for _ in range(jobs):
-        names.put(None)
+    units: queue.SimpleQueue[tuple[str, ...] | None] = queue.SimpleQueue()
+    results: queue.SimpleQueue[list[Moved] | BaseException | None] = queue.SimpleQueue()
+    for unit in (*todo, *[None] * jobs):
+        units.put(unit)
 
     def work() -> None:
         try:
-            buffers = Buffers(block_bytes)
-            while (name := names.get()) is not None and not stop.is_set():
-                results.put(move_tensor(plan, name, source, outputs, buffers, progress, stop.is_set))
+            own = Buffers(buffers)
+            while (unit := units.get()) is not None and not stop.is_set():
+                results.put(move_unit(plan, unit, source, outputs, own, progress, stop.is_set))
             results.put(None)
         except Stopped:
             results.put(None)
@@ -119,8 +118,8 @@ def _run(
             elif isinstance(result, BaseException):
                 raise result
             else:
-                waiting.append(result)
-                waiting_bytes += plan.sources[result.name].nbytes
+                waiting += result
+                waiting_bytes += sum(plan.sources[m.name].nbytes for m in result)
             if waiting_bytes >= CHECKPOINT_BYTES:
                 _checkpoint(outputs, journal, waiting)
                 waiting_bytes = 0
@@ -141,7 +140,7 @@ def _checkpoint(outputs: Outputs, journal: Journal, waiting: list[Moved]) -> Non
 
 def describe(plan: Plan, moved: dict[str, Moved]) -> tuple[list[WeightFile], list[TensorEntry]]:
     """Manifest entries: every tensor's digest per rank, and from them every file's."""
-    digests: dict[tuple[int, int], list[str]] = {}
+    digests: dict[tuple[int, int, int], str] = {}
     for m in moved.values():
         digests.update(m.parts)
     per_rank: list[list[str]] = []
@@ -152,7 +151,7 @@ def describe(plan: Plan, moved: dict[str, Moved]) -> tuple[list[WeightFile], lis
             if i in constants:
                 row.append(digest_of([digest_bytes(constant_bytes(plan, constants[i], rank))]))
             else:
-                row.append(digest_of(digests[i, part][rank] for part in range(len(tensor.parts))))
+                row.append(digest_of(digests[i, part, rank] for part in range(len(tensor.parts))))
         per_rank.append(row)
     files = [
         WeightFile(

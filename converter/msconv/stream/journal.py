@@ -40,7 +40,7 @@ class Identity(msgspec.Struct, frozen=True):
 class _Line(msgspec.Struct, frozen=True):
     name: str
     source_digest: str
-    parts: list[tuple[int, int, list[str]]]
+    parts: list[tuple[int, int, int, str]]
 
 
 class Journal:
@@ -92,7 +92,7 @@ class Journal:
                 entry = msgspec.json.decode(line, type=_Line)
             except msgspec.DecodeError:
                 break  # torn by a crash: what it described is simply done again
-            parts = {(tensor, part): digests for tensor, part, digests in entry.parts}
+            parts = {(tensor, part, rank): digest for tensor, part, rank, digest in entry.parts}
             self.done[entry.name] = Moved(entry.name, entry.source_digest, parts)
             good.append(line)
         return b"\n".join(good) + b"\n"
@@ -102,7 +102,7 @@ class Journal:
         if not moved:
             return
         lines = [
-            msgspec.json.encode(_Line(m.name, m.source_digest, [(t, p, d) for (t, p), d in m.parts.items()]))
+            msgspec.json.encode(_Line(m.name, m.source_digest, [(*key, d) for key, d in m.parts.items()]))
             for m in moved
         ]
         data = b"\n".join(lines) + b"\n"

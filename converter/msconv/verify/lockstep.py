@@ -48,17 +48,15 @@ class RankFiles:
                 opened = self._stack.enter_context(safe_open(root / file.path, framework="pt"))
                 self._where |= dict.fromkeys(opened.keys(), opened)
 
-    def get(self, name: str) -> torch.Tensor:
-        """In exact mode stored values widened to float32; else cast to the graph's type."""
+    def get(self, name: str, declared: torch.dtype | None) -> torch.Tensor:
+        """In exact mode stored values widened to float32; else cast to the type the graph declares."""
         if name in self._cache:
             return self._cache[name]
         if name not in self._where:
             raise VerificationFailed(f"{name}: wanted by the graph, in no weight file of this rank.")
         stored = self._where[name].get_tensor(name)
-        if stored.is_floating_point() and stored.dtype != torch.float32:
-            stored = stored.to(torch.float32 if self.context.exact else self.context.dtype)
-        elif stored.dtype == torch.float32 and not self.context.exact:
-            stored = stored.to(self.context.dtype)
+        if stored.is_floating_point():
+            stored = stored.to(torch.float32 if self.context.exact else declared)
         if self.keep:
             self._cache[name] = stored
         return stored
@@ -170,26 +168,29 @@ class Lockstep:
             if isinstance(value, torch.Tensor):
                 value = value.to(self.context.keep(value.dtype))
             return [value] * len(values)
-        arguments = [
-            [env[n] if n in env else self._weight(rank, program, n) for n in node.inputs]
-            for rank, env in enumerate(values)
-        ]
+
+        def arguments(rank: int) -> list[Any]:
+            env = values[rank]
+            return [env[n] if n in env else self._weight(rank, program, n) for n in node.inputs]
+
         if node.kind in COLLECTIVES:
-            return self._collective(node, [a[0] for a in arguments])
+            return self._collective(node, [arguments(rank)[0] for rank in range(self.tp)])
         kernel = KERNELS.get(node.kind)
         if kernel is None:
             raise VerificationFailed(f"{node.where}: the primitive {node.kind} is not known: it cannot be proved.")
         if unknown := set(node.attributes) - kernel.attributes:
             raise VerificationFailed(f"{node.where}: attributes {sorted(unknown)} are not known.")
         try:
-            return [kernel.run(self.context, node.attributes, *a) for a in arguments]
+            # rank by rank: of large weights only one rank's are in memory
+            return [kernel.run(self.context, node.attributes, *arguments(r)) for r in range(len(values))]
         except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as e:
             raise VerificationFailed(f"{node.where} cannot be run: {type(e).__name__}: {e}") from None
 
     def _weight(self, rank: int, program: Program, name: str) -> torch.Tensor:
         if name not in program.parameters:
             raise VerificationFailed(f"the graph reads {name}, which nothing made.")
-        return self.ranks[rank].get(program.parameters[name])
+        weight = program.parameters[name]
+        return self.ranks[rank].get(weight, program.declared[weight][0])
 
     def _collective(self, node: Node, parts: list[torch.Tensor]) -> list[Any]:
         a = node.attributes

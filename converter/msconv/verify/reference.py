@@ -1,7 +1,12 @@
-"""The reference: transformers on the source checkpoint, float32, on the CPU."""
+"""The reference: transformers' model on the source checkpoint, float32, on the CPU, one layer in memory at a time.
+
+Weights are read here, apart from the family tables: by the names that transformers' modules have, experts and
+FP8 as published.  What a module wants and the checkpoint lacks is an error.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +18,34 @@ from msconv_runtime.artifact import STATE_DIR, Manifest
 from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
+from ..layout.model import SCALE
+from .routing import closeness
 
 Logits = NDArray[np.float32]
+
+ROUTER_TIE = 2e-5  # float32 sums in another order move a router's scores by some 1e-6
+LAYER = re.compile(r"model\.layers\.\d+")
+KEEP_BYTES = 4 << 30  # a model up to this size stays in memory
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One sequence through the reference."""
+    """One sequence through the reference.  `closest` [T]: how far the router was from choosing other experts."""
 
     logits: Logits
     probes: dict[str, Logits]
+    closest: NDArray[np.float32]
+
+    @property
+    def decided(self) -> int:
+        """Positions before the first whose routing hangs on rounding: those after it may look back at it."""
+        tied = np.flatnonzero(self.closest < ROUTER_TIE)
+        return int(tied[0]) if len(tied) else len(self.closest)
 
 
 class Reference:
-    """The source model in float32.  Where conversion rounded (`--dtype`), its weights are rounded alike, so
-    that what is compared is the computation and the layout."""
+    """The source model in float32.  Where conversion rounded, its weights are rounded alike, so that what is
+    compared is the computation and the layout."""
 
     def __init__(self, root: Path, manifest: Manifest, layers: int = 0) -> None:
         try:
@@ -40,6 +58,7 @@ class Reference:
             ) from None
         transformers_logging.set_verbosity_error()  # our own words say what is compared
         transformers_logging.disable_progress_bar()
+        self.layers = layers
         checkpoint = open_checkpoint(root)
         if checkpoint.config_digest != manifest.model.config_digest:
             raise VerificationFailed(
@@ -49,78 +68,152 @@ class Reference:
                 "Give the directory the artifact was converted from with --reference.",
             )
         self._torch = torch
-        self.layers = layers
+        self.weights = SourceWeights(checkpoint, manifest)
+        self.moe = checkpoint.config.moe
         config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            del config.quantization_config  # FP8 is widened by SourceWeights
         if layers:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:layers]
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            root,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="eager",
-        ).eval()
-        weights = manifest.weights
-        self.rounded_to = ""
-        if weights is not None and weights.source_dtype != weights.dtype:
-            self.rounded_to = weights.dtype
-            narrow = getattr(torch, weights.dtype)
-            with torch.no_grad():
-                for p in self.model.parameters():
-                    p.copy_(p.to(narrow).to(torch.float32))
-        self._follower = self._follower_norm(checkpoint) if layers else None
+        config._experts_implementation = "eager"
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        self.model = model.eval()
+        keep = sum(p.numel() for p in model.parameters()) * 4 <= KEEP_BYTES
+        for name, module in model.named_modules():
+            if name in ("model.embed_tokens", "model.norm", "lm_head") or LAYER.fullmatch(name):
+                self._load_on_use(name, module, keep)
 
-    def _follower_norm(self, checkpoint: Checkpoint) -> Any:
-        """The norm that comes after the last of the layers that are looked at, from the checkpoint."""
-        from safetensors import safe_open
+    def _load_on_use(self, name: str, module: Any, keep: bool) -> None:
+        """Its weights come when it is called, and go afterwards."""
 
-        name = f"model.layers.{self.layers}.input_layernorm.weight"
-        file = checkpoint.files[checkpoint.tensors[name].file].path
-        with safe_open(file, framework="pt") as f:
-            weight = f.get_tensor(name).to(self._torch.float32)
-        if self.rounded_to:
-            weight = weight.to(getattr(self._torch, self.rounded_to)).to(self._torch.float32)
-        return weight
+        def load(_module: Any, _inputs: Any) -> None:
+            if any(t.is_meta for t in module.state_dict().values()):
+                values = {k: self.weights.get(f"{name}.{k}", t) for k, t in module.state_dict().items()}
+                module.load_state_dict(values, strict=True, assign=True)
 
-    def trace(self, tokens: list[int]) -> Trace:
-        """Logits [T, V] of one sequence, and the output [T, hidden] of every norm of the residual stream."""
-        probes: dict[str, Logits] = {}
-        if self._follower is not None:
-            return Trace(np.zeros((0, 0), np.float32), self._first_layers(tokens))
+        module.register_forward_pre_hook(load)
+        if not keep:
+            module.register_forward_hook(lambda _module, _inputs, _out: module.to("meta") and None)
+
+    def traces(self, sequences: list[list[int]]) -> list[Trace]:
+        """Each sequence by itself: logits [T, V], and the output [T, hidden] of every norm of the residual stream.
+
+        All run as one batch, filled up on the right: no token looks there."""
+        torch = self._torch
+        probes: dict[str, Any] = {}
+        routed: dict[str, Any] = {}
         hooks = [
             module.register_forward_hook(
-                lambda _module, _inputs, out, name=name: probes.__setitem__(name, out[0].numpy())
+                lambda _module, inputs, out, name=name: probes.__setitem__(name, (inputs[0], out))
             )
             for name, module in self.model.named_modules()
             if name.endswith(("input_layernorm", "post_attention_layernorm")) or name == "model.norm"
         ]
+        hooks += [
+            module.register_forward_hook(
+                lambda module, _inputs, out, name=name: routed.__setitem__(name, self._closeness(module, out[0]))
+            )
+            for name, module in self.model.named_modules()
+            if name.endswith("mlp.gate")
+        ]
+        longest = max(map(len, sequences))
+        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
         try:
-            with self._torch.no_grad():
-                logits: Logits = self.model(self._torch.tensor([tokens])).logits[0].numpy()
+            with torch.no_grad():
+                self.model.model(input_ids=ids, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return Trace(logits, probes)
+        before, last = probes["model.norm"]
+        found = {name: out for name, (_, out) in probes.items()}
+        if self.layers:
+            del found["model.norm"]
+            found[f"model.layers.{self.layers}.input_layernorm"] = self._follower(before)
+        closest = torch.full(ids.shape, float("inf"))
+        for distance in routed.values():
+            closest = torch.minimum(closest, distance.reshape(ids.shape))
+        return [
+            Trace(
+                self._logits(last[i, : len(s)]),
+                {name: out[i, : len(s)].numpy() for name, out in found.items()},
+                closest[i, : len(s)].numpy(),
+            )
+            for i, s in enumerate(sequences)
+        ]
 
-    def _first_layers(self, tokens: list[int]) -> dict[str, Logits]:
-        """The norms of the first layers, and the one that follows them."""
-        follower, self._follower = self._follower, None
-        last: list[Any] = []
-        norm = self.model.model.norm
-        hook = norm.register_forward_hook(lambda _module, inputs, _out: last.append(inputs[0][0]))
-        try:
-            probes = dict(self.trace(tokens).probes)
-        finally:
-            hook.remove()
-            self._follower = follower
-        probes.pop("model.norm")
-        scale = self._torch.rsqrt(last[0].pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-        probes[f"model.layers.{self.layers}.input_layernorm"] = (last[0] * scale * follower).numpy()
-        return probes
+    def _logits(self, hidden: Any) -> Logits:
+        if self.layers:
+            return np.zeros((0, 0), np.float32)
+        with self._torch.no_grad():
+            out: Logits = self.model.lm_head(hidden).numpy()
+        return out
+
+    def _closeness(self, module: Any, logits: Any) -> Any:
+        assert self.moe is not None
+        return closeness(logits.float(), self.moe, getattr(module, "e_score_correction_bias", None))
+
+    def _follower(self, x: Any) -> Any:
+        """The norm that comes after the last of the layers that are looked at."""
+        weight = self.weights.get(f"model.layers.{self.layers}.input_layernorm.weight")
+        scale = self._torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.model.norm.variance_epsilon)
+        return x * scale * weight
+
+
+class SourceWeights:
+    """A checkpoint's tensors by the names of transformers' modules, widened to float32."""
+
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        assert manifest.weights is not None
+        self.checkpoint = checkpoint
+        self.default = manifest.weights.dtype
+        self.stored = {t.name: t.dtype for t in manifest.weights.tensors}
+        self._open: dict[Path, Any] = {}
+
+    def get(self, name: str, like: Any = None) -> Any:
+        """`like`: what the module has in its place; experts are stacked to its shape."""
+        import torch
+
+        if name == "lm_head.weight" and self.checkpoint.config.tied:
+            name = "model.embed_tokens.weight"
+        if name in self.checkpoint.tensors:
+            return self._one(name)
+        for fused, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            if like is not None and name.endswith(f"mlp.experts.{fused}"):
+                out = torch.empty(like.shape, dtype=torch.float32)
+                prefix = name.removesuffix(fused)
+                for expert, place in enumerate(out):
+                    pieces = [self._one(f"{prefix}{expert}.{part}.weight") for part in parts]
+                    torch.cat(pieces, out=place)
+                return out
+        raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
+
+    def _one(self, name: str) -> Any:
+        import torch
+
+        value = self._read(name)
+        if value.dtype == torch.float8_e4m3fn:
+            scale = self._read(name + SCALE).to(torch.float32)
+            rows, columns = self.checkpoint.config.block
+            scale = scale.repeat_interleave(rows, 0)[: len(value)]
+            value = value.to(torch.float32) * scale.repeat_interleave(columns, 1)[:, : value.shape[1]]
+        narrow = getattr(torch, self.stored.get(name, self.default))
+        return value.to(narrow).to(torch.float32)
+
+    def _read(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if name not in self.checkpoint.tensors:
+            raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
+        path = self.checkpoint.files[self.checkpoint.tensors[name].file].path
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path].get_tensor(name)
 
 
 def source_of(root: Path, given: Path | None) -> Path:

@@ -8,7 +8,6 @@ written beside its kernel in msconv/verify/kernels.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import mindspore as ms
@@ -22,6 +21,8 @@ from msconv_runtime.artifact import GraphInput
 from ..parameters import parameter
 from ..rope import frequencies
 from ..spec import Local
+from .ascend_latent import AttendAbsorbed, AttendExpanded, RotateLatent, WriteLatent
+from .ascend_moe import Experts, RouteSigmoid, RouteSoftmax
 from .base import Ops, collective
 
 HALF_ROTATION = 2  # ApplyRotaryPosEmb's cos_format: x*cos + (-x2, x1)*sin, cos and sin [T, D]
@@ -47,15 +48,11 @@ class AscendOps(Ops):
     def begin(self) -> nn.Cell:
         return Begin(self.local, self.dtype)
 
-    def norm(self, name: str, width: int) -> nn.Cell:
-        return Norm(name, width, self.local.config.eps, self.dtype)
+    def norm(self, name: str, width: int, eps: float) -> nn.Cell:
+        return Norm(name, width, eps, self.dtype)
 
     def add_norm(self, name: str, width: int) -> nn.Cell:
         return AddNorm(name, width, self.local.config.eps, self.dtype)
-
-    def linear(self, name: str, out: int, inner: int, bias: bool) -> nn.Cell:
-        self.matrices.append(name + ".weight")
-        return Linear(name, out, inner, bias, self.dtype)
 
     def split_heads(self, prefix: str) -> nn.Cell:
         return SplitHeads(self.local, prefix, self.dtype)
@@ -66,8 +63,23 @@ class AscendOps(Ops):
     def attend(self) -> nn.Cell:
         return AttendFlash(self.local) if self.local.phase == "prefill" else AttendPaged(self.local)
 
-    def swiglu(self, width: int) -> nn.Cell:
-        return Swiglu(width)
+    def rotate_latent(self) -> nn.Cell:
+        return RotateLatent(self.local, HALF_ROTATION)
+
+    def write_latent(self) -> nn.Cell:
+        return WriteLatent()
+
+    def attend_latent(self, prefix: str) -> nn.Cell:
+        attend = AttendExpanded if self.local.phase == "prefill" else AttendAbsorbed
+        return attend(self.local, prefix, self.dtype)
+
+    def route(self, name: str) -> nn.Cell:
+        route = RouteSoftmax if self.local.moe.scoring == "softmax" else RouteSigmoid
+        return route(self.local, name, self.dtype)
+
+    def experts(self, prefix: str) -> nn.Cell:
+        self.matrices += [prefix + "gate_up_proj.weight", prefix + "down_proj.weight"]
+        return Experts(self.local, prefix, self.dtype, self.expert_start, plain=self.wants_nz)
 
     def last_tokens(self) -> nn.Cell:
         return LastTokens(self.local.phase == "decode_all")
@@ -90,7 +102,7 @@ class Begin(nn.Cell):
 
     def __init__(self, local: Local, dtype: Any) -> None:
         super().__init__()
-        inv, self.factor = frequencies(local.config.rope, local.config.head_dim)
+        inv, self.factor = frequencies(local.config.rope, local.config.rope_dim)
         self.inv = Tensor(np.concatenate([inv, inv]), ms.float32)
         self.dtype = dtype
 
@@ -121,22 +133,6 @@ class AddNorm(nn.Cell):
     def construct(self, delta: Any, x: Any) -> Any:
         normed, _, total = fused.add_rms_norm(delta, x, self.weight, self.eps)
         return normed, total
-
-
-class Linear(nn.Cell):
-    def __init__(self, name: str, out: int, inner: int, bias: bool, dtype: Any) -> None:
-        super().__init__()
-        self.weight = parameter(name + ".weight", (out, inner), dtype)
-        self.matmul = ops.MatMul(transpose_b=True)
-        self.has_bias = bias
-        if bias:
-            self.bias = parameter(name + ".bias", (out,), dtype)
-
-    def construct(self, x: Any) -> Any:
-        y = self.matmul(x, self.weight)
-        if self.has_bias:
-            y = y + self.bias
-        return y
 
 
 class SplitHeads(nn.Cell):
@@ -175,7 +171,7 @@ class AttendFlash(nn.Cell):
         super().__init__()
         self.attend = FlashAttentionScore(
             head_num=local.heads,
-            scale_value=1.0 / math.sqrt(local.config.head_dim),
+            scale_value=local.config.softmax_scale,
             next_tokens=0,
             input_layout="TH",
         )
@@ -192,24 +188,12 @@ class AttendPaged(nn.Cell):
         super().__init__()
         self.attend = PagedAttention(
             head_num=local.heads,
-            scale_value=1.0 / math.sqrt(local.config.head_dim),
+            scale_value=local.config.softmax_scale,
             kv_head_num=local.kv_heads,
         )
 
     def construct(self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, step: Any) -> Any:
         return self.attend(q, k_cache, v_cache, step[3], step[4], None, None, step[6], step[5])
-
-
-class Swiglu(nn.Cell):
-    """Its parts: the fused primitive takes silu of the first half too, but is not on 310P."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def construct(self, x: Any) -> Any:
-        gate, up = ops.split(x, self.width, -1)
-        return ops.silu(gate) * up
 
 
 class LastTokens(nn.Cell):

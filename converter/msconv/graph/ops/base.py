@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from msconv_runtime.artifact import GraphInput
@@ -22,6 +23,8 @@ class Ops(ABC):
     def __init__(self, local: Local) -> None:
         self.local = local
         self.matrices: list[str] = []  # weights of matrix products, by name
+        some = local.mesh.ep > 1  # one parameter for all layers
+        self.expert_start = parameter("expert_start", (1,), ms.int32) if some else None
 
     @abstractmethod
     def inputs(self) -> list[GraphInput]:
@@ -31,17 +34,25 @@ class Ops(ABC):
     def begin(self) -> nn.Cell:
         """All graph inputs, caches included -> step: what the layers share (rotation, masks, places)."""
 
+    def caches(self) -> list[tuple[str, int, int]]:
+        """Caches of one layer: (name, heads, width)."""
+        c = self.local.config
+        if c.mla is not None:
+            return [("latent", 1, c.mla.latent)]
+        return [(kind, self.local.kv_heads, c.head_dim) for kind in ("k", "v")]
+
     @abstractmethod
-    def norm(self, name: str, width: int) -> nn.Cell:
+    def norm(self, name: str, width: int, eps: float) -> nn.Cell:
         """RMS norm of the last dimension.  x -> normed."""
 
     @abstractmethod
     def add_norm(self, name: str, width: int) -> nn.Cell:
         """(delta, x) -> (norm(x + delta), x + delta)."""
 
-    @abstractmethod
     def linear(self, name: str, out: int, inner: int, bias: bool) -> nn.Cell:
         """[T, inner] -> [T, out] with weight [out, inner] and, if asked, bias [out]."""
+        self.matrices.append(name + ".weight")
+        return Linear(name, out, inner, bias, self.dtype)
 
     @abstractmethod
     def split_heads(self, prefix: str) -> nn.Cell:
@@ -56,8 +67,29 @@ class Ops(ABC):
         """(q, k, v, k_cache, v_cache, step) -> [T, H*D]."""
 
     @abstractmethod
+    def rotate_latent(self) -> nn.Cell:
+        """(q [T, H*D], kv [T, R], step) -> q without rotation [T, H, nope], q rotated [T, H, rope], latent before
+        its norm [T, kv_lora], the heads' shared key rotated, rope wide."""
+
+    @abstractmethod
+    def write_latent(self) -> nn.Cell:
+        """(latent, k_rope, cache, step) -> the cache with this step's rows in place."""
+
+    @abstractmethod
+    def attend_latent(self, prefix: str) -> nn.Cell:
+        """(q_nope, q_rope, latent, k_rope, cache, step) -> [T, H*v_dim]."""
+
+    @abstractmethod
+    def route(self, name: str) -> nn.Cell:
+        """h [T, hidden] -> weights [T, k], ids [T, k] int32 of the chosen experts."""
+
+    @abstractmethod
+    def experts(self, prefix: str) -> nn.Cell:
+        """(h, weights, ids) -> [T, hidden]: the weighted sum of what this rank's experts make of each token."""
+
     def swiglu(self, width: int) -> nn.Cell:
         """[T, 2*width] -> [T, width]: silu of the first half times the second."""
+        return Swiglu(width)
 
     @abstractmethod
     def last_tokens(self) -> nn.Cell:
@@ -118,20 +150,48 @@ class AllReduce(nn.Cell):
         return x
 
 
+class Linear(nn.Cell):
+    """x [T, inner] -> [T, out], weight [out, inner]."""
+
+    def __init__(self, name: str, out: int, inner: int, bias: bool, dtype: Any) -> None:
+        super().__init__()
+        self.weight = parameter(name + ".weight", (out, inner), dtype)
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.has_bias = bias
+        if bias:
+            self.bias = parameter(name + ".bias", (out,), dtype)
+
+    def construct(self, x: Any) -> Any:
+        y = self.matmul(x, self.weight)
+        if self.has_bias:
+            y = y + self.bias
+        return y
+
+
+class Swiglu(nn.Cell):
+    """Its parts: the fused primitive takes silu of the first half too, but is neither on CPU nor on 310P."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def construct(self, x: Any) -> Any:
+        gate, up = ops.split(x, self.width, -1)
+        return ops.silu(gate) * up
+
+
 class Embed(nn.Cell):
     """Rows of other ranks count as zero; the sum over ranks is the row."""
 
     def __init__(self, local: Local, name: str, dtype: Any) -> None:
         super().__init__()
-        from mindspore import int32
-
         self.many = local.mesh.tp > 1
         self.rows = local.vocab
         self.dtype = dtype
         self.weight = parameter(name, (local.vocab, local.config.hidden), dtype)
-        self.zero = Tensor(0, int32)
+        self.zero = Tensor(0, ms.int32)
         if self.many:
-            self.vocab_start = parameter("vocab_start", (1,), int32)
+            self.vocab_start = parameter("vocab_start", (1,), ms.int32)
             self.reduce = AllReduce(local, None)
 
     def construct(self, ids: Any) -> Any:

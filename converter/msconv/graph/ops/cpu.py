@@ -6,7 +6,6 @@ whose beginning is already cached needs no case of its own.  Page size is the ca
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import mindspore as ms
@@ -19,6 +18,8 @@ from ..parameters import parameter
 from ..rope import frequencies
 from ..spec import Local
 from .base import Ops, collective
+from .cpu_latent import AttendAbsorbed, AttendExpanded, RotateLatent, WriteLatent
+from .cpu_moe import ExpertsGathered, ExpertsGrouped, RouteSigmoid, RouteSoftmax
 
 HIDDEN_SCORE = -1e30  # finite: a row of padding must not become NaN
 
@@ -39,14 +40,11 @@ class CpuOps(Ops):
     def begin(self) -> nn.Cell:
         return BeginDecode(self.local) if self.local.phase == "decode" else BeginPrefill(self.local)
 
-    def norm(self, name: str, width: int) -> nn.Cell:
-        return Norm(name, width, self.local.config.eps)
+    def norm(self, name: str, width: int, eps: float) -> nn.Cell:
+        return Norm(name, width, eps)
 
     def add_norm(self, name: str, width: int) -> nn.Cell:
         return AddNorm(name, width, self.local.config.eps)
-
-    def linear(self, name: str, out: int, inner: int, bias: bool) -> nn.Cell:
-        return Linear(name, out, inner, bias)
 
     def split_heads(self, prefix: str) -> nn.Cell:
         return SplitHeads(self.local, prefix)
@@ -57,8 +55,23 @@ class CpuOps(Ops):
     def attend(self) -> nn.Cell:
         return AttendDecode(self.local) if self.local.phase == "decode" else AttendPrefill(self.local)
 
-    def swiglu(self, width: int) -> nn.Cell:
-        return Swiglu(width)
+    def rotate_latent(self) -> nn.Cell:
+        return RotateLatent(self.local)
+
+    def write_latent(self) -> nn.Cell:
+        return WriteLatent()
+
+    def attend_latent(self, prefix: str) -> nn.Cell:
+        decode = self.local.phase == "decode"
+        return AttendAbsorbed(self.local, prefix) if decode else AttendExpanded(self.local, prefix)
+
+    def route(self, name: str) -> nn.Cell:
+        softmax = self.local.moe.scoring == "softmax"
+        return RouteSoftmax(self.local, name) if softmax else RouteSigmoid(self.local, name)
+
+    def experts(self, prefix: str) -> nn.Cell:
+        experts = ExpertsGathered if self.local.phase == "decode" else ExpertsGrouped
+        return experts(self.local, prefix, self.expert_start)
 
     def last_tokens(self) -> nn.Cell:
         return LastTokens(self.local.phase == "decode")
@@ -88,28 +101,12 @@ class AddNorm(nn.Cell):
         return self.norm(total), total
 
 
-class Linear(nn.Cell):
-    def __init__(self, name: str, out: int, inner: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = parameter(name + ".weight", (out, inner), ms.float32)
-        self.matmul = ops.MatMul(transpose_b=True)
-        self.has_bias = bias
-        if bias:
-            self.bias = parameter(name + ".bias", (out,), ms.float32)
-
-    def construct(self, x: Any) -> Any:
-        y = self.matmul(x, self.weight)
-        if self.has_bias:
-            y = y + self.bias
-        return y
-
-
 class Rotation(nn.Cell):
     """positions [T] -> cos [T, 1, D], sin [T, 1, D] (first half negated), for x*cos + swap(x)*sin."""
 
     def __init__(self, local: Local) -> None:
         super().__init__()
-        dim = local.config.head_dim
+        dim = local.config.rope_dim
         inv, factor = frequencies(local.config.rope, dim)
         self.inv = Tensor(np.concatenate([inv, inv]), ms.float32)
         sign = np.concatenate([-np.ones(dim // 2), np.ones(dim // 2)]) * factor
@@ -235,7 +232,7 @@ class AttendDecode(nn.Cell):
         super().__init__()
         self.heads, self.kv_heads, self.dim = local.heads, local.kv_heads, local.config.head_dim
         self.group = local.heads // local.kv_heads
-        self.scale = 1.0 / math.sqrt(self.dim)
+        self.scale = local.config.softmax_scale
         k = local.kv_heads
         self.diagonal = Tensor(np.eye(k, dtype=np.float32).reshape(1, k, 1, k, 1))
         self.scores = ops.BatchMatMul(transpose_b=True)
@@ -260,7 +257,7 @@ class AttendPrefill(nn.Cell):
         super().__init__()
         self.heads, self.kv_heads, self.dim = local.heads, local.kv_heads, local.config.head_dim
         self.group = local.heads // local.kv_heads
-        self.scale = 1.0 / math.sqrt(self.dim)
+        self.scale = local.config.softmax_scale
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
 
@@ -278,16 +275,6 @@ class AttendPrefill(nn.Cell):
         mixed = self.mix(shares, values).reshape(batch, kv, group, width, dim)
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(-1, self.heads * dim)
         return ops.gather(mixed, unpad, 0)
-
-
-class Swiglu(nn.Cell):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def construct(self, x: Any) -> Any:
-        gate, up = ops.split(x, self.width, -1)
-        return ops.silu(gate) * up
 
 
 class LastTokens(nn.Cell):

@@ -129,17 +129,15 @@ def flash_attention(c: Context, a: Attributes, *inputs: Any) -> Any:
 def paged_attention(c: Context, a: Attributes, *inputs: Any) -> torch.Tensor:
     """Attention over the cache: q [T, H*D], context_lens (new tokens counted) and q_lens per sequence.
 
-    Keys are those before context_len, through the block table.  The mask is added to the scores: one value for
-    all if it is (1, 1), else row t for token t, from column 0 of its sequence on.  Nothing else hides a key:
-    a mask of zeros lets a token see those after it.
+    Keys are those before context_len, through the block table; with mla_v_dim values are their first columns.
+    The mask is added to the scores: one value for all if it is (1, 1), else row t for token t, from column 0 of
+    its sequence on.  Nothing else hides a key: a mask of zeros lets a token see those after it.
     """
     q, k_cache, v_cache, tables, context_lens, k_scale, v_scale, mask, q_lens = inputs[:9]
     alibi, heads, scale, kv_heads, quant, mask_mode, mla_dim = inputs[9:16]
     if any(x is not None for x in (k_scale, v_scale, alibi)) or int(quant) != 0 or int(mask_mode) != 0:
         raise ValueError("PagedAttention: scales, alibi and modes are not known here")
-    if int(mla_dim) != 0:
-        raise ValueError("PagedAttention: mla_v_dim is not known here")
-    heads, kv_heads = int(heads), int(kv_heads)
+    heads, kv_heads, mla_dim = int(heads), int(kv_heads), int(mla_dim)
     page, dim = k_cache.shape[1], k_cache.shape[3]
     out, end = [], 0
     for b, (context, nq) in enumerate(zip(_lengths(context_lens), _lengths(q_lens), strict=True)):
@@ -147,7 +145,7 @@ def paged_attention(c: Context, a: Attributes, *inputs: Any) -> torch.Tensor:
         if pages.numel() and int(pages.max()) >= len(k_cache):
             raise IndexError(f"PagedAttention: page {int(pages.max())} of {len(k_cache)}")
         key = k_cache[pages].reshape(-1, kv_heads, dim)[:context]
-        value = v_cache[pages].reshape(-1, kv_heads, v_cache.shape[3])[:context]
+        value = key[..., :mla_dim] if mla_dim else v_cache[pages].reshape(-1, kv_heads, v_cache.shape[3])[:context]
         rows = mask if tuple(mask.shape) == (1, 1) else mask[end : end + nq, :context]
         query = q[end : end + nq].reshape(nq, heads, dim)
         out.append(_attend(query, key, value, heads // kv_heads, float(scale), rows.float()))

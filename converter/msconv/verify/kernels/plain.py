@@ -107,6 +107,11 @@ def mul(c: Context, a: Attributes, x: Any, y: Any) -> Any:
     return x * y
 
 
+@kernel("Div")
+def div(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x / y
+
+
 @kernel("FloorDiv")
 def floor_div(c: Context, a: Attributes, x: Any, y: Any) -> Any:
     return x // y
@@ -132,6 +137,16 @@ def greater_equal(c: Context, a: Attributes, x: Any, y: Any) -> Any:
     return x >= y
 
 
+@kernel("Greater")
+def greater(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x > y
+
+
+@kernel("Equal")
+def equal(c: Context, a: Attributes, x: Any, y: Any) -> Any:
+    return x == y
+
+
 @kernel("LogicalAnd")
 def logical_and(c: Context, a: Attributes, x: Any, y: Any) -> Any:
     return x & y
@@ -140,6 +155,16 @@ def logical_and(c: Context, a: Attributes, x: Any, y: Any) -> Any:
 @kernel("Minimum")
 def minimum(c: Context, a: Attributes, x: Tensor, y: Any) -> Tensor:
     return torch.minimum(x, torch.as_tensor(y, dtype=x.dtype))
+
+
+@kernel("Maximum")
+def maximum(c: Context, a: Attributes, x: Tensor, y: Any) -> Tensor:
+    return torch.maximum(x, torch.as_tensor(y, dtype=x.dtype))
+
+
+@kernel("NanToNum")
+def nan_to_num(c: Context, a: Attributes, x: Tensor, nan: float, above: float, below: float) -> Tensor:
+    return torch.nan_to_num(x, nan, above, below)
 
 
 @kernel("Select")
@@ -167,6 +192,11 @@ def rsqrt(c: Context, a: Attributes, x: Tensor) -> Tensor:
     return wide(x).rsqrt().to(x.dtype)
 
 
+@kernel("Sigmoid")
+def sigmoid(c: Context, a: Attributes, x: Tensor) -> Tensor:
+    return wide(x).sigmoid().to(x.dtype)
+
+
 @kernel("SiLU")
 def silu(c: Context, a: Attributes, x: Tensor) -> Tensor:
     return torch.nn.functional.silu(wide(x)).to(x.dtype)
@@ -192,6 +222,20 @@ def reduce_mean(c: Context, a: Attributes, x: Tensor, axis: Any, keep: Any) -> T
 def reduce_max(c: Context, a: Attributes, x: Tensor, axis: Any, keep: Any) -> Tensor:
     axes = _ints(axis)
     return x.amax(axes or None, keepdim=bool(keep)) if axes else x.max()
+
+
+@kernel("TopK", attributes=("sorted",))
+def top_k(c: Context, a: Attributes, x: Tensor, count: Any) -> tuple[Tensor, Tensor]:
+    values, index = torch.topk(x, int(count), -1, sorted=bool(a["sorted"]))
+    return values, index.int()
+
+
+@kernel("TopkExt")
+def top_k_ext(
+    c: Context, a: Attributes, x: Tensor, count: Any, axis: Any, largest: Any, ordered: Any
+) -> tuple[Tensor, Tensor]:
+    values, index = torch.topk(x, int(count), int(axis), bool(largest), bool(ordered))
+    return values, index
 
 
 @kernel("CumSum")
@@ -251,6 +295,11 @@ def broadcast_to(c: Context, a: Attributes, x: Tensor, to: Any) -> Tensor:
     return x.expand(_ints(to)).clone()
 
 
+@kernel("Tile")
+def tile(c: Context, a: Attributes, x: Tensor, times: Any) -> Tensor:
+    return x.repeat(_ints(times))
+
+
 @kernel("StridedSlice")
 def strided_slice(c: Context, a: Attributes, x: Tensor, begin: Any, end: Any, step: Any, *masks: Any) -> Tensor:
     begin_mask, end_mask, ellipsis, new_axis, shrink = (int(m) for m in masks)
@@ -273,6 +322,25 @@ def gather(c: Context, a: Attributes, x: Tensor, index: Tensor, axis: Any, batch
         raise IndexError(f"Gather: index {int(index.min())}..{int(index.max())} of {x.shape[axis]}")
     flat = x.index_select(axis, index.reshape(-1))
     return flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+
+
+@kernel("GatherD")
+def gather_d(c: Context, a: Attributes, x: Tensor, axis: Any, index: Tensor) -> Tensor:
+    if index.numel() and (index.min() < 0 or index.max() >= x.shape[int(axis)]):
+        raise IndexError(f"GatherD: index {int(index.min())}..{int(index.max())} of {x.shape[int(axis)]}")
+    return x.gather(int(axis), index.long())
+
+
+@kernel("ScatterNd")
+def scatter_nd(c: Context, a: Attributes, index: Tensor, rows: Tensor, to: Any) -> Tensor:
+    """Zeros with rows added at index [N, 1]: those of one place add up."""
+    sizes = _ints(to)
+    if index.shape[-1] != 1:
+        raise ValueError(f"ScatterNd: index {tuple(index.shape)} is not known here")
+    place = index.reshape(-1).long()
+    if place.numel() and (place.min() < 0 or place.max() >= sizes[0]):
+        raise IndexError(f"ScatterNd: index {int(place.min())}..{int(place.max())} of {sizes[0]}")
+    return torch.zeros(sizes, dtype=rows.dtype).index_add_(0, place, rows)
 
 
 @kernel("MatMul", "BatchMatMul")

@@ -1,0 +1,119 @@
+"""DeepSeek-V3 and R1: latent attention, first layers dense, then sigmoid routing in groups and a shared expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..layout.cuts import COLS, COPY, HEAD_COLS, ROWS, Cut
+from ..layout.model import Table
+from ..layout.rules import Drop, Part, fuse, keep, only, take
+from .config import MAX_EXPERTS, Family, Mla, Moe, Reader
+from .qwen3 import DENSE_MLP, DROPS, EMBEDDING, HEAD, A, L, M
+from .qwen3_moe import EXPERTS
+
+LATENT = Cut("latent", head="latent", pairs="pairs")  # the rotated rows at its end in halves
+QUERY_HEADS = Cut("query_heads", 0, unit="heads", head="head_dim", pairs="pairs")
+KEY_HEADS = Cut("key_heads", 0, unit="heads", head="kv_b_head", rows="nope")
+VALUE_HEADS = Cut("value_heads", 0, unit="heads", head="kv_b_head", first="nope", rows="v_dim")
+
+ATTENTION = (
+    keep(L + "input_layernorm.weight", ("hidden",), COPY),
+    keep(A + "q_a_proj.weight", ("q_lora", "hidden"), COPY, when="q_lora"),
+    keep(A + "q_a_layernorm.weight", ("q_lora",), COPY, when="q_lora"),
+    keep(A + "q_b_proj.weight", ("q", "q_lora"), QUERY_HEADS, when="q_lora"),
+    keep(A + "q_proj.weight", ("q", "hidden"), QUERY_HEADS, when="no_q_lora"),
+    keep(A + "kv_a_proj_with_mqa.weight", ("latent", "hidden"), LATENT),
+    keep(A + "kv_a_layernorm.weight", ("kv_lora",), COPY),
+    take(A + "kv_b_proj_k.weight", A + "kv_b_proj.weight", ("kv_b", "kv_lora"), KEY_HEADS),
+    take(A + "kv_b_proj_v.weight", A + "kv_b_proj.weight", ("kv_b", "kv_lora"), VALUE_HEADS),
+    keep(A + "o_proj.weight", ("hidden", "o"), HEAD_COLS),
+    keep(L + "post_attention_layernorm.weight", ("hidden",), COPY),
+)
+
+BIAS = (keep(M + "gate.e_score_correction_bias", ("experts",), COPY, dtype="float32"),)
+
+SHARED_EXPERT = (
+    fuse(
+        M + "shared_experts.gate_up_proj.weight",
+        Part(M + "shared_experts.gate_proj.weight", ("shared_ffn", "hidden"), ROWS),
+        Part(M + "shared_experts.up_proj.weight", ("shared_ffn", "hidden"), ROWS),
+    ),
+    keep(M + "shared_experts.down_proj.weight", ("hidden", "shared_ffn"), COLS),
+)
+
+
+def read(r: Reader, layers: int) -> dict[str, Any]:
+    """Latent attention and routing.  What V2 and V3.2 do otherwise is said, not ignored."""
+    for key, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        r.one_of(key, value)
+    if any(key in r.raw for key in ("index_topk", "index_n_heads", "index_head_dim")):
+        r.problems.append(V32)
+    if r.flag("attention_bias", False):
+        r.problems.append("attention_bias is true: not supported with latent attention")
+    if r.whole("moe_layer_freq", 1) != 1:
+        r.problems.append("moe_layer_freq other than 1 is not supported")
+    heads, kv_heads = r.whole("num_attention_heads"), r.count("num_key_value_heads")
+    if kv_heads not in (0, heads):
+        r.problems.append(
+            f"num_key_value_heads {kv_heads}: latent attention has one for each of its {heads} heads"
+        )
+    mla = Mla(
+        q_lora=r.count("q_lora_rank"),
+        kv_lora=r.whole("kv_lora_rank"),
+        nope=r.whole("qk_nope_head_dim"),
+        rope=r.whole("qk_rope_head_dim"),
+        v_dim=r.whole("v_head_dim"),
+        interleaved=r.flag("rope_interleave", True),
+    )
+    if mla.rope % 2:
+        r.problems.append(f"qk_rope_head_dim {mla.rope} is odd: rotary embedding needs pairs")
+    dense = r.count("first_k_dense_replace")
+    ffn = r.whole("moe_intermediate_size")
+    moe = Moe(
+        layers=tuple(i >= dense for i in range(layers)),
+        experts=r.whole("n_routed_experts", most=MAX_EXPERTS),
+        top_k=r.whole("num_experts_per_tok"),
+        ffn=ffn,
+        shared_ffn=ffn * r.count("n_shared_experts"),
+        scoring="sigmoid",
+        groups=r.whole("n_group", 1),
+        top_groups=r.whole("topk_group", 1),
+        normalise=r.flag("norm_topk_prob", True),
+        scale=r.real("routed_scaling_factor", 1.0),
+    )
+    size = moe.experts // moe.groups
+    if moe.experts % moe.groups:
+        r.problems.append(f"n_routed_experts {moe.experts} is not a multiple of n_group {moe.groups}")
+    elif moe.top_groups > moe.groups:
+        r.problems.append(f"topk_group {moe.top_groups} is more than n_group {moe.groups}")
+    elif size < 2:
+        r.problems.append(f"groups of {size} expert: their score is the sum of the best two")
+    elif moe.top_k > size * moe.top_groups:
+        r.problems.append(f"num_experts_per_tok {moe.top_k} of {moe.top_groups} groups of {size} experts")
+    return {
+        "mla": mla,
+        "moe": moe,
+        "kv_heads": heads,
+        "head_dim": mla.nope + mla.rope,
+        "mtp_layers": r.count("num_nextn_predict_layers", r.count("num_mtp_layers", most=64), most=64),
+    }
+
+
+V32 = "index_topk, index_n_heads, index_head_dim: the sparse attention of DeepSeek-V3.2 is not supported"
+
+DEEPSEEK_V3 = Family(
+    name="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    table=Table(
+        (
+            *EMBEDDING,
+            *ATTENTION,
+            *only("dense_layer", DENSE_MLP),
+            *only("moe_layer", (*EXPERTS, *BIAS)),
+            *only("shared_expert", SHARED_EXPERT),
+            *HEAD,
+        ),
+        (*DROPS, Drop("model.layers.{mtp}.*", "multi-token prediction layer, not part of the decoder", "mtp")),
+    ),
+    read=read,
+)

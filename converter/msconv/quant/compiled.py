@@ -1,0 +1,54 @@
+"""The inner loops of `kernels`, compiled by numba.  Its types are not known to type checkers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+
+TILE = 16  # rows that are read side by side: more of them, and their cache lines push each other out
+
+compile_loop: Any = numba.njit(nogil=True)
+
+
+@compile_loop
+def look_up(codes: Any, tables: Any, first: int, rows: int, columns: int, out: Any) -> None:
+    count, width = codes.shape
+    for i in range(count):
+        block = (first + i) // rows
+        for j0 in range(0, width, columns):
+            table = tables[block, j0 // columns]
+            for j in range(j0, min(width, j0 + columns)):
+                out[i, j] = table[codes[i, j]]
+
+
+@compile_loop
+def look_up_turned(codes: Any, tables: Any, top: int, left: int, rows: int, columns: int, out: Any) -> None:
+    right, bottom = left + out.shape[0], top + out.shape[1]
+    j0 = left
+    while j0 < right:
+        block = j0 // columns
+        j1 = min(right, j0 + TILE, (block + 1) * columns)
+        i0 = top
+        while i0 < bottom:
+            table = tables[i0 // rows, block]
+            i1 = min(bottom, i0 + TILE, (i0 // rows + 1) * rows)
+            piece = codes[i0:i1, j0:j1]
+            place = out[j0 - left : j1 - left, i0 - top : i1 - top]
+            for j in range(piece.shape[1]):
+                for i in range(piece.shape[0]):
+                    place[j, i] = table[piece[i, j]]
+            i0 = i1
+        j0 = j1
+
+
+@compile_loop
+def turn(matrix: Any, top: int, left: int, out: Any) -> None:
+    height, width = out.shape
+    for j0 in range(0, height, TILE):
+        for i0 in range(0, width, TILE):
+            place = out[j0 : min(height, j0 + TILE), i0 : min(width, i0 + TILE)]
+            piece = matrix[top + i0 : top + i0 + place.shape[1], left + j0 : left + j0 + place.shape[0]]
+            for j in range(place.shape[0]):
+                for i in range(place.shape[1]):
+                    place[j, i] = piece[i, j]

@@ -1,0 +1,84 @@
+"""The inner loops: table lookups and turning over.  numba where it is installed, else numpy: the same bits.
+
+Both leave the interpreter lock, so threads run side by side.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+TILE = 64  # square that is turned over at a time: in and out fit the processor's first cache
+
+
+class Plain:
+    """numpy, block by block."""
+
+    @staticmethod
+    def look_up(codes: Array, tables: Array, first: int, rows: int, columns: int, out: Array) -> None:
+        for begin, end in _pieces(first, first + len(codes), rows):
+            for left, right in _pieces(0, codes.shape[1], columns):
+                piece = codes[begin - first : end - first, left:right]
+                out[begin - first : end - first, left:right] = tables[begin // rows, left // columns].take(piece)
+
+    @staticmethod
+    def look_up_turned(
+        codes: Array, tables: Array, top: int, left: int, rows: int, columns: int, out: Array
+    ) -> None:
+        right, bottom = left + out.shape[0], top + out.shape[1]
+        for j0, j1 in _pieces(left, right, columns):
+            for i0, i1 in _pieces(top, bottom, rows):
+                piece = codes[i0:i1, j0:j1]
+                out[j0 - left : j1 - left, i0 - top : i1 - top] = tables[i0 // rows, j0 // columns].take(piece.T)
+
+    @staticmethod
+    def turn(matrix: Array, top: int, left: int, out: Array) -> None:
+        for j0, j1 in _pieces(0, out.shape[0], TILE):
+            for i0, i1 in _pieces(0, out.shape[1], TILE):
+                out[j0:j1, i0:i1] = matrix[top + i0 : top + i1, left + j0 : left + j1].T
+
+
+def _pieces(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """[begin, end) cut where a multiple of `size` lies."""
+    while begin < end:
+        stop = min(end, (begin // size + 1) * size)
+        yield begin, stop
+        begin = stop
+
+
+def look_up(codes: Array, tables: Array, first: int, rows: int, columns: int, out: Array) -> None:
+    """out[i, j] = tables[(first + i) // rows, j // columns, codes[i, j]]."""
+    _kernels().look_up(codes, tables, first, rows, columns, out)
+
+
+def look_up_turned(codes: Array, tables: Array, top: int, left: int, rows: int, columns: int, out: Array) -> None:
+    """out[j, i] = value of codes[top + i, left + j], with its block's table."""
+    _kernels().look_up_turned(codes, tables, top, left, rows, columns, out)
+
+
+def turn(matrix: Array, top: int, left: int, out: Array) -> None:
+    """out[j, i] = matrix[top + i, left + j]."""
+    _kernels().turn(matrix, top, left, out)
+
+
+_chosen: Any = None
+
+
+def _kernels() -> Any:
+    """Numba's, unless it is missing or MSCONV_NUMBA=0."""
+    global _chosen
+    if _chosen is None:
+        wanted = os.environ.get("MSCONV_NUMBA", "1") != "0"
+        if wanted and importlib.util.find_spec("numba") is not None:
+            from . import compiled
+
+            _chosen = compiled
+        else:
+            _chosen = Plain
+    return _chosen
