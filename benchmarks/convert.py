@@ -2,8 +2,12 @@
 
     python benchmarks/convert.py --model Qwen3-8B --layers 6 --tp 4 --repeat 5 --work /some/disk
 
-Each round runs every way once, in turn; medians and ratios of medians are printed, and JSON with --json FILE.
-Writing is counted until the data is on the disk for all of them but `cp`, which is shown with and without `sync`.
+    python benchmarks/convert.py --model DeepSeek-V3 --layers 1 --tp 16 --ep 16 --ways msconv,"copy output"
+
+"copy output" copies what msconv wrote just before, with the same system calls: the floor where a conversion
+writes more than it reads.  Each round runs every way once, in turn; medians and ratios of medians are printed,
+and JSON with --json FILE.  Writing is counted until the data is on the disk for all of them but `cp`, which is
+shown with and without `sync`.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen3-8B")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--experts", type=int, default=0, help="routed experts a layer  [default: all]")
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=5)
@@ -50,9 +55,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", action="store_true", help="keep the checkpoint afterwards")
     args = parser.parse_args()
-    source, target = args.work / "source", args.work / "target"
+    source, target, copied = args.work / "source", args.work / "target", args.work / "copied"
     shutil.rmtree(args.work, ignore_errors=True)
-    size = write_checkpoint(source, args.model, args.layers)
+    size = write_checkpoint(source, args.model, args.layers, args.experts)
     print(f"{args.model}, {args.layers} layers: {size / 1e9:.2f} GB; {platform.machine()}, {os.cpu_count()} cores")
     convert = [sys.executable, "-m", "msconv", "convert", "--model", source, "--tp", args.tp, "--ep", args.ep]
     convert += ["--output", target, *(["--jobs", args.jobs] if args.jobs else [])]
@@ -61,14 +66,17 @@ def main() -> None:
         "copy loop": [sys.executable, HERE.with_name("copy_loop.py"), source, target],
         "naive": [sys.executable, HERE.with_name("naive.py"), source, target, args.tp],
         "msconv": convert,
+        "copy output": [sys.executable, HERE.with_name("copy_loop.py"), target / "weights", copied],
     }
     runs: dict[str, list[Run]] = {way: [] for way in args.ways.split(",")}
     for round_number in range(args.repeat):
         for way in runs:
-            shutil.rmtree(target, ignore_errors=True)
-            drop_cache(source)
-            runs[way].append(measure([str(c) for c in commands[way]], target))
+            if way != "copy output":
+                shutil.rmtree(target, ignore_errors=True)
+            drop_cache(source if way != "copy output" else target / "weights")
+            runs[way].append(measure([str(c) for c in commands[way]], args.work))
             print(f"round {round_number + 1}: {way} {runs[way][-1].seconds:.2f} s", file=sys.stderr, flush=True)
+        shutil.rmtree(copied, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
     if not args.keep:
         shutil.rmtree(source)

@@ -55,7 +55,7 @@ def estimate(
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     sources = checkpoint.tensors
     if assumed:
-        sources = expected_sources(table, sizes, checkpoint.config.dtype or "bfloat16")
+        sources = expected_sources(table, sizes, checkpoint.config.dtype or "bfloat16", quantised=True)
     plan = make_plan(table, sizes, sources, Mesh(tp, ep), dtype)
 
     def memory(p: Plan) -> DeviceMemory:

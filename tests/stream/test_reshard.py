@@ -372,7 +372,7 @@ def test_ranks_that_do_not_divide_are_refused_with_those_that_do(artifacts: Path
 
 def half_done(artifact: Path, out: Path, tp: int, monkeypatch: pytest.MonkeyPatch, tensors: int = 10) -> None:
     """A reshard that dies after some tensors, each durably done by then."""
-    original = streaming.move_tensor
+    original = streaming.move_unit
     left = [tensors]
 
     def move(*args: Any, **kwargs: Any) -> Any:
@@ -382,7 +382,7 @@ def half_done(artifact: Path, out: Path, tp: int, monkeypatch: pytest.MonkeyPatc
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "move_tensor", move)
+        patch.setattr(streaming, "move_unit", move)
         patch.setattr(streaming, "CHECKPOINT_BYTES", 1)
         with pytest.raises(Crash):
             reshard(artifact, out, tp)

@@ -38,7 +38,7 @@ class Crash(Exception):
 
 def crash_after(monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
     """The next conversion dies after some tensors, each of which is durably done by then."""
-    original = streaming.move_tensor
+    original = streaming.move_unit
     left = [tensors]
 
     def move(*args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
         left[0] -= 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(streaming, "move_tensor", move)
+    monkeypatch.setattr(streaming, "move_unit", move)
     monkeypatch.setattr(streaming, "CHECKPOINT_BYTES", 1)
 
 
@@ -62,7 +62,7 @@ KILLED = """
 import os, signal, sys, time
 import msconv.stream.execute as streaming
 tensors, how = int(sys.argv[1]), sys.argv[2]
-original, streaming.CHECKPOINT_BYTES = streaming.move_tensor, 1
+original, streaming.CHECKPOINT_BYTES = streaming.move_unit, 1
 def move(*args, **kwargs):
     global tensors
     tensors -= 1
@@ -71,7 +71,7 @@ def move(*args, **kwargs):
         os.kill(os.getpid(), getattr(signal, how))
         time.sleep(0.3)
     return original(*args, **kwargs)
-streaming.move_tensor = move
+streaming.move_unit = move
 sys.argv[1:] = sys.argv[3:]
 from msconv.cli import main
 main()

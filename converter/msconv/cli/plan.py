@@ -51,12 +51,14 @@ def command(
     e = estimate(Path(model), tp, ep, dtype, output, jobs, max_memory, context, batch, device_memory)
     plan, device = e.plan, e.device
     if as_json:
-        rank = {
+        rank: dict[str, object] = {
             "weight_bytes": plan.rank_bytes,
             "kv_bytes_per_token": device.kv_bytes_per_token,
             "kv_bytes": device.kv_bytes,
             "device_bytes": device.total_bytes,
         }
+        if plan.sizes.experts:
+            rank |= {"experts": plan.sizes.experts // ep, "expert_bytes": plan.expert_bytes}
         emit(
             {
                 "model": e.checkpoint.name,
@@ -85,6 +87,12 @@ def command(
     click.echo(
         f"output      {human(plan.output_bytes)} of {plan.dtype}: {plan.mesh.tp} ranks of {human(plan.rank_bytes)}"
     )
+    if experts := plan.sizes.experts:
+        shared = "whole" if plan.mesh.moe_tp == 1 else f"each over {plan.mesh.moe_tp} ranks"
+        click.echo(
+            f"experts     {experts // ep} of {experts} a rank, {shared}: {human(plan.expert_bytes)} + "
+            f"{human(plan.rank_bytes - plan.expert_bytes)} of all else, the same on every rank"
+        )
     click.echo(f"memory      {human(e.peak_memory_bytes)} at most, {jobs} jobs")
     if e.seconds is not None:
         click.echo(f"time        about {e.seconds:.0f} s, as fast as this disk was just now")
@@ -97,4 +105,4 @@ def command(
         verdict = "fits" if device.fits(device_memory) else "does not fit"
         smallest = f"smallest tp that fits: {e.smallest_tp}" if e.smallest_tp else "no tp tried fits"
         click.echo(f"            {verdict} in {human(device_memory)} ({share}); {smallest}")
-    say(f"Next: msconv convert --model {model} --tp {tp}")
+    say(f"Next: msconv convert --model {model} --tp {tp}" + (f" --ep {ep}" if ep > 1 else ""))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .dtypes import SIZES
+from .dtypes import FP8, SIZES
 from .rules import OWN, Drop, Part, Rule
 
 SCALE = "_scale_inv"  # what the name of a block-quantised tensor's scales ends with
@@ -88,16 +88,23 @@ def _output(rule: Rule, sizes: Sizes, layer: int | None) -> Output:
 
 
 def expected_sources(
-    table: Table, sizes: Sizes, dtype: str, own: Mapping[str, str] | None = None
+    table: Table, sizes: Sizes, dtype: str, own: Mapping[str, str] | None = None, quantised: bool = False
 ) -> dict[str, TensorInfo]:
     """Every source tensor that the configuration promises, with its shape: headers without a checkpoint.
-    `own`: element types by output name, for rules that keep the checkpoint's."""
+    `own`: element types by output name, for rules that keep the checkpoint's.  `quantised`: with blocks, the
+    matrices of all layers are FP8 and have scales, as published."""
     out: dict[str, TensorInfo] = {}
+    narrow = quantised and sizes.block[0] > 0
     for output in expand(table, sizes):
         kind = output.rule.dtype or dtype
         if kind == OWN:
             kind = (own or {}).get(output.name, dtype)
         for part, name in output.sources:
             shape = tuple(sizes.dims[d] for d in part.shape)
+            if narrow and len(shape) == 2 and not output.rule.dtype and not part.cut.pad:
+                scale = sizes.scale_shape(shape)
+                out[name] = TensorInfo(name, FP8, shape, nbytes=math.prod(shape))
+                out[name + SCALE] = TensorInfo(name + SCALE, "float32", scale, nbytes=4 * math.prod(scale))
+                continue
             out[name] = TensorInfo(name, kind, shape, nbytes=SIZES[kind] * math.prod(shape))
     return out

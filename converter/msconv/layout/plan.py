@@ -111,6 +111,12 @@ class Plan:
         """Elements of the source tensors that are used: the model's published parameter count."""
         return sum(math.prod(self.sources[name].shape) for name in self.moves)
 
+    @property
+    def expert_bytes(self) -> int:
+        """Of one rank's weights, those of its experts: the same on every rank."""
+        stacked = {m.tensor for moves in self.moves.values() for m in moves if m.column >= 0}
+        return sum(self.tensors[i].nbytes for i in stacked)
+
     def ranks(self, move: Move) -> list[int]:
         """Those that get this move's bytes."""
         return [r for r in self.mesh.ranks if move.owner in (-1, self.mesh.ep_rank(r))]
@@ -372,6 +378,8 @@ def _divisions(outputs: list[Output], sizes: Sizes, mesh: Mesh) -> list[str]:
     known: dict[Part, str] = {}
     for output in outputs:
         for part, name in output.sources:
+            if part.cut.over == "moe_tp" and mesh.tp % mesh.ep:
+                continue  # said below
             if part not in known:
                 shape = tuple(sizes.dims[d] for d in part.shape)
                 known[part] = problem(part.cut, shape, mesh, sizes.dims)
@@ -394,6 +402,7 @@ def _hint(outputs: list[Output], sizes: Sizes, mesh: Mesh) -> str:
     for flag, choices in (
         ("--tp", [(str(tp), Mesh(tp, mesh.ep)) for tp in TP_CHOICES]),
         ("--ep", [(str(ep), Mesh(mesh.tp, ep)) for ep in TP_CHOICES]),
+        ("--tp", [(f"{tp} --ep {tp}", Mesh(tp, tp)) for tp in TP_CHOICES]),
     ):
         fitting = [text for text, m in choices if m.tp % m.ep == 0 and not _divisions(outputs, sizes, m)]
         if fitting:

@@ -6,7 +6,6 @@ the names that the graph's parameters carry.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from .mindir import Node, Program, parse
 
 PAGE = 16
 SMALL_BYTES = 64 << 20
-KEEP_BYTES = 2 << 30  # weights of all ranks up to this stay widened in memory; above, they are read anew
+KEEP_BYTES = 2 << 30  # weights of all ranks up to this stay in memory; above, they are read anew
 NP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLLECTIVES = {"AllReduce": {"group", "op", "index", "fusion", "no_eliminate"}}
 COLLECTIVES["AllGather"] = {"group", "rank_size", "index", "fusion", "no_eliminate"}
@@ -41,12 +40,11 @@ class RankFiles:
     def __init__(self, root: Path, manifest: Manifest, rank: int, context: Context, keep: bool) -> None:
         self.context, self.keep = context, keep
         self._cache: dict[str, torch.Tensor] = {}
-        self._stack = ExitStack()
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, Path] = {}
         for file in required(root, manifest).files:
             if file.rank == rank:
-                opened = self._stack.enter_context(safe_open(root / file.path, framework="pt"))
-                self._where |= dict.fromkeys(opened.keys(), opened)
+                with safe_open(root / file.path, framework="pt") as opened:
+                    self._where |= dict.fromkeys(opened.keys(), root / file.path)
 
     def get(self, name: str, declared: torch.dtype | None) -> torch.Tensor:
         """In exact mode stored values widened to float32; else cast to the type the graph declares."""
@@ -54,9 +52,12 @@ class RankFiles:
             return self._cache[name]
         if name not in self._where:
             raise VerificationFailed(f"{name}: wanted by the graph, in no weight file of this rank.")
-        stored = self._where[name].get_tensor(name)
-        if stored.is_floating_point():
-            stored = stored.to(torch.float32 if self.context.exact else declared)
+        with safe_open(self._where[name], framework="pt") as opened:  # kept open, its pages stay in memory
+            stored = opened.get_tensor(name)
+            to = stored.dtype
+            if stored.is_floating_point():
+                to = torch.float32 if self.context.exact else declared
+            stored = stored.to(to, copy=True)
         if self.keep:
             self._cache[name] = stored
         return stored

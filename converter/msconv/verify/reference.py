@@ -18,6 +18,7 @@ from msconv_runtime.artifact import STATE_DIR, Manifest
 from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
+from ..layout.dtypes import FP8
 from ..layout.model import SCALE
 from .routing import closeness
 
@@ -173,7 +174,6 @@ class SourceWeights:
         self.checkpoint = checkpoint
         self.default = manifest.weights.dtype
         self.stored = {t.name: t.dtype for t in manifest.weights.tensors}
-        self._open: dict[Path, Any] = {}
 
     def get(self, name: str, like: Any = None) -> Any:
         """`like`: what the module has in its place; experts are stacked to its shape."""
@@ -197,23 +197,22 @@ class SourceWeights:
         import torch
 
         value = self._read(name)
-        if value.dtype == torch.float8_e4m3fn:
-            scale = self._read(name + SCALE).to(torch.float32)
+        if self.checkpoint.tensors[name].dtype == FP8:
             rows, columns = self.checkpoint.config.block
-            scale = scale.repeat_interleave(rows, 0)[: len(value)]
-            value = value.to(torch.float32) * scale.repeat_interleave(columns, 1)[:, : value.shape[1]]
+            scale = self._read(name + SCALE).repeat_interleave(rows, 0)[: len(value)]
+            value *= scale.repeat_interleave(columns, 1)[:, : value.shape[1]]
         narrow = getattr(torch, self.stored.get(name, self.default))
         return value.to(narrow).to(torch.float32)
 
     def _read(self, name: str) -> Any:
+        import torch
         from safetensors import safe_open
 
         if name not in self.checkpoint.tensors:
             raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
         path = self.checkpoint.files[self.checkpoint.tensors[name].file].path
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path].get_tensor(name)
+        with safe_open(path, framework="pt") as opened:  # kept open, its pages stay in memory
+            return opened.get_tensor(name).to(torch.float32, copy=True)
 
 
 def source_of(root: Path, given: Path | None) -> Path:

@@ -26,6 +26,15 @@ def activate() -> None:
     HookRegistry.register(
         "sglang.srt.arg_groups.validation_hook.check_server_args", _check_server_args, HookType.AROUND
     )
+    HookRegistry.register("sglang.srt.configs.model_config.get_config", _get_config, HookType.AROUND)
+
+
+def _get_config(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """An artifact's weights are not quantised any more, whatever its source's config.json says."""
+    config = original(model, *args, **kwargs)
+    if is_artifact(model) and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
 
 
 def _check_server_args(original: Callable[[Any], Any], server_args: Any) -> Any:
