@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import msgspec
@@ -22,17 +25,19 @@ from msconv_runtime.artifact import (
     replace_file,
     write_manifest,
 )
-from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
+from msconv_runtime.errors import ArtifactError, EnvironmentProblem, ResourceError, UsageError
 
 from .checkpoint.directory import open_configuration, read_small
 from .checkpoint.headers import parse_json
 from .convert import TOOL, peak_rss_bytes, refuse_foreign
 from .families import DecoderConfig, configure
-from .layout.cuts import Mesh
+from .graph.spec import Exported
+from .layout.cuts import Mesh, make_mesh
 from .layout.model import expected_sources
 from .layout.plan import RANK_CONSTANTS, make_plan
 from .stream.lock import exclusive
 
+LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a phase
 PHASES: dict[str, tuple[Phase, ...]] = {
     "cpu": ("prefill", "decode"),
     "ascend910b": ("prefill", "decode", "decode_all"),
@@ -66,11 +71,10 @@ def configuration(root: Path, manifest: Manifest) -> DecoderConfig:
 def begin_without_weights(model: Path, tp: int, ep: int, root: Path) -> None:
     """Make `root` an artifact with a configuration and no weights: enough to compile for.  A later conversion
     into the same directory completes it.  Raises UsageError or ArtifactError if it holds something else."""
-    if ep < 1 or tp % ep:
-        raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp.")
+    mesh = make_mesh(tp, ep)
     source = open_configuration(model)
     table, sizes = source.family.table, source.config.sizes()
-    plan = make_plan(table, sizes, expected_sources(table, sizes, "bfloat16"), Mesh(tp, ep))
+    plan = make_plan(table, sizes, expected_sources(table, sizes, "bfloat16"), mesh)
     refuse_foreign(root, source.root)
     with exclusive(root):
         if is_artifact(root):
@@ -101,16 +105,14 @@ def compile_graphs(root: Path, target: str) -> list[Compiled]:
     manifest = read_manifest(root)
     config = configuration(root, manifest)
     _check_heads(config, target)
-    mindspore = mindspore_version()
-    from .graph.export import export
-
+    export = _export if config.layers <= LAYERS_AT_HOME else _export_apart
     with exclusive(root):
         manifest = read_manifest(root)
         mesh = Mesh(manifest.parallel.tp, manifest.parallel.ep)
         made: list[Compiled] = []
         for phase in PHASES[target]:
             started = time.monotonic()
-            exported = export(config, mesh, target, phase)
+            exported, mindspore, peak = export(config, mesh, target, phase)
             graph = Graph(
                 target=target,
                 phase=phase,
@@ -128,11 +130,32 @@ def compile_graphs(root: Path, target: str) -> list[Compiled]:
             path = root / graph.path
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, exported.proto)
-            made.append(Compiled(graph, time.monotonic() - started, peak_rss_bytes()))
+            made.append(Compiled(graph, time.monotonic() - started, peak))
         others = [g for g in manifest.graphs if g.target != target]
         graphs = sorted([*others, *(m.graph for m in made)], key=lambda g: (g.target, g.phase))
         write_manifest(root, msgspec.structs.replace(manifest, graphs=graphs))
     return made
+
+
+def _export(config: DecoderConfig, mesh: Mesh, target: str, phase: Phase) -> tuple[Exported, str, int]:
+    """(the graph, MindSpore's version, peak resident bytes)."""
+    mindspore = mindspore_version()
+    from .graph.export import export
+
+    return export(config, mesh, target, phase), mindspore, peak_rss_bytes()
+
+
+def _export_apart(config: DecoderConfig, mesh: Mesh, target: str, phase: Phase) -> tuple[Exported, str, int]:
+    """The same in a process of its own: MindSpore's front end keeps what it built, and three phases of a deep
+    model would add up."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_export, config, mesh, target, phase).result()
+        except BrokenProcessPool:
+            raise ResourceError(
+                f"{target} {phase}: the process that compiled it was ended, most likely for want of memory.",
+                "A model of 61 layers needs 2 GiB.",
+            ) from None
 
 
 def _check_heads(config: DecoderConfig, target: str) -> None:
@@ -143,10 +166,19 @@ def _check_heads(config: DecoderConfig, target: str) -> None:
     """
     if target == "cpu":
         return
-    if config.head_dim % 8 or config.head_dim > 1024:
+    widths = {"head_dim": config.head_dim}
+    if mla := config.mla:
+        widths = {
+            "qk_nope_head_dim": mla.nope,
+            "qk_rope_head_dim": mla.rope,
+            "v_head_dim": mla.v_dim,
+            "kv_lora_rank + qk_rope_head_dim": mla.latent,
+        }
+    wrong = [f"{name} {width}" for name, width in widths.items() if width % 8 or width > 1024]
+    if wrong:
         raise UsageError(
-            f"{target}: its attention takes a head_dim that is a multiple of 8, up to 1024; this model's is "
-            f"{config.head_dim}.",
+            f"{target}: its attention takes head sizes that are multiples of 8, up to 1024; this model has "
+            f"{', '.join(wrong)}.",
             "Compile it for --target cpu.",
         )
 

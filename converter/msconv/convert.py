@@ -34,7 +34,7 @@ from msconv_runtime.errors import ArtifactError, CheckpointError, UsageError
 
 from . import __version__
 from .checkpoint.directory import AUXILIARY, Checkpoint, open_checkpoint
-from .layout.cuts import Mesh
+from .layout.cuts import make_mesh
 from .layout.names import fold
 from .layout.plan import Plan, make_plan
 from .stream.blocks import BufferSizes, Moved
@@ -91,10 +91,9 @@ def prepare(
     max_memory: int | None = None,
 ) -> Conversion:
     """Read headers and plan.  Moves nothing.  Raises any MsconvError there is to raise beforehand."""
-    if tp < 1 or ep < 1 or tp % ep:
-        raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp, and both be at least 1.")
+    mesh = make_mesh(tp, ep)
     checkpoint = open_checkpoint(model)
-    plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, Mesh(tp, ep), dtype)
+    plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, mesh, dtype)
     buffers, planned = plan_memory(plan, jobs, max_memory)
     return Conversion(
         name=checkpoint.name,

@@ -12,7 +12,7 @@ from msconv_runtime.errors import PlanError
 
 from .checkpoint.directory import Checkpoint, has_weights, open_checkpoint, open_configuration
 from .convert import default_name
-from .layout.cuts import Mesh
+from .layout.cuts import Mesh, make_mesh
 from .layout.memory import DeviceMemory, kv_bytes_per_token
 from .layout.model import expected_sources
 from .layout.plan import TP_CHOICES, Plan, make_plan
@@ -49,6 +49,7 @@ def estimate(
     device_bytes: int | None,
 ) -> Estimate:
     """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
+    mesh = make_mesh(tp, ep)
     open_configuration(model)
     assumed = not has_weights(model)
     checkpoint = open_configuration(model) if assumed else open_checkpoint(model)
@@ -56,7 +57,7 @@ def estimate(
     sources = checkpoint.tensors
     if assumed:
         sources = expected_sources(table, sizes, checkpoint.config.dtype or "bfloat16", quantised=True)
-    plan = make_plan(table, sizes, sources, Mesh(tp, ep), dtype)
+    plan = make_plan(table, sizes, sources, mesh, dtype)
 
     def memory(p: Plan) -> DeviceMemory:
         return DeviceMemory(p.rank_bytes, kv_bytes_per_token(sizes, p.mesh, p.dtype), context, batch)

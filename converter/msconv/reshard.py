@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from msconv_runtime.artifact import Manifest, read_manifest
-from msconv_runtime.errors import ArtifactError, UsageError
+from msconv_runtime.errors import ArtifactError
 from msconv_runtime.weights import check_size, required
 
 from .checkpoint.directory import AUXILIARY
 from .compile import configuration
 from .convert import Conversion, default_name, identify
 from .families import FAMILIES
-from .layout.cuts import Mesh
+from .layout.cuts import Mesh, make_mesh
 from .layout.model import TensorInfo, expected_sources
 from .layout.plan import Plan, make_plan
 from .stream.artifact_source import ArtifactSource
@@ -24,8 +24,7 @@ def prepare(
 ) -> Conversion:
     """Plan to write `artifact` anew for another mesh.  The weight files become those of a direct conversion,
     byte for byte.  `convert.run` carries it out."""
-    if tp < 1 or ep < 1 or tp % ep:
-        raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp, and both be at least 1.")
+    mesh = make_mesh(tp, ep)
     manifest = read_manifest(artifact)
     weights = required(artifact, manifest)
     for file in weights.files:
@@ -33,7 +32,7 @@ def prepare(
     config = configuration(artifact, manifest)
     table = next(f for f in FAMILIES if f.name == manifest.model.family).table
     old = _plan_of(artifact, manifest, Mesh(manifest.parallel.tp, manifest.parallel.ep))
-    plan = make_plan(table, config.sizes(), old.sources, Mesh(tp, ep), weights.dtype)
+    plan = make_plan(table, config.sizes(), old.sources, mesh, weights.dtype)
     buffers, planned = plan_memory(plan, jobs, max_memory)
     stats = ((f.path, (artifact / f.path).stat()) for f in weights.files)
     return Conversion(

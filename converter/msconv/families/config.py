@@ -184,6 +184,10 @@ class Reader:
         value = self.raw[key]
         return 0 if value is None or (type(value) is int and value == 0) else self.whole(key, most=most)
 
+    def needs(self, *keys: str) -> None:
+        """Keys whose absence has no one meaning."""
+        self.problems += [f"{self.prefix}{key} is not there" for key in keys if key not in self.raw]
+
     def one_of(self, key: str, supported: str) -> None:
         """A key with one supported value, which is also what its absence means."""
         if self.raw.get(key, supported) != supported:
@@ -266,7 +270,9 @@ def _block(raw: dict[str, object], r: Reader) -> tuple[int, int]:
     block = quant.get("weight_block_size")
     sizes = [n for n in block if type(n) is int and 1 <= n <= 1 << 20] if isinstance(block, list) else []
     if not isinstance(block, list) or len(block) != 2 or len(sizes) != 2:
-        q.problems.append(f"weight_block_size = {_show(block)}: two sizes are needed, such as [128, 128]")
+        q.problems.append(
+            f"{q.prefix}weight_block_size = {_show(block)}: two sizes are needed, such as [128, 128]"
+        )
         sizes = [1, 1]
     r.problems += q.problems
     return sizes[0], sizes[1]

@@ -44,6 +44,8 @@ SHARED_EXPERT = (
 
 def read(r: Reader, layers: int) -> dict[str, Any]:
     """Latent attention and routing.  What V2 and V3.2 do otherwise is said, not ignored."""
+    r.needs("q_lora_rank", "first_k_dense_replace", "n_shared_experts", "n_group", "topk_group")
+    r.needs("routed_scaling_factor", "norm_topk_prob")
     for key, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         r.one_of(key, value)
     if any(key in r.raw for key in ("index_topk", "index_n_heads", "index_head_dim")):

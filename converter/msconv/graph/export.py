@@ -6,7 +6,6 @@ Tested with mindspore 2.8.0 and 2.10.0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import mindspore as ms
@@ -21,7 +20,7 @@ from .ops.ascend import Ascend310POps, AscendOps
 from .ops.base import Ops
 from .ops.cpu import CpuOps
 from .parameters import restore_names
-from .spec import TP_GROUP, Local
+from .spec import TP_GROUP, Exported, Local
 
 OPS: dict[str, type[Ops]] = {
     "cpu": CpuOps,
@@ -31,18 +30,6 @@ OPS: dict[str, type[Ops]] = {
 }
 DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16, "int32": ms.int32}
 NAMES = {v: k for k, v in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A graph's bytes and what its manifest entry says."""
-
-    proto: bytes
-    nodes: int
-    inputs: list[GraphInput]
-    parameters: list[GraphParameter]
-    groups: list[str]
-    nz: list[str]
 
 
 def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Exported:

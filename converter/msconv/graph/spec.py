@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from msconv_runtime.artifact import Phase
+from msconv_runtime.artifact import GraphInput, GraphParameter, Phase
 
 from ..families.config import DecoderConfig, Mla, Moe
 from ..layout.cuts import Mesh
@@ -13,6 +13,18 @@ from ..layout.cuts import Mesh
 TP_GROUP = "msconv_tp"  # the canonical group: whoever loads the graph creates it
 
 Target = Literal["cpu", "ascend910b", "ascend910c", "ascend310p"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A graph's bytes and what its manifest entry says."""
+
+    proto: bytes
+    nodes: int
+    inputs: list[GraphInput]
+    parameters: list[GraphParameter]
+    groups: list[str]
+    nz: list[str]
 
 
 @dataclass(frozen=True, slots=True)

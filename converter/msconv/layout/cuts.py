@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from msconv_runtime.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
@@ -33,6 +35,13 @@ class Mesh:
 
     def ep_rank(self, rank: int) -> int:
         return rank // self.moe_tp
+
+
+def make_mesh(tp: int, ep: int) -> Mesh:
+    """Raises UsageError if `ep` does not divide `tp`."""
+    if tp < 1 or ep < 1 or tp % ep:
+        raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp, and both be at least 1.")
+    return Mesh(tp, ep)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,17 +24,18 @@ def look_up(codes: Any, tables: Any, first: int, rows: int, columns: int, out: A
 
 @compile_loop
 def look_up_turned(codes: Any, tables: Any, top: int, left: int, rows: int, columns: int, out: Any) -> None:
-    right, bottom = left + out.shape[0], top + out.shape[1]
-    j0 = left
-    while j0 < right:
-        block = j0 // columns
-        j1 = min(right, j0 + TILE, (block + 1) * columns)
-        i0 = top
-        while i0 < bottom:
-            table = tables[i0 // rows, block]
-            i1 = min(bottom, i0 + TILE, (i0 // rows + 1) * rows)
+    height, width = codes.shape
+    j0 = 0
+    while j0 < width:
+        block = (left + j0) // columns
+        j1 = min(width, j0 + TILE, (block + 1) * columns - left)
+        i0 = 0
+        while i0 < height:
+            band = (top + i0) // rows
+            i1 = min(height, i0 + TILE, (band + 1) * rows - top)
+            table = tables[band, block]
             piece = codes[i0:i1, j0:j1]
-            place = out[j0 - left : j1 - left, i0 - top : i1 - top]
+            place = out[j0:j1, i0:i1]
             for j in range(piece.shape[1]):
                 for i in range(piece.shape[0]):
                     place[j, i] = table[piece[i, j]]
@@ -43,12 +44,12 @@ def look_up_turned(codes: Any, tables: Any, top: int, left: int, rows: int, colu
 
 
 @compile_loop
-def turn(matrix: Any, top: int, left: int, out: Any) -> None:
+def turn(matrix: Any, out: Any) -> None:
     height, width = out.shape
     for j0 in range(0, height, TILE):
         for i0 in range(0, width, TILE):
             place = out[j0 : min(height, j0 + TILE), i0 : min(width, i0 + TILE)]
-            piece = matrix[top + i0 : top + i0 + place.shape[1], left + j0 : left + j0 + place.shape[0]]
+            piece = matrix[i0 : i0 + place.shape[1], j0 : j0 + place.shape[0]]
             for j in range(place.shape[0]):
                 for i in range(place.shape[1]):
                     place[j, i] = piece[i, j]

@@ -22,34 +22,42 @@ NAN = np.isnan(CODES)
 
 
 class Blocks:
-    """The values of a matrix's blocks, made once a matrix.  `scales` [ceil(rows/b0), ceil(cols/b1)] float32."""
+    """A matrix's scales, [ceil(rows/b0), ceil(cols/b1)] float32.  Tables are made for the blocks that are asked
+    for, so that small blocks cost no more memory than their values."""
 
     def __init__(self, scales: NDArray[np.float32], block: tuple[int, int], dtype: np.dtype[Any]) -> None:
-        self.block = block
+        self.scales, self.block, self.dtype = scales.astype(np.float32), block, dtype
+
+    def rows(self, codes: NDArray[np.uint8], first: int, out: Array) -> int:
+        """Rows of the matrix from `first` on: codes [R, C] -> bit patterns [R, C].  Returns how many of them are
+        numbers that the output's type cannot hold."""
+        tables, top, _ = self._tables(first, 0, codes.shape)
+        kernels.look_up(codes, tables, top, *self.block, out)
+        return self._lost(codes, tables, top, 0)
+
+    def turned(self, codes: NDArray[np.uint8], top: int, left: int, out: Array) -> int:
+        """A rectangle that begins at (top, left), turned over: codes [R, C] -> bit patterns [C, R].  As `rows`."""
+        tables, top, left = self._tables(top, left, codes.shape)
+        kernels.look_up_turned(codes, tables, top, left, *self.block, out)
+        return self._lost(codes, tables, top, left)
+
+    def _tables(self, top: int, left: int, shape: tuple[int, ...]) -> tuple[Array, int, int]:
+        """[block rows, block columns, 256] bit patterns of the blocks that a rectangle touches, and where in them
+        it begins."""
+        rows, columns = self.block
+        i, j = top // rows, left // columns
+        scales = self.scales[i : -(-(top + shape[0]) // rows), j : -(-(left + shape[1]) // columns)]
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            wide = CODES * scales[:, :, None].astype(np.float32)
-            narrow = wide.astype(dtype)
-        self.overflow: NDArray[np.bool_] | None = None
-        if dtype == np.float16:
-            lost = np.isinf(narrow) & np.isfinite(wide)
-            self.overflow = lost if lost.any() else None
-        self.tables: Array = narrow.view(f"u{dtype.itemsize}")  # [block rows, block columns, 256] bit patterns
+            values = (CODES * scales[:, :, None]).astype(self.dtype)
+        return values.view(f"u{self.dtype.itemsize}"), top - i * rows, left - j * columns
 
-    def rows(self, codes: NDArray[np.uint8], first: int, out: Array) -> None:
-        """Rows of the matrix from `first` on: codes [R, C] -> bit patterns [R, C]."""
-        kernels.look_up(codes, self.tables, first, *self.block, out)
-
-    def turned(self, codes: NDArray[np.uint8], top: int, left: int, out: Array) -> None:
-        """A rectangle of the whole matrix's codes, turned over: out [columns, rows] of bit patterns."""
-        kernels.look_up_turned(codes, self.tables, top, left, *self.block, out)
-
-    def lost(self, codes: NDArray[np.uint8], first: int) -> int:
-        """How many of these rows' values the output type cannot hold."""
-        if self.overflow is None:
+    def _lost(self, codes: NDArray[np.uint8], tables: Array, top: int, left: int) -> int:
+        infinite = np.isinf(tables.view(self.dtype))  # no code is infinite itself
+        if not infinite.any():
             return 0
-        rows = (np.arange(first, first + len(codes)) // self.block[0])[:, None]
-        columns = (np.arange(codes.shape[1]) // self.block[1])[None, :]
-        return int(self.overflow[rows, columns, codes].sum())
+        rows = (np.arange(top, top + len(codes)) // self.block[0])[:, None]
+        columns = (np.arange(left, left + codes.shape[1]) // self.block[1])[None, :]
+        return int(infinite[rows, columns, codes].sum())
 
 
 def count_nan(codes: NDArray[np.uint8]) -> int:

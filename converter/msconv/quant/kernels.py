@@ -31,17 +31,16 @@ class Plain:
     def look_up_turned(
         codes: Array, tables: Array, top: int, left: int, rows: int, columns: int, out: Array
     ) -> None:
-        right, bottom = left + out.shape[0], top + out.shape[1]
-        for j0, j1 in _pieces(left, right, columns):
-            for i0, i1 in _pieces(top, bottom, rows):
-                piece = codes[i0:i1, j0:j1]
+        for j0, j1 in _pieces(left, left + codes.shape[1], columns):
+            for i0, i1 in _pieces(top, top + codes.shape[0], rows):
+                piece = codes[i0 - top : i1 - top, j0 - left : j1 - left]
                 out[j0 - left : j1 - left, i0 - top : i1 - top] = tables[i0 // rows, j0 // columns].take(piece.T)
 
     @staticmethod
-    def turn(matrix: Array, top: int, left: int, out: Array) -> None:
+    def turn(matrix: Array, out: Array) -> None:
         for j0, j1 in _pieces(0, out.shape[0], TILE):
             for i0, i1 in _pieces(0, out.shape[1], TILE):
-                out[j0:j1, i0:i1] = matrix[top + i0 : top + i1, left + j0 : left + j1].T
+                out[j0:j1, i0:i1] = matrix[i0:i1, j0:j1].T
 
 
 def _pieces(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
@@ -58,13 +57,18 @@ def look_up(codes: Array, tables: Array, first: int, rows: int, columns: int, ou
 
 
 def look_up_turned(codes: Array, tables: Array, top: int, left: int, rows: int, columns: int, out: Array) -> None:
-    """out[j, i] = value of codes[top + i, left + j], with its block's table."""
+    """out[j, i] = tables[(top + i) // rows, (left + j) // columns, codes[i, j]]."""
     _kernels().look_up_turned(codes, tables, top, left, rows, columns, out)
 
 
-def turn(matrix: Array, top: int, left: int, out: Array) -> None:
-    """out[j, i] = matrix[top + i, left + j]."""
-    _kernels().turn(matrix, top, left, out)
+def turn(matrix: Array, out: Array) -> None:
+    """out[j, i] = matrix[i, j]."""
+    _kernels().turn(matrix, out)
+
+
+def memory_bytes() -> int:
+    """What the loops take besides their data: numba's compiler, measured."""
+    return 160 << 20 if _kernels() is not Plain else 0
 
 
 _chosen: Any = None

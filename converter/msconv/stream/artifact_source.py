@@ -80,7 +80,7 @@ class ArtifactSource:
                 piece = np.empty((min(step, inner - at), width), rows.dtype)
                 self._read(rank, move, at * width * rows.itemsize, piece.reshape(-1).view(np.uint8).data)
                 place = rows[box.row : box.row + box.rows, box.col + at : box.col + at + len(piece)]
-                turn(piece, 0, move.column, place)
+                turn(piece[:, move.column : move.column + box.rows], place)
 
     def release(self, info: TensorInfo) -> None:
         for move in self.plan.moves[info.name]:

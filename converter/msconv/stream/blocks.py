@@ -18,7 +18,7 @@ from ..layout import dtypes
 from ..layout.cuts import Box, matrix
 from ..layout.plan import Move, Plan
 from ..quant.fp8 import Blocks, count_nan
-from ..quant.kernels import turn
+from ..quant.kernels import memory_bytes, turn
 from .outputs import Outputs
 from .source import Source
 
@@ -27,6 +27,8 @@ NUMPY: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+TABLE_BYTES = 256 * 12  # of a block, while it is made: float32 products and the output's type
+LARGEST = {"float16": "65504", "bfloat16": "3.4e38", "float32": "3.4e38"}
 _ZEROS = bytes(1 << 16)
 
 
@@ -47,14 +49,16 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True)
 class BufferSizes:
-    """Bytes of a worker's buffers: what is read at once, and what is worked on at once."""
+    """Bytes of a worker's buffers: what is read at once, and what is worked on at once.  `loops`: what the loops
+    of dequantising and turning over take besides, once, and `tables` of a worker."""
 
     raw: int
     chunk: int
+    loops: int = 0
+    tables: int = 0
 
-    @property
-    def total(self) -> int:
-        return self.raw + 2 * self.chunk
+    def total(self, jobs: int) -> int:
+        return self.loops + jobs * (self.raw + 2 * self.chunk + self.tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,21 +93,31 @@ class _Target:
         self.written += len(piece)
 
 
-def smallest_buffers(plan: Plan) -> BufferSizes:
-    """What the plan cannot do without: the widest row (or head, where rows change places within it), and the
-    largest unit that is turned over, which is read whole."""
-    chunk = raw = 1
+def buffer_sizes(plan: Plan, least: int = 1) -> BufferSizes:
+    """Chunks of `least` bytes, or what the plan cannot do without: the widest row (or head, where rows change
+    places within it).  The largest unit that is turned over is read whole."""
+    chunk, raw = least, 1
     for unit in plan.units:
         for name in unit:
-            info = plan.sources[name]
-            out = plan.tensors[plan.moves[name][0].tensor]
-            row = matrix(info.shape)[1] * max(dtypes.SIZES[info.dtype], dtypes.SIZES[out.dtype])
-            if plan.moves[name][0].column >= 0:
-                chunk = max(chunk, out.shape[2] * max(dtypes.SIZES[info.dtype], dtypes.SIZES[out.dtype]))
+            info, move = plan.sources[name], plan.moves[name][0]
+            out = plan.tensors[move.tensor]
+            item = max(dtypes.SIZES[info.dtype], dtypes.SIZES[out.dtype])
+            if move.column >= 0:
+                chunk = max(chunk, out.shape[2] * item)
                 raw = max(raw, sum(plan.sources[n].nbytes for n in unit))
             else:
-                chunk = max(chunk, row * _rows_at_once(plan, name))
-    return BufferSizes(max(raw, chunk), chunk)
+                chunk = max(chunk, matrix(info.shape)[1] * item * _rows_at_once(plan, name))
+    looped = plan.scales or any(move.column >= 0 for moves in plan.moves.values() for move in moves)
+    tables = max((_blocks_at_once(plan, name, chunk) for name in plan.scales), default=0) * TABLE_BYTES
+    return BufferSizes(max(raw, chunk), chunk, memory_bytes() if looped else 0, tables)
+
+
+def _blocks_at_once(plan: Plan, name: str, chunk: int) -> int:
+    """How many blocks of a quantised matrix a chunk of values touches: whole rows of it, or whole columns."""
+    shape, block = plan.sources[name].shape, plan.sizes.block
+    along, across = (0, 1) if plan.moves[name][0].column < 0 else (1, 0)
+    deep = min(shape[along], chunk // shape[across])
+    return (deep // block[along] + 2) * (shape[across] // block[across] + 1)
 
 
 def _rows_at_once(plan: Plan, name: str) -> int:
@@ -233,30 +247,36 @@ def _turn_over(
         blocks = scales[name].blocks(tensor.dtype) if name in scales else None
         codes = raw.view(f"u{dtypes.SIZES[info.dtype]}").reshape(info.shape)
         if blocks is not None:
-            _check_codes(name, codes, 0, blocks)
+            _check_codes(name, codes)
         sources.append((codes, blocks))
     height, width = tensor.shape[1], tensor.shape[2]
-    step = max(1, buffers.chunk_bytes // (width * max(out.itemsize, sources[0][0].itemsize)))
+    step = max(1, buffers.chunk_bytes // (width * max(out.itemsize, *(c.itemsize for c, _ in sources))))
     targets = _targets(plan, unit[0], moves[0])
     for target in targets:
         boxes = [plan.boxes(name, move, target.rank)[0] for name, move in zip(unit, moves, strict=True)]
         for first in range(0, height, step):
+            if stopped():
+                raise Stopped
             count = min(step, height - first)
-            item = out.itemsize if sources[0][1] is not None else sources[0][0].itemsize
-            turned = buffers.wide[: count * width * item].view(f"u{item}").reshape(count, width)
-            for move, box, (codes, blocks) in zip(moves, boxes, sources, strict=True):
+            data = buffers.wide[: count * width * out.itemsize]
+            turned = data.view(out).reshape(count, width)
+            for name, move, box, (codes, blocks) in zip(unit, moves, boxes, sources, strict=True):
                 place = turned[:, move.column : move.column + box.rows]
+                left = box.col + first
+                piece = codes[box.row : box.row + box.rows, left : left + count]
+                dtype = plan.sources[name].dtype
                 if blocks is not None:
-                    blocks.turned(codes, box.row, box.col + first, place)
+                    lost = blocks.turned(piece, box.row, left, place.view(f"u{out.itemsize}"))
+                    if lost:
+                        raise _too_large(name, lost, tensor.dtype)
+                elif dtype == tensor.dtype:
+                    turn(piece, place.view(f"u{out.itemsize}"))
                 else:
-                    turn(codes, box.row, box.col + first, place)
-            data = buffers.wide[: count * width * item]
-            if sources[0][1] is None and plan.sources[unit[0]].dtype != tensor.dtype:
-                values = data.view(NUMPY[plan.sources[unit[0]].dtype])
-                data = _cast(values, tensor.dtype, buffers, unit[0])
+                    size = piece.size * piece.itemsize
+                    between = buffers.cut[:size].view(piece.dtype).reshape(count, box.rows)
+                    turn(piece, between)
+                    _cast(between.view(NUMPY[dtype]), place, name)
             target.write(data, outputs)
-        if stopped():
-            raise Stopped
     return digests, targets
 
 
@@ -280,22 +300,22 @@ def _targets(plan: Plan, name: str, move: Move) -> list[_Target]:
     ]
 
 
-def _check_codes(name: str, codes: NDArray[np.uint8], first: int, blocks: Blocks) -> None:
+def _check_codes(name: str, codes: NDArray[np.uint8]) -> None:
     if bad := count_nan(codes):
         raise CheckpointError(
             f"{name}: {bad} of its FP8 codes are no number (0x7f or 0xff).",
             "Download the file that holds it again; a sound checkpoint has none.",
         )
-    if lost := blocks.lost(codes, first):
-        raise _too_large(name, lost)
 
 
 def _dequantise(
     name: str, codes: NDArray[np.uint8], first: int, blocks: Blocks, dtype: str, buffers: Buffers
 ) -> NDArray[np.uint8]:
-    _check_codes(name, codes, first, blocks)
+    _check_codes(name, codes)
     size = codes.size * dtypes.SIZES[dtype]
-    blocks.rows(codes, first, buffers.wide[:size].view(f"u{dtypes.SIZES[dtype]}").reshape(codes.shape))
+    out = buffers.wide[:size].view(f"u{dtypes.SIZES[dtype]}").reshape(codes.shape)
+    if lost := blocks.rows(codes, first, out):
+        raise _too_large(name, lost, dtype)
     return buffers.wide[:size]
 
 
@@ -324,7 +344,9 @@ def _cut(
         np.copyto(out, _ordered(view[top:bottom, first : first + width], target.order))
         return buffers.cut[: size * word]
     wide = block.view(NUMPY[dtype]).reshape(-1, cols)[top:bottom, box.col : box.col + box.cols]
-    return _cast(_ordered(wide, target.order), target.dtype, buffers, name)
+    size = wide.size * dtypes.SIZES[target.dtype]
+    _cast(_ordered(wide, target.order), buffers.cut[:size].view(NUMPY[target.dtype]).reshape(wide.shape), name)
+    return buffers.cut[:size]
 
 
 def _ordered(rows: NDArray[Any], order: NDArray[np.intp] | None) -> NDArray[Any]:
@@ -334,22 +356,18 @@ def _ordered(rows: NDArray[Any], order: NDArray[np.intp] | None) -> NDArray[Any]
     return rows.reshape(-1, len(order), rows.shape[1])[:, order].reshape(rows.shape)
 
 
-def _cast(wide: NDArray[Any], dtype: str, buffers: Buffers, name: str) -> NDArray[np.uint8]:
-    size = wide.size * dtypes.SIZES[dtype]
-    cast = buffers.cut[:size].view(NUMPY[dtype]).reshape(wide.shape)
+def _cast(wide: NDArray[Any], out: NDArray[Any], name: str) -> None:
+    """Raises CheckpointError if float16 cannot hold a number."""
     with np.errstate(over="ignore", invalid="ignore"):
-        np.copyto(cast, wide, casting="unsafe")
-    if dtype == "float16":
-        lost = int(np.isinf(cast).sum()) - int(np.isinf(wide).sum())
-        if lost:
-            raise _too_large(name, lost)
-    return buffers.cut[:size]
+        np.copyto(out, wide, casting="unsafe")
+    if out.dtype == np.float16 and (lost := int(np.isinf(out).sum()) - int(np.isinf(wide).sum())):
+        raise _too_large(name, lost, "float16")
 
 
-def _too_large(name: str, lost: int) -> CheckpointError:
+def _too_large(name: str, lost: int, dtype: str) -> CheckpointError:
     return CheckpointError(
-        f"{name}: {lost} values are beyond float16's range (largest 65504).",
-        "Convert with --dtype bfloat16 or float32.",
+        f"{name}: {lost} values are beyond {dtype}'s range (largest {LARGEST[dtype]}).",
+        "Convert with --dtype bfloat16 or float32." if dtype == "float16" else "Its scales cannot be right.",
     )
 
 

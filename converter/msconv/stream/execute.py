@@ -11,7 +11,7 @@ from msconv_runtime.artifact import TensorEntry, WeightFile, digest_bytes, diges
 from msconv_runtime.errors import ArtifactError, ResourceError
 
 from ..layout.plan import Plan, constant_bytes, file_name
-from .blocks import Buffers, BufferSizes, Moved, Stopped, move_unit, smallest_buffers
+from .blocks import Buffers, BufferSizes, Moved, Stopped, buffer_sizes, move_unit
 from .journal import Journal
 from .outputs import Outputs
 from .source import Source
@@ -28,20 +28,17 @@ Progress = Callable[[int], None]
 def plan_memory(plan: Plan, jobs: int, max_memory: int | None) -> tuple[BufferSizes, int]:
     """(sizes of a worker's buffers, planned peak bytes).  Raises ResourceError if the ceiling is too low."""
     fixed = BASE_BYTES + BYTES_PER_TENSOR * (len(plan.sources) + len(plan.tensors) * plan.mesh.tp)
-    least = smallest_buffers(plan)
-    chunk = max(BLOCK_BYTES, least.chunk)
-    sizes = BufferSizes(max(chunk, least.raw), chunk)
-    if max_memory is not None and fixed + jobs * sizes.total > max_memory:
-        chunk = max(SMALLEST_BLOCK, least.chunk)
-        sizes = BufferSizes(max(chunk, least.raw), chunk)
-        need = fixed + jobs * sizes.total
+    sizes = buffer_sizes(plan, BLOCK_BYTES)
+    if max_memory is not None and fixed + sizes.total(jobs) > max_memory:
+        sizes = buffer_sizes(plan, SMALLEST_BLOCK)
+        need = fixed + sizes.total(jobs)
         if need > max_memory:
             raise ResourceError(
                 f"--max-memory {max_memory:,} bytes is too little: this plan needs at least {need:,} "
                 f"with {jobs} jobs.",
                 f"Try --max-memory {-(-need >> 20)}M" + (" or --jobs 1." if jobs > 1 else "."),
             )
-    return sizes, fixed + jobs * sizes.total
+    return sizes, fixed + sizes.total(jobs)
 
 
 def execute(
