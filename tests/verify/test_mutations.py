@@ -48,7 +48,7 @@ class Remembered:
         key = tuple(map(tuple, sequences))
         if key not in self.known:
             self.known[key] = self.reference.traces(sequences)
-        return self.known[key]
+        return list(self.known[key])  # whoever draws again changes the list
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def own(sound: Path, reference: Remembered, tmp_path: Path, monkeypatch: pytest.
 
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
     monkeypatch.setattr("msconv.verify.prove.Reference", lambda *_: reference)
-    monkeypatch.setattr("msconv.verify.prove.compare", lambda *a, **k: compare(*a, **{"steps": 2, **k}))
+    monkeypatch.setattr("msconv.verify.prove.compare", lambda *a, **k: compare(*a, **{**k, "steps": 2}))
     return lambda: Path(shutil.copytree(sound, tmp_path / "own"))
 
 

@@ -32,6 +32,7 @@ def command(artifact: Path | None, target: str, reference: Path | None, layers: 
     msconv verify artifacts/Qwen3-0.6B-tp1 --reference models/Qwen3-0.6B
     """
     from ..verify.prove import prove
+    from ..verify.reference import ROUTER_TIE
 
     root = find_artifact(artifact)
     with step(f"comparing {root} ({target}) with transformers"):
@@ -63,6 +64,13 @@ def command(artifact: Path | None, target: str, reference: Path | None, layers: 
         say(f"  {phase}: largest logit error {error:.2e}")
     if not proof.ok and as_json:
         raise click.exceptions.Exit(VerificationFailed.exit_code)
+    if not proof.ok and c.ok_but_for_ties:
+        raise VerificationFailed(
+            f"{root}: not proven for {proof.target}: {c.undecided} of {c.rows + c.undecided} rows hang on how a "
+            f"router's tie is broken (scores closer than {ROUTER_TIE:.0e}); only the rest, which agrees, could be "
+            "judged.",
+            "A router whose scores tie so often is most likely damaged: two of its rows may be the same.",
+        )
     if not proof.ok:
         names = ", ".join((proof.missing + proof.unused)[:5])
         raise VerificationFailed(

@@ -45,7 +45,8 @@ class Comparison:
     twice the bound has no argmax to agree on: it is counted in `ties` and left out of `argmax_agreement`.
 
     Rows from the first position on where a router's choice hung on rounding are left out too: `undecided`;
-    `closest_routing` is the closest that was judged.  Sequences are drawn so that there are few or none of them.
+    `closest_routing` is the closest that was judged.  `places` counts tokens likewise, for norms.  Sequences are
+    drawn so that there are few or none of them.
 
     `probes`: largest error of each norm's output, relative to its largest value; `first`: the first that is
     beyond the bound, and so the place where things go apart.  `apart`: between ranks, which must agree.
@@ -63,6 +64,9 @@ class Comparison:
     apart: float = 0.0
     largest_logit: float = 0.0
     undecided: int = 0
+    places: int = 0
+    places_undecided: int = 0
+    layers_only: bool = False
     closest_routing: float = float("inf")
 
     @property
@@ -75,13 +79,29 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        judged = (self.rows > 0 or bool(self.probes)) and self.undecided <= self.rows
+        judged = self.rows > 0 or (self.layers_only and self.places > 0)
+        return judged and not self._mostly_ties and self._agrees
+
+    @property
+    def ok_but_for_ties(self) -> bool:
+        """Nothing that could be judged is wrong, but most could not."""
+        return self._mostly_ties and self._agrees
+
+    @property
+    def _mostly_ties(self) -> bool:
+        return self.undecided > self.rows or self.places_undecided > self.places
+
+    @property
+    def _agrees(self) -> bool:
         right = self.max_abs_logit_error < self.bound and self.argmax_agreement == 1.0
-        return judged and right and not self.first and self.apart < self.bound
+        return right and not self.first and self.apart < self.bound
 
     def add_step(self, step: Seen, traces: list[Trace]) -> None:
         """Compare one call: its norms, in the graph's order, then its logits."""
         judged = [p < traces[i].decided for i, p in step.places]
+        self.places += sum(judged)
+        self.places_undecided += len(judged) - sum(judged)
+        self.layers_only = not step.logits.size
         for name, found in step.probes.items():
             expected = np.stack([traces[i].probes[name][p] for i, p in step.places])
             largest = float(np.abs(expected).max())

@@ -183,6 +183,8 @@ class SourceWeights:
             name = "model.embed_tokens.weight"
         if name in self.checkpoint.tensors:
             return self._one(name)
+        if like is not None and not like.numel():  # no shared experts: an MLP of width 0
+            return torch.empty(like.shape)
         for fused, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
             if like is not None and name.endswith(f"mlp.experts.{fused}"):
                 out = torch.empty(like.shape, dtype=torch.float32)

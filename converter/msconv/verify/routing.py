@@ -22,7 +22,7 @@ def closeness(logits: Any, moe: Moe, bias: Any | None) -> Any:
     scores = grouped.topk(2, -1)[0].sum(-1)
     kept = scores.topk(moe.top_groups, -1)[1]
     best = grouped.gather(1, kept[:, :, None].expand(-1, -1, grouped.shape[2])).reshape(len(choice), -1)
-    return _gap(best, moe.top_k).minimum(_gap(scores, moe.top_groups))
+    return _gap(best, moe.top_k).minimum(_gap(scores, moe.top_groups) / 2)  # a sum moves by two scores
 
 
 def _gap(scores: Any, count: int) -> Any:

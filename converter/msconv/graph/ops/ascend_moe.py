@@ -137,4 +137,4 @@ class Experts(nn.Cell):
         if not self.plain:
             return mint.nan_to_num(y, 0.0, 0.0, 0.0)
         row = ops.arange(0, ops.shape(y)[0]).reshape(-1, 1)
-        return ops.select((row < groups[-1]).broadcast_to(y.shape), y, ops.zeros_like(y))
+        return ops.select((row < groups[self.count - 1 :]).broadcast_to(y.shape), y, ops.zeros_like(y))

@@ -139,6 +139,8 @@ def paged_attention(c: Context, a: Attributes, *inputs: Any) -> torch.Tensor:
         raise ValueError("PagedAttention: scales, alibi and modes are not known here")
     heads, kv_heads, mla_dim = int(heads), int(kv_heads), int(mla_dim)
     page, dim = k_cache.shape[1], k_cache.shape[3]
+    if not 0 <= mla_dim <= dim:
+        raise ValueError(f"PagedAttention: mla_v_dim {mla_dim} of keys that are {dim} wide")
     out, end = [], 0
     for b, (context, nq) in enumerate(zip(_lengths(context_lens), _lengths(q_lens), strict=True)):
         pages = tables[b][: -(-context // page)].long()

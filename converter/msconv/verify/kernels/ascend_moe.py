@@ -87,5 +87,7 @@ def moe_token_unpermute(c: Context, a: Attributes, y: Any, places: Any, weights:
     if padded or to is not None:
         raise ValueError("MoeTokenUnpermute: padding is not known here")
     tokens, count = weights.shape
+    if places.numel() and (int(places.min()) < 0 or int(places.max()) >= len(y)):
+        raise IndexError(f"MoeTokenUnpermute: places {int(places.min())}..{int(places.max())} of {len(y)}")
     rows = y[places.long()].reshape(tokens, count, -1)
     return (wide(rows) * wide(weights)[:, :, None]).sum(1).to(y.dtype)
