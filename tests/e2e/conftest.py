@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 
@@ -44,3 +46,21 @@ def random_checkpoint(zen_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
         if path.name.startswith("tokenizer") or path.suffix == ".jinja":
             shutil.copy(path, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def model(random_checkpoint: Path) -> Any:
+    """transformers' own model of `random_checkpoint`: what the servers are compared with."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)  # threads that wait for each other while a server takes all cores
+    return AutoModelForCausalLM.from_pretrained(random_checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def prompts(model: Any) -> list[list[int]]:
+    """Around the sizes of a page (16) and of the servers' prefill chunk (64)."""
+    rng = np.random.default_rng(1)
+    lengths = (1, 2, 5, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 150, 3, 9)
+    return [rng.integers(0, model.config.vocab_size, n).tolist() for n in lengths]

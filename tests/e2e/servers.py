@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 START_TIMEOUT_S = 240
+NEW_TOKENS = 20
 
 
 @dataclass
@@ -33,6 +35,11 @@ class Server:
     @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """The server's main process and all it started."""
+        main = psutil.Process(self.process.pid)
+        return [main, *main.children(recursive=True)]
 
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 120) -> bytes:
         request = urllib.request.Request(
@@ -48,6 +55,39 @@ class Server:
             self.post("/generate", {"input_ids": ids, "sampling_params": sampling, **more})
         )
         return reply
+
+
+def left_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Which of them still run when the time is over.  Returns at once when none does."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = [p for p in processes if _runs(p)]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def expected(model: Any, ids: list[int], new: int = NEW_TOKENS) -> list[int]:
+    """transformers' greedy continuation."""
+    import torch
+
+    out = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),  # else every pad id in the prompt is hidden
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    found: list[int] = out[0, len(ids) :].tolist()
+    return found
 
 
 @contextmanager

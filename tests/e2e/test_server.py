@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from msconv_runtime.sglang.launch import cpu_environment
-from tests.e2e.servers import Server, run, serving
+from tests.e2e.servers import NEW_TOKENS, Server, expected, run, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 CHUNK = 64
-NEW_TOKENS = 20
 
 
 @pytest.fixture(scope="module")
@@ -31,37 +30,6 @@ def server(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     run("compile", artifact, "--target", "cpu")
     with serving(artifact, work / "server.log", "--chunked-prefill-size", str(CHUNK)) as s:
         yield s
-
-
-@pytest.fixture(scope="module")
-def model(random_checkpoint: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(random_checkpoint, dtype=torch.float32).eval()
-
-
-def expected(model: Any, ids: list[int], new: int = NEW_TOKENS) -> list[int]:
-    """transformers' greedy continuation."""
-    import torch
-
-    out = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),  # else every pad id in the prompt is hidden
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    found: list[int] = out[0, len(ids) :].tolist()
-    return found
-
-
-@pytest.fixture(scope="module")
-def prompts(model: Any) -> list[list[int]]:
-    rng = np.random.default_rng(1)
-    lengths = (1, 2, 5, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 150, 3, 9)
-    return [rng.integers(0, model.config.vocab_size, n).tolist() for n in lengths]
 
 
 def test_the_log_shows_the_slot_and_the_warm_up_before_ready(server: Server) -> None:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifact import Manifest, read_manifest
+from ..artifact import Manifest, Parallel, read_manifest
 from ..errors import EnvironmentProblem, UsageError
 from ..graphs import graphs_of
 from ..weights import check_size, required
@@ -18,7 +18,7 @@ from ..weights import check_size, required
 STANDINS = Path(__file__).with_name("standins")
 CHECK_DIGESTS = "MSCONV_CHECK_DIGESTS"  # "1": the slot compares every digest of its rank before it loads
 PAGE_SIZE = 16
-POOL_BYTES = 4 << 30  # most memory the KV pool takes by default on a CPU
+POOL_BYTES = 4 << 30  # most memory the KV pools of all ranks take by default on a CPU
 POOL_TOKENS = (4096, 131072)  # least and most
 
 
@@ -57,19 +57,52 @@ def plan_launch(root: Path, device: str, host: str, port: int, extra: list[str])
         "--attention-backend": "torch_native",
         "--dtype": "float32",
         "--page-size": str(PAGE_SIZE),
-        "--tp-size": str(manifest.parallel.tp),
+        **parallel_flags(manifest.parallel),
         "--mem-fraction-static": "0.3",
         "--max-total-tokens": str(pool_tokens(root, manifest)),
         "--host": host,
         "--port": str(port),
     }
     given = {a.split("=")[0] for a in extra}
-    aliases = {"--tp-size": {"--tp", "--tensor-parallel-size"}, "--model-path": {"--model"}}
+    aliases = {
+        "--tp-size": {"--tp", "--tensor-parallel-size"},
+        "--ep-size": {"--ep", "--expert-parallel-size"},
+        "--model-path": {"--model"},
+    }
     argv = [sys.executable, "-m", "sglang.launch_server"]
     for name, value in flags.items():
         if not given & {name, *aliases.get(name, set())}:
-            argv += [name, value]
-    return Launch([*argv, *extra], cpu_environment())
+            argv += [name, value] if value else [name]
+    return Launch([*argv, *extra], {**cpu_environment(), **rank_environment(manifest.parallel.tp)})
+
+
+def parallel_flags(parallel: Parallel) -> dict[str, str]:
+    """The layout the artifact was converted for, in SGLang's words.
+
+    Without --sleep-on-idle every rank that waits for a request keeps a core busy.
+    """
+    experts = {"--ep-size": str(parallel.ep)} if parallel.ep > 1 else {}
+    idle = {"--sleep-on-idle": ""} if parallel.tp > 1 else {}
+    return {"--tp-size": str(parallel.tp), **experts, **idle}
+
+
+def rank_environment(tp: int) -> dict[str, str]:
+    """What more than one rank on a CPU needs, unless the user has set it.
+
+    SGLang wants a NUMA node or a list of cores for each rank.  MindSpore says hundreds of times that it waits
+    for the other ranks, as a warning.
+    """
+    if tp == 1:
+        return {}
+    needed = {"SGLANG_CPU_OMP_THREADS_BIND": cores_by_rank(sorted(os.sched_getaffinity(0)), tp), "GLOG_v": "3"}
+    return {name: value for name, value in needed.items() if name not in os.environ}
+
+
+def cores_by_rank(cores: list[int], tp: int) -> str:
+    """Cores in equal shares, `0,1|2,3`: what SGLANG_CPU_OMP_THREADS_BIND takes.  Ranks share if there are more."""
+    share = max(1, len(cores) // tp)
+    begins = [rank * share % (len(cores) // share * share) for rank in range(tp)]
+    return "|".join(",".join(map(str, cores[begin : begin + share])) for begin in begins)
 
 
 def pool_tokens(root: Path, manifest: Manifest) -> int:
@@ -77,13 +110,21 @@ def pool_tokens(root: Path, manifest: Manifest) -> int:
     caches = [i for i in manifest.graphs_for("cpu")[0].inputs if "_cache." in i.name]
     per_token = 4 * sum((i.shape[2] or 1) * (i.shape[3] or 1) for i in caches)
     least, most = POOL_TOKENS
-    return max(least, min(most, POOL_BYTES // max(1, per_token))) // PAGE_SIZE * PAGE_SIZE
+    return max(least, min(most, POOL_BYTES // max(1, manifest.parallel.tp * per_token))) // PAGE_SIZE * PAGE_SIZE
 
 
 def cpu_environment() -> dict[str, str]:
-    """SGLang's CPU switch, no hub, and stand-ins for packages that have no CPU build and are not there."""
+    """SGLang's CPU switch, no hub, and stand-ins for packages that have no CPU build and are not there.
+
+    Without the coredump switch a server that lost a process waits 60 s for CUDA before it ends.
+    """
     roots = [str(STANDINS / f"for_{name}") for name in ("torchvision", "sgl_kernel") if not _imports(name)]
-    environment = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    environment = {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
     if roots:
         before = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
         environment["PYTHONPATH"] = os.pathsep.join([*roots, *(p for p in before if p not in roots)])

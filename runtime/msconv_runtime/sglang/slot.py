@@ -22,6 +22,7 @@ from ..artifact import Manifest, is_artifact, read_manifest
 from ..errors import ArtifactError, EnvironmentProblem
 from ..graphs import Graphs
 from . import cpu
+from .collectives import create_groups
 from .launch import CHECK_DIGESTS
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class ArtifactModel(nn.Cell):
         self.num_layers = config.num_hidden_layers
         config.param_dtype = mindspore.float32
         self.rank = check_parallel(self.manifest, root)
+        create_groups(root, self.manifest, "cpu", get_parallel().tp_group)
         self.caches: list[Any] = []
 
     def load_weights(self, weights: Any) -> None:
@@ -99,11 +101,13 @@ class ArtifactModel(nn.Cell):
         return torch.from_numpy(self.graphs.decode(batch, self.caches).asnumpy())
 
     def _map_pool(self) -> list[Any]:
-        """SGLang's KV pool as graph inputs, k0 v0 k1 v1 ...: the same memory as [pages, page, K, D]."""
+        """SGLang's KV pool as graph inputs: the same memory as [pages, page, K, D].  Two a layer, k0 v0 k1 v1 ...,
+        or one where both come from the same latent."""
         pool = get_token_to_kv_pool()
+        getters = [pool.get_key_buffer, pool.get_value_buffer][: self.graphs.num_caches // self.num_layers]
         caches = []
         for layer in range(self.num_layers):
-            for buffer in (pool.get_key_buffer(layer), pool.get_value_buffer(layer)):
+            for buffer in (get(layer) for get in getters):
                 if not buffer.is_contiguous():
                     raise EnvironmentProblem("SGLang's KV pool is not contiguous: it cannot be shared.")
                 paged = buffer if buffer.ndim == 4 else buffer.view(-1, pool.page_size, *buffer.shape[1:])
@@ -119,18 +123,22 @@ class ArtifactModel(nn.Cell):
 
 def check_parallel(manifest: Manifest, root: Path) -> int:
     """This process's rank.  Raises EnvironmentProblem if the server's layout is not the artifact's."""
-    parallel = get_parallel()
-    tp = manifest.parallel.tp
-    if parallel.tp_size != tp:
+    server, wanted = get_parallel(), manifest.parallel
+    layout = {
+        "--tp-size": (server.tp_size, wanted.tp),
+        "--ep-size": (server.moe_ep_size, wanted.ep),
+        "--pp-size": (server.pp_size, 1),
+        "--moe-dp-size": (server.moe_dp_size, 1),
+        "data-parallel attention": (server.attn_dp_size, 1),
+        "context-parallel attention": (server.attn_cp_size, 1),
+    }
+    wrong = [f"{name} {found}, not {right}" for name, (found, right) in layout.items() if found != right]
+    if wrong:
         raise EnvironmentProblem(
-            f"{root}: was converted for tp {tp}, the server runs tp {parallel.tp_size}.",
-            f"Start it with --tp-size {tp} (`msconv serve` does), or convert with --tp {parallel.tp_size}.",
+            f"{root}: was converted for tp {wanted.tp}, ep {wanted.ep}; the server runs {'; '.join(wrong)}.",
+            "`msconv serve` gives the right flags; `msconv reshard` makes an artifact for another layout.",
         )
-    if tp > 1:
-        raise EnvironmentProblem(
-            f"{root}: serving tp {tp} is not there yet: the slot starts one rank.", "Convert with --tp 1."
-        )
-    return int(parallel.tp_rank)
+    return int(server.tp_rank)
 
 
 EntryClass = [MindSporeForCausalLM]

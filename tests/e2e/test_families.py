@@ -1,0 +1,93 @@
+"""Every family in the real SGLang server, one rank and two, against transformers' greedy tokens."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import Stored, read_checkpoint, write_safetensors
+from tests.e2e.servers import expected, run, serving
+from tests.moe_checkpoints import add_mtp, dequantise, make_deepseek_v3, make_qwen3_moe, quantise_fp8
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+
+NEW_TOKENS = 12
+CHUNK = 32
+
+
+def widened(fp8: Path, directory: Path) -> Path:
+    """An FP8 checkpoint as bfloat16: what transformers can load here."""
+    directory.mkdir()
+    config = json.loads((fp8 / "config.json").read_text())
+    block = config.pop("quantization_config")["weight_block_size"]
+    (directory / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    tensors = read_checkpoint(fp8)
+    after = f"model.layers.{config['num_hidden_layers']}."
+    plain: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_scale_inv") or name.startswith(after):
+            continue
+        if tensor.code == "F8_E4M3":
+            values = dequantise(tensor.bits, tensors[name + "_scale_inv"].bits, tuple(block))
+            tensor = Stored("F32", round_to_bfloat16(values).view(np.uint32))
+        plain[name] = tensor
+    write_safetensors(directory / "model.safetensors", plain)
+    return directory
+
+
+def round_to_bfloat16(values: Any) -> Any:
+    """float32 values that bfloat16 holds, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+SERVED = [
+    ("qwen3_moe", 1, 1),
+    ("deepseek_v3", 1, 1),
+    ("deepseek_v3 FP8", 1, 1),
+    ("qwen3_moe", 2, 1),
+    ("qwen3_moe", 2, 2),
+    ("deepseek_v3", 2, 2),
+]
+
+
+@pytest.mark.parametrize(("kind", "tp", "ep"), SERVED)
+def test_a_server_gives_transformers_tokens(kind: str, tp: int, ep: int, tmp_path: Path) -> None:
+    """Eight prompts at once and one after another, one longer than a chunk, one with a cached prefix."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = reference = tmp_path / "model"
+    if kind == "qwen3_moe":
+        make_qwen3_moe(source)
+    elif kind == "deepseek_v3":
+        make_deepseek_v3(source)
+    else:
+        source = quantise_fp8(add_mtp(make_deepseek_v3(source, "bfloat16")), tmp_path / "fp8", shards=3)
+        reference = widened(source, tmp_path / "wide")
+    torch.set_num_threads(1)
+    model: Any = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, model.config.vocab_size, n).tolist() for n in (1, 5, 16, 17, 33, 3, 70, 9)]
+    wanted = [expected(model, ids, NEW_TOKENS) for ids in prompts]
+    artifact = tmp_path / "artifact"
+    run("convert", "--model", source, "--tp", tp, "--ep", ep, "--output", artifact)
+    run("compile", artifact, "--target", "cpu")
+    flags = ("--chunked-prefill-size", str(CHUNK), "--skip-tokenizer-init")
+    with serving(artifact, tmp_path / "server.log", *flags) as server:
+
+        def answer(ids: list[int]) -> list[int]:
+            found: list[int] = server.generate(ids, NEW_TOKENS)["output_ids"]
+            return found
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            assert list(pool.map(answer, prompts)) == wanted
+        assert [answer(ids) for ids in prompts] == wanted
+        again = server.generate(prompts[6], NEW_TOKENS)
+        assert again["meta_info"]["cached_tokens"] > 0
+        assert again["output_ids"] == wanted[6]
