@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "Serve an artifact with SGLang.",
     "reshard": "Write an artifact for another number of ranks, without the source checkpoint.",
     "inspect": "Show what an artifact holds; --check reads every byte.",
+    "doctor": "Say what this machine can do, what is missing, and whether an artifact can be served here.",
 }
 
 

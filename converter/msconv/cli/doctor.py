@@ -1,0 +1,78 @@
+"""`msconv doctor`: whether this machine can convert, compile, verify and serve, and what to do if not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from msconv_runtime.artifact import is_artifact, read_manifest
+from msconv_runtime.doctor import Machine, Report, examine
+from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
+
+from .console import ARTIFACTS, artifact_argument, emit, json_option, say
+
+WORDS = {"serve_cpu": "serve on a CPU", "serve_npu": "serve on an NPU"}
+COLOURS = {"ok": "green", "untested": "yellow", "missing": "yellow", "wrong": "red"}
+
+
+@click.command("doctor")
+@artifact_argument
+@json_option
+def command(artifact: Path | None, as_json: bool) -> None:
+    """Say what this machine can do, what is missing, and whether ARTIFACT can be served here.
+
+    Imports neither MindSpore nor torch.  Exit 0 if all is fine for converting (a machine without NPU is) and
+    for serving ARTIFACT on the CPU, 4 if not.
+
+    \b
+    msconv doctor
+    msconv doctor artifacts/Qwen3-8B-tp4
+    """
+    if artifact is not None and not is_artifact(artifact):
+        try:
+            read_manifest(artifact)
+        except ArtifactError as e:
+            raise UsageError(e.message, e.hint) from None
+    machine = Machine(output=artifact or ARTIFACTS)
+    report = examine(machine, artifact)
+    if as_json:
+        emit(
+            {
+                "ok": not report.blockers,
+                "python": machine.python,
+                "findings": [
+                    {"name": f.name, "state": f.state, "found": f.found, "needed": f.needed, "hint": f.hint}
+                    for f in report.findings
+                ],
+                "can": report.can,
+                "artifact": report.artifact,
+            }
+        )
+        if report.blockers:
+            raise click.exceptions.Exit(EnvironmentProblem.exit_code)
+    else:
+        click.echo(describe(report))
+    if blockers := report.blockers:
+        names = ", ".join(dict.fromkeys(f.name for f in blockers))
+        raise EnvironmentProblem(f"This is in the way: {names}.", blockers[0].hint)
+    if artifact is None:
+        say("Next: msconv convert --model <dir> --tp N")
+    elif report.artifact and report.artifact["proven"].get("cpu"):
+        say(f"Next: msconv serve {artifact}")
+    else:
+        say(f"Next: msconv verify {artifact}")
+
+
+def describe(report: Report) -> str:
+    """A line a finding, state first; then what can be done."""
+    width = max(len(f.name) for f in report.findings)
+    lines = []
+    for f in report.findings:
+        line = f"{click.style(f'{f.state:8}', fg=COLOURS[f.state])}  {f.name:{width}}  {f.found}"
+        if f.state != "ok":
+            line += f"; needed: {f.needed}; {f.hint}"
+        lines.append(line.replace("\n", " ").encode(errors="backslashreplace").decode())
+    for ability, can in report.can.items():
+        lines.append(f"{'can' if can else 'cannot':8}  {WORDS.get(ability, ability)}")
+    return "\n".join(lines)
