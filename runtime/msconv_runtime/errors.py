@@ -13,6 +13,8 @@ class MsconvError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(hint)  # tracebacks in a server's log show it
 
 
 class UsageError(MsconvError):
