@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact import Graph, Manifest, Phase, digest_bytes
-from .errors import ArtifactError
+from .errors import ArtifactError, EnvironmentProblem
 from .integrity import check_artifact
-from .paging import Batch
+from .paging import Batch, Sequences
 from .weights import LoadMode, RankWeights, check_size
 
 TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other
@@ -73,6 +73,7 @@ class Graphs:
         self.manifest, self.target = manifest, target
         self.entries = {g.phase: g for g in graphs_of(root, manifest, target)}
         self.tensors = load_weights(root, manifest, target, rank, mode, check)
+        self._compiles_at_ready = 0
         self.cells = {phase: _bind(root, g, self.tensors) for phase, g in self.entries.items()}
 
     @property
@@ -102,18 +103,34 @@ class Graphs:
         assert out is not None
         return out
 
-    def warm_up(self, page: int = 16) -> None:
-        """Run both phases once on a cache of their own: later calls of any shape compile nothing."""
+    @property
+    def compiles(self) -> int:
+        """How often MindSpore has compiled a graph of ours: once a phase."""
+        return sum(len(cell.compile_cache) for cell in self.cells.values())
+
+    @property
+    def compiles_since_ready(self) -> int:
+        return self.compiles - self._compiles_at_ready
+
+    def warm_up(self, page: int = 16, strict: bool = False) -> None:
+        """Run both phases on a cache of their own.  Later calls of any shape compile nothing: `strict` tries other
+        shapes too and raises EnvironmentProblem if that compiles."""
         from mindspore import Tensor
 
-        shape = [2, page, *(n or 1 for n in self.cache_shape[2:])]
+        shape = [4, page, *(n or 1 for n in self.cache_shape[2:])]
         caches = [Tensor.from_numpy(np.zeros(shape, np.float32)) for _ in range(self.num_caches)]
-        table = np.array([[1]], np.int32)
-        one = np.array([1], np.int32)
-        zero = np.array([0], np.int32)
-        batch = Batch(zero, zero, np.array([page], np.int32), table, one, one)
-        self.prefill(batch, caches)
-        self.decode(batch, caches).asnumpy()
+        for lengths in ([1], [page + 1, 2]) if strict else ([1],):
+            sequences = Sequences(len(lengths), page)
+            self.prefill(sequences.advance([[0] * n for n in lengths]), caches)
+            self.decode(sequences.advance([[0] for _ in lengths]), caches).asnumpy()
+            if self._compiles_at_ready and self.compiles_since_ready:
+                tested = ", ".join(v + "x" for v in TESTED_MINDSPORE)
+                raise EnvironmentProblem(
+                    f"MindSpore compiled {self.compiles_since_ready} times more for a batch of another shape: "
+                    "requests would wait for it.",
+                    f"Compile again with one of mindspore {tested}, or start with --no-strict-aot.",
+                )
+            self._compiles_at_ready = self.compiles
 
     def _call(self, phase: Phase, batch: Batch, caches: Sequence[Any]) -> Any:
         from mindspore import Tensor

@@ -10,7 +10,7 @@ import click
 
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.integrity import check_graphs
-from msconv_runtime.sglang.launch import CHECK_DIGESTS, plan_launch
+from msconv_runtime.sglang.launch import CHECK_DIGESTS, STRICT_AOT, plan_launch
 
 from .console import artifact_argument, emit, find_artifact, json_option, say
 
@@ -21,6 +21,12 @@ from .console import artifact_argument, emit, find_artifact, json_option, say
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=30000, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--check-digests", is_flag=True, help="Compare every byte with the manifest before loading.")
+@click.option(
+    "--strict-aot/--no-strict-aot",
+    default=True,
+    show_default=True,
+    help="Refuse to start if batches of other shapes would be compiled for.",
+)
 @click.option("--print-command", is_flag=True, help="Only print the command; start nothing.")
 @click.argument("sglang_args", nargs=-1, type=click.UNPROCESSED)
 @json_option
@@ -30,6 +36,7 @@ def command(
     host: str,
     port: int,
     check_digests: bool,
+    strict_aot: bool,
     print_command: bool,
     sglang_args: tuple[str, ...],
     as_json: bool,
@@ -51,6 +58,8 @@ def command(
     launch = plan_launch(root, device, host, port, extra)
     if check_digests:
         launch.environment[CHECK_DIGESTS] = "1"
+    if not strict_aot:
+        launch.environment[STRICT_AOT] = "0"
     if as_json:
         emit({"argv": launch.argv, "environment": launch.environment})
     if print_command:

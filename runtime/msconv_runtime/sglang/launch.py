@@ -16,6 +16,7 @@ from ..graphs import graphs_of
 from ..weights import check_size, required
 
 STANDINS = Path(__file__).with_name("standins")
+STRICT_AOT = "MSCONV_STRICT_AOT"  # "0": a start that would compile for other shapes goes on all the same
 CHECK_DIGESTS = "MSCONV_CHECK_DIGESTS"  # "1": the slot compares every digest of its rank before it loads
 PAGE_SIZE = 16
 POOL_BYTES = 4 << 30  # most memory the KV pools of all ranks take by default on a CPU
@@ -129,6 +130,16 @@ def cpu_environment() -> dict[str, str]:
         before = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
         environment["PYTHONPATH"] = os.pathsep.join([*roots, *(p for p in before if p not in roots)])
     return environment
+
+
+def use_cpu(tp: int = 1) -> None:
+    """Make this process, and what it starts, fit for SGLang on a CPU: what `msconv serve` sets for a server.  Call
+    it before sglang is imported."""
+    environment = {**cpu_environment(), **rank_environment(tp)}
+    for path in reversed(environment.get("PYTHONPATH", "").split(os.pathsep)):
+        if path.startswith(str(STANDINS)) and path not in sys.path:
+            sys.path.insert(0, path)
+    os.environ.update(environment)
 
 
 def _imports(name: str) -> bool:

@@ -23,7 +23,7 @@ from ..errors import ArtifactError, EnvironmentProblem
 from ..graphs import Graphs
 from . import cpu
 from .collectives import create_groups
-from .launch import CHECK_DIGESTS
+from .launch import CHECK_DIGESTS, STRICT_AOT
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,11 @@ class ArtifactModel(nn.Cell):
         check = os.environ.get(CHECK_DIGESTS, "") == "1"
         self.graphs = Graphs(self.root, self.manifest, "cpu", self.rank, check=check)
         loaded = time.monotonic()
-        self.graphs.warm_up()
+        self.graphs.warm_up(strict=os.environ.get(STRICT_AOT, "1") != "0")
+        self.compiles = 0
         logger.info(
-            "msconv: rank %d of %s: %d tensors bound in %.2f s, prefill and decode warmed up in %.2f s",
+            "msconv: rank %d of %s: %d tensors bound in %.2f s, prefill and decode warmed up in %.2f s; compiles "
+            "since ready are counted from here",
             self.rank,
             self.root,
             len(self.graphs.tensors),
@@ -97,8 +99,13 @@ class ArtifactModel(nn.Cell):
             self.caches = self._map_pool()
         batch = cpu.batch_of(input_ids, positions, forward_batch)
         if forward_batch.forward_mode.is_extend():
-            return torch.from_numpy(self.graphs.prefill(batch, self.caches))
-        return torch.from_numpy(self.graphs.decode(batch, self.caches).asnumpy())
+            logits = self.graphs.prefill(batch, self.caches)
+        else:
+            logits = self.graphs.decode(batch, self.caches).asnumpy()
+        if self.graphs.compiles_since_ready > self.compiles:
+            self.compiles = self.graphs.compiles_since_ready
+            logger.warning("msconv: compiles since ready: %d: a request waited for it", self.compiles)
+        return torch.from_numpy(logits)
 
     def _map_pool(self) -> list[Any]:
         """SGLang's KV pool as graph inputs: the same memory as [pages, page, K, D].  Two a layer, k0 v0 k1 v1 ...,
