@@ -42,4 +42,6 @@ def test_the_readme_example_runs_as_written(zen_checkpoint: Path, tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(zen_checkpoint)
     model = AutoModelForCausalLM.from_pretrained(zen_checkpoint, dtype=torch.float32).eval()
     wanted = tokenizer.decode(expected(model, tokenizer("Beautiful is")["input_ids"], 8))
-    assert wanted.split("\n")[0] in done.stdout
+    answer = done.stdout.splitlines()[-1]  # it ends where the model ends it
+    assert len(answer) > 10
+    assert wanted.startswith(answer)
