@@ -17,6 +17,8 @@ import click
 from msconv_runtime.artifact import is_artifact
 from msconv_runtime.errors import MsconvError, UsageError
 
+from ..layout.dtypes import WEIGHT_DTYPES
+
 ARTIFACTS = Path("artifacts")
 INTERRUPTED = 130
 
@@ -123,6 +125,19 @@ class Size(click.ParamType[int]):
         if not 0 < number * scale < 1 << 60:
             self.fail(f"{value!r} is out of range.", param, ctx)
         return int(number * scale)
+
+
+tp_option = click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
+ep_option = click.option(
+    "--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks."
+)
+dtype_option = click.option(
+    "--dtype", type=click.Choice(WEIGHT_DTYPES), help="Element type.  [default: the checkpoint's]"
+)
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]"
+)
+memory_option = click.option("--max-memory", type=Size(), help="Ceiling on memory, for example 512M.")
 
 
 def find_artifact(given: Path | None) -> Path:

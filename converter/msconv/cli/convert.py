@@ -8,19 +8,29 @@ from pathlib import Path
 import click
 
 from ..convert import Conversion, Converted
-from ..layout.dtypes import WEIGHT_DTYPES
 from ..layout.memory import kv_bytes_per_token
-from .console import Size, byte_progress, emit, human, json_option, say
+from .console import (
+    byte_progress,
+    dtype_option,
+    emit,
+    ep_option,
+    human,
+    jobs_option,
+    json_option,
+    memory_option,
+    say,
+    tp_option,
+)
 
 
 @click.command("convert")
 @click.option("--model", required=True, metavar="REF", help="Directory of the checkpoint.")
-@click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
-@click.option("--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks.")
-@click.option("--dtype", type=click.Choice(WEIGHT_DTYPES), help="Element type.  [default: the checkpoint's]")
+@tp_option
+@ep_option
+@dtype_option
 @click.option("--output", type=click.Path(path_type=Path), help="[default: artifacts/<model>-tp<N>]")
-@click.option("--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]")
-@click.option("--max-memory", type=Size(), help="Ceiling on memory, for example 512M.")
+@jobs_option
+@memory_option
 @click.option("--dry-run", is_flag=True, help="Only say what it would do; reads headers, writes nothing.")
 @click.option("--force", is_flag=True, help="Start over; replaces what is in the output directory.")
 @json_option
@@ -36,13 +46,14 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Convert a checkpoint: reshard it for tensor parallelism into an artifact.
+    """Convert a checkpoint: reshard it for tensor and expert parallelism into an artifact.
 
     Run again after a crash: it resumes, and the result is the same to the byte.
 
     \b
     msconv convert --model models/Qwen3-8B --tp 4
     msconv convert --model models/Qwen3-8B --tp 8 --dtype float16 --output out
+    msconv convert --model models/DeepSeek-V3 --tp 16 --ep 16
     """
     from .. import convert
 

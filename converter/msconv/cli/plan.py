@@ -7,19 +7,29 @@ from pathlib import Path
 
 import click
 
-from ..layout.dtypes import WEIGHT_DTYPES
 from ..layout.memory import RESERVED
-from .console import Size, emit, human, json_option, say
+from .console import (
+    Size,
+    dtype_option,
+    emit,
+    ep_option,
+    human,
+    jobs_option,
+    json_option,
+    memory_option,
+    say,
+    tp_option,
+)
 
 
 @click.command("plan")
 @click.option("--model", required=True, metavar="REF", help="Directory of the checkpoint; config.json is enough.")
-@click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
-@click.option("--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks.")
-@click.option("--dtype", type=click.Choice(WEIGHT_DTYPES), help="Element type.  [default: the checkpoint's]")
+@tp_option
+@ep_option
+@dtype_option
 @click.option("--output", type=click.Path(path_type=Path), help="Where it would be written: that disk is tried.")
-@click.option("--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]")
-@click.option("--max-memory", type=Size(), help="Ceiling on memory, for example 512M.")
+@jobs_option
+@memory_option
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(1), help="Tokens a sequence.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Sequences at once.")
 @click.option("--device-memory", type=Size(), help="Memory of one device, for example 64G.")

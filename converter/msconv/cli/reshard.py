@@ -7,17 +7,17 @@ from pathlib import Path
 
 import click
 
-from .console import Size, byte_progress, json_option, say
+from .console import byte_progress, ep_option, jobs_option, json_option, memory_option, say, tp_option
 from .convert import print_done, print_plan
 
 
 @click.command("reshard")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
-@click.option("--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks.")
+@tp_option
+@ep_option
 @click.option("--output", type=click.Path(path_type=Path), help="[default: artifacts/<model>-tp<N>]")
-@click.option("--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]")
-@click.option("--max-memory", type=Size(), help="Ceiling on memory, for example 512M.")
+@jobs_option
+@memory_option
 @click.option("--force", is_flag=True, help="Start over; replaces what is in the output directory.")
 @json_option
 def command(

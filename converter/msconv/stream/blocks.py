@@ -124,20 +124,25 @@ def _rows_at_once(plan: Plan, name: str) -> int:
     return max((len(o) for m in plan.moves[name] if (o := plan.row_order(m)) is not None), default=1)
 
 
-def move_unit(
-    plan: Plan,
-    unit: tuple[str, ...],
-    source: Source,
-    outputs: Outputs,
-    buffers: Buffers,
-    advance: Callable[[int], None],
-    stopped: Callable[[], bool],
-) -> list[Moved]:
-    """Bring the sources of a unit to all their places.  `advance(bytes read)` after each block."""
+@dataclass(frozen=True)
+class Work:
+    """What one worker has: `advance(bytes read)` after each block, `stopped()` before the next."""
+
+    plan: Plan
+    source: Source
+    outputs: Outputs
+    buffers: Buffers
+    advance: Callable[[int], None]
+    stopped: Callable[[], bool]
+
+
+def move_unit(work: Work, unit: tuple[str, ...]) -> list[Moved]:
+    """Bring the sources of a unit to all their places."""
+    plan, source = work.plan, work.source
     scales = {n: _read_scales(plan, n, source) for n in unit if n in plan.scales}
     turned = plan.moves[unit[0]][0].column >= 0
     move = _turn_over if turned else _move_rows
-    digests, targets = move(plan, unit, scales, source, outputs, buffers, advance, stopped)
+    digests, targets = move(work, unit, scales)
     parts: dict[tuple[int, int, int], str] = {}
     for target in targets:
         pad_hash(target.hash, target.nbytes - target.written)
@@ -148,7 +153,7 @@ def move_unit(
         moved.append(Moved(name, digests[name], parts if name == unit[0] else {}))
         if name in scales:
             moved.append(Moved(plan.scales[name], scales[name].digest, {}))
-            advance(plan.sources[plan.scales[name]].nbytes)
+            work.advance(plan.sources[plan.scales[name]].nbytes)
     return moved
 
 
@@ -179,16 +184,10 @@ def _read_scales(plan: Plan, name: str, source: Source) -> _Scales:
 
 
 def _move_rows(
-    plan: Plan,
-    unit: tuple[str, ...],
-    scales: dict[str, _Scales],
-    source: Source,
-    outputs: Outputs,
-    buffers: Buffers,
-    advance: Callable[[int], None],
-    stopped: Callable[[], bool],
+    work: Work, unit: tuple[str, ...], scales: dict[str, _Scales]
 ) -> tuple[dict[str, str], list[_Target]]:
     """A block of rows is read once, cut for every rank, cast, hashed and written."""
+    plan, source, outputs, buffers = work.plan, work.source, work.outputs, work.buffers
     (name,) = unit
     info = plan.sources[name]
     rows, cols = matrix(info.shape)
@@ -201,7 +200,7 @@ def _move_rows(
     blocks = scales[name].blocks(out) if name in scales else None
     digest = xxhash.xxh3_128()
     for row in range(0, rows if pitch else 0, step):
-        if stopped():
+        if work.stopped():
             raise Stopped
         count = min(step, rows - row)
         raw = buffers.raw[: count * pitch]
@@ -216,21 +215,15 @@ def _move_rows(
                 if top < bottom:
                     piece = _cut(block, dtype, cols, top - row, bottom - row, box, target, buffers, name)
                     target.write(piece, outputs)
-        advance(len(raw))
+        work.advance(len(raw))
     return {name: "xxh3:" + digest.hexdigest()}, targets
 
 
 def _turn_over(
-    plan: Plan,
-    unit: tuple[str, ...],
-    scales: dict[str, _Scales],
-    source: Source,
-    outputs: Outputs,
-    buffers: Buffers,
-    advance: Callable[[int], None],
-    stopped: Callable[[], bool],
+    work: Work, unit: tuple[str, ...], scales: dict[str, _Scales]
 ) -> tuple[dict[str, str], list[_Target]]:
     """One expert's matrices are read whole and written turned over, side by side: [in, out]."""
+    plan, source, outputs, buffers = work.plan, work.source, work.outputs, work.buffers
     sources: list[tuple[NDArray[Any], Blocks | None]] = []
     digests: dict[str, str] = {}
     moves = [plan.moves[name][0] for name in unit]
@@ -242,7 +235,7 @@ def _turn_over(
         raw = buffers.raw[begin : begin + info.nbytes]
         begin += info.nbytes
         source.read(info, 0, raw.data)
-        advance(len(raw))
+        work.advance(len(raw))
         digests[name] = "xxh3:" + xxhash.xxh3_128_hexdigest(raw.data)
         blocks = scales[name].blocks(tensor.dtype) if name in scales else None
         codes = raw.view(f"u{dtypes.SIZES[info.dtype]}").reshape(info.shape)
@@ -255,7 +248,7 @@ def _turn_over(
     for target in targets:
         boxes = [plan.boxes(name, move, target.rank)[0] for name, move in zip(unit, moves, strict=True)]
         for first in range(0, height, step):
-            if stopped():
+            if work.stopped():
                 raise Stopped
             count = min(step, height - first)
             data = buffers.wide[: count * width * out.itemsize]

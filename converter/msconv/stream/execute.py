@@ -11,7 +11,7 @@ from msconv_runtime.artifact import TensorEntry, WeightFile, digest_bytes, diges
 from msconv_runtime.errors import ArtifactError, ResourceError
 
 from ..layout.plan import Plan, constant_bytes, file_name
-from .blocks import Buffers, BufferSizes, Moved, Stopped, buffer_sizes, move_unit
+from .blocks import Buffers, BufferSizes, Moved, Stopped, Work, buffer_sizes, move_unit
 from .journal import Journal
 from .outputs import Outputs
 from .source import Source
@@ -92,9 +92,9 @@ def _run(
 
     def work() -> None:
         try:
-            own = Buffers(buffers)
+            own = Work(plan, source, outputs, Buffers(buffers), progress, stop.is_set)
             while (unit := units.get()) is not None and not stop.is_set():
-                results.put(move_unit(plan, unit, source, outputs, own, progress, stop.is_set))
+                results.put(move_unit(own, unit))
             results.put(None)
         except Stopped:
             results.put(None)

@@ -35,15 +35,7 @@ class AscendOps(Ops):
     dtype_name = "bfloat16"
 
     def inputs(self) -> list[GraphInput]:
-        return [
-            GraphInput("input_ids", "int32", [None]),
-            GraphInput("positions", "int32", [None]),
-            GraphInput("slots", "int32", [None]),
-            GraphInput("block_tables", "int32", [None, None]),
-            GraphInput("context_lens", "int32", [None]),
-            GraphInput("q_lens", "int32", [None]),
-            GraphInput("attention_mask", self.dtype_name, [None, None]),
-        ]
+        return [*super().inputs(), GraphInput("attention_mask", self.dtype_name, [None, None])]
 
     def begin(self) -> nn.Cell:
         return Begin(self.local, self.dtype)

@@ -26,9 +26,11 @@ class Ops(ABC):
         some = local.mesh.ep > 1  # one parameter for all layers
         self.expert_start = parameter("expert_start", (1,), ms.int32) if some else None
 
-    @abstractmethod
     def inputs(self) -> list[GraphInput]:
-        """Graph inputs before the caches, in call order.  The first is input_ids [T]."""
+        """Graph inputs before the caches, in call order: those of msconv_runtime.paging.Batch."""
+        tokens = [GraphInput(name, "int32", [None]) for name in ("input_ids", "positions", "slots")]
+        tables = GraphInput("block_tables", "int32", [None, None])
+        return [*tokens, tables, *(GraphInput(name, "int32", [None]) for name in ("context_lens", "q_lens"))]
 
     @abstractmethod
     def begin(self) -> nn.Cell:

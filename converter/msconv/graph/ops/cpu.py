@@ -12,8 +12,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from msconv_runtime.artifact import GraphInput
-
 from ..parameters import parameter
 from ..rope import frequencies
 from ..spec import Local
@@ -26,16 +24,6 @@ HIDDEN_SCORE = -1e30  # finite: a row of padding must not become NaN
 
 class CpuOps(Ops):
     dtype = ms.float32
-
-    def inputs(self) -> list[GraphInput]:
-        return [
-            GraphInput("input_ids", "int32", [None]),
-            GraphInput("positions", "int32", [None]),
-            GraphInput("slots", "int32", [None]),
-            GraphInput("block_tables", "int32", [None, None]),
-            GraphInput("context_lens", "int32", [None]),
-            GraphInput("q_lens", "int32", [None]),
-        ]
 
     def begin(self) -> nn.Cell:
         return BeginDecode(self.local) if self.local.phase == "decode" else BeginPrefill(self.local)
