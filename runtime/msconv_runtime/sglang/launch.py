@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..artifact import Manifest, Parallel, read_manifest
-from ..errors import EnvironmentProblem, UsageError
-from ..graphs import graphs_of
-from ..weights import check_size, required
+from ..errors import ArtifactError, EnvironmentProblem, UsageError
 
 STANDINS = Path(__file__).with_name("standins")
 STRICT_AOT = "MSCONV_STRICT_AOT"  # "0": a start that would compile for other shapes goes on all the same
 CHECK_DIGESTS = "MSCONV_CHECK_DIGESTS"  # "1": the slot compares every digest of its rank before it loads
 PAGE_SIZE = 16
+ALIASES = {
+    "--tp-size": ("--tp", "--tensor-parallel-size"),
+    "--ep-size": ("--ep", "--expert-parallel-size"),
+    "--model-path": ("--model",),
+}
 POOL_BYTES = 4 << 30  # most memory the KV pools of all ranks take by default on a CPU
 POOL_TOKENS = (4096, 131072)  # least and most
 
@@ -36,21 +39,16 @@ class Launch:
 
 
 def plan_launch(root: Path, device: str, host: str, port: int, extra: list[str]) -> Launch:
-    """Check the artifact and build the command.  What the user passes in `extra` wins over our defaults."""
+    """Check the artifact, this machine and `extra`, and build the command.  What the user passes in `extra` wins
+    over our defaults.  Raises one error that lists all that does not fit, each with what mends it."""
+    if device not in ("cpu", "npu"):
+        raise UsageError(f"--device {device}: cpu or npu.")
     manifest = read_manifest(root)
     if device == "npu":
         raise EnvironmentProblem(
-            f"{root}: has no graphs for an NPU: this version compiles for the CPU.", "Use --device cpu."
+            f"{root}: serving on an NPU is not there yet: nothing here has run on a device.", "Use --device cpu."
         )
-    if device != "cpu":
-        raise UsageError(f"--device {device}: cpu or npu.")
-    graphs_of(root, manifest, "cpu")
-    for file in required(root, manifest).files:
-        check_size(root / file.path, file.size)
-    if importlib.util.find_spec("sglang") is None:
-        raise EnvironmentProblem(
-            "sglang is not installed.", "`make setup` installs it with everything it needs on a CPU."
-        )
+    refuse(root, manifest, extra)
     flags = {
         "--model-path": str(root),
         "--model-impl": "mindspore",
@@ -64,17 +62,45 @@ def plan_launch(root: Path, device: str, host: str, port: int, extra: list[str])
         "--host": host,
         "--port": str(port),
     }
-    given = {a.split("=")[0] for a in extra}
-    aliases = {
-        "--tp-size": {"--tp", "--tensor-parallel-size"},
-        "--ep-size": {"--ep", "--expert-parallel-size"},
-        "--model-path": {"--model"},
-    }
+    given = given_flags(extra)
     argv = [sys.executable, "-m", "sglang.launch_server"]
     for name, value in flags.items():
-        if not given & {name, *aliases.get(name, set())}:
+        if not given.keys() & {name, *ALIASES.get(name, ())}:
             argv += [name, value] if value else [name]
     return Launch([*argv, *extra], {**cpu_environment(), **rank_environment(manifest.parallel.tp)})
+
+
+def refuse(root: Path, manifest: Manifest, extra: list[str]) -> None:
+    """Raises ArtifactError or EnvironmentProblem that lists whatever keeps the artifact from being served here."""
+    from ..doctor import Machine, examine
+
+    findings = examine(Machine(), root).against("serve_cpu")
+    problems = [f"  {f.name}: {f.found}; needed: {f.needed}.  {f.hint}" for f in findings]
+    given = given_flags(extra)
+    for name, wanted in {**parallel_flags(manifest.parallel), "--dtype": "float32", "--device": "cpu"}.items():
+        for spelled in {name, *ALIASES.get(name, ())} & given.keys():
+            if wanted and given[spelled] != wanted:
+                mend = ", or make another artifact with `msconv reshard`" if name in ALIASES else ""
+                problems.append(
+                    f"  {spelled} {given[spelled]}: this artifact is served with {name} {wanted}.  "
+                    f"Leave the flag out{mend}"
+                )
+    if not problems:
+        return
+    damaged = any(f.name in ("artifact", "file", "weights") or f.name.startswith("graphs") for f in findings)
+    kind = ArtifactError if damaged else EnvironmentProblem if findings else UsageError
+    raise kind(f"{root}: cannot be served here:\n" + "\n".join(problems), f"`msconv doctor {root}` says more.")
+
+
+def given_flags(extra: list[str]) -> dict[str, str]:
+    """Flags as the user wrote them, with their values ("" if none follows)."""
+    found: dict[str, str] = {}
+    for i, word in enumerate(extra):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            follows = extra[i + 1] if i + 1 < len(extra) and not extra[i + 1].startswith("--") else ""
+            found[name] = value if equals else follows
+    return found
 
 
 def parallel_flags(parallel: Parallel) -> dict[str, str]:
