@@ -288,7 +288,7 @@ def test_paged_attention_obeys_its_mask_whatever_it_holds(factor: float) -> None
         (9, torch.ones(1)),  # alibi_mask
         (13, 1),  # kv_cache_quant_mode
         (14, 1),  # mask_mode
-        (15, 2),  # mla_v_dim
+        (15, 99),  # mla_v_dim, wider than the keys
         (3, ints(99, 99, 99).reshape(1, 3).repeat(2, 1)),  # pages that are not there
         (7, torch.zeros(6, 2)),  # a mask narrower than the context
         (7, torch.zeros(3, 9)),  # fewer rows than tokens

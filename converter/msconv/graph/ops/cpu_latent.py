@@ -75,19 +75,18 @@ class AttendExpanded(_Attend):
     """Ragged sequences as [B, H, L, S]: keys and values of all heads are made from the cached latents."""
 
     def construct(self, q_nope: Any, q_rope: Any, latent: Any, k_rope: Any, cache: Any, step: Any) -> Any:
-        _, _, _, tables, mask, rows, unpad, _ = step
+        _, _, _, tables, mask, queries, rows, back, _ = step
         heads = self.heads
-        batch, width = ops.shape(rows)
+        batch, _, width = ops.shape(queries)
         kv = ops.gather(cache, tables, 0).reshape(-1, self.latent)
         latents, rotated = ops.split(kv, (self.kv_lora, self.rope), -1)
-        keys = self.matmul(latents, self.to_key).reshape(batch, -1, heads, self.nope).transpose(0, 2, 1, 3)
-        values = self.matmul(latents, self.to_value).reshape(batch, -1, heads, self.v_dim).transpose(0, 2, 1, 3)
+        keys = ops.gather(self.matmul(latents, self.to_key).reshape(-1, self.nope), rows, 0)
+        values = ops.gather(self.matmul(latents, self.to_value).reshape(-1, self.v_dim), rows, 0)
         size = ops.shape(keys)[2]
-        plain = ops.gather(q_nope * self.scale, rows, 0).transpose(0, 2, 1, 3)
-        turned = ops.gather(q_rope * self.scale, rows, 0).transpose(0, 2, 1, 3)
+        plain = ops.gather((q_nope * self.scale).reshape(-1, self.nope), queries, 0)
+        turned = ops.gather((q_rope * self.scale).reshape(-1, self.rope), queries, 0)
         turned = turned.reshape(batch, heads * width, self.rope)
         scores = self.times_turned(turned, rotated.reshape(batch, -1, self.rope))
         scores = self.times_turned(plain, keys) + scores.reshape(batch, heads, width, size) + mask
         mixed = self.times(ops.softmax(scores, -1), values)
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(-1, heads * self.v_dim)
-        return ops.gather(mixed, unpad, 0)
+        return ops.gather(mixed.reshape(-1, self.v_dim), back, 0).reshape(-1, heads * self.v_dim)
