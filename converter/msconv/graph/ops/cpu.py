@@ -137,8 +137,8 @@ class BeginPrefill(nn.Cell):
     """Ragged sequences, laid out as [B, L] with L the longest.
 
     step = cos, sin, places, table, mask [B, 1, L, S], queries [B, H, L] (rows of [T*H, D]), keys [B, K, S] (rows
-    of [B*S*K, D]), back [T, H] (rows of [B*H*L, D]), last [B].  Layouts change by gathering rows: twice as fast
-    as transposes here.
+    of [B*S*K, D]), back [T, H] (rows of [B*H*L, D]), last [B].  Layouts change by gathering rows: a
+    transpose keeps twice its result in memory until the graph has ended.
     """
 
     def __init__(self, local: Local) -> None:
