@@ -46,7 +46,7 @@ TESTED = {
     "numpy": Needed(("1.26",), ALL, "`pip install 'numpy>=1.26,<2'`: MindSpore's bfloat16 fails with numpy 2"),
     "ml_dtypes": Needed(("0.5",), ALL),
     "filelock": Needed(("4",), ALL),
-    "numba": Needed(("0.62",), (), "`pip install numba`: FP8 and experts convert three times as fast"),
+    "numba": Needed(("0.62",), (), "`pip install numba`: FP8 and experts convert faster"),
     "mindspore": Needed(("2.8", "2.10"), ALL[1:], "`pip install mindspore==2.10.0`: graphs of others are refused"),
     "torch": Needed(("2.13.0",), NUMERIC),
     "transformers": Needed(("5.19",), NUMERIC),
