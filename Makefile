@@ -2,13 +2,14 @@
 #   make demo    checkpoint -> artifact -> graphs -> proof -> SGLang server -> an answer
 #   make test    lint, types, import rules and all tests
 #   make setup   only the environment
+#   make browser Chromium, in which the tests look at report.html
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 check format clean
+.PHONY: setup demo test test-ms28 browser check format clean
 
 setup: $(INSTALLED)
 
@@ -24,8 +25,18 @@ $(INSTALLED): requirements/cpu.txt pyproject.toml
 demo: setup
 	$(BIN)/python -m demo.run
 
-test: check
+test: check browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The tests look at report.html in a real browser; MSCONV_NO_BROWSER=1 leaves those tests out.
+browser:
+	@if [ -n "$$MSCONV_NO_BROWSER" ] || { command -v chromium && command -v chromedriver; } >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; \
+	else \
+	  echo "The tests of report.html need Chromium: as root, apt-get install chromium chromium-driver;"; \
+	  echo "or leave them out: MSCONV_NO_BROWSER=1 make test"; exit 4; \
+	fi
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed

@@ -113,11 +113,11 @@ def read_rank(artifact: Path, rank: int) -> dict[str, Stored]:
 
 
 def read_tree(directory: Path) -> dict[str, bytes]:
-    """Every file that an artifact promises, by its relative path."""
+    """Every file that an artifact promises (neither .msconv nor the report), by its relative path."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and ".msconv" not in path.parts
+        if path.is_file() and ".msconv" not in path.parts and path.name != "report.html"
     }
 
 

@@ -110,10 +110,10 @@ def describe(shapes: Shapes, code: str) -> tuple[bytes, int]:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    """Every file that an artifact promises and the digest of its bytes (all but .msconv)."""
+    """Every file that an artifact promises and the digest of its bytes (all but .msconv and the report)."""
     found: dict[str, str] = {}
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and ".msconv" not in path.parts:
+        if path.is_file() and ".msconv" not in path.parts and path.name != "report.html":
             with path.open("rb") as f:
                 found[str(path.relative_to(directory))] = hashlib.file_digest(f, "blake2b").hexdigest()
     return found

@@ -9,11 +9,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from msconv_runtime.artifact import (
     FORMAT,
+    STATE_DIR,
     Graph,
     Manifest,
     Model,
@@ -27,8 +29,9 @@ from msconv_runtime.artifact import (
 )
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, ResourceError, UsageError
 
-from .checkpoint.directory import open_configuration, read_small
+from .checkpoint.directory import AUXILIARY, read_small
 from .checkpoint.headers import parse_json
+from .checkpoint.reference import open_configuration
 from .convert import TOOL, peak_rss_bytes, refuse_foreign
 from .families import DecoderConfig, configure
 from .graph.spec import Exported
@@ -37,6 +40,10 @@ from .layout.model import expected_sources
 from .layout.plan import RANK_CONSTANTS, make_plan
 from .stream.lock import exclusive
 
+if TYPE_CHECKING:
+    from .checkpoint.hub import Repository
+
+TIMINGS = "timings.json"
 LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a phase
 PHASES: dict[str, tuple[Phase, ...]] = {
     "cpu": ("prefill", "decode"),
@@ -44,6 +51,13 @@ PHASES: dict[str, tuple[Phase, ...]] = {
     "ascend910c": ("prefill", "decode", "decode_all"),
     "ascend310p": ("prefill", "decode", "decode_all"),
 }
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """What compiling a graph took on this machine.  `digest`: of the graph that it was."""
+
+    digest: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -68,11 +82,13 @@ def configuration(root: Path, manifest: Manifest) -> DecoderConfig:
     return configure(raw, str(root / "config.json"))[1]
 
 
-def begin_without_weights(model: Path, tp: int, ep: int, root: Path) -> None:
+def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path) -> None:
     """Make `root` an artifact with a configuration and no weights: enough to compile for.  A later conversion
     into the same directory completes it.  Raises UsageError or ArtifactError if it holds something else."""
     mesh = make_mesh(tp, ep)
     source = open_configuration(model)
+    if not isinstance(model, Path):
+        model.download_small(AUXILIARY)
     table, sizes = source.family.table, source.config.sizes()
     plan = make_plan(table, sizes, expected_sources(table, sizes, "bfloat16"), mesh)
     refuse_foreign(root, source.root)
@@ -91,8 +107,9 @@ def begin_without_weights(model: Path, tp: int, ep: int, root: Path) -> None:
         described = Model(
             family=source.family.name,
             architecture=source.family.architecture,
-            source=source.name,
+            source=source.repository or source.name,
             config_digest=source.config_digest,
+            commit=source.commit,
             parameters=plan.parameters,
         )
         write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=Parallel(tp, ep)))
@@ -121,6 +138,7 @@ def compile_graphs(root: Path, target: str) -> list[Compiled]:
                 digest=digest_bytes(exported.proto),
                 mindspore=mindspore,
                 nodes=exported.nodes,
+                kinds=exported.kinds,
                 inputs=exported.inputs,
                 parameters=exported.parameters,
                 groups=exported.groups,
@@ -134,7 +152,17 @@ def compile_graphs(root: Path, target: str) -> list[Compiled]:
         others = [g for g in manifest.graphs if g.target != target]
         graphs = sorted([*others, *(m.graph for m in made)], key=lambda g: (g.target, g.phase))
         write_manifest(root, msgspec.structs.replace(manifest, graphs=graphs))
+        took = {m.graph.path: Timing(m.graph.digest, round(m.seconds, 3)) for m in made}
+        replace_file(root / STATE_DIR / TIMINGS, msgspec.json.encode({**timings(root), **took}))
     return made
+
+
+def timings(root: Path) -> dict[str, Timing]:
+    """What compiling took, by the graph's path, where that is known.  No part of what the artifact promises."""
+    try:
+        return msgspec.json.decode((root / STATE_DIR / TIMINGS).read_bytes(), type=dict[str, Timing])
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return {}
 
 
 def _export(config: DecoderConfig, mesh: Mesh, target: str, phase: Phase) -> tuple[Exported, str, int]:

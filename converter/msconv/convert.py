@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -42,15 +43,21 @@ from .stream.execute import describe, execute, plan_memory
 from .stream.journal import JOURNAL, Identity, Journal
 from .stream.lock import exclusive
 from .stream.outputs import disk_error, whole
-from .stream.source import DirectorySource, Source
+from .stream.source import DirectorySource, Progress, Source
 
-Progress = Callable[[int], None]
+if TYPE_CHECKING:
+    from .checkpoint.hub import Repository  # imported when there is one: the hub's client takes a while
+
+Publish = Callable[[Path, Manifest], object]
 TOOL = f"msconv {__version__}"
+REPORT = "report.html"
+DOWNLOADS = "downloads"  # in STATE_DIR: shards that are deleted as they have been read
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A planned conversion that has not started.  `describe` makes the manifest's model from what was read."""
+    """A planned conversion that has not started.  `describe` makes the manifest's model from what was read.
+    `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit."""
 
     name: str
     family: str
@@ -58,7 +65,7 @@ class Conversion:
     source: Source
     identity: Identity
     reads: Path
-    origin: Path
+    origin: str
     auxiliary: list[Path]
     describe: Callable[[dict[str, Moved]], Model]
     dropped: list[Dropped]
@@ -67,6 +74,7 @@ class Conversion:
     jobs: int
     buffers: BufferSizes
     planned_memory_bytes: int
+    download_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,40 +90,73 @@ class Converted:
 
 
 def prepare(
-    model: Path,
+    model: Path | Repository,
     tp: int,
     ep: int = 1,
     dtype: str | None = None,
     output: Path | None = None,
     jobs: int = 1,
     max_memory: int | None = None,
+    delete_source: bool = False,
 ) -> Conversion:
-    """Read headers and plan.  Moves nothing.  Raises any MsconvError there is to raise beforehand."""
+    """Read headers and plan.  Moves nothing; of a repository, only small files are downloaded.
+    `delete_source`: its shards go to the output's own directory and are deleted as their bytes are in place.
+    Raises any MsconvError there is to raise beforehand."""
     mesh = make_mesh(tp, ep)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model) if isinstance(model, Path) else _open_repository(model)
     plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, mesh, dtype)
     buffers, planned = plan_memory(plan, jobs, max_memory)
+    output = output or Path("artifacts") / default_name(checkpoint.name, tp, ep)
+    if delete_source:
+        model = _into_own(model, output)
     return Conversion(
         name=checkpoint.name,
         family=checkpoint.family.name,
         plan=plan,
-        source=DirectorySource(checkpoint.files),
-        identity=identify(
-            (f"{f.path.name} {f.size} {f.mtime_ns} {f.header_digest}" for f in checkpoint.files.values()),
-            checkpoint.config_digest,
-            plan,
-        ),
+        source=_open_source(model, checkpoint),
+        identity=identify((f.identity for f in checkpoint.files.values()), checkpoint.config_digest, plan),
         reads=checkpoint.root,
-        origin=checkpoint.root,
+        origin=str(checkpoint.root.resolve()) if isinstance(model, Path) else model.reference,
         auxiliary=checkpoint.auxiliary,
         describe=lambda moved: _model(checkpoint, plan, moved),
         dropped=_dropped(plan),
         source_dtype=plan.source_dtype,
-        output=output or Path("artifacts") / default_name(checkpoint.name, tp, ep),
+        output=output,
         jobs=jobs,
         buffers=buffers,
         planned_memory_bytes=planned,
+        download_bytes=0 if isinstance(model, Path) else missing_bytes(model, plan),
     )
+
+
+def _open_repository(repository: Repository) -> Checkpoint:
+    from .checkpoint import hub
+
+    repository.download_small(AUXILIARY)
+    return hub.open_checkpoint(repository)
+
+
+def _into_own(model: Path | Repository, output: Path) -> Repository:
+    if isinstance(model, Path):
+        raise UsageError(
+            f"{model}: is a directory; --delete-source-as-you-go deletes only what a conversion downloads itself.",
+            "Leave the flag out, or give owner/name on Hugging Face.",
+        )
+    return replace(model, own=output / STATE_DIR / DOWNLOADS)
+
+
+def _open_source(model: Path | Repository, checkpoint: Checkpoint) -> Source:
+    if isinstance(model, Path):
+        return DirectorySource(checkpoint.files)
+    from .stream.hub_source import HubSource
+
+    return HubSource(model, checkpoint.files, checkpoint.tensors)
+
+
+def missing_bytes(repository: Repository, plan: Plan) -> int:
+    """Of the shards that a conversion reads, what is not on this machine yet."""
+    names = (*plan.moves, *plan.scales.values())
+    return repository.missing_bytes({plan.sources[n].file for n in names})
 
 
 def identify(files: Iterable[str], config_digest: str, plan: Plan) -> Identity:
@@ -128,8 +169,16 @@ def default_name(model: str, tp: int, ep: int = 1) -> str:
     return f"{model}-tp{tp}" + (f"-ep{ep}" if ep > 1 else "")
 
 
-def run(conversion: Conversion, force: bool = False, progress: Progress = lambda n: None) -> Converted:
-    """Convert, or go on with a conversion.  The artifact is READY on return."""
+def run(
+    conversion: Conversion,
+    force: bool = False,
+    progress: Progress = lambda n: None,
+    downloading: Progress = lambda n: None,
+    publish: Publish = lambda root, manifest: None,
+) -> Converted:
+    """Convert, or go on with a conversion.  The artifact is READY on return.
+    `progress` gets the bytes that were moved, `downloading` those that came from a hub.  `publish` may add
+    what describes the artifact, when all but the manifest and READY is in place."""
     started = time.monotonic()
     root, plan, source = conversion.output, conversion.plan, conversion.source
     refuse_foreign(root, conversion.reads)
@@ -142,24 +191,26 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
             if previous is not None and previous.weights is not None:
                 if whole(root, plan, published=True):
                     (root / STATE_DIR / JOURNAL).unlink(missing_ok=True)
+                    publish(root, previous)
                     return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
                 lost = True  # a rank file is gone: not finished any more
-            _check_twins(plan, source)
             with Journal.resume(root, conversion.identity) as journal:
                 if lost:
                     (root / READY).unlink()
                 if journal.done and not whole(root, plan):
                     journal.restart()
+                if not journal.done:
+                    _check_twins(plan, source, downloading)
                 before = set(journal.done)
                 besides = _bytes_besides(conversion)
-                moved = execute(
-                    plan, source, root, journal, conversion.jobs, conversion.buffers, progress, besides
-                )
+                workers = (conversion.jobs, conversion.buffers)
+                moved = execute(plan, source, root, journal, *workers, progress, besides, downloading)
                 try:
-                    _finish(conversion, moved, previous)
+                    _finish(conversion, moved, previous, publish)
                 except OSError as e:
                     raise disk_error(e, root, besides) from None
                 journal.remove()
+            shutil.rmtree(root / STATE_DIR / DOWNLOADS, ignore_errors=True)
     finally:
         source.close()
     redone = sum(plan.unit_bytes(u) for u in plan.units if not plan.is_done(u, before))
@@ -168,22 +219,24 @@ def run(conversion: Conversion, force: bool = False, progress: Progress = lambda
     return Converted(root, redone, round(plan.output_bytes * share), seconds, peak_rss_bytes(), bool(before))
 
 
-def _finish(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None) -> None:
+def _finish(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None, publish: Publish) -> None:
     """Everything but the weights; the manifest and READY last."""
     root = conversion.output
     for path in conversion.auxiliary:
         replace_file(root / path.name, path.read_bytes())
     state = root / STATE_DIR
-    replace_file(state / "source", f"{conversion.origin.resolve()}\n".encode())
+    replace_file(state / "source", f"{conversion.origin}\n".encode())
     replace_file(state / "identity", conversion.identity.digest().encode())
-    write_manifest(root, _manifest(conversion, moved, previous))
+    manifest = _manifest(conversion, moved, previous)
+    publish(root, manifest)
+    write_manifest(root, manifest)
 
 
 def _bytes_besides(conversion: Conversion) -> int:
-    """What is written besides the weights: copied files, journal and manifest (measured: 60 bytes a digest)."""
+    """What is written besides the weights: copied files, journal, manifest (60 bytes a digest) and report."""
     plan = conversion.plan
     digests = len(plan.tensors) * (plan.mesh.tp + 4)
-    return sum(p.stat().st_size for p in conversion.auxiliary) + 200 * digests + (64 << 10)
+    return sum(p.stat().st_size for p in conversion.auxiliary) + 200 * digests + (256 << 10)
 
 
 def refuse_foreign(root: Path, source: Path) -> None:
@@ -252,15 +305,17 @@ def _graphs_of_unfinished(root: Path, conversion: Conversion) -> Manifest | None
 
 def clear(root: Path) -> None:
     """Remove what msconv wrote, and only that.  READY goes first."""
-    for name in (READY, MANIFEST, f"{STATE_DIR}/{JOURNAL}", f"{STATE_DIR}/identity", *AUXILIARY):
+    for name in (READY, MANIFEST, REPORT, f"{STATE_DIR}/{JOURNAL}", f"{STATE_DIR}/identity", *AUXILIARY):
         (root / name).unlink(missing_ok=True)
     for path in (root / "weights").glob("model-rank-*-part-*.safetensors*"):
         path.unlink()
     shutil.rmtree(root / "graphs", ignore_errors=True)
+    shutil.rmtree(root / STATE_DIR / DOWNLOADS, ignore_errors=True)
 
 
-def _check_twins(plan: Plan, source: Source) -> None:
+def _check_twins(plan: Plan, source: Source, downloading: Progress) -> None:
     """A tensor dropped because another holds the same bytes must really do so."""
+    source.expect([n for name, _, twin in plan.dropped if twin for n in (name, twin)], downloading)
     for name, _, twin in plan.dropped:
         if not twin:
             continue
@@ -286,8 +341,9 @@ def _model(checkpoint: Checkpoint, plan: Plan, moved: dict[str, Moved]) -> Model
     return Model(
         family=checkpoint.family.name,
         architecture=checkpoint.family.architecture,
-        source=checkpoint.name,
+        source=checkpoint.repository or checkpoint.name,
         config_digest=checkpoint.config_digest,
+        commit=checkpoint.commit,
         parameters=plan.parameters,
         files=[SourceFile(n, f.size, digest_of(by_file[n])) for n, f in sorted(checkpoint.files.items())],
     )

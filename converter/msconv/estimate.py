@@ -7,16 +7,21 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msconv_runtime.errors import PlanError
 
-from .checkpoint.directory import Checkpoint, has_weights, open_checkpoint, open_configuration
-from .convert import default_name
+from .checkpoint.directory import Checkpoint, has_weights, open_checkpoint
+from .checkpoint.reference import open_configuration
+from .convert import default_name, missing_bytes
 from .layout.cuts import Mesh, make_mesh
 from .layout.memory import DeviceMemory, kv_bytes_per_token
 from .layout.model import expected_sources
 from .layout.plan import TP_CHOICES, Plan, make_plan
 from .stream.execute import plan_memory
+
+if TYPE_CHECKING:
+    from .checkpoint.hub import Repository
 
 PROBE_BYTES = 64 << 20
 
@@ -37,7 +42,7 @@ class Estimate:
 
 
 def estimate(
-    model: Path,
+    model: Path | Repository,
     tp: int,
     ep: int,
     dtype: str | None,
@@ -50,9 +55,7 @@ def estimate(
 ) -> Estimate:
     """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
     mesh = make_mesh(tp, ep)
-    open_configuration(model)
-    assumed = not has_weights(model)
-    checkpoint = open_configuration(model) if assumed else open_checkpoint(model)
+    checkpoint, assumed = _open(model)
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     sources = checkpoint.tensors
     if assumed:
@@ -71,17 +74,30 @@ def estimate(
         if memory(tried).fits(device_bytes or 0):
             smallest = choice
             break
+    download = plan.read_bytes if assumed else 0
+    if not isinstance(model, Path) and not assumed:
+        download = missing_bytes(model, plan)
     target = output or Path("artifacts") / default_name(checkpoint.name, tp, ep)
     return Estimate(
         checkpoint=checkpoint,
         plan=plan,
         device=memory(plan),
         peak_memory_bytes=plan_memory(plan, jobs, max_memory)[1],
-        download_bytes=plan.read_bytes if assumed else 0,
+        download_bytes=download,
         seconds=_seconds(plan, target),
         smallest_tp=smallest,
         assumed=assumed,
     )
+
+
+def _open(model: Path | Repository) -> tuple[Checkpoint, bool]:
+    """The checkpoint, and whether there is only its configuration."""
+    opened = open_configuration(model)
+    if isinstance(model, Path):
+        return (open_checkpoint(model), False) if has_weights(model) else (opened, True)
+    from .checkpoint import hub
+
+    return (hub.open_checkpoint(model), False) if hub.has_weights(model) else (opened, True)
 
 
 def _seconds(plan: Plan, target: Path) -> float | None:

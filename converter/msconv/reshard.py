@@ -84,9 +84,9 @@ def _plan_of(artifact: Path, manifest: Manifest, mesh: Mesh) -> Plan:
     return Plan(**{**vars(plan), "sources": placed})
 
 
-def _origin(artifact: Path) -> Path:
+def _origin(artifact: Path) -> str:
     """The checkpoint this all came from, so that `verify` finds it; the artifact itself if unknown."""
     try:
-        return Path((artifact / ".msconv" / "source").read_text().strip())
+        return (artifact / ".msconv" / "source").read_text().strip()
     except OSError:
-        return artifact
+        return str(artifact.resolve())

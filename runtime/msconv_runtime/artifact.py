@@ -117,7 +117,8 @@ class GraphParameter(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One compiled phase for one target.  `inputs` in call order; `None` is a dynamic dimension."""
+    """One compiled phase for one target.  `inputs` in call order; `None` is a dynamic dimension.
+    `kinds`: how many nodes of each primitive; empty in artifacts of before it was recorded."""
 
     target: str
     phase: str
@@ -130,10 +131,12 @@ class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
     parameters: list[GraphParameter]
     groups: list[str] = []
     nz: list[str] = []
+    kinds: dict[str, int] = {}
 
 
 class Verified(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What was compared with what, and how far apart it was.  Holds for exactly these digests."""
+    """What was compared with what, and how far apart it was.  Holds for exactly these digests.
+    `norms`: largest error of each norm's output, relative to its largest value; empty where only logits show."""
 
     target: str
     weights_digest: str
@@ -146,6 +149,7 @@ class Verified(msgspec.Struct, frozen=True, omit_defaults=True):
     ranks: int
     logits_compared: int
     settings: dict[str, str | int | float] = {}
+    norms: dict[str, float] = {}
 
 
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):

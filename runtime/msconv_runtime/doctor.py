@@ -191,8 +191,7 @@ def examine(machine: Machine, root: Path | None = None) -> Report:
     if root is None:
         return Report(findings)
     artifact, about = _artifact(machine, root)
-    report = Report(findings + about, artifact)
-    return Report([*report.findings, *_refusal(root)], artifact) if report.can["serve_npu"] else report
+    return Report(findings + about, artifact)
 
 
 def _system(machine: Machine) -> Iterator[Finding]:
@@ -375,13 +374,3 @@ def _memory(machine: Machine, root: Path, manifest: Manifest) -> Iterator[Findin
         state, hint = "wrong", f"end other programs, or serve where {gib(least)} are free"
     needed = f"{gib(usual)}: weights and KV cache of {tp} ranks on a CPU"
     yield Finding("memory to serve", state, gib(free), needed, hint, SERVE[:1])
-
-
-def _refusal(root: Path) -> Iterator[Finding]:
-    """Where the machine could serve on an NPU: what `msconv serve` itself says to that."""
-    from .sglang.launch import plan_launch
-
-    try:
-        plan_launch(root, "npu", "127.0.0.1", 30000, [])
-    except MsconvError as e:
-        yield Finding("serve --device npu", "wrong", str(e), "a command", e.hint, NPU)

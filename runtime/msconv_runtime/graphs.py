@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from numpy.typing import NDArray
 from .artifact import Graph, Manifest, Phase, digest_bytes
 from .errors import ArtifactError, EnvironmentProblem
 from .integrity import check_artifact
-from .paging import Batch, Sequences
+from .paging import Batch, Sequences, attention_mask
 from .weights import LoadMode, RankWeights, check_size
 
 TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other
+FREE_PAGE = 16
+NZ = 29  # CANN's number of the FRACTAL_NZ format
 CHUNK_TOKENS = 512  # places (sequences x longest) in one prefill call: bounds its memory
 
 
@@ -25,8 +28,6 @@ def load_weights(
     """Tensors by name, in the types that the target's graphs take.  Zero copy where nothing is cast.
 
     Sizes are always checked; `check` reads the rank's files first and compares every digest."""
-    from mindspore import Tensor
-
     if check and (damage := check_artifact(root, manifest, rank=rank)):
         places = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:20])
         raise ArtifactError(
@@ -43,7 +44,15 @@ def load_weights(
             f"missing {missing[:5]}, of another shape {wrong[:5]}.",
             f"Run `msconv compile {root} --target {target}` again.",
         )
-    return {n: Tensor.from_numpy(weights.array(n, p.dtype)[0]) for n, p in wanted.items()}
+    return {n: tensor(weights.array(n, p.dtype)[0], p.dtype) for n, p in wanted.items()}
+
+
+def tensor(array: NDArray[Any], dtype: str) -> Any:
+    """A MindSpore tensor over the same memory.  bfloat16 comes as its bits."""
+    from mindspore import Tensor
+    from mindspore.common.np_dtype import bfloat16
+
+    return Tensor.from_numpy(array.view(bfloat16) if dtype == "bfloat16" else array)
 
 
 def graphs_of(root: Path, manifest: Manifest, target: str) -> list[Graph]:
@@ -72,14 +81,22 @@ class Graphs:
     ) -> None:
         self.manifest, self.target = manifest, target
         self.entries = {g.phase: g for g in graphs_of(root, manifest, target)}
-        self.tensors = load_weights(root, manifest, target, rank, mode, check)
         self._compiles_at_ready = 0
+        started = time.monotonic()
+        self.tensors = load_weights(root, manifest, target, rank, mode, check)
+        loaded = time.monotonic()
         self.cells = {phase: _bind(root, g, self.tensors) for phase, g in self.entries.items()}
+        self.seconds = {mode: loaded - started, "bind": time.monotonic() - loaded}
 
     @property
     def cache_shape(self) -> list[int | None]:
         """[pages, page, K, D] with None for what is free."""
         return self.entries["decode"].inputs[-1].shape
+
+    @property
+    def page(self) -> int:
+        """Slots a page of the caches: the graphs', or 16 where they leave it free."""
+        return self.cache_shape[1] or FREE_PAGE
 
     @property
     def num_caches(self) -> int:
@@ -91,9 +108,15 @@ class Graphs:
         return self._call("decode", batch, caches)
 
     def prefill(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
-        """Any number of new tokens a sequence, after any cached prefix.  Logits of the last, [B, V]."""
+        """Any number of new tokens a sequence, after any cached prefix.  Logits of the last, [B, V] float32.
+
+        On Ascend the prefill graph's flash attention sees the new tokens only: with a prefix the decode graph runs.
+        """
+        if self.target != "cpu":
+            cached = bool((batch.context_lens > batch.q_lens).any())
+            return self._call("decode" if cached else "prefill", batch, caches).float().asnumpy()
         out: NDArray[np.float32] | None = None
-        for members, last, part in chunks(batch, page_size(caches)):
+        for members, last, part in chunks(batch, self.page):
             logits = self._call("prefill", part, caches).asnumpy()
             if out is None:
                 out = np.empty((len(batch.q_lens), logits.shape[1]), np.float32)
@@ -112,13 +135,15 @@ class Graphs:
     def compiles_since_ready(self) -> int:
         return self.compiles - self._compiles_at_ready
 
-    def warm_up(self, page: int = 16, strict: bool = False) -> None:
+    def warm_up(self, strict: bool = False) -> None:
         """Run both phases on a cache of their own.  Later calls of any shape compile nothing: `strict` tries other
         shapes too and raises EnvironmentProblem if that compiles."""
         from mindspore import Tensor
 
-        shape = [4, page, *(n or 1 for n in self.cache_shape[2:])]
-        caches = [Tensor.from_numpy(np.zeros(shape, np.float32)) for _ in range(self.num_caches)]
+        page = self.page
+        shape = [-(-64 // page), page, *(n or 1 for n in self.cache_shape[2:])]
+        kind = _types()[self.entries["decode"].inputs[-1].dtype]
+        caches = [Tensor(np.zeros(shape, np.float32), kind) for _ in range(self.num_caches)]
         for lengths in ([1], [page + 1, 2]) if strict else ([1],):
             sequences = Sequences(len(lengths), page)
             self.prefill(sequences.advance([[0] * n for n in lengths]), caches)
@@ -136,11 +161,16 @@ class Graphs:
         from mindspore import Tensor
 
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
+        if self.target != "cpu":
+            dtype = self.entries[phase].inputs[len(inputs)].dtype
+            inputs.append(Tensor(attention_mask(phase, batch, dtype), _types()[dtype]))
         return self.cells[phase](*inputs, *caches)
 
 
-def page_size(caches: Sequence[Any]) -> int:
-    return int(caches[0].shape[1])
+def _types() -> dict[str, Any]:
+    import mindspore as ms
+
+    return {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16, "int32": ms.int32}
 
 
 def chunks(batch: Batch, page: int) -> Iterator[tuple[list[int], list[bool], Batch]]:
@@ -182,6 +212,13 @@ def _part(batch: Batch, members: list[tuple[int, int, int]], page: int) -> tuple
     return sequences, [bool(n == 0) for n in left], part
 
 
+def as_nz(matrix: Any) -> Any:
+    """A matrix in the NZ format, on the device: what a 310P multiplies fastest.  Has not run on a device."""
+    from mindspore.ops.auto_generate import format_cast
+
+    return format_cast(matrix, NZ)
+
+
 def check_version(path: Path, graph: Graph) -> None:
     """Raises ArtifactError if the graph is from a MindSpore that was never tried with this code."""
     if not graph.mindspore.startswith(TESTED_MINDSPORE):
@@ -213,8 +250,7 @@ def _bind(root: Path, graph: Graph, tensors: dict[str, Any]) -> Any:
     for name, param in cell._params.items():
         if list(param.shape) != wanted[name].shape:
             raise ArtifactError(f"{path}: {name} has shape {list(param.shape)}, not {wanted[name].shape}.")
-        param.assign_value(tensors[name])
-    types = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16, "int32": ms.int32}
+        param.assign_value(as_nz(tensors[name]) if name in graph.nz else tensors[name])
     # without this every new block-table width compiles again
-    cell.set_inputs(*(Tensor(shape=list(i.shape), dtype=types[i.dtype]) for i in graph.inputs))
+    cell.set_inputs(*(Tensor(shape=list(i.shape), dtype=_types()[i.dtype]) for i in graph.inputs))
     return cell

@@ -40,6 +40,22 @@ class Batch:
         )
 
 
+MASK_TILE = 128  # a side of the triangle that flash attention repeats itself
+MASK_COEFFICIENT = -10000.0
+
+
+def attention_mask(phase: str, batch: Batch, dtype: str) -> NDArray[np.float32]:
+    """The mask of Ascend graphs, as SGLang's slot makes it: a triangular tile for prefill (1 hides in bfloat16, else
+    MASK_COEFFICIENT does), (1, 1) where each sequence has one token, else a row a token, [T, longest context]."""
+    if phase == "prefill":
+        hides = 1.0 if dtype == "bfloat16" else MASK_COEFFICIENT
+        return np.triu(np.full((MASK_TILE, MASK_TILE), hides, np.float32), 1)
+    if int(batch.q_lens.max()) == 1:
+        return np.zeros((1, 1), np.float32)
+    beyond = np.arange(int(batch.context_lens.max()))[None, :] > batch.positions[:, None]
+    return beyond * np.float32(MASK_COEFFICIENT)
+
+
 class Sequences:
     """A batch of growing sequences.  Pages are given out as they are needed, so tables interleave."""
 

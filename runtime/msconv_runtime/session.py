@@ -32,7 +32,6 @@ class Session:
         artifact: str | os.PathLike[str],
         target: str = "cpu",
         rank: int = 0,
-        page_size: int = 16,
         load: LoadMode = "mmap",
         check_digests: bool = False,
     ) -> None:
@@ -48,11 +47,11 @@ class Session:
                 "Convert with --tp 1, or serve all ranks with `msconv serve`.",
             )
         self.graphs = Graphs(root, manifest, target, rank, load, check_digests)
-        self.page_size = page_size
+        self.page_size = self.graphs.page
         self._caches: list[Any] = []
         self._num_pages = 0
         self.reset()
-        self.graphs.warm_up(page_size)
+        self.graphs.warm_up()
 
     def reset(self) -> None:
         """Forget all sequences."""
@@ -104,7 +103,7 @@ class Session:
             return
         from mindspore import Tensor
 
-        self._num_pages = max(pages, 2 * self._num_pages, 64)
+        self._num_pages = max(pages, 2 * self._num_pages, 1024 // self.page_size)
         shape = (self._num_pages, self.page_size, *(n or 1 for n in self.graphs.cache_shape[2:]))
         grown = []
         for i in range(self.graphs.num_caches):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from .artifact import Manifest, TensorEntry, Weights
@@ -40,9 +41,9 @@ class RankWeights:
         return data.view(_STORED[entry.dtype]).reshape(entry.shape)
 
     def array(self, name: str, dtype: str) -> tuple[NDArray[Any], bool]:
-        """The tensor as `dtype` (float32, float16 or int32), and whether that took a cast.
+        """The tensor as `dtype`, and whether that took a cast.  bfloat16 comes as its bits, uint16.
 
-        bfloat16 and float16 widen to float32 exactly.  Raises ArtifactError for a cast that would round.
+        To float32 a cast is exact; to a 16-bit type it rounds to the nearest.  Raises ArtifactError for integers.
         """
         entry = self.tensors[name]
         raw = self.raw(name)
@@ -52,12 +53,16 @@ class RankWeights:
             wide = raw.astype(np.uint32)
             wide <<= 16
             return wide.view(np.float32), True
-        if dtype == "float32" and entry.dtype == "float16":
-            return raw.astype(np.float32), True
-        raise ArtifactError(
-            f"{name}: stored as {entry.dtype}, wanted as {dtype}.",
-            f"Convert with --dtype {dtype}, or compile for a target that takes {entry.dtype}.",
-        )
+        if "int32" in (dtype, entry.dtype):
+            raise ArtifactError(
+                f"{name}: stored as {entry.dtype}, wanted as {dtype}.", "Run `msconv compile` on it again."
+            )
+        cast = raw.view(_values(entry.dtype)).astype(_values(dtype))
+        return cast.view(_STORED[dtype]), True
+
+
+def _values(dtype: str) -> Any:
+    return bfloat16 if dtype == "bfloat16" else np.dtype(_STORED[dtype])
 
 
 def required(root: Path, manifest: Manifest) -> Weights:

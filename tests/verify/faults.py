@@ -125,6 +125,11 @@ class GraphEdit:
         (node,) = self.all(kind, weight)
         return node
 
+    def product(self, weight: str) -> Any:
+        """What a weight's product gives, turned over where the product is of few rows."""
+        product = self.one("MatMul", weight)
+        return next(iter(self.users(product, "Transpose")), product)
+
     def add(self, before: Any, kind: str, inputs: list[str]) -> str:
         """Put a node before another; its value's name."""
         if all(p.op_type != kind for p in self.model.primitives):
@@ -386,7 +391,7 @@ WEIGHTS = [
 # Faults in graphs.
 def reduced(edit: GraphEdit, weight: str) -> Any:
     """The AllReduce after a projection."""
-    (node,) = edit.users(edit.one("MatMul", weight), "AllReduce")
+    (node,) = edit.users(edit.product(weight), "AllReduce")
     return node
 
 
@@ -565,9 +570,8 @@ def read_before_the_write(edit: GraphEdit) -> None:
 def written_to_a_copy(kind: str, index: int) -> Callable[[GraphEdit], None]:
     def change(edit: GraphEdit) -> None:
         write = edit.all(kind)[-1]
-        write.input[index] = edit.add(
-            write, "Reshape", [write.input[index], edit.constant(write, (-1, 16, 2, 16))]
-        )
+        shape = (-1, 1, 2, 16) if kind == "ScatterUpdate" else (-1, 16, 2, 16)
+        write.input[index] = edit.add(write, "Reshape", [write.input[index], edit.constant(write, shape)])
 
     return change
 
@@ -592,7 +596,7 @@ def unknown_attribute(edit: GraphEdit) -> None:
 
 def cpu_epsilon(edit: GraphEdit) -> None:
     normed = edit.one("Mul", name_of(1, "post_attention_layernorm.weight"))
-    rsqrt = edit.made(edit.made(normed.input[0]).input[1])
+    rsqrt = edit.made(edit.made(edit.made(normed.input[0]).input[1]).input[0])
     edit.set(edit.made(rsqrt.input[0]), 1, 1e-2)
 
 
@@ -607,13 +611,23 @@ def becomes(kind: str, other: str) -> Callable[[GraphEdit], None]:
     return lambda edit: edit.become(edit.all(kind)[-1], other)
 
 
-def pages_for_offsets(edit: GraphEdit) -> None:
-    place = edit.made(edit.made(edit.all("ScatterNdUpdate")[0].input[1]).input[0])
-    place.input[:] = reversed(place.input)
+def sees_up_to(edit: GraphEdit, before_the_end: int) -> None:
+    """In decode: the last slot seen is that many before the sequence's length."""
+    (last,) = (n for n in edit.nodes if edit.kind(n).startswith("Sub") and n.input[0] == edit.inputs[4])
+    edit.set(last, 1, before_the_end)
+
+
+def sees_all_cpu(edit: GraphEdit) -> None:
+    mask = next(n for n in edit.all("Muls") if edit.kind(edit.made(n.input[0])) == "ReLU")
+    edit.set(mask, 1, 0.0)
+
+
+def positions_for_slots(edit: GraphEdit) -> None:
+    edit.all("ScatterUpdate")[0].input[1] = edit.inputs[1]
 
 
 def values_written_to_keys_cpu(edit: GraphEdit) -> None:
-    writes = edit.all("ScatterNdUpdate")
+    writes = edit.all("ScatterUpdate")
     edit.move_after(writes[2], writes[3])  # layer 1: both rows are made before the second write
     writes[2].input[2], writes[3].input[2] = writes[3].input[2], writes[2].input[2]
 
@@ -816,8 +830,8 @@ GRAPHS = [
     Fault(
         "the cache is written through a copy, on cpu",
         "cpu",
-        attention(2) + "|ScatterNdUpdate",
-        graph=written_to_a_copy("ScatterNdUpdate", 0),
+        attention(2) + "|ScatterUpdate",
+        graph=written_to_a_copy("ScatterUpdate", 0),
         phases=("prefill",),
     ),
     Fault(
@@ -844,22 +858,24 @@ GRAPHS = [
         "a token does not see itself, on cpu",
         "cpu",
         attention(0),
-        graph=becomes("LessEqual", "Less"),
-        phases=("prefill",),
+        graph=lambda edit: sees_up_to(edit, 2),
+        phases=("decode",),
     ),
     Fault(
         "a token sees one slot too many, on cpu",
         "cpu",
         attention(0) + ".* in decode",
-        graph=becomes("Less", "LessEqual"),
+        graph=lambda edit: sees_up_to(edit, 0),
         phases=("decode",),
     ),
     Fault(
-        "pages and offsets are exchanged, on cpu",
+        "tokens see what comes after them, on cpu",
         "cpu",
-        attention(0) + "|ScatterNdUpdate",
-        graph=pages_for_offsets,
+        attention(0),
+        graph=sees_all_cpu,
+        phases=("prefill",),
     ),
+    Fault("keys are written to positions, on cpu", "cpu", attention(0), graph=positions_for_slots),
     Fault("the vocabulary is not summed over ranks, on cpu", "cpu", HEAD, graph=without_last("AllReduce")),
 ]
 

@@ -304,7 +304,7 @@ def keys_for_values(edit: GraphEdit) -> None:
 
 def together(edit: GraphEdit) -> tuple[Any, Any]:
     """The sum of experts and shared expert of layer 1, and the sum over ranks."""
-    product = edit.one("MatMul", name_of(1, SHARED_DOWN))
+    product = edit.product(name_of(1, SHARED_DOWN))
     (add,) = edit.users(product, "Add")
     (reduce,) = edit.users(add, "AllReduce")
     return add, reduce
@@ -520,7 +520,7 @@ def placed_one_on(edit: GraphEdit) -> None:
 
 
 def cache_before_the_norm_cpu(edit: GraphEdit) -> None:
-    rows = edit.made(edit.made(edit.all("ScatterNdUpdate")[1].input[2]).input[0])
+    rows = edit.made(edit.made(edit.made(edit.all("ScatterUpdate")[1].input[2]).input[0]).input[0])
     latent = edit.made(rows.input[0])
     latent.input[0] = edit.made(edit.made(latent.input[0]).input[0]).input[0]
 
@@ -541,7 +541,7 @@ DEEPSEEK_GRAPHS += [
         ("softmax instead of sigmoid", mlp(1), softmax_for_sigmoid, ("prefill", "decode")),
         ("a group counts by its best alone, on cpu", mlp(1), best(0, 1), ("prefill",)),
         ("groups are ignored, on cpu", mlp(1), best(1, 4), ("decode",)),
-        ("one expert too few, on cpu", mlp(1) + "|Reshape|Mul|BatchMatMul", best(2, 3), ("prefill",)),
+        ("one expert too few, on cpu", mlp(1) + "|Reshape|BroadcastTo|Mul|BatchMatMul", best(2, 3), ("prefill",)),
         ("weights are not normalised, on cpu", mlp(1), not_divided, ("prefill",)),
         ("weights are not scaled, on cpu", mlp(1), not_scaled, ("decode",)),
         ("other ranks' experts count", mlp(1) + ".* in decode", others_kept, ("decode",)),

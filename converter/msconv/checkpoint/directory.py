@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,17 +39,26 @@ AUXILIARY = (
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One safetensors file and what identifies it."""
+    """One safetensors file and what identifies it: the digest that a hub gives (`etag`), else its time."""
 
     path: Path
     size: int
     mtime_ns: int
     header_digest: str
+    etag: str = ""
+
+    @property
+    def identity(self) -> str:
+        return f"{self.path.name} {self.size} {self.etag or self.mtime_ns} {self.header_digest}"
+
+
+Shard = tuple[ShardFile, list[TensorInfo]]  # and its tensors, in offset order
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A readable source.  `tensors` by name; empty when only the configuration is there."""
+    """A readable source.  `tensors` by name; empty when only the configuration is there.  `repository` and
+    `commit`: of a hub, "" of a directory."""
 
     root: Path
     name: str
@@ -57,6 +67,8 @@ class Checkpoint:
     config_digest: str
     files: dict[str, ShardFile]
     tensors: dict[str, TensorInfo]
+    repository: str = ""
+    commit: str = ""
 
     @property
     def auxiliary(self) -> list[Path]:
@@ -92,25 +104,22 @@ def open_configuration(root: Path) -> Checkpoint:
     return Checkpoint(root, root.resolve().name, family, config, digest_bytes(data), {}, {})
 
 
-def open_checkpoint(root: Path) -> Checkpoint:
-    """Configuration and every header.  Raises CheckpointError listing missing, damaged or doubtful shards."""
+def open_checkpoint(root: Path, remote: Mapping[str, Shard] | None = None) -> Checkpoint:
+    """Configuration and every header.  `remote`: all shards, if they are not in `root` yet but on a hub.
+    Raises CheckpointError listing missing, damaged or doubtful shards."""
     base = open_configuration(root)
-    index = _read_index(root)
-    names = sorted(set(index.values())) if index else _unindexed(root)
+    index = read_index(root)
+    names = sorted(set(index.values())) or sorted(remote or ()) or _unindexed(root)
     files: dict[str, ShardFile] = {}
     tensors: dict[str, TensorInfo] = {}
-    errors: list[str] = [f"{root / n}: missing, named by {INDEX}." for n in names if not (root / n).is_file()]
+    errors: list[str] = []
     for name in names:
-        path = root / name
-        if not path.is_file():
-            continue
         try:
-            infos, header_digest = read_header(path)
+            file, infos = remote[name] if remote else _read_shard(root / name)
         except CheckpointError as e:
             errors.append(e.message)
             continue
-        stat = path.stat()
-        files[name] = ShardFile(path, stat.st_size, stat.st_mtime_ns, header_digest)
+        files[name] = file
         for info in infos:
             if info.name in tensors:
                 errors.append(f"{shorten(info.name)}: in {tensors[info.name].file} and again in {name}.")
@@ -120,6 +129,14 @@ def open_checkpoint(root: Path) -> Checkpoint:
     if errors:
         raise CheckpointError("\n".join(errors), "Download the files again that are named here.")
     return Checkpoint(base.root, base.name, base.family, base.config, base.config_digest, files, tensors)
+
+
+def _read_shard(path: Path) -> Shard:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, named by {INDEX}.")
+    infos, header_digest = read_header(path)
+    stat = path.stat()
+    return ShardFile(path, stat.st_size, stat.st_mtime_ns, header_digest), infos
 
 
 def has_weights(root: Path) -> bool:
@@ -137,7 +154,8 @@ def read_small(path: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}.") from None
 
 
-def _read_index(root: Path) -> dict[str, str]:
+def read_index(root: Path) -> dict[str, str]:
+    """{tensor: file name}, {} if there is no index.  Raises CheckpointError for one that cannot be believed."""
     path = root / INDEX
     if not path.exists():
         return {}

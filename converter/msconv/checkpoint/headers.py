@@ -18,6 +18,7 @@ from ..layout import dtypes
 from ..layout.model import TensorInfo
 from ..layout.names import shorten
 
+PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 16 << 20  # 92,000 tensors need 10 MB
 MAX_JSON_ITEMS = 1_200_000  # they have 830,000 braces, brackets and commas; this many take 240 MB to parse
 MAX_DIMS = 8
@@ -28,25 +29,35 @@ def read_header(path: Path) -> tuple[list[TensorInfo], str]:
     try:
         with path.open("rb") as f:
             size = path.stat().st_size
-            prefix = f.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file.", _AGAIN)
-            (length,) = struct.unpack("<Q", prefix)
-            if length > size - 8:
-                raise CheckpointError(
-                    f"{path}: the header claims {length} bytes, the file has {size - 8} after its length.",
-                    _AGAIN,
-                )
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path}: a header of {length} bytes is over the limit of {MAX_HEADER_BYTES}."
-                )
+            prefix = f.read(PREFIX_BYTES)
+            length = header_length(prefix, path, size)
             data = f.read(length)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}.", _AGAIN) from None
     if len(data) < length:
         raise CheckpointError(f"{path}: the file ended inside its header.", _AGAIN)
-    return _tensors(_parse(data, path), path, 8 + length, size), digest_bytes(prefix + data)
+    return parse_header(prefix + data, path, size)
+
+
+def header_length(prefix: bytes, path: Path, size: int) -> int:
+    """Bytes of JSON that the first PREFIX_BYTES of a file of `size` bytes announce.  Raises CheckpointError."""
+    if len(prefix) < PREFIX_BYTES:
+        raise CheckpointError(f"{path}: {size} bytes is too short for a safetensors file.", _AGAIN)
+    (length,) = struct.unpack("<Q", prefix)
+    assert isinstance(length, int)
+    if length > size - PREFIX_BYTES:
+        raise CheckpointError(
+            f"{path}: the header claims {length} bytes, the file has {size - PREFIX_BYTES} after its length.",
+            _AGAIN,
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: a header of {length} bytes is over the limit of {MAX_HEADER_BYTES}.")
+    return length
+
+
+def parse_header(data: bytes, path: Path, size: int) -> tuple[list[TensorInfo], str]:
+    """The same from a file's first bytes, length and JSON, wherever they were read.  Raises CheckpointError."""
+    return _tensors(_parse(data[PREFIX_BYTES:], path), path, len(data), size), digest_bytes(data)
 
 
 _AGAIN = "Download this file again."

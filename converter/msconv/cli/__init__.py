@@ -12,14 +12,17 @@ import click
 from .. import __version__
 
 COMMANDS = {
-    "convert": "Convert a checkpoint: reshard it for tensor parallelism into an artifact.",
+    "convert": "Convert a checkpoint: reshard it for tensor and expert parallelism into an artifact.",
     "plan": "Say what a conversion would cost, and what the model needs on a device.",
     "compile": "Compile an artifact's static graphs, ahead of time, for one or more targets.",
     "verify": "Prove an artifact numerically against the source checkpoint.",
     "serve": "Serve an artifact with SGLang.",
     "reshard": "Write an artifact for another number of ranks, without the source checkpoint.",
     "inspect": "Show what an artifact holds; --check reads every byte.",
+    "report": "Write report.html: proof, memory, coverage and graphs on one page that works offline.",
     "doctor": "Say what this machine can do, what is missing, and whether an artifact can be served here.",
+    "recipes": "List recipes, or show one and its commands.",
+    "completion": "Print the script that completes commands, options and names in a shell.",
 }
 
 
@@ -41,9 +44,22 @@ class _Lazy(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Lazy,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "color": False if os.environ.get("NO_COLOR") else None,
+    },
+)
 @click.version_option(__version__, prog_name="msconv")
-def cli() -> None:
+@click.option("--quiet", "-q", is_flag=True, envvar="MSCONV_QUIET", help="Only errors, and what goes to stdout.")
+@click.option(
+    *("--verbose", "-v"),
+    is_flag=True,
+    envvar="MSCONV_VERBOSE",
+    help="Also versions, times, every value and where it came from.",
+)
+def cli(quiet: bool, verbose: bool) -> None:
     """From a Hugging Face checkpoint to a server on Ascend NPUs.
 
     \b
@@ -51,7 +67,17 @@ def cli() -> None:
     msconv compile --target ascend910b         static graphs, on any machine
     msconv verify                              proven against transformers
     msconv serve                               SGLang on the artifact
+
+    Flags come before the environment, that before a recipe, that before defaults.  MSCONV_CONVERT_TP=4 is
+    `msconv convert --tp 4`, and so for every option; MSCONV_RECIPES is a directory of your own recipes.
     """
+    from .console import Volume, set_volume
+
+    set_volume(Volume.NORMAL)
+    if quiet:
+        set_volume(Volume.QUIET)
+    if verbose:
+        set_volume(Volume.VERBOSE)
 
 
 def main() -> None:
@@ -61,7 +87,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs start with it ignored
         signal.signal(number, _interrupt)
     try:
-        code = cli.main(standalone_mode=False) or 0
+        code = cli.main(prog_name="msconv", standalone_mode=False) or 0
     except click.exceptions.Exit as e:
         code = e.exit_code
     except SystemExit as e:  # click's answer to a reader that went away

@@ -8,21 +8,37 @@ import click
 
 from msconv_runtime.artifact import read_manifest
 
-from .console import artifact_argument, emit, find_artifact, human, json_option, say, step
+from ..checkpoint.reference import Hub, open_reference
+from .command import Command
+from .console import (
+    artifact_argument,
+    complete_targets,
+    emit,
+    find_artifact,
+    human,
+    json_option,
+    say,
+    step,
+)
+from .references import compare_layout, convert_command, model_option, recipe_option, source_option
+from .report import refresh
 
 
-@click.command("compile")
+@click.command("compile", cls=Command)
 @artifact_argument
 @click.option(
     "--target",
     "targets",
     multiple=True,
+    shell_complete=complete_targets,
     help="cpu, ascend910b, ascend910c or ascend310p.  Repeatable.  [default: cpu]",
 )
-@click.option("--model", metavar="REF", help="Without weights: a directory with config.json is enough.")
+@model_option(False, "Without weights: a directory with config.json, owner/name[@revision], or a recipe's name.")
+@recipe_option
 @click.option("--tp", type=click.IntRange(1, 1024), help="With --model: tensor-parallel ranks.")
 @click.option("--ep", default=1, type=click.IntRange(1, 1024), help="With --model: expert-parallel ranks.")
 @click.option("--output", type=click.Path(path_type=Path), help="With --model: the artifact to make.")
+@source_option
 @json_option
 def command(
     artifact: Path | None,
@@ -31,6 +47,7 @@ def command(
     tp: int | None,
     ep: int,
     output: Path | None,
+    hub: Hub,
     as_json: bool,
 ) -> None:
     """Compile an artifact's static graphs, ahead of time, for one or more targets.
@@ -39,6 +56,7 @@ def command(
 
     \b
     msconv compile                                   the newest artifact in artifacts/
+    msconv compile artifacts/Qwen3-8B-tp4 --recipe Qwen3-8B
     msconv compile artifacts/Qwen3-8B-tp4 --target ascend910b --target cpu
     msconv compile --model models/Qwen3-32B --tp 8 --target ascend910b --output graphs-only
     """
@@ -48,11 +66,12 @@ def command(
         if artifact is not None or tp is None or output is None:
             raise click.UsageError("--model needs --tp and --output, and no ARTIFACT.")
         root = output
-        compiler.begin_without_weights(Path(model), tp, ep, root)
+        compiler.begin_without_weights(open_reference(model, hub, weights=False), tp, ep, root)
     elif tp is not None or output is not None:
         raise click.UsageError("--tp and --output go with --model; an artifact has its own.")
     else:
         root = find_artifact(artifact)
+        compare_layout(read_manifest(root))
     made = []
     for target in dict.fromkeys(targets or ("cpu",)):
         with step(f"compiling for {target}"):
@@ -63,6 +82,7 @@ def command(
                 f"peak memory {human(m.peak_rss_bytes)}"
             )
         made += done
+        refresh(root)
     if as_json:
         emit(
             {
@@ -81,6 +101,7 @@ def command(
             }
         )
     if model is not None and read_manifest(root).weights is None:
-        say(f"Next: msconv convert --model {model} --tp {tp} --output {root} adds the weights")
+        assert tp is not None
+        say(f"Next: {convert_command(tp, ep)} --output {root} adds the weights")
     else:
         say(f"Next: msconv verify {root} --target {made[-1].graph.target}")

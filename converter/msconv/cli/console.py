@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+from click.shell_completion import CompletionItem
 
 from msconv_runtime.artifact import is_artifact
 from msconv_runtime.errors import MsconvError, UsageError
@@ -22,12 +26,59 @@ from ..layout.dtypes import WEIGHT_DTYPES
 ARTIFACTS = Path("artifacts")
 INTERRUPTED = 130
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+NEXT = {  # after an error that has no hint of its own, by its code
+    "usage": "`msconv --help` lists the commands; each has --help with examples.",
+    "checkpoint": "Download the checkpoint again.",
+    "plan": "`msconv plan --model REF --tp N` tries another layout without writing anything.",
+    "artifact": "`msconv inspect ARTIFACT --check` names what is damaged.",
+    "verification": "`msconv inspect ARTIFACT --check` tells whether bytes were damaged since.",
+    "environment": "`msconv doctor` says what this machine lacks.",
+    "resource": "`msconv plan --model REF --tp N` says what a conversion needs.",
+    "busy": "Wait until it has finished, or give another --output.",
+}
+
+
+class Volume(IntEnum):
+    """How much is said on stderr."""
+
+    QUIET = 0
+    NORMAL = 1
+    VERBOSE = 2
+
+
+_volume = Volume.NORMAL
+
+
+def set_volume(volume: Volume) -> None:
+    """Raises UsageError for --quiet and --verbose at a time.  NORMAL begins anew."""
+    global _volume
+    if {volume, _volume} == {Volume.QUIET, Volume.VERBOSE}:
+        raise UsageError("--quiet and --verbose: one or the other.", "Leave one of them out.")
+    _volume = volume
+
+
+def is_verbose() -> bool:
+    return _volume is Volume.VERBOSE
+
+
+def _shows_progress() -> bool:
+    return _volume > Volume.QUIET and sys.stderr.isatty()
+
+
+def colour() -> bool | None:
+    """For click: False, none; None, on a terminal only (https://no-color.org)."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print one JSON object on stdout."
+)
 
 
 def say(text: str = "") -> None:
-    """For people: stderr."""
-    click.echo(text, err=True)
+    """For people: stderr, unless --quiet."""
+    if _volume > Volume.QUIET:
+        click.echo(text, err=True, color=colour())
 
 
 def emit(data: dict[str, Any]) -> None:
@@ -43,6 +94,8 @@ def report(error: BaseException, as_json: bool) -> int:
         code, message, hint, exit_code = "usage", error.format_message(), "", 2
         if isinstance(error, click.UsageError) and error.ctx:
             hint = f"`{error.ctx.command_path} --help` shows how."
+        if isinstance(error, click.MissingParameter) and error.param and error.param.name == "tp":
+            hint = "How many ranks?  Give --tp N, or a recipe that says it: `msconv recipes` lists them."
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, message, exit_code = "interrupted", "Interrupted.", INTERRUPTED
         hint = "Run the same command again: a conversion resumes."
@@ -62,34 +115,44 @@ def report(error: BaseException, as_json: bool) -> int:
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
         hint = f"This is a fault in msconv{where}. Please report it with the command you ran."
+        if is_verbose():
+            traceback.print_exception(error)
+    hint = hint or NEXT.get(code, "")
     if as_json:
         with contextlib.suppress(OSError):
             emit({"error": {"code": code, "message": message, "hint": hint}})
-    say(click.style("Error: ", fg="red", bold=True) + message)
+    click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True, color=colour())
     if hint:
-        say(click.style("Next: ", fg="yellow") + hint)
+        click.echo(click.style("Next: ", fg="yellow") + hint, err=True, color=colour())
     return exit_code
 
 
 @contextmanager
 def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes with rate and time left, on a terminal only.  Threads may call it."""
-    if not sys.stderr.isatty():
-        yield lambda n: None
+    with byte_progresses({label: total}) as advances:
+        yield advances[label]
+
+
+@contextmanager
+def byte_progresses(totals: dict[str, int]) -> Iterator[dict[str, Callable[[int], None]]]:
+    """Several of them, one below the other, by their labels.  Those of nothing are not shown."""
+    if not _shows_progress():
+        yield dict.fromkeys(totals, lambda n: None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda n: progress.advance(task, n)
+        tasks = {n: progress.add_task(n, total=total, visible=total > 0) for n, total in totals.items()}
+        yield {label: partial(progress.advance, task) for label, task in tasks.items()}
 
 
 @contextmanager
 def step(label: str) -> Iterator[None]:
     """A line that says what takes time, with a spinner on a terminal."""
-    if not sys.stderr.isatty():
+    if not _shows_progress():
         say(f"{label} ...")
         yield
         return
@@ -155,4 +218,19 @@ def find_artifact(given: Path | None) -> Path:
     return newest
 
 
-artifact_argument = click.argument("artifact", required=False, type=click.Path(path_type=Path))
+def complete_artifacts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Those in artifacts/, and the shell's own directories."""
+    found = sorted(str(p) for p in ARTIFACTS.glob("*") if is_artifact(p))
+    items = [CompletionItem(name) for name in found if name.startswith(incomplete)]
+    return [*items, CompletionItem(incomplete, type="dir")]
+
+
+def complete_targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from ..recipes import Kind
+
+    return [CompletionItem(target) for target in get_args(Kind) if target.startswith(incomplete)]
+
+
+artifact_argument = click.argument(
+    "artifact", required=False, type=click.Path(path_type=Path), shell_complete=complete_artifacts
+)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import click
 
+from ..checkpoint.reference import Hub, open_reference
 from ..convert import Conversion, Converted
 from ..layout.memory import kv_bytes_per_token
+from .command import Command
 from .console import (
-    byte_progress,
+    byte_progresses,
     dtype_option,
     emit,
     ep_option,
@@ -21,16 +23,26 @@ from .console import (
     say,
     tp_option,
 )
+from .references import convert_command, model_option, recipe_argument, recipe_option, source_option
+from .report import refresh
 
 
-@click.command("convert")
-@click.option("--model", required=True, metavar="REF", help="Directory of the checkpoint.")
+@click.command("convert", cls=Command)
+@model_option(True, "Directory of a checkpoint, owner/name[@revision], or a recipe's name.")
+@recipe_option
 @tp_option
 @ep_option
 @dtype_option
 @click.option("--output", type=click.Path(path_type=Path), help="[default: artifacts/<model>-tp<N>]")
 @jobs_option
 @memory_option
+@source_option
+@click.option(
+    "--delete-source-as-you-go",
+    "delete_source",
+    is_flag=True,
+    help="Delete each downloaded shard once its weights are written: for disks that cannot hold both.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what it would do; reads headers, writes nothing.")
 @click.option("--force", is_flag=True, help="Start over; replaces what is in the output directory.")
 @json_option
@@ -42,23 +54,30 @@ def command(
     output: Path | None,
     jobs: int | None,
     max_memory: int | None,
+    hub: Hub,
+    delete_source: bool,
     dry_run: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Convert a checkpoint: reshard it for tensor and expert parallelism into an artifact.
 
+    What is not a directory is pulled from a hub, and converted while it downloads.
     Run again after a crash: it resumes, and the result is the same to the byte.
 
     \b
+    msconv convert --model Qwen3-8B                  as the recipe says
+    msconv convert --model Qwen3-8B --tp 2           but for two ranks
     msconv convert --model models/Qwen3-8B --tp 4
     msconv convert --model models/Qwen3-8B --tp 8 --dtype float16 --output out
     msconv convert --model models/DeepSeek-V3 --tp 16 --ep 16
+    msconv convert --model Qwen/Qwen3-8B@main --tp 4 --source modelscope
     """
     from .. import convert
 
     jobs = jobs or min(2, os.cpu_count() or 1)
-    conversion = convert.prepare(Path(model), tp, ep, dtype, output, jobs, max_memory)
+    source = open_reference(model, hub)
+    conversion = convert.prepare(source, tp, ep, dtype, output, jobs, max_memory, delete_source)
     plan = conversion.plan
     print_plan(conversion)
     if dry_run:
@@ -70,17 +89,19 @@ def command(
             emit(
                 {
                     "ranks": [rank for _ in plan.mesh.ranks],
-                    "download_bytes": 0,
+                    "download_bytes": conversion.download_bytes,
                     "output_bytes": plan.output_bytes,
                     "peak_memory_bytes": conversion.planned_memory_bytes,
                 }
             )
         say(f"Nothing was written. Output would be {conversion.output}.")
+        say(f"Next: {convert_command(tp, ep)}")
         return
-    with byte_progress("converting", plan.read_bytes) as advance:
-        done = convert.run(conversion, force, advance)
+    bars = {"downloading": conversion.download_bytes, "converting": plan.read_bytes}
+    with byte_progresses(bars) as advance:
+        done = convert.run(conversion, force, advance["converting"], advance["downloading"], refresh)
     print_done(done, as_json)
-    say(f"Next: msconv compile {done.artifact} --target cpu")
+    say(f"Next: msconv compile {done.artifact}{recipe_argument() or ' --target cpu'}")
 
 
 def print_plan(conversion: Conversion) -> None:

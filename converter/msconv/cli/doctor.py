@@ -10,13 +10,14 @@ from msconv_runtime.artifact import is_artifact, read_manifest
 from msconv_runtime.doctor import Machine, Report, examine
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
 
+from .command import Command
 from .console import ARTIFACTS, artifact_argument, emit, json_option, say
 
 WORDS = {"serve_cpu": "serve on a CPU", "serve_npu": "serve on an NPU"}
 COLOURS = {"ok": "green", "untested": "yellow", "missing": "yellow", "wrong": "red"}
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @artifact_argument
 @json_option
 def command(artifact: Path | None, as_json: bool) -> None:

@@ -12,10 +12,11 @@ from msconv_runtime.errors import ArtifactError
 from msconv_runtime.integrity import check_artifact, check_graphs
 
 from ..layout.names import fold
+from .command import Command
 from .console import artifact_argument, byte_progress, emit, find_artifact, human, json_option, say
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @artifact_argument
 @click.option("--check", is_flag=True, help="Read every byte and compare digests.")
 @json_option
@@ -44,8 +45,8 @@ def command(artifact: Path | None, check: bool, as_json: bool) -> None:
         emit(data)
         if damage:
             raise click.exceptions.Exit(ArtifactError.exit_code)
-        return
-    click.echo(describe(data))
+    else:
+        click.echo(describe(data))
     if damage:
         lines = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:50])
         raise ArtifactError(
@@ -54,6 +55,19 @@ def command(artifact: Path | None, check: bool, as_json: bool) -> None:
         )
     if check:
         say("Every byte is as the manifest says.")
+    say(f"Next: {next_command(root, manifest)}")
+
+
+def next_command(root: Path, manifest: Manifest) -> str:
+    """What an artifact lacks most: weights, graphs, a proof, or only a server."""
+    targets = list(dict.fromkeys(g.target for g in manifest.graphs))
+    if manifest.weights is None:
+        parallel = manifest.parallel
+        return f"msconv convert --model REF --tp {parallel.tp} --ep {parallel.ep} --output {root} adds the weights"
+    if not targets:
+        return f"msconv compile {root}"
+    unproven = [t for t in targets if manifest.proof_for(t) is None]
+    return f"msconv verify {root} --target {unproven[0]}" if unproven else f"msconv serve {root}"
 
 
 def summary(root: Path, manifest: Manifest) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
+from ..checkpoint.reference import Hub, open_reference
 from ..layout.memory import RESERVED
+from .command import Command
 from .console import (
     Size,
     dtype_option,
@@ -20,16 +22,19 @@ from .console import (
     say,
     tp_option,
 )
+from .references import convert_command, model_option, recipe_option, source_option
 
 
-@click.command("plan")
-@click.option("--model", required=True, metavar="REF", help="Directory of the checkpoint; config.json is enough.")
+@click.command("plan", cls=Command)
+@model_option(True, "Directory (config.json is enough), owner/name[@revision], or a recipe's name.")
+@recipe_option
 @tp_option
 @ep_option
 @dtype_option
 @click.option("--output", type=click.Path(path_type=Path), help="Where it would be written: that disk is tried.")
 @jobs_option
 @memory_option
+@source_option
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(1), help="Tokens a sequence.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Sequences at once.")
 @click.option("--device-memory", type=Size(), help="Memory of one device, for example 64G.")
@@ -42,6 +47,7 @@ def command(
     output: Path | None,
     jobs: int | None,
     max_memory: int | None,
+    hub: Hub,
     context: int,
     batch: int,
     device_memory: int | None,
@@ -52,14 +58,17 @@ def command(
     Reads headers only, and config.json alone if the weights are not there yet.
 
     \b
+    msconv plan --model Qwen3-32B                    the recipe, against its devices
     msconv plan --model models/Qwen3-32B --tp 8
     msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
     """
     from ..estimate import estimate
 
     jobs = jobs or min(2, os.cpu_count() or 1)
-    e = estimate(Path(model), tp, ep, dtype, output, jobs, max_memory, context, batch, device_memory)
+    source = open_reference(model, hub, weights=False)
+    e = estimate(source, tp, ep, dtype, output, jobs, max_memory, context, batch, device_memory)
     plan, device = e.plan, e.device
+    hint = f"Next: {convert_command(tp, ep)}"
     if as_json:
         rank: dict[str, object] = {
             "weight_bytes": plan.rank_bytes,
@@ -84,8 +93,11 @@ def command(
                 "context": context,
                 "batch": batch,
                 "smallest_tp": e.smallest_tp,
+                "device_memory_bytes": device_memory,
+                "fits": device.fits(device_memory) if device_memory else None,
             }
         )
+        say(hint)
         return
     click.echo(
         f"{e.checkpoint.name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
@@ -115,4 +127,4 @@ def command(
         verdict = "fits" if device.fits(device_memory) else "does not fit"
         smallest = f"smallest tp that fits: {e.smallest_tp}" if e.smallest_tp else "no tp tried fits"
         click.echo(f"            {verdict} in {human(device_memory)} ({share}); {smallest}")
-    say(f"Next: msconv convert --model {model} --tp {tp}" + (f" --ep {ep}" if ep > 1 else ""))
+    say(hint)

@@ -7,12 +7,23 @@ from pathlib import Path
 
 import click
 
-from .console import byte_progress, ep_option, jobs_option, json_option, memory_option, say, tp_option
+from .command import Command
+from .console import (
+    byte_progress,
+    complete_artifacts,
+    ep_option,
+    jobs_option,
+    json_option,
+    memory_option,
+    say,
+    tp_option,
+)
 from .convert import print_done, print_plan
+from .report import refresh
 
 
-@click.command("reshard")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.command("reshard", cls=Command)
+@click.argument("artifact", type=click.Path(path_type=Path), shell_complete=complete_artifacts)
 @tp_option
 @ep_option
 @click.option("--output", type=click.Path(path_type=Path), help="[default: artifacts/<model>-tp<N>]")
@@ -44,7 +55,7 @@ def command(
     conversion = prepare(artifact, tp, ep, output, jobs or min(2, os.cpu_count() or 1), max_memory)
     print_plan(conversion)
     with byte_progress("resharding", conversion.plan.read_bytes) as advance:
-        done = convert.run(conversion, force, advance)
+        done = convert.run(conversion, force, advance, publish=refresh)
     print_done(done, as_json)
     say("Graphs are made for one number of ranks and were not copied.")
     say(f"Next: msconv compile {done.artifact} --target cpu")

@@ -5,21 +5,27 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.integrity import check_graphs
-from msconv_runtime.sglang.launch import CHECK_DIGESTS, STRICT_AOT, plan_launch
+from msconv_runtime.sglang.launch import Nodes, Settings, plan_launch
 
+from .command import Command
 from .console import artifact_argument, emit, find_artifact, json_option, say
+from .references import compare_layout, recipe_option, with_serve_flags
 
 
-@click.command("serve", context_settings={"ignore_unknown_options": False})
+@click.command("serve", cls=Command, context_settings={"ignore_unknown_options": False})
 @artifact_argument
-@click.option("--device", type=click.Choice(["cpu", "npu"]), default="cpu", show_default=True)
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=30000, show_default=True, type=click.IntRange(1, 65535))
+@recipe_option
+@click.option(
+    "--device", type=click.Choice(["cpu", "npu"]), default="cpu", show_default=True, help="Where it runs."
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=30000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--check-digests", is_flag=True, help="Compare every byte with the manifest before loading.")
 @click.option(
     "--strict-aot/--no-strict-aot",
@@ -27,6 +33,18 @@ from .console import artifact_argument, emit, find_artifact, json_option, say
     show_default=True,
     help="Refuse to start if batches of other shapes would be compiled for.",
 )
+@click.option(
+    "--load",
+    type=click.Choice(["mmap", "read"]),
+    default="mmap",
+    show_default=True,
+    help="Map the rank's files, or read them: some drivers hang on mapped memory.",
+)
+@click.option(
+    "--nnodes", default=1, show_default=True, type=click.IntRange(1), help="Machines that serve together."
+)
+@click.option("--node-rank", default=0, show_default=True, type=click.IntRange(0), help="Which of them this is.")
+@click.option("--dist-init-addr", metavar="HOST:PORT", help="Where the machines meet: a port of the first one.")
 @click.option("--print-command", is_flag=True, help="Only print the command; start nothing.")
 @click.argument("sglang_args", nargs=-1, type=click.UNPROCESSED)
 @json_option
@@ -37,6 +55,10 @@ def command(
     port: int,
     check_digests: bool,
     strict_aot: bool,
+    load: Literal["mmap", "read"],
+    nnodes: int,
+    node_rank: int,
+    dist_init_addr: str | None,
     print_command: bool,
     sglang_args: tuple[str, ...],
     as_json: bool,
@@ -49,26 +71,30 @@ def command(
     \b
     msconv serve artifacts/Qwen3-0.6B-tp1 --port 30000
     msconv serve artifacts/Qwen3-0.6B-tp1 -- --max-total-tokens 8192 --log-level debug
+    msconv serve artifacts/DeepSeek-V3-tp32-ep32 --nnodes 4 --node-rank 1 --dist-init-addr 10.0.0.1:5000
     """
     extra = list(sglang_args)
     if artifact is not None and str(artifact).startswith("-"):
         extra.insert(0, str(artifact))  # `msconv serve -- --flag`: there was no artifact
         artifact = None
     root = find_artifact(artifact)
-    launch = plan_launch(root, device, host, port, extra)
-    if check_digests:
-        launch.environment[CHECK_DIGESTS] = "1"
-    if not strict_aot:
-        launch.environment[STRICT_AOT] = "0"
+    compare_layout(read_manifest(root))
+    settings = Settings(strict_aot, check_digests, load)
+    nodes = Nodes(nnodes, node_rank, dist_init_addr)
+    launch = plan_launch(root, device, host, port, with_serve_flags(device, extra), settings, nodes, print_command)
     if as_json:
         emit({"argv": launch.argv, "environment": launch.environment})
     if print_command:
         if not as_json:
             click.echo(launch.shell())
+        say("Next: the same without --print-command starts it.")
         return
     manifest = read_manifest(root)
-    if manifest.proof_for("cpu") is None or check_graphs(root, manifest):
-        say(f"Warning: {root} is UNPROVEN for {device}; `msconv verify {root}` compares it with its source.")
+    target = launch.environment.get("MSCONV_TARGET", "cpu")
+    if manifest.proof_for(target) is None or check_graphs(root, manifest):
+        say(f"Warning: {root} is UNPROVEN for {target}; `msconv verify {root}` compares it with its source.")
+    if target != "cpu":
+        say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")
     say(launch.shell())
     sys.stdout.flush()
     sys.stderr.flush()

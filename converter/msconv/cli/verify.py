@@ -8,20 +8,28 @@ import click
 
 from msconv_runtime.errors import VerificationFailed
 
-from .console import artifact_argument, emit, find_artifact, json_option, say, step
+from .command import Command
+from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say, step
+from .report import refresh
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @artifact_argument
-@click.option("--target", default="cpu", show_default=True, help="Which target's graphs to prove.")
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    shell_complete=complete_targets,
+    help="Which target's graphs to prove.",
+)
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
-    help="Directory of the source checkpoint.  [default: where it was converted from]",
+    metavar="REF",
+    help="The source checkpoint: a directory or owner/name[@revision].  [default: where it was converted from]",
 )
 @click.option("--layers", default=0, type=click.IntRange(0), help="Only the first N layers: for large models.")
 @json_option
-def command(artifact: Path | None, target: str, reference: Path | None, layers: int, as_json: bool) -> None:
+def command(artifact: Path | None, target: str, reference: str | None, layers: int, as_json: bool) -> None:
     """Prove an artifact numerically against the source checkpoint.
 
     Runs the artifact's own graphs on its own bytes and compares logits with transformers in float32:
@@ -35,8 +43,13 @@ def command(artifact: Path | None, target: str, reference: Path | None, layers: 
     from ..verify.reference import ROUTER_TIE
 
     root = find_artifact(artifact)
-    with step(f"comparing {root} ({target}) with transformers"):
-        proof = prove(root, target, reference, layers)
+    try:
+        with step(f"comparing {root} ({target}) with transformers"):
+            proof = prove(root, target, reference, layers)
+    except VerificationFailed:
+        refresh(root)  # an earlier proof is gone
+        raise
+    refresh(root)
     c = proof.comparison
     if as_json:
         emit(
@@ -88,6 +101,7 @@ def command(artifact: Path | None, target: str, reference: Path | None, layers: 
             f"The first {proof.layers} layers agree for {target}: {len(c.probes)} norms, largest relative error "
             f"{worst:.2e} (bound {c.bound:.0e}), {proof.seconds:.1f} s.  The whole is not proven by this."
         )
+        say(f"Next: msconv verify {root} --target {target} compares the whole.")
         return
     if half := proof.half_precision:
         expected = "other experts are chosen here and there"

@@ -1,16 +1,25 @@
-"""Model families: one small file each, holding the weight table and the architecture as data."""
+"""Model families: one small file each, holding the weight table and the architecture as data.
+
+Every Family that a file in this directory makes is one: a new family is a new file, and no line here.
+"""
 
 from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from msconv_runtime.errors import UsageError
 
 from ..layout.names import shorten
 from .config import DecoderConfig, Family, read_config
-from .deepseek_v3 import DEEPSEEK_V3, V32
-from .qwen3 import QWEN3
-from .qwen3_moe import QWEN3_MOE
+from .deepseek_v3 import V32
 
-FAMILIES: tuple[Family, ...] = (QWEN3, QWEN3_MOE, DEEPSEEK_V3)
+FAMILIES: tuple[Family, ...] = tuple(
+    value
+    for name in sorted(module.name for module in iter_modules(__path__))
+    for value in vars(import_module(f"{__name__}.{name}")).values()
+    if isinstance(value, Family)
+)
 
 NEIGHBOURS = {  # look alike, compute something else
     "DeepseekV2ForCausalLM": "DeepSeek-V2 routes by softmax without a correction bias, V3 by sigmoid with one",

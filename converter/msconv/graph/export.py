@@ -6,6 +6,7 @@ Tested with mindspore 2.8.0 and 2.10.0.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import mindspore as ms
@@ -50,10 +51,11 @@ def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Export
     inputs = ops.inputs() + cache_inputs(ops, local)
     net.set_grad(False)
     graph_id, _ = executor.compile(net, *placeholders(inputs), phase="export.mindir", do_convert=False)
-    proto, nodes = canonical(executor._get_func_graph_proto(net, graph_id, "mind_ir"))
+    proto, kinds = canonical(executor._get_func_graph_proto(net, graph_id, "mind_ir"))
     return Exported(
         proto=proto,
-        nodes=nodes,
+        nodes=sum(kinds.values()),
+        kinds=kinds,
         inputs=inputs,
         parameters=[GraphParameter(p.name, NAMES[p.dtype], list(p.shape)) for p in parameters],
         groups=[TP_GROUP] if mesh.tp > 1 else [],
@@ -64,7 +66,7 @@ def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Export
 def cache_inputs(ops: Ops, local: Local) -> list[GraphInput]:
     """Each layer's caches: k0, v0, k1, v1, ... of [pages, page, K, D], or one latent of [pages, page, 1, R]."""
     return [
-        GraphInput(f"{kind}_cache.{layer}", NAMES[ops.dtype], [None, None, heads, width])
+        GraphInput(f"{kind}_cache.{layer}", NAMES[ops.dtype], [None, ops.page, heads, width])
         for layer in range(local.config.layers)
         for kind, heads, width in ops.caches()
     ]
@@ -75,8 +77,8 @@ def placeholders(inputs: list[GraphInput]) -> list[Tensor]:
     return [Tensor(shape=list(i.shape), dtype=DTYPES[i.dtype]) for i in inputs]
 
 
-def canonical(proto: bytes) -> tuple[bytes, int]:
-    """The same graph under names of our own, so that the same input gives the same bytes; and its nodes.
+def canonical(proto: bytes) -> tuple[bytes, dict[str, int]]:
+    """The same graph under names of our own, so that the same input gives the same bytes; and its nodes by kind.
 
     MindSpore names values after source lines and Python variables, in an order that changes from run to run,
     and gives parameters addresses of this process as keys.
@@ -117,4 +119,10 @@ def canonical(proto: bytes) -> tuple[bytes, int]:
             attribute.s = b"export.mindir"
     graph.name = "msconv"
     data: bytes = model.SerializeToString(deterministic=True)
-    return data, len(graph.node)
+    return data, _kinds(model)
+
+
+def _kinds(model: Any) -> dict[str, int]:
+    """How many nodes there are of each primitive, sorted by its name; constants are `Constant`."""
+    primitives = {"REF::" + p.name: p.op_type for p in model.primitives}
+    return dict(sorted(Counter(primitives.get(n.op_type, n.op_type) for n in model.graph.node).items()))

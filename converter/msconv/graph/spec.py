@@ -21,6 +21,7 @@ class Exported:
 
     proto: bytes
     nodes: int
+    kinds: dict[str, int]
     inputs: list[GraphInput]
     parameters: list[GraphParameter]
     groups: list[str]

@@ -121,14 +121,17 @@ class Plan:
         """Those that get this move's bytes."""
         return [r for r in self.mesh.ranks if move.owner in (-1, self.mesh.ep_rank(r))]
 
+    def reads(self, unit: tuple[str, ...]) -> tuple[str, ...]:
+        """Its sources, and the scales of those that are quantised."""
+        return (*unit, *(self.scales[n] for n in unit if n in self.scales))
+
     def unit_bytes(self, unit: tuple[str, ...]) -> int:
         """What is read for it."""
-        names = (*unit, *(self.scales[n] for n in unit if n in self.scales))
-        return sum(self.sources[n].nbytes for n in names)
+        return sum(self.sources[n].nbytes for n in self.reads(unit))
 
     def is_done(self, unit: tuple[str, ...], done: Container[str]) -> bool:
         """Whether all of a unit's sources are among those that were moved."""
-        return all(n in done for n in (*unit, *(self.scales[n] for n in unit if n in self.scales)))
+        return all(n in done for n in self.reads(unit))
 
     def boxes(self, name: str, move: Move, rank: int) -> tuple[Box, ...]:
         return boxes(move.cut, self.sources[name].shape, self.mesh, self.sizes.dims, rank)

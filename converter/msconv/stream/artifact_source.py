@@ -24,12 +24,12 @@ from ..layout.model import TensorInfo
 from ..layout.plan import Move, Plan, file_name
 from ..quant.kernels import turn
 from .blocks import pad_hash
-from .source import read_exactly
+from .source import Source, read_exactly
 
 TURN_BYTES = 1 << 20  # of a turned part, read at a time
 
 
-class ArtifactSource:
+class ArtifactSource(Source):
     """A plan's outputs, seen as its sources.  `plan` is the one the artifact was written by."""
 
     def __init__(self, root: Path, plan: Plan, weights: Weights) -> None:

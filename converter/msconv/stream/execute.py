@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from msconv_runtime.artifact import TensorEntry, WeightFile, digest_bytes, digest_of
@@ -14,15 +13,13 @@ from ..layout.plan import Plan, constant_bytes, file_name
 from .blocks import Buffers, BufferSizes, Moved, Stopped, Work, buffer_sizes, move_unit
 from .journal import Journal
 from .outputs import Outputs
-from .source import Source
+from .source import Progress, Source
 
 BLOCK_BYTES = 1 << 20  # stays in the processor cache between read and write: measured 1.2x of 16 MiB
 SMALLEST_BLOCK = 256 << 10
 CHECKPOINT_BYTES = 512 << 20  # read between two durable points: at most this is done again after a crash
 BASE_BYTES = 96 << 20  # interpreter and libraries, measured
 BYTES_PER_TENSOR = 4096  # plan, journal and manifest entries, measured
-
-Progress = Callable[[int], None]
 
 
 def plan_memory(plan: Plan, jobs: int, max_memory: int | None) -> tuple[BufferSizes, int]:
@@ -50,11 +47,12 @@ def execute(
     buffers: BufferSizes,
     progress: Progress,
     besides: int = 0,
+    downloading: Progress = lambda n: None,
 ) -> dict[str, Moved]:
     """Write all rank files under `root` and publish them.  Returns every source tensor's digests.
 
     Interrupted at any point, a later call with the same journal continues.  `besides`: bytes that will be
-    written after the weights, which must find room too.
+    written after the weights, which must find room too.  `downloading` gets the bytes that come from elsewhere.
     """
     order = sorted(plan.units, key=lambda u: (plan.sources[u[0]].file, plan.sources[u[0]].offset))
     todo = [u for u in order if not plan.is_done(u, journal.done)]
@@ -63,6 +61,7 @@ def execute(
         for constant in plan.constants:
             for rank in plan.mesh.ranks:
                 outputs.write_constant(constant, rank)
+        source.expect((n for unit in todo for n in plan.reads(unit)), downloading)
         _run(plan, source, outputs, journal, todo, jobs, buffers, progress)
         try:
             source.check_unchanged()
@@ -118,20 +117,23 @@ def _run(
                 waiting += result
                 waiting_bytes += sum(plan.sources[m.name].nbytes for m in result)
             if waiting_bytes >= CHECKPOINT_BYTES:
-                _checkpoint(outputs, journal, waiting)
+                _checkpoint(outputs, journal, source, waiting)
                 waiting_bytes = 0
     finally:
         stop.set()
+        if running:
+            source.interrupt()
         for worker in workers:
             worker.join()
-        _checkpoint(outputs, journal, waiting)
+        _checkpoint(outputs, journal, source, waiting)
 
 
-def _checkpoint(outputs: Outputs, journal: Journal, waiting: list[Moved]) -> None:
-    """Bytes first, then the journal that speaks of them."""
+def _checkpoint(outputs: Outputs, journal: Journal, source: Source, waiting: list[Moved]) -> None:
+    """Bytes first, then the journal that speaks of them, then the source may let go of them."""
     if waiting:
         outputs.sync()
         journal.append(waiting)
+        source.moved(m.name for m in waiting)
         waiting.clear()
 
 

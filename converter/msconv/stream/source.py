@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -13,9 +13,15 @@ from msconv_runtime.errors import CheckpointError
 from ..checkpoint.directory import ShardFile
 from ..layout.model import TensorInfo
 
+Progress = Callable[[int], None]
+
 
 class Source(Protocol):
     """Where rows of source tensors come from."""
+
+    def expect(self, names: Iterable[str], progress: Progress) -> None:
+        """These tensors will be read, about in this order.  `progress` gets the bytes that come from elsewhere."""
+        return
 
     def read(self, info: TensorInfo, begin: int, out: memoryview) -> None:
         """Fill `out` with the tensor's bytes from `begin` on (both in bytes)."""
@@ -23,13 +29,21 @@ class Source(Protocol):
     def release(self, info: TensorInfo) -> None:
         """The tensor is not needed again: its pages may leave the page cache."""
 
+    def moved(self, names: Iterable[str]) -> None:
+        """These tensors are durably in their places: no later run will read them either."""
+        return
+
+    def interrupt(self) -> None:
+        """Reads that wait for something raise Stopped."""
+        return
+
     def check_unchanged(self) -> None:
         """Raises CheckpointError if any file changed since the plan was made."""
 
     def close(self) -> None: ...
 
 
-class DirectorySource:
+class DirectorySource(Source):
     """The shards of a local checkpoint, read with pread (a mapping would keep its pages)."""
 
     def __init__(self, files: Mapping[str, ShardFile]) -> None:
@@ -56,6 +70,12 @@ class DirectorySource:
                     f"modified {(stat.st_mtime_ns - file.mtime_ns) / 1e9:+.3f} s).",
                     "Let the download finish, then convert again with --force.",
                 )
+
+    def forget(self, name: str) -> None:
+        """Close a file that is not read again."""
+        with self._lock:
+            if name in self._fds:
+                os.close(self._fds.pop(name))
 
     def close(self) -> None:
         for fd in self._fds.values():

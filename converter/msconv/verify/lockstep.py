@@ -18,7 +18,7 @@ from safetensors import safe_open
 from msconv_runtime.artifact import Graph, Manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.graphs import graphs_of
-from msconv_runtime.paging import Batch, Sequences
+from msconv_runtime.paging import Sequences, attention_mask
 from msconv_runtime.weights import required
 
 from ..graph.spec import TP_GROUP
@@ -31,7 +31,6 @@ KEEP_BYTES = 2 << 30  # weights of all ranks up to this stay in memory; above, t
 NP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLLECTIVES = {"AllReduce": {"group", "op", "index", "fusion", "no_eliminate"}}
 COLLECTIVES["AllGather"] = {"group", "rank_size", "index", "fusion", "no_eliminate"}
-MASK_COEFFICIENT = -10000.0
 
 
 class RankFiles:
@@ -92,14 +91,15 @@ class Lockstep:
         self.caches: list[list[torch.Tensor]] = []
         self.probes: dict[str, NDArray[np.float32]] = {}
         self.apart = 0.0
-        self.sequences = Sequences(0, PAGE)
+        self.page = next(i.shape[1] or PAGE for i in self.graphs["decode"].inputs if "_cache." in i.name)
+        self.sequences = Sequences(0, self.page)
 
     @property
     def has_all_tokens(self) -> bool:
         return "decode_all" in self.programs
 
     def prefill(self, prompts: list[list[int]]) -> NDArray[np.float32]:
-        self.sequences = Sequences(len(prompts), PAGE)
+        self.sequences = Sequences(len(prompts), self.page)
         self.caches = []
         return self._step("prefill", prompts)
 
@@ -118,22 +118,11 @@ class Lockstep:
         self._reserve(self.sequences.num_pages)
         inputs: list[torch.Tensor] = [torch.from_numpy(a.copy()) for a in batch.arrays]
         if self.target != "cpu":
-            inputs.append(self.mask(phase, batch))
+            mask = attention_mask(phase, batch, str(self.context.dtype).removeprefix("torch."))
+            inputs.append(torch.from_numpy(mask).to(self.context.keep(self.context.dtype)))
         out = self.run(self.programs[phase], [[*inputs, *caches] for caches in self.caches])
         self.probes, self.apart = out.probes, max(self.apart, out.apart)
         return out.logits[0] if out.logits else np.zeros((0, 0), np.float32)
-
-    def mask(self, phase: str, batch: Batch) -> torch.Tensor:
-        """As SGLang's slot makes it: a 128x128 tile for prefill, (1, 1) for single tokens, else a row a token."""
-        dtype = self.context.keep(self.context.dtype)
-        if phase == "prefill":
-            coefficient = 1.0 if self.context.dtype == torch.bfloat16 else MASK_COEFFICIENT
-            return (torch.triu(torch.ones(128, 128), 1) * coefficient).to(dtype)
-        if int(batch.q_lens.max()) == 1:
-            return torch.zeros(1, 1, dtype=dtype)
-        columns = torch.arange(int(batch.context_lens.max()))
-        hidden = columns[None, :] > torch.from_numpy(batch.positions.copy())[:, None]
-        return (hidden * MASK_COEFFICIENT).to(dtype)
 
     def run(self, program: Program, inputs: list[list[torch.Tensor]]) -> Step:
         """Execute for all ranks.  Raises VerificationFailed naming the node that cannot be run."""
@@ -217,7 +206,7 @@ class Lockstep:
         dtype = self.context.keep(self.context.dtype)
         for rank in range(self.tp):
             grown = [
-                torch.zeros(max(pages, 2 * have), PAGE, *(n or 1 for n in s[2:]), dtype=dtype) for s in shapes
+                torch.zeros(max(pages, 2 * have), self.page, *(n or 1 for n in s[2:]), dtype=dtype) for s in shapes
             ]
             if have:
                 for new, old in zip(grown, self.caches[rank], strict=True):

@@ -42,7 +42,7 @@ class Proof:
         return self.comparison.ok and not self.missing and not self.unused
 
 
-def prove(root: Path, target: str, reference: Path | None, layers: int = 0) -> Proof:
+def prove(root: Path, target: str, reference: str | Path | None, layers: int = 0) -> Proof:
     """Compare the artifact's graphs and bytes with transformers.  A failed proof removes an earlier one.
 
     Weights that do not stay in memory are read anew at each step: of those models few decode steps are compared.
@@ -90,6 +90,7 @@ def prove(root: Path, target: str, reference: Path | None, layers: int = 0) -> P
         ranks=manifest.parallel.tp,
         logits_compared=comparison.rows,
         settings={**comparison.by_phase, **half},
+        norms=comparison.probes,
     )
     _record(root, target, entry if proof.ok else None)
     return proof

@@ -18,6 +18,7 @@ from msconv_runtime.artifact import STATE_DIR, Manifest
 from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
+from ..checkpoint.reference import REPOSITORY, bring, open_reference
 from ..layout.dtypes import FP8
 from ..layout.model import SCALE
 from .routing import closeness
@@ -217,14 +218,17 @@ class SourceWeights:
             return opened.get_tensor(name).to(torch.float32, copy=True)
 
 
-def source_of(root: Path, given: Path | None) -> Path:
-    """The reference directory: given, or the one the artifact was converted from on this machine."""
+def source_of(root: Path, given: str | Path | None) -> Path:
+    """The reference directory: given, or the one the artifact was converted from on this machine.  What is on a
+    hub is downloaded, if it is not in the cache."""
     if given is not None:
-        return given
+        return bring(given if isinstance(given, Path) else open_reference(given))
     try:
         recorded = (root / STATE_DIR / "source").read_text().strip()
     except OSError:
         recorded = ""
+    if REPOSITORY.fullmatch(recorded):
+        return bring(open_reference(recorded))
     if not recorded or not Path(recorded, "config.json").is_file():
         raise UsageError(
             f"{root}: the checkpoint it was converted from is not on this machine.",

@@ -1,5 +1,4 @@
-"""What only a CPU needs: names upstream imports on an NPU, no mask (CPU graphs make their own), the batch,
-and MindSpore's own communication between ranks (mccl).
+"""What only a CPU needs: names upstream imports on an NPU, and MindSpore's own communication between ranks (mccl).
 
 Run as a program, this file is MindSpore's scheduler: the process through which the ranks find each other.
 """
@@ -23,18 +22,17 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import EnvironmentProblem
-from ..paging import Batch, Ints
+from .launch import LOCALHOST, Settings
 
 LISTEN_S = 60  # until MindSpore's scheduler must listen
 MEET_S = 300  # until the ranks must have found each other
 STALL_S = 3600  # a process that stood still for less is not taken for dead: we watch the processes ourselves
-LOCALHOST = "127.0.0.1"
 PR_SET_PDEATHSIG = 1
 logger = logging.getLogger(__name__)
 
 
 class NoMask:
-    """In place of upstream's LowerTriangularMask, which would allocate 512 MB for what no CPU graph reads."""
+    """In place of upstream's LowerTriangularMask, which allocates 512 MB: the graphs' masks are made elsewhere."""
 
     def __init__(self, dtype: Any, max_model_len: int) -> None:
         from mindspore import mint
@@ -57,31 +55,6 @@ def complete(upstream: Any) -> None:
     upstream.LowerTriangularMask = NoMask
 
 
-def batch_of(input_ids: Any, positions: Any, forward_batch: Any) -> Batch:
-    """SGLang's batch as graph inputs, without a MindSpore operation: those cost more than a small graph."""
-    from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
-
-    page = get_token_to_kv_pool().page_size
-    context_lens = _ints(forward_batch.seq_lens)
-    rows = get_req_to_token_pool().req_to_token[forward_batch.req_pool_indices, : int(context_lens.max())]
-    if forward_batch.forward_mode.is_extend():
-        q_lens = _ints(forward_batch.extend_seq_lens)
-    else:
-        q_lens = np.ones(len(context_lens), np.int32)
-    return Batch(
-        input_ids=_ints(input_ids),
-        positions=_ints(positions),
-        slots=_ints(forward_batch.out_cache_loc),
-        block_tables=_ints(rows[:, ::page]) // page,
-        context_lens=context_lens,
-        q_lens=q_lens,
-    )
-
-
-def _ints(tensor: Any) -> Ints:
-    return np.array(tensor.numpy(), np.int32)  # a copy: SGLang goes on with its tensor
-
-
 def start_communication(tp_group: Any) -> None:
     """Start MindSpore's collectives among the ranks of SGLang's tensor-parallel group; each rank calls this.
 
@@ -92,8 +65,9 @@ def start_communication(tp_group: Any) -> None:
 
     started = time.monotonic()
     rank, size = tp_group.rank_in_group, tp_group.world_size
-    port = tp_group.broadcast_object(start_scheduler(size) if rank == 0 else None)
-    os.environ.update(cluster_environment("MS_WORKER", str(rank), size, port))
+    host = Settings.read().meeting_host
+    port = tp_group.broadcast_object(start_scheduler(size, host) if rank == 0 else None)
+    os.environ.update(cluster_environment("MS_WORKER", str(rank), size, host, port))
     try:
         init("mccl")
     except RuntimeError as e:
@@ -110,12 +84,12 @@ def start_communication(tp_group: Any) -> None:
     logger.info("msconv: rank %d of %d: mccl started in %.1f s", rank, size, time.monotonic() - started)
 
 
-def start_scheduler(size: int) -> int:
+def start_scheduler(size: int, host: str = LOCALHOST) -> int:
     """Start MindSpore's scheduler for `size` ranks; its port, once it listens.  It ends when this thread does."""
     with socket.socket() as s:
-        s.bind((LOCALHOST, 0))
+        s.bind((host, 0))
         port = int(s.getsockname()[1])
-    environment = {**os.environ, **cluster_environment("MS_SCHED", "scheduler", size, port)}
+    environment = {**os.environ, **cluster_environment("MS_SCHED", "scheduler", size, host, port)}
     environment.update(OMP_NUM_THREADS="1", GLOG_v="3")  # else it prints a line every 5 s
     output = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
     process = subprocess.Popen(
@@ -140,8 +114,8 @@ def start_scheduler(size: int) -> int:
     return port
 
 
-def cluster_environment(role: str, node: str, size: int, port: int) -> dict[str, str]:
-    """MindSpore's variables for one process of a cluster on this machine.
+def cluster_environment(role: str, node: str, size: int, host: str, port: int) -> dict[str, str]:
+    """MindSpore's variables for one process of a cluster.
 
     Its heartbeat stays on: switched off, MindSpore 2.10 closes that connection while the ranks still meet, and
     one start in three died of a segmentation fault.
@@ -150,7 +124,7 @@ def cluster_environment(role: str, node: str, size: int, port: int) -> dict[str,
         "MS_ROLE": role,
         "MS_NODE_ID": node,
         "MS_WORKER_NUM": str(size),
-        "MS_SCHED_HOST": LOCALHOST,
+        "MS_SCHED_HOST": host,
         "MS_SCHED_PORT": str(port),
         "MS_TOPO_TIMEOUT": str(MEET_S),
         "MS_DISABLE_HEARTBEAT": "0",

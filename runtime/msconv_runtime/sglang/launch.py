@@ -7,16 +7,21 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..artifact import Manifest, Parallel, read_manifest
 from ..errors import ArtifactError, EnvironmentProblem, UsageError
+from ..weights import LoadMode
+
+if TYPE_CHECKING:
+    from ..doctor import Ability
 
 STANDINS = Path(__file__).with_name("standins")
-STRICT_AOT = "MSCONV_STRICT_AOT"  # "0": a start that would compile for other shapes goes on all the same
-CHECK_DIGESTS = "MSCONV_CHECK_DIGESTS"  # "1": the slot compares every digest of its rank before it loads
+LOCALHOST = "127.0.0.1"
 PAGE_SIZE = 16
+PAGE_ELEMENTS = 128 * 128
 ALIASES = {
     "--tp-size": ("--tp", "--tensor-parallel-size"),
     "--ep-size": ("--ep", "--expert-parallel-size"),
@@ -24,6 +29,41 @@ ALIASES = {
 }
 POOL_BYTES = 4 << 30  # most memory the KV pools of all ranks take by default on a CPU
 POOL_TOKENS = (4096, 131072)  # least and most
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `msconv serve` tells the slot, through the environment.
+
+    strict_aot: a start that would compile for other shapes fails.  check_digests: every digest of the rank is
+    compared before it loads.  load_mode: `mmap` or `read`.  target: whose graphs.  meeting_host: where the ranks of
+    a CPU server meet.
+    """
+
+    strict_aot: bool = True
+    check_digests: bool = False
+    load_mode: LoadMode = "mmap"
+    target: str = "cpu"
+    meeting_host: str = LOCALHOST
+
+    def environment(self) -> dict[str, str]:
+        """Only what differs from the defaults."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {f"MSCONV_{name.upper()}": str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}
+
+    @staticmethod
+    def read() -> Settings:
+        """From this process's environment.  Raises UsageError for a load mode that there is not."""
+        mode = os.environ.get("MSCONV_LOAD_MODE", "mmap")
+        if mode not in ("mmap", "read"):
+            raise UsageError(f"MSCONV_LOAD_MODE={mode}: mmap or read.")
+        return Settings(
+            os.environ.get("MSCONV_STRICT_AOT", "1") != "0",
+            os.environ.get("MSCONV_CHECK_DIGESTS", "0") == "1",
+            "mmap" if mode == "mmap" else "read",
+            os.environ.get("MSCONV_TARGET", "cpu"),
+            os.environ.get("MSCONV_MEETING_HOST", LOCALHOST),
+        )
 
 
 @dataclass(frozen=True)
@@ -38,27 +78,63 @@ class Launch:
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.argv)])
 
 
-def plan_launch(root: Path, device: str, host: str, port: int, extra: list[str]) -> Launch:
+@dataclass(frozen=True)
+class Nodes:
+    """Machines that serve one model together, in SGLang's words.  `address`: HOST:PORT of the first one."""
+
+    count: int = 1
+    rank: int = 0
+    address: str | None = None
+
+    def flags(self, parallel: Parallel) -> dict[str, str]:
+        """Raises UsageError if these machines cannot be."""
+        if self.rank >= self.count:
+            raise UsageError(
+                f"--node-rank {self.rank}: of {self.count} machines the last is {self.count - 1}.",
+                f"Give --node-rank 0 to {self.count - 1}, another on each machine.",
+            )
+        if self.count > 1 and not self.address:
+            raise UsageError(
+                f"--nnodes {self.count} needs --dist-init-addr.",
+                "Give HOST:PORT of the first machine, the same on all of them.",
+            )
+        if self.count > 1 and parallel.tp % self.count:
+            raise UsageError(
+                f"--nnodes {self.count}: {parallel.tp} ranks are not the same number on each machine.",
+                "Give a number of machines that divides the artifact's tp.",
+            )
+        several = {"--nnodes": str(self.count), "--node-rank": str(self.rank)} if self.count > 1 else {}
+        return several | ({"--dist-init-addr": self.address} if self.address else {})
+
+
+def plan_launch(
+    root: Path,
+    device: str,
+    host: str,
+    port: int,
+    extra: list[str],
+    settings: Settings = Settings(),
+    nodes: Nodes = Nodes(),
+    elsewhere: bool = False,
+) -> Launch:
     """Check the artifact, this machine and `extra`, and build the command.  What the user passes in `extra` wins
-    over our defaults.  Raises one error that lists all that does not fit, each with what mends it."""
+    over our defaults.  Raises one error that lists all that does not fit, each with what mends it.
+
+    `elsewhere`: the command is for another machine, so this one needs no NPU.  `settings.target` is set here.
+    """
     if device not in ("cpu", "npu"):
         raise UsageError(f"--device {device}: cpu or npu.")
     manifest = read_manifest(root)
-    if device == "npu":
-        raise EnvironmentProblem(
-            f"{root}: serving on an NPU is not there yet: nothing here has run on a device.", "Use --device cpu."
-        )
-    refuse(root, manifest, extra)
+    target = "cpu" if device == "cpu" else ascend_target(root, manifest)
+    settings = replace(settings, target=target)
+    kind = cpu_flags(root, manifest) if device == "cpu" else npu_flags(manifest, target)
+    refuse(root, manifest, extra, {**parallel_flags(manifest.parallel), **kind}, elsewhere and device == "npu")
     flags = {
         "--model-path": str(root),
         "--model-impl": "mindspore",
-        "--device": "cpu",
-        "--attention-backend": "torch_native",
-        "--dtype": "float32",
-        "--page-size": str(PAGE_SIZE),
+        **kind,
         **parallel_flags(manifest.parallel),
-        "--mem-fraction-static": "0.3",
-        "--max-total-tokens": str(pool_tokens(root, manifest)),
+        **nodes.flags(manifest.parallel),
         "--host": host,
         "--port": str(port),
     }
@@ -67,19 +143,71 @@ def plan_launch(root: Path, device: str, host: str, port: int, extra: list[str])
     for name, value in flags.items():
         if not given.keys() & {name, *ALIASES.get(name, ())}:
             argv += [name, value] if value else [name]
-    return Launch([*argv, *extra], {**cpu_environment(), **rank_environment(manifest.parallel.tp)})
+    if nodes.count > 1 and nodes.address:
+        settings = replace(settings, meeting_host=nodes.address.rpartition(":")[0].strip("[]"))
+    environment = settings.environment()
+    if device == "cpu":
+        environment |= {**cpu_environment(), **rank_environment(manifest.parallel.tp // nodes.count)}
+    return Launch([*argv, *extra], environment)
 
 
-def refuse(root: Path, manifest: Manifest, extra: list[str]) -> None:
-    """Raises ArtifactError or EnvironmentProblem that lists whatever keeps the artifact from being served here."""
+def cpu_flags(root: Path, manifest: Manifest) -> dict[str, str]:
+    return {
+        "--device": "cpu",
+        "--attention-backend": "torch_native",
+        "--dtype": "float32",
+        "--page-size": str(PAGE_SIZE),
+        "--mem-fraction-static": "0.3",
+        "--max-total-tokens": str(pool_tokens(root, manifest)),
+    }
+
+
+def npu_flags(manifest: Manifest, target: str) -> dict[str, str]:
+    """As SGLang's documentation of its MindSpore models has them.  Has not run on a device.
+
+    ATB's PagedAttention takes pages of at most PAGE_ELEMENTS elements a head (hiascend.com, ascendtb_01_0075).
+    """
+    caches = [i for i in manifest.graphs_for(target)[0].inputs if "_cache." in i.name]
+    widest = max(i.shape[-1] or 1 for i in caches)
+    page = next((p for p in (128, 64, 32) if p * widest <= PAGE_ELEMENTS), 16)
+    return {
+        "--device": "npu",
+        "--attention-backend": "ascend",
+        "--dtype": caches[0].dtype,
+        "--page-size": str(page),
+    }
+
+
+def ascend_target(root: Path, manifest: Manifest) -> str:
+    """The one Ascend target that the artifact has graphs for, or the one that MSCONV_TARGET names."""
+    there = sorted({g.target for g in manifest.graphs} - {"cpu"})
+    named = os.environ.get("MSCONV_TARGET")
+    if named in there:
+        return str(named)
+    if len(there) == 1 and named is None:
+        return there[0]
+    if not there:
+        raise ArtifactError(
+            f"{root}: has no graphs for an NPU.", f"`msconv compile {root} --target ascend910b` makes them."
+        )
+    raise UsageError(
+        f"{root}: has graphs for {', '.join(there)}" + (f", not for {named}." if named else "."),
+        f"Set MSCONV_TARGET to one of them: MSCONV_TARGET={there[0]}.",
+    )
+
+
+def refuse(root: Path, manifest: Manifest, extra: list[str], needed: dict[str, str], elsewhere: bool) -> None:
+    """Raises an error that lists whatever keeps the artifact from being served here with these flags."""
     from ..doctor import Machine, examine
 
-    findings = examine(Machine(), root).against("serve_cpu")
+    ability: Ability = "serve_cpu" if needed["--device"] == "cpu" else "serve_npu"
+    findings = [] if elsewhere else examine(Machine(), root).against(ability)
     problems = [f"  {f.name}: {f.found}; needed: {f.needed}.  {f.hint}" for f in findings]
     given = given_flags(extra)
-    for name, wanted in {**parallel_flags(manifest.parallel), "--dtype": "float32", "--device": "cpu"}.items():
+    for name in ("--tp-size", "--ep-size", "--dtype", "--device"):
+        wanted = needed.get(name, "1")
         for spelled in {name, *ALIASES.get(name, ())} & given.keys():
-            if wanted and given[spelled] != wanted:
+            if given[spelled] != wanted:
                 mend = ", or make another artifact with `msconv reshard`" if name in ALIASES else ""
                 problems.append(
                     f"  {spelled} {given[spelled]}: this artifact is served with {name} {wanted}.  "

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from ..artifact import is_artifact
+from ..artifact import is_artifact, read_manifest
 
 PACKAGE = "msconv_runtime.sglang"
+SLOT = "MindSporeForCausalLM"  # the class that SGLang looks for under --model-impl mindspore
 logger = logging.getLogger(__name__)
 
 
@@ -27,6 +29,10 @@ def activate() -> None:
         "sglang.srt.arg_groups.validation_hook.check_server_args", _check_server_args, HookType.AROUND
     )
     HookRegistry.register("sglang.srt.configs.model_config.get_config", _get_config, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.model_loader.loader.get_model_architecture", _get_model_architecture, HookType.AROUND
+    )
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _load_beside, HookType.AROUND)
 
 
 def _get_config(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -35,6 +41,34 @@ def _get_config(original: Callable[..., Any], model: Any, *args: Any, **kwargs: 
     if is_artifact(model) and getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return config
+
+
+def _get_model_architecture(original: Callable[[Any], Any], config: Any) -> Any:
+    """The slot's class at once: upstream asks first whether it knows the model itself, and imports all its models
+    for that, which takes longer than an artifact takes to load."""
+    from sglang.srt.configs.model_config import ModelImpl
+    from sglang.srt.models.registry import ModelRegistry
+
+    if config.model_impl != ModelImpl.MINDSPORE or not is_artifact(config.model_path):
+        return original(config)
+    found, name = ModelRegistry.resolve_model_cls([SLOT])
+    config._resolved_model_arch, config._resolved_model_impl = name, ModelImpl.MINDSPORE
+    return found, name
+
+
+def _load_beside(
+    original: Callable[..., Any], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
+) -> None:
+    """An artifact of one rank loads while SGLang makes its pools; the server is not ready before both are done."""
+    from . import preload
+
+    root = Path(server_args.model_path)
+    ours = os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] == PACKAGE
+    if ours and server_args.model_impl == "mindspore" and is_artifact(root):
+        preload.begin(root)
+    original(scheduler, server_args, *args, **kwargs)
+    if preload.has_begun(root):
+        preload.finish(root, read_manifest(root), 0)
 
 
 def _check_server_args(original: Callable[[Any], Any], server_args: Any) -> Any:

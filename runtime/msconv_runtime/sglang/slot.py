@@ -1,29 +1,30 @@
 """The model class under upstream's name: an artifact gets our graphs, every other model upstream's class.
 
-Upstream's class starts MindSpore and loads; a batch goes from SGLang's tensors straight to the graphs.
+Upstream's class starts MindSpore and loads; a batch goes from SGLang's tensors straight to the graphs.  CPU and NPU
+take the same way through this file; on an NPU it has not run yet.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sglang.srt.models.mindspore as upstream
 import torch
 from mindspore import nn
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
 from sglang.srt.runtime_context import get_parallel
 
 from ..artifact import Manifest, is_artifact, read_manifest
 from ..errors import ArtifactError, EnvironmentProblem
-from ..graphs import Graphs
-from . import cpu
+from ..graphs import Graphs, graphs_of
+from ..paging import Batch, Ints
+from . import cpu, preload
 from .collectives import create_groups
-from .launch import CHECK_DIGESTS, STRICT_AOT
+from .launch import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,9 @@ class MindSporeForCausalLM(upstream.MindSporeForCausalLM):
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         self.is_artifact = _artifact_of(config) is not None
         if self.is_artifact:
-            if upstream._is_npu:
-                raise EnvironmentProblem(
-                    f"{config._name_or_path}: has graphs for the CPU only; this machine serves on an NPU."
-                )
-            cpu.complete(upstream)
+            if not upstream._is_npu:
+                cpu.complete(upstream)
+            upstream.LowerTriangularMask = cpu.NoMask
         super().__init__(config=config, quant_config=quant_config, prefix=prefix)
 
     def get_arch(self, config: Any) -> Any:
@@ -70,62 +69,76 @@ class ArtifactModel(nn.Cell):
         self.root = root
         self.manifest = read_manifest(root)
         self.num_layers = config.num_hidden_layers
-        config.param_dtype = mindspore.float32
+        target = Settings.read().target
+        config.param_dtype = getattr(mindspore, graphs_of(root, self.manifest, target)[0].inputs[-1].dtype)
         self.rank = check_parallel(self.manifest, root)
-        create_groups(root, self.manifest, "cpu", get_parallel().tp_group)
+        create_groups(root, self.manifest, target, get_parallel().tp_group)
         self.caches: list[Any] = []
+        self.graphs: Graphs | None = None
+        self.compiles = 0
 
     def load_weights(self, weights: Any) -> None:
-        """Load this rank and warm up both graphs.  SGLang's own iterator is never advanced."""
-        started = time.monotonic()
-        check = os.environ.get(CHECK_DIGESTS, "") == "1"
-        self.graphs = Graphs(self.root, self.manifest, "cpu", self.rank, check=check)
-        loaded = time.monotonic()
-        self.graphs.warm_up(strict=os.environ.get(STRICT_AOT, "1") != "0")
-        self.compiles = 0
-        logger.info(
-            "msconv: rank %d of %s: %d tensors bound in %.2f s, prefill and decode warmed up in %.2f s; compiles "
-            "since ready are counted from here",
-            self.rank,
-            self.root,
-            len(self.graphs.tensors),
-            loaded - started,
-            time.monotonic() - loaded,
-        )
+        """Load this rank, unless it is being loaded beside.  SGLang's own iterator is never advanced."""
+        if not preload.has_begun(self.root):
+            self.graphs = preload.finish(self.root, self.manifest, self.rank)
 
     def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
         """Logits [B, V] float32 of each sequence's last token, a torch tensor."""
+        if self.graphs is None:
+            self.graphs = preload.finish(self.root, self.manifest, self.rank)
         if not self.caches:
-            self.caches = self._map_pool()
-        batch = cpu.batch_of(input_ids, positions, forward_batch)
+            self.caches = self._map_pool(self.graphs)
+        batch = batch_of(input_ids, positions, forward_batch, self.graphs.page)
         if forward_batch.forward_mode.is_extend():
             logits = self.graphs.prefill(batch, self.caches)
         else:
-            logits = self.graphs.decode(batch, self.caches).asnumpy()
+            logits = self.graphs.decode(batch, self.caches).float().asnumpy()
         if self.graphs.compiles_since_ready > self.compiles:
             self.compiles = self.graphs.compiles_since_ready
             logger.warning("msconv: compiles since ready: %d: a request waited for it", self.compiles)
-        return torch.from_numpy(logits)
+        return torch.from_numpy(logits).to(input_ids.device)
 
-    def _map_pool(self) -> list[Any]:
+    def _map_pool(self, graphs: Graphs) -> list[Any]:
         """SGLang's KV pool as graph inputs: the same memory as [pages, page, K, D].  Two a layer, k0 v0 k1 v1 ...,
         or one where both come from the same latent."""
         pool = get_token_to_kv_pool()
-        getters = [pool.get_key_buffer, pool.get_value_buffer][: self.graphs.num_caches // self.num_layers]
+        getters = [pool.get_key_buffer, pool.get_value_buffer][: graphs.num_caches // self.num_layers]
         caches = []
         for layer in range(self.num_layers):
             for buffer in (get(layer) for get in getters):
                 if not buffer.is_contiguous():
                     raise EnvironmentProblem("SGLang's KV pool is not contiguous: it cannot be shared.")
-                paged = buffer if buffer.ndim == 4 else buffer.view(-1, pool.page_size, *buffer.shape[1:])
+                paged = buffer.view(-1, graphs.page, *buffer.shape[-2:])
                 caches.append(upstream.tensor_torch2ms(paged))
-        found, expected = list(caches[0].shape[2:]), self.graphs.cache_shape[2:]
+        found, expected = list(caches[0].shape[2:]), graphs.cache_shape[2:]
         if found != expected:
             raise ArtifactError(
                 f"{self.root}: SGLang's KV pool has heads and dimension {found}, the graphs want {expected}."
             )
         logger.info("msconv: KV pool %s shared with the graphs", caches[0].shape)
         return caches
+
+
+def batch_of(input_ids: Any, positions: Any, forward_batch: Any, page: int) -> Batch:
+    """SGLang's batch as graph inputs, without a MindSpore operation: those cost more than a small graph."""
+    context_lens = _ints(forward_batch.seq_lens)
+    rows = get_req_to_token_pool().req_to_token[forward_batch.req_pool_indices, : int(context_lens.max())]
+    if forward_batch.forward_mode.is_extend():
+        q_lens = _ints(forward_batch.extend_seq_lens)
+    else:
+        q_lens = np.ones(len(context_lens), np.int32)
+    return Batch(
+        input_ids=_ints(input_ids),
+        positions=_ints(positions),
+        slots=_ints(forward_batch.out_cache_loc),
+        block_tables=_ints(rows[:, ::page]) // page,
+        context_lens=context_lens,
+        q_lens=q_lens,
+    )
+
+
+def _ints(tensor: Any) -> Ints:
+    return np.array(tensor.cpu().numpy(), np.int32)  # a copy: SGLang goes on with its tensor
 
 
 def check_parallel(manifest: Manifest, root: Path) -> int:

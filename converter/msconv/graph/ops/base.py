@@ -19,6 +19,7 @@ class Ops(ABC):
 
     dtype: Any  # MindSpore type of weights, activations and cache
     wants_nz = False  # matrices are cast to the NZ format on the device, at load
+    page: int | None = None  # slots a page of the caches; None: the server's choice
 
     def __init__(self, local: Local) -> None:
         self.local = local
@@ -54,7 +55,11 @@ class Ops(ABC):
     def linear(self, name: str, out: int, inner: int, bias: bool) -> nn.Cell:
         """[T, inner] -> [T, out] with weight [out, inner] and, if asked, bias [out]."""
         self.matrices.append(name + ".weight")
-        return Linear(name, out, inner, bias, self.dtype)
+        return Linear(self.product(), name, out, inner, bias, self.dtype)
+
+    def product(self) -> Any:
+        """(rows [T, inner], weight [out, inner]) -> [T, out]."""
+        return ops.MatMul(transpose_b=True)
 
     @abstractmethod
     def split_heads(self, prefix: str) -> nn.Cell:
@@ -111,11 +116,16 @@ class Ops(ABC):
         if weight is None:
             self.matrices.append("lm_head.weight")
             weight = parameter("lm_head.weight", (self.local.vocab, self.local.config.hidden), self.dtype)
-        return Head(weight, self.gather_vocab())
+        return Head(self.product(), weight, self.gather_vocab())
 
     def all_reduce(self, bias: str, width: int) -> nn.Cell:
         """Sum over ranks, then the bias: once, not once a rank."""
         return AllReduce(self.local, parameter(bias, (width,), self.dtype) if bias else None)
+
+
+def alike(x: Any, other: Any) -> Any:
+    """x repeated to the shape of `other`."""
+    return ops.broadcast_to(x, ops.shape(other))
 
 
 def collective(name: str, **attributes: Any) -> Any:
@@ -155,16 +165,16 @@ class AllReduce(nn.Cell):
 class Linear(nn.Cell):
     """x [T, inner] -> [T, out], weight [out, inner]."""
 
-    def __init__(self, name: str, out: int, inner: int, bias: bool, dtype: Any) -> None:
+    def __init__(self, product: Any, name: str, out: int, inner: int, bias: bool, dtype: Any) -> None:
         super().__init__()
         self.weight = parameter(name + ".weight", (out, inner), dtype)
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.product = product
         self.has_bias = bias
         if bias:
             self.bias = parameter(name + ".bias", (out,), dtype)
 
     def construct(self, x: Any) -> Any:
-        y = self.matmul(x, self.weight)
+        y = self.product(x, self.weight)
         if self.has_bias:
             y = y + self.bias
         return y
@@ -206,11 +216,11 @@ class Embed(nn.Cell):
 
 
 class Head(nn.Cell):
-    def __init__(self, weight: Any, gather: nn.Cell) -> None:
+    def __init__(self, product: Any, weight: Any, gather: nn.Cell) -> None:
         super().__init__()
         self.weight = weight
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.product = product
         self.gather = gather
 
     def construct(self, h: Any) -> Any:
-        return self.gather(self.matmul(h, self.weight))
+        return self.gather(self.product(h, self.weight))

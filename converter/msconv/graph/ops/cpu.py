@@ -1,7 +1,12 @@
 """CPU operations: float32, base arithmetic only (MindSpore has no fused kernels on CPU).
 
-The cache is [pages, page, K, D], read through the block table after the step's rows are written, so a prompt
-whose beginning is already cached needs no case of its own.  Page size is the cache's own dimension.
+The cache is [slots, 1, K, D]: pages of one slot, because ScatterUpdate, which writes to the first dimension, is the
+only kernel that does not return a copy of all it has not written.  It is read through the block table after the
+step's rows are written, so a prompt whose beginning is already cached needs no case of its own.
+
+What MindSpore's CPU kernels are slow at, and keep memory for until the graph has ended, is avoided: arithmetic that
+repeats a dimension before the last (`alike` repeats it first: 5 to 10 times faster), transposes of large tensors
+(rows are gathered instead), and products of few rows with a transposed weight (`ProductOfFewRows`).
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from mindspore import Tensor, nn, ops
 from ..parameters import parameter
 from ..rope import frequencies
 from ..spec import Local
-from .base import Ops, collective
+from .base import Ops, alike, collective
 from .cpu_latent import AttendAbsorbed, AttendExpanded, RotateLatent, WriteLatent
 from .cpu_moe import ExpertsGathered, ExpertsGrouped, RouteSigmoid, RouteSoftmax
 
@@ -24,9 +29,13 @@ HIDDEN_SCORE = -1e30  # finite: a row of padding must not become NaN
 
 class CpuOps(Ops):
     dtype = ms.float32
+    page = 1
 
     def begin(self) -> nn.Cell:
         return BeginDecode(self.local) if self.local.phase == "decode" else BeginPrefill(self.local)
+
+    def product(self) -> Any:
+        return ProductOfFewRows() if self.local.phase == "decode" else super().product()
 
     def norm(self, name: str, width: int, eps: float) -> nn.Cell:
         return Norm(name, width, eps)
@@ -68,6 +77,17 @@ class CpuOps(Ops):
         return GatherVocab(self.local)
 
 
+class ProductOfFewRows(nn.Cell):
+    """Weight times rows, turned over afterwards: twice as fast at 16 rows as the other way round, as fast at one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, x: Any, weight: Any) -> Any:
+        return ops.transpose(self.matmul(weight, x), (1, 0))
+
+
 class Norm(nn.Cell):
     def __init__(self, name: str, width: int, eps: float) -> None:
         super().__init__()
@@ -76,7 +96,7 @@ class Norm(nn.Cell):
         self.eps = eps
 
     def construct(self, x: Any) -> Any:
-        return x * ops.rsqrt(self.mean(x * x, -1) + self.eps) * self.weight
+        return x * alike(ops.rsqrt(self.mean(x * x, -1) + self.eps), x) * self.weight
 
 
 class AddNorm(nn.Cell):
@@ -90,11 +110,13 @@ class AddNorm(nn.Cell):
 
 
 class Rotation(nn.Cell):
-    """positions [T] -> cos [T, 1, D], sin [T, 1, D] (first half negated), for x*cos + swap(x)*sin."""
+    """positions [T] -> cos and sin (first half negated) for x*cos + swap(x)*sin, [T, N, D] for all N heads that are
+    rotated: a layer's queries and keys."""
 
     def __init__(self, local: Local) -> None:
         super().__init__()
         dim = local.config.rope_dim
+        self.heads, self.dim = local.heads + (1 if local.config.mla is not None else local.kv_heads), dim
         inv, factor = frequencies(local.config.rope, dim)
         self.inv = Tensor(np.concatenate([inv, inv]), ms.float32)
         sign = np.concatenate([-np.ones(dim // 2), np.ones(dim // 2)]) * factor
@@ -103,50 +125,60 @@ class Rotation(nn.Cell):
 
     def construct(self, positions: Any) -> Any:
         angle = ops.cast(positions, ms.float32).reshape(-1, 1, 1) * self.inv
-        return ops.cos(angle) * self.factor, ops.sin(angle) * self.sign
+        shape = (ops.shape(positions)[0], self.heads, self.dim)
+        cos, sin = ops.cos(angle) * self.factor, ops.sin(angle) * self.sign
+        return ops.broadcast_to(cos, shape), ops.broadcast_to(sin, shape)
 
 
-class Places(nn.Cell):
-    """slots [T] -> [T, 2]: page and offset."""
+class Mask(nn.Cell):
+    """(last position seen [..., 1], slots S) -> [..., S]: 0 up to that position, beyond it at most HIDDEN_SCORE."""
 
-    def construct(self, slots: Any, cache: Any) -> Any:
-        page = ops.shape(cache)[1]
-        return ops.stack((slots // page, slots % page), -1)
+    def construct(self, last: Any, size: Any) -> Any:
+        shape = (*ops.shape(last)[:-1], size)
+        position = ops.cast(ops.arange(0, size), ms.float32)  # exact up to 2**24
+        beyond = ops.broadcast_to(position, shape) - ops.broadcast_to(ops.cast(last, ms.float32), shape)
+        return ops.relu(beyond) * HIDDEN_SCORE
 
 
 class BeginDecode(nn.Cell):
-    """One token a sequence: T = B.  step = cos, sin, places, table, mask [B, 1, S]."""
+    """One token a sequence: T = B.  step = cos, sin, slots, table, mask [B, H, S], spread [B, H, K] (rows of
+    [B*H + 1, D]), diagonal [B*H] (rows of [B*H*K, D])."""
 
     def __init__(self, local: Local) -> None:
         super().__init__()
         self.rotation = Rotation(local)
-        self.places = Places()
-        self.seen = Tensor(0.0, ms.float32)
-        self.hidden = Tensor(HIDDEN_SCORE, ms.float32)
+        self.mask = Mask()
+        self.heads, self.kv_heads = local.heads, local.kv_heads
+        head = np.arange(local.heads, dtype=np.int32)
+        own = head // (local.heads // local.kv_heads)
+        self.is_own = Tensor((own[:, None] == np.arange(local.kv_heads)).astype(np.int32)[None])
+        self.head = Tensor(head.reshape(1, -1, 1))
+        self.own = Tensor((head * local.kv_heads + own).reshape(1, -1))
 
     def construct(self, inputs: Any) -> Any:
         _, positions, slots, tables, context_lens, _ = inputs[:6]
         cos, sin = self.rotation(positions)
-        size = ops.shape(tables)[1] * ops.shape(inputs[6])[1]
-        slot_position = ops.cast(ops.arange(0, size), ms.int32).reshape(1, 1, -1)
-        mask = ops.select(slot_position < context_lens.reshape(-1, 1, 1), self.seen, self.hidden)
-        return cos, sin, self.places(slots, inputs[6]), tables, mask
+        batch, size = ops.shape(tables)
+        last = (context_lens - 1).reshape(-1, 1, 1)
+        mask = self.mask(ops.broadcast_to(last, (batch, self.heads, 1)), size)
+        sequence = ops.cast(ops.arange(0, batch), ms.int32)
+        zero = batch * self.heads  # the row of zeros behind all queries
+        spread = (sequence.reshape(-1, 1, 1) * self.heads + self.head - zero) * self.is_own + zero
+        diagonal = (sequence.reshape(-1, 1) * (self.heads * self.kv_heads) + self.own).reshape(-1)
+        return cos, sin, slots, tables, mask, spread, diagonal
 
 
 class BeginPrefill(nn.Cell):
     """Ragged sequences, laid out as [B, L] with L the longest.
 
-    step = cos, sin, places, table, mask [B, 1, L, S], queries [B, H, L] (rows of [T*H, D]), keys [B, K, S] (rows
-    of [B*S*K, D]), back [T, H] (rows of [B*H*L, D]), last [B].  Layouts change by gathering rows: a
-    transpose keeps twice its result in memory until the graph has ended.
+    step = cos, sin, slots, table, mask [B, H, L, S], queries [B, H, L] (rows of [T*H, D]), keys [B, K, S] (rows
+    of [B*S*K, D]), back [T, H] (rows of [B*H*L, D]), last [B].
     """
 
     def __init__(self, local: Local) -> None:
         super().__init__()
         self.rotation = Rotation(local)
-        self.places = Places()
-        self.seen = Tensor(0.0, ms.float32)
-        self.hidden = Tensor(HIDDEN_SCORE, ms.float32)
+        self.mask = Mask()
         self.range = ops.Range()
         self.zero, self.one = Tensor(0, ms.int32), Tensor(1, ms.int32)
         self.longest = ops.ReduceMax()
@@ -170,26 +202,25 @@ class BeginPrefill(nn.Cell):
         sequence = ops.cast(
             ops.sum(ops.cast(token.reshape(-1, 1) >= ends.reshape(1, -1), ms.float32), -1), ms.int32
         )
-        size = ops.shape(tables)[1] * ops.shape(inputs[6])[1]
-        batch = ops.shape(tables)[0]
+        batch, size = ops.shape(tables)
         queries = rows.expand_dims(1) * self.heads + self.head
         key = ops.cast(ops.arange(0, batch * size), ms.int32).reshape(batch, 1, size)
         keys = key * self.kv_heads + self.kv_head
         first = sequence * self.heads
         inside = token - ops.gather(starts, sequence, 0)
         back = (first.reshape(-1, 1) + self.head.reshape(1, -1)) * width + inside.reshape(-1, 1)
-        slot_position = ops.cast(ops.arange(0, size), ms.int32).reshape(1, 1, 1, -1)
         position = ((context_lens - q_lens).reshape(-1, 1) + column.reshape(1, -1)).expand_dims(1).expand_dims(-1)
-        mask = ops.select(slot_position <= position, self.seen, self.hidden)
-        return cos, sin, self.places(slots, inputs[6]), tables, mask, queries, keys, back, ends - 1
+        mask = ops.broadcast_to(self.mask(position, size), (batch, self.heads, width, size))
+        return cos, sin, slots, tables, mask, queries, keys, back, ends - 1
 
 
 class SplitHeads(nn.Cell):
-    """q and k are normed and rotated together: fewer nodes."""
+    """q and k are normed and rotated together: fewer nodes.  q comes scaled for the softmax."""
 
     def __init__(self, local: Local, prefix: str) -> None:
         super().__init__()
         c = local.config
+        self.scale = c.softmax_scale
         self.heads, self.kv_heads, self.dim = local.heads, local.kv_heads, c.head_dim
         self.q_norm = parameter(prefix + "q_norm.weight", (c.head_dim,), ms.float32)
         self.k_norm = parameter(prefix + "k_norm.weight", (c.head_dim,), ms.float32)
@@ -201,12 +232,12 @@ class SplitHeads(nn.Cell):
         qk, v = ops.split(qkv.reshape(-1, rotated + self.kv_heads, self.dim), (rotated, self.kv_heads), 1)
         weight = ops.cat(
             (
-                ops.broadcast_to(self.q_norm, (self.heads, self.dim)),
+                ops.broadcast_to(self.q_norm * self.scale, (self.heads, self.dim)),
                 ops.broadcast_to(self.k_norm, (self.kv_heads, self.dim)),
             ),
             0,
         )
-        qk = qk * ops.rsqrt(self.mean(qk * qk, -1) + self.eps) * weight
+        qk = qk * alike(ops.rsqrt(self.mean(qk * qk, -1) + self.eps), qk) * weight
         first, second = ops.split(qk, self.dim // 2, -1)
         qk = qk * step[0] + ops.cat((second, first), -1) * step[1]
         q, k = ops.split(qk, (self.heads, self.kv_heads), 1)
@@ -218,9 +249,10 @@ class WriteKv(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.update = ops.ScatterNdUpdate()
+        self.update = ops.ScatterUpdate()
 
     def construct(self, k: Any, v: Any, k_cache: Any, v_cache: Any, step: Any) -> Any:
+        k, v = k.expand_dims(1), v.expand_dims(1)
         return self.update(k_cache, step[2], k), self.update(v_cache, step[2], v)
 
 
@@ -230,23 +262,19 @@ class AttendDecode(nn.Cell):
     def __init__(self, local: Local) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dim = local.heads, local.kv_heads, local.config.head_dim
-        self.group = local.heads // local.kv_heads
-        self.scale = local.config.softmax_scale
-        k = local.kv_heads
-        self.diagonal = Tensor(np.eye(k, dtype=np.float32).reshape(1, k, 1, k, 1))
+        self.zeros = Tensor(np.zeros((1, self.dim), np.float32))
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
 
     def construct(self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, step: Any) -> Any:
-        batch = ops.shape(q)[0]
-        width = self.kv_heads * self.dim
-        keys = ops.gather(k_cache, step[3], 0).reshape(batch, -1, width)
-        values = ops.gather(v_cache, step[3], 0).reshape(batch, -1, width)
-        spread = (q * self.scale).reshape(batch, self.kv_heads, self.group, 1, self.dim) * self.diagonal
-        scores = self.scores(spread.reshape(batch, self.heads, width), keys) + step[4]
-        mixed = self.mix(ops.softmax(scores, -1), values)
-        mixed = mixed.reshape(batch, self.kv_heads, self.group, self.kv_heads, self.dim) * self.diagonal
-        return ops.sum(mixed, 3).reshape(batch, self.heads * self.dim)
+        _, _, _, tables, mask, spread, diagonal = step
+        batch, width = ops.shape(q)[0], self.kv_heads * self.dim
+        keys = ops.gather(k_cache, tables, 0).reshape(batch, -1, width)
+        values = ops.gather(v_cache, tables, 0).reshape(batch, -1, width)
+        rows = ops.cat((q.reshape(-1, self.dim), self.zeros), 0)
+        wide = ops.gather(rows, spread, 0).reshape(batch, self.heads, width)
+        mixed = self.mix(ops.softmax(self.scores(wide, keys) + mask, -1), values)
+        return ops.gather(mixed.reshape(-1, self.dim), diagonal, 0).reshape(batch, self.heads * self.dim)
 
 
 class AttendPrefill(nn.Cell):
@@ -256,7 +284,6 @@ class AttendPrefill(nn.Cell):
         super().__init__()
         self.heads, self.kv_heads, self.dim = local.heads, local.kv_heads, local.config.head_dim
         self.group = local.heads // local.kv_heads
-        self.scale = local.config.softmax_scale
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
 
@@ -266,7 +293,7 @@ class AttendPrefill(nn.Cell):
         batch, _, width = ops.shape(queries)
         keys = ops.gather(ops.gather(k_cache, tables, 0).reshape(-1, dim), rows, 0)
         values = ops.gather(ops.gather(v_cache, tables, 0).reshape(-1, dim), rows, 0)
-        spread = ops.gather((q * self.scale).reshape(-1, dim), queries, 0)
+        spread = ops.gather(q.reshape(-1, dim), queries, 0)
         scores = self.scores(spread.reshape(batch, kv, self.group * width, dim), keys)
         size = ops.shape(keys)[2]
         shares = ops.softmax(scores.reshape(batch, self.heads, width, size) + mask, -1)
@@ -298,7 +325,8 @@ class GatherVocab(nn.Cell):
     def construct(self, y: Any) -> Any:
         if self.tp == 1:
             return y
-        y = self.reduce(y.expand_dims(0) * self.onehot)
+        shape = (self.tp, ops.shape(y)[0], self.local_vocab)
+        y = self.reduce(ops.broadcast_to(y, shape) * ops.broadcast_to(self.onehot, shape))
         y = y.transpose(1, 0, 2).reshape(-1, self.tp * self.local_vocab)
         if self.tp * self.local_vocab > self.vocab:
             y = y[:, : self.vocab]

@@ -35,10 +35,11 @@ class WriteLatent(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.update = ops.ScatterNdUpdate()
+        self.update = ops.ScatterUpdate()
 
     def construct(self, latent: Any, k_rope: Any, cache: Any, step: Any) -> Any:
-        return self.update(cache, step[2], ops.cat((latent.expand_dims(1), k_rope), -1))
+        rows = ops.cat((latent.expand_dims(1), k_rope), -1)
+        return self.update(cache, step[2], rows.expand_dims(1))
 
 
 class _Attend(nn.Cell):

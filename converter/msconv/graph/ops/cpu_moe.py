@@ -10,6 +10,7 @@ from mindspore import Tensor, nn, ops
 
 from ..parameters import parameter
 from ..spec import Local
+from .base import alike
 
 LEFT_OUT = -1e30  # score of an expert whose group was not chosen
 
@@ -95,8 +96,8 @@ class _Experts(nn.Cell):
         return self.matmul(ops.silu(gate) * up, down)
 
     def sum_up(self, y: Any, weights: Any) -> Any:
-        y = y.reshape(-1, self.top_k, self.hidden) * weights.expand_dims(-1)
-        return ops.sum(y, 1)
+        y = y.reshape(-1, self.top_k, self.hidden)
+        return ops.sum(y * alike(weights.expand_dims(-1), y), 1)
 
 
 class ExpertsGathered(_Experts):
@@ -127,10 +128,12 @@ class ExpertsGrouped(_Experts):
     def construct(self, h: Any, weights: Any, ids: Any) -> Any:
         tokens = ops.shape(h)[0]
         ids, share, weights = self.mine(ids, weights)
-        chosen = ops.cast(ids.reshape(-1, 1) == self.numbers, ms.float32)
+        shape = (tokens * self.top_k, self.count)
+        same = ops.broadcast_to(ids.reshape(-1, 1), shape) == ops.broadcast_to(self.numbers, shape)
+        chosen = ops.cast(same, ms.float32)
         x = ops.broadcast_to(h.expand_dims(1), (tokens, self.top_k, self.hidden)).reshape(-1, self.hidden)
         if self.some:  # others' tokens count for nothing: their rows are zeros, added to the first place
-            chosen, x = chosen * share, x * share
+            chosen, x = chosen * alike(share, chosen), x * alike(share, x)
         most = ops.maximum(ops.cast(self.most(ops.sum(chosen, 0)), ms.int32), self.one)
         capacity = ops.shape(self.range(self.zero, most, self.one))[0]
         order = ops.cast(ops.sum(ops.cumsum(chosen, 0) * chosen, -1), ms.int32)

@@ -197,6 +197,11 @@ def sigmoid(c: Context, a: Attributes, x: Tensor) -> Tensor:
     return wide(x).sigmoid().to(x.dtype)
 
 
+@kernel("ReLU")
+def relu(c: Context, a: Attributes, x: Tensor) -> Tensor:
+    return x.relu()
+
+
 @kernel("SiLU")
 def silu(c: Context, a: Attributes, x: Tensor) -> Tensor:
     return torch.nn.functional.silu(wide(x)).to(x.dtype)
@@ -349,12 +354,11 @@ def matmul(c: Context, a: Attributes, x: Tensor, y: Tensor, tx: Any, ty: Any) ->
     return (wide(x2) @ wide(y2)).to(x.dtype)
 
 
-@kernel("ScatterNdUpdate")
-def scatter_nd_update(c: Context, a: Attributes, x: Tensor, index: Tensor, rows: Tensor, *monads: Any) -> Tensor:
-    """In place: x[index[i, 0], index[i, 1], ...] = rows[i]."""
-    places = tuple(index.long().unbind(-1))
-    for i, place in enumerate(places):
-        if place.numel() and (place.min() < 0 or place.max() >= x.shape[i]):
-            raise IndexError(f"ScatterNdUpdate: index {int(place.min())}..{int(place.max())} of {x.shape[i]}")
-    x[places] = rows.to(x.dtype)
+@kernel("ScatterUpdate")
+def scatter_update(c: Context, a: Attributes, x: Tensor, index: Tensor, rows: Tensor, *monads: Any) -> Tensor:
+    """In place: x[index[i]] = rows[i]."""
+    place = index.long()
+    if place.numel() and (place.min() < 0 or place.max() >= len(x)):
+        raise IndexError(f"ScatterUpdate: index {int(place.min())}..{int(place.max())} of {len(x)}")
+    x[place] = rows.to(x.dtype)
     return x

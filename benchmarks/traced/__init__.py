@@ -1,0 +1,1 @@
+"""A slot without artifacts, for comparison: SGLang searches this package for model classes."""

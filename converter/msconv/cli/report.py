@@ -1,0 +1,61 @@
+"""`msconv report`: the page that people look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from msconv_runtime.artifact import Manifest
+from msconv_runtime.errors import UsageError
+
+from .command import Command
+from .console import artifact_argument, emit, find_artifact, json_option, say
+
+
+@click.command("report", cls=Command)
+@artifact_argument
+@click.option("--output", type=click.Path(path_type=Path), help="Another file.  [default: ARTIFACT/report.html]")
+@json_option
+def command(artifact: Path | None, output: Path | None, as_json: bool) -> None:
+    """Write report.html: proof, memory, coverage and graphs on one page that works offline.
+
+    convert, compile and verify do so by themselves.  --json prints what the page says as data, and writes a page
+    only where --output says.
+
+    \b
+    msconv report artifacts/Qwen3-8B-tp4
+    msconv report artifacts/Qwen3-8B-tp4 --output Qwen3-8B.html
+    """
+    from ..report.page import facts, write_report
+    from ..stream.outputs import disk_error
+
+    root = find_artifact(artifact)
+    if as_json:
+        emit(facts(root))
+    if as_json and output is None:
+        say(f"Next: msconv report {root} writes the page")
+        return
+    try:
+        path = write_report(root, output=output)
+    except (IsADirectoryError, FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"{output or root}: no file can be written there.", "Give --output a file in a directory that exists."
+        ) from None
+    except OSError as e:
+        raise disk_error(e, root, 0) from None
+    if not as_json:
+        click.echo(str(path))
+    say(f"Next: open {path} in a browser")
+
+
+def refresh(root: Path, manifest: Manifest | None = None) -> None:
+    """Bring report.html up to date, at the end of a command.  A failure is a warning and no more.
+    `manifest`: the one that is about to be written."""
+    try:
+        from ..report.page import write_report
+
+        write_report(root, manifest)
+    except Exception as e:  # whatever it is: no page is worth a conversion
+        say(f"Warning: {root / 'report.html'} was not written: {getattr(e, 'message', '') or e}")
+        say(f"`msconv report {root}` tries again.")

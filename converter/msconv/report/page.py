@@ -1,0 +1,38 @@
+"""report.html of an artifact: read, described, rendered, put beside it."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from msconv_runtime.artifact import Manifest, read_manifest, replace_file
+
+from ..compile import configuration, timings
+from ..convert import REPORT
+from .data import describe
+
+
+def facts(root: Path, manifest: Manifest | None = None) -> dict[str, Any]:
+    """What the report says, as data.  `manifest`: one that is about to be written."""
+    manifest = manifest or read_manifest(root)
+    return describe(manifest, configuration(root, manifest), timings(root))
+
+
+def write_report(root: Path, manifest: Manifest | None = None, output: Path | None = None) -> Path:
+    """Write the page, by default into the artifact.  What is there already is left alone if it says the same.
+    Raises MsconvError for what is no artifact, OSError if the file cannot be written."""
+    from .render import render
+
+    path = output or root / REPORT
+    page = render(facts(root, manifest)).encode()
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == page:
+            return path
+    try:
+        replace_file(path, page)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.with_name(path.name + ".tmp").unlink()  # what it took is needed for more important files
+        raise
+    return path

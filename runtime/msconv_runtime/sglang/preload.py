@@ -1,0 +1,87 @@
+"""Loading while SGLang starts: a thread binds this process's rank and warms it up, while the server's process makes
+its pools.  More ranks than one warm up together, when their groups exist: they load when SGLang asks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..artifact import Manifest, read_manifest
+from ..graphs import Graphs
+from .launch import Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """Graphs ready for requests, and how long that took, in seconds."""
+
+    graphs: Graphs
+    seconds: dict[str, float]
+
+
+_loading: dict[Path, Future[Loaded]] = {}
+_finished: dict[Path, Graphs] = {}
+
+
+def begin(root: Path) -> None:
+    """Start to load the only rank of `root` in a thread.  An artifact of more ranks is left alone."""
+    manifest = read_manifest(root)
+    if manifest.parallel.tp > 1 or root in _loading:
+        return
+    future: Future[Loaded] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(load(root, manifest, 0))
+        except BaseException as e:
+            future.set_exception(e)
+
+    _loading[root] = future
+    threading.Thread(target=run, name="msconv-load", daemon=True).start()
+
+
+def has_begun(root: Path) -> bool:
+    return root in _loading
+
+
+def load(root: Path, manifest: Manifest, rank: int) -> Loaded:
+    """Map or read the rank's file, bind both graphs, warm them up."""
+    settings = Settings.read()
+    seconds = {}
+    started = time.monotonic()
+    import mindspore  # noqa: F401  takes seconds: apart from what follows
+
+    seconds["import"] = time.monotonic() - started
+    graphs = Graphs(root, manifest, settings.target, rank, settings.load_mode, settings.check_digests)
+    seconds |= graphs.seconds
+    started = time.monotonic()
+    graphs.warm_up(strict=settings.strict_aot)
+    seconds["warm up"] = time.monotonic() - started
+    return Loaded(graphs, seconds)
+
+
+def finish(root: Path, manifest: Manifest, rank: int) -> Graphs:
+    """What was begun, or loaded now.  Raises what loading raised."""
+    if root in _finished:
+        return _finished[root]
+    started = time.monotonic()
+    loaded = _loading[root].result() if root in _loading else load(root, manifest, rank)
+    seconds = loaded.seconds | {"waited for": time.monotonic() - started}
+    logger.info(
+        "msconv: rank %d of %s: %d tensors bound, prefill and decode warmed up; compiles since ready are counted "
+        "from here",
+        rank,
+        root,
+        len(loaded.graphs.tensors),
+    )
+    logger.info("msconv: start, seconds: %s", json.dumps({part: round(s, 2) for part, s in seconds.items()}))
+    _finished[root] = loaded.graphs
+    return loaded.graphs
