@@ -119,13 +119,9 @@ def command(way: str, source: Path, artifact: Path, port: int) -> tuple[list[str
     common = ["--skip-tokenizer-init", "--max-total-tokens", str(POOL_TOKENS), "--log-level", "info"]
     if way == "msconv":
         return [sys.executable, "-m", "msconv", "serve", str(artifact), "--port", str(port), "--", *common], {}
-    printed = subprocess.run(
-        [sys.executable, "-m", "msconv", "serve", str(artifact), "--port", str(port), "--json", "--print-command"]
-        + ["--", *common],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    serve = ["serve", str(artifact), "--port", str(port), "--json", "--print-command", "--", *common]
+    ask = [sys.executable, "-m", "msconv", *serve]
+    printed = subprocess.run(ask, capture_output=True, text=True, check=True)
     launch = json.loads(printed.stdout)
     argv, environment = launch["argv"], launch["environment"]
     if way == "sglang":

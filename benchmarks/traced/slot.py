@@ -45,6 +45,7 @@ class TracedGraphs(Graphs):
         self.manifest, self.target = manifest, "cpu"
         self.entries = {g.phase: g for g in graphs_of(root, manifest, "cpu")}
         self._compiles_at_ready = 0
+        self._prefill_decodes_few = True
         ms.set_context(mode=ms.GRAPH_MODE)
         config = configure(json.loads((checkpoint / "config.json").read_text()), "config.json")[1]
         read = Checkpoint(checkpoint)

@@ -18,6 +18,7 @@ from .weights import LoadMode, RankWeights, check_size
 
 TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other
 FREE_PAGE = 16
+FEW = 2  # sequences; measured at the shape of Qwen3-0.6B
 NZ = 29  # CANN's number of the FRACTAL_NZ format
 CHUNK_TOKENS = 512  # places (sequences x longest) in one prefill call: bounds its memory
 
@@ -81,6 +82,11 @@ class Graphs:
     ) -> None:
         self.manifest, self.target = manifest, target
         self.entries = {g.phase: g for g in graphs_of(root, manifest, target)}
+        # On a CPU the decode graph multiplies the other way round: the prefill graph is faster for few sequences,
+        # unless the graphs differ in their experts or in latent attention.
+        names = [p.name for p in self.entries["decode"].parameters]
+        unlike = any(".experts." in n or ".kv_a_proj" in n for n in names)
+        self._prefill_decodes_few = target == "cpu" and not unlike
         self._compiles_at_ready = 0
         started = time.monotonic()
         self.tensors = load_weights(root, manifest, target, rank, mode, check)
@@ -103,21 +109,23 @@ class Graphs:
         """Cache inputs of a graph: two a layer."""
         return sum("_cache." in i.name for i in self.entries["decode"].inputs)
 
-    def decode(self, batch: Batch, caches: Sequence[Any]) -> Any:
-        """One new token a sequence.  Logits [B, V], a MindSpore tensor."""
-        return self._call("decode", batch, caches)
+    def decode(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
+        """One new token a sequence.  Logits [B, V] float32."""
+        few = len(batch.q_lens) <= FEW and self._prefill_decodes_few
+        return self._call("prefill" if few else "decode", batch, caches)
 
     def prefill(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
         """Any number of new tokens a sequence, after any cached prefix.  Logits of the last, [B, V] float32.
 
-        On Ascend the prefill graph's flash attention sees the new tokens only: with a prefix the decode graph runs.
+        On Ascend the prefill graph's flash attention sees the new tokens only: after a prefix the decode graph
+        runs.
         """
         if self.target != "cpu":
             cached = bool((batch.context_lens > batch.q_lens).any())
-            return self._call("decode" if cached else "prefill", batch, caches).float().asnumpy()
+            return self._call("decode" if cached else "prefill", batch, caches)
         out: NDArray[np.float32] | None = None
         for members, last, part in chunks(batch, self.page):
-            logits = self._call("prefill", part, caches).asnumpy()
+            logits = self._call("prefill", part, caches)
             if out is None:
                 out = np.empty((len(batch.q_lens), logits.shape[1]), np.float32)
             for row, (member, is_last) in enumerate(zip(members, last, strict=True)):
@@ -144,10 +152,10 @@ class Graphs:
         shape = [-(-64 // page), page, *(n or 1 for n in self.cache_shape[2:])]
         kind = _types()[self.entries["decode"].inputs[-1].dtype]
         caches = [Tensor(np.zeros(shape, np.float32), kind) for _ in range(self.num_caches)]
-        for lengths in ([1], [page + 1, 2]) if strict else ([1],):
+        for lengths in ([1] * (FEW + 1), [page + 1, 2, 1, 1]) if strict else ([1] * (FEW + 1),):
             sequences = Sequences(len(lengths), page)
             self.prefill(sequences.advance([[0] * n for n in lengths]), caches)
-            self.decode(sequences.advance([[0] for _ in lengths]), caches).asnumpy()
+            self.decode(sequences.advance([[0] for _ in lengths]), caches)
             if self._compiles_at_ready and self.compiles_since_ready:
                 tested = ", ".join(v + "x" for v in TESTED_MINDSPORE)
                 raise EnvironmentProblem(
@@ -157,14 +165,16 @@ class Graphs:
                 )
             self._compiles_at_ready = self.compiles
 
-    def _call(self, phase: Phase, batch: Batch, caches: Sequence[Any]) -> Any:
+    def _call(self, phase: Phase, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
         from mindspore import Tensor
 
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
         if self.target != "cpu":
             dtype = self.entries[phase].inputs[len(inputs)].dtype
             inputs.append(Tensor(attention_mask(phase, batch, dtype), _types()[dtype]))
-        return self.cells[phase](*inputs, *caches)
+        logits = self.cells[phase](*inputs, *caches)
+        found: NDArray[np.float32] = (logits if self.target == "cpu" else logits.float()).asnumpy()
+        return found
 
 
 def _types() -> dict[str, Any]:

@@ -45,8 +45,8 @@ MASK_COEFFICIENT = -10000.0
 
 
 def attention_mask(phase: str, batch: Batch, dtype: str) -> NDArray[np.float32]:
-    """The mask of Ascend graphs, as SGLang's slot makes it: a triangular tile for prefill (1 hides in bfloat16, else
-    MASK_COEFFICIENT does), (1, 1) where each sequence has one token, else a row a token, [T, longest context]."""
+    """The mask of Ascend graphs, as SGLang's slot makes it: a triangular tile for prefill (1 hides in bfloat16,
+    else MASK_COEFFICIENT does), (1, 1) for one token a sequence, else a row a token, [T, longest context]."""
     if phase == "prefill":
         hides = 1.0 if dtype == "bfloat16" else MASK_COEFFICIENT
         return np.triu(np.full((MASK_TILE, MASK_TILE), hides, np.float32), 1)

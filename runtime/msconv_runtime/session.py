@@ -76,8 +76,7 @@ class Session:
     def decode(self, tokens: list[int]) -> Logits:
         """Append one token to each sequence.  [B, V]."""
         batch = self._advance([[t] for t in tokens])
-        logits: Logits = self.graphs.decode(batch, self._caches).asnumpy()
-        return logits
+        return self.graphs.decode(batch, self._caches)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations, `max_new_tokens` each (ends are not looked for)."""

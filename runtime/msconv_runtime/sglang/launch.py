@@ -36,8 +36,8 @@ class Settings:
     """What `msconv serve` tells the slot, through the environment.
 
     strict_aot: a start that would compile for other shapes fails.  check_digests: every digest of the rank is
-    compared before it loads.  load_mode: `mmap` or `read`.  target: whose graphs.  meeting_host: where the ranks of
-    a CPU server meet.
+    compared before it loads.  load_mode: `mmap` or `read`.  target: whose graphs.  meeting_host: where the ranks
+    of a CPU server meet.
     """
 
     strict_aot: bool = True

@@ -1,5 +1,6 @@
-"""Loading while SGLang starts: a thread binds this process's rank and warms it up, while the server's process makes
-its pools.  More ranks than one warm up together, when their groups exist: they load when SGLang asks.
+"""Loading while SGLang starts: a thread binds this process's rank and warms it up while SGLang makes its pools.
+
+More ranks than one warm up together, when their groups exist: they load when SGLang asks.  So does an NPU.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ _finished: dict[Path, Graphs] = {}
 
 
 def begin(root: Path) -> None:
-    """Start to load the only rank of `root` in a thread.  An artifact of more ranks is left alone."""
+    """Start to load the only rank of `root` in a thread, for a CPU.  An artifact of more ranks is left alone."""
     manifest = read_manifest(root)
-    if manifest.parallel.tp > 1 or root in _loading:
+    if manifest.parallel.tp > 1 or root in _loading or Settings.read().target != "cpu":
         return
     future: Future[Loaded] = Future()
 

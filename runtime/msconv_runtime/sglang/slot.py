@@ -1,7 +1,7 @@
 """The model class under upstream's name: an artifact gets our graphs, every other model upstream's class.
 
-Upstream's class starts MindSpore and loads; a batch goes from SGLang's tensors straight to the graphs.  CPU and NPU
-take the same way through this file; on an NPU it has not run yet.
+Upstream's class starts MindSpore and loads; a batch goes from SGLang's tensors straight to the graphs.  CPU and
+NPU take the same way through this file; on an NPU it has not run yet.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class ArtifactModel(nn.Cell):
         if forward_batch.forward_mode.is_extend():
             logits = self.graphs.prefill(batch, self.caches)
         else:
-            logits = self.graphs.decode(batch, self.caches).float().asnumpy()
+            logits = self.graphs.decode(batch, self.caches)
         if self.graphs.compiles_since_ready > self.compiles:
             self.compiles = self.graphs.compiles_since_ready
             logger.warning("msconv: compiles since ready: %d: a request waited for it", self.compiles)
