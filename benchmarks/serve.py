@@ -37,10 +37,10 @@ from typing import Any
 import aiohttp
 import psutil
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.synthetic import write_checkpoint
 
+ROOT = Path(__file__).parent.parent
 WAYS = ("msconv", "sglang", "traced")
 START_LIMIT_S = 600
 REQUEST_LIMIT_S = 1800

@@ -141,7 +141,7 @@ def _exit_codes() -> Iterator[str]:
         if inspect.isclass(kind) and issubclass(kind, errors.MsconvError) and kind is not errors.MsconvError:
             rows.append((str(kind.exit_code), f"`{kind.code}`", " ".join((kind.__doc__ or "").split())))
     rows.append(("1", "`internal`", "A fault in msconv itself."))
-    rows.append((str(INTERRUPTED), "`interrupted`", "Ended by a signal; a conversion resumes."))
+    rows.append((str(INTERRUPTED), "`interrupted`", "Ended by a signal; a conversion, a push or a pull resumes."))
     yield from _table(("exit", "code in `--json`", "meaning"), sorted(rows, key=lambda r: int(r[0])))
 
 

@@ -239,7 +239,7 @@ def _bytes_besides(conversion: Conversion) -> int:
     return sum(p.stat().st_size for p in conversion.auxiliary) + 200 * digests + (256 << 10)
 
 
-def refuse_foreign(root: Path, source: Path) -> None:
+def refuse_foreign(root: Path, source: Path | None = None) -> None:
     """Raises UsageError if `root` is the source itself or holds something that msconv did not write."""
     try:
         if not root.exists():
@@ -250,7 +250,7 @@ def refuse_foreign(root: Path, source: Path) -> None:
         ) from None
     if not root.is_dir():
         raise UsageError(f"{root}: is a file, not a directory.", "Give another --output.")
-    if root.resolve() == source.resolve():
+    if source is not None and root.resolve() == source.resolve():
         raise UsageError(f"{root}: the output is the source directory.", "Give another --output.")
     ours = (root / STATE_DIR).is_dir() or is_artifact(root)
     if not ours and any(root.iterdir()):

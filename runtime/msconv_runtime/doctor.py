@@ -96,8 +96,9 @@ class Report:
 
     @property
     def blockers(self) -> list[Finding]:
-        """What is in the way of converting, and of serving the artifact on the CPU.  Empty: all is fine."""
-        return self.against("convert") + (self.against("serve_cpu") if self.artifact is not None else [])
+        """What is in the way of converting, and of serving the artifact if nothing here can.  Empty: all fine."""
+        nowhere = self.artifact is not None and not (self.can["serve_cpu"] or self.can["serve_npu"])
+        return self.against("convert") + (self.against("serve_cpu") if nowhere else [])
 
 
 def installed(name: str) -> str | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from .artifact import Manifest, TensorEntry, Weights
@@ -62,6 +61,8 @@ class RankWeights:
 
 
 def _values(dtype: str) -> Any:
+    from ml_dtypes import bfloat16
+
     return bfloat16 if dtype == "bfloat16" else np.dtype(_STORED[dtype])
 
 

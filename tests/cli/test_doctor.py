@@ -17,7 +17,6 @@ import pytest
 from msconv_runtime import doctor
 from msconv_runtime.artifact import GraphInput, Manifest, Verified, read_manifest, write_manifest
 from msconv_runtime.doctor import TESTED, Finding, Machine, Report, examine
-from msconv_runtime.errors import EnvironmentProblem
 from msconv_runtime.graphs import TESTED_MINDSPORE
 from tests.cli.test_cli import HEAVY, check_error, imported
 from tests.commands import run_msconv, run_python
@@ -600,23 +599,15 @@ def add_ascend(root: Path) -> None:
     change(root, graphs=[*graphs, *(msgspec.structs.replace(g, target="ascend910b") for g in graphs)])
 
 
-def test_on_an_npu_serve_itself_is_asked(
-    own_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from msconv_runtime.sglang import launch
-
-    def refuse(*args: object) -> None:
-        raise EnvironmentProblem("Not today.", "Tomorrow.")
-
-    monkeypatch.setattr(launch, "plan_launch", refuse)
+def test_an_artifact_for_an_npu_can_be_served_there(own_artifact: Path, tmp_path: Path) -> None:
     add_ascend(own_artifact)
     report = examine(with_npu(tmp_path), own_artifact)
-    assert finding(report, "serve --device npu").found == "Not today."
-    assert cannot(report) == NOT_NPU
-    assert not report.blockers
+    assert cannot(report) == set()
     assert "has run on no device" in finding(report, "proof ascend910b").found
-    monkeypatch.setattr(launch, "plan_launch", lambda *args: None)
-    assert cannot(examine(with_npu(tmp_path), own_artifact)) == set()
+    change(own_artifact, graphs=[g for g in read_manifest(own_artifact).graphs if g.target != "cpu"])
+    report = examine(with_npu(tmp_path), own_artifact)
+    assert cannot(report) == {"serve_cpu"}
+    assert not report.blockers
 
 
 def test_damage_of_one_target_leaves_the_other(own_artifact: Path, tmp_path: Path) -> None:

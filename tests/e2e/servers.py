@@ -49,10 +49,10 @@ class Server:
             found: bytes = reply.read()
         return found
 
-    def generate(self, ids: list[int], max_new_tokens: int, **more: Any) -> dict[str, Any]:
+    def generate(self, ids: list[int], max_new_tokens: int, timeout_s: float = 120, **more: Any) -> dict[str, Any]:
         sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
         reply: dict[str, Any] = json.loads(
-            self.post("/generate", {"input_ids": ids, "sampling_params": sampling, **more})
+            self.post("/generate", {"input_ids": ids, "sampling_params": sampling, **more}, timeout_s)
         )
         return reply
 

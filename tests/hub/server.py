@@ -1,11 +1,12 @@
 """A hub on localhost: speaks to the real client as huggingface.co does, misbehaves as it is told, and counts.
 
 Files kept apart from git (*.safetensors) are redirected to another host name, as to a CDN.  It does not offer Xet
-unless it is told to.
+unless it is told to.  It takes uploads as Git LFS does: bytes by their sha256, then commits that name them.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -26,6 +27,9 @@ INFO = re.compile(rf"/api/models/{REPO}(?:/revision/(?P<revision>.+))?")
 TREE = re.compile(rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)")
 RESOLVE = re.compile(rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 STORED = re.compile(rf"/stored/{REPO}/(?P<revision>[^/]+)/(?P<file>.+)")
+WRITE = re.compile(rf"/api/models/{REPO}/(?P<what>preupload|commit|branch)/(?P<revision>.+)")
+BATCH = re.compile(rf"/{REPO}\.git/info/lfs/objects/batch")
+UPLOAD = re.compile(r"/upload/(?P<oid>[0-9a-f]{64})")
 
 
 @dataclass
@@ -60,7 +64,8 @@ class Repo:
     private: bool = False
 
     def files(self) -> dict[str, Path]:
-        return {p.name: p for p in sorted(self.directory.iterdir()) if p.is_file()}
+        found = {p.relative_to(self.directory).as_posix(): p for p in sorted(self.directory.rglob("*"))}
+        return {name: path for name, path in found.items() if path.is_file()}
 
     def has(self, revision: str) -> bool:
         return revision in (self.commit, *self.branches)
@@ -85,8 +90,12 @@ class Hub:
         self.xet = False
         self.requests: list[Request] = []
         self.served: Counter[str] = Counter()  # bytes of bodies, by file name
+        self.home: Path | None = None  # where repositories are created; None, they can't be
+        self.commits: list[list[str]] = []  # of uploads: the files that each brought
+        self.objects: dict[str, bytes] = {}  # uploaded, by sha256
+        self.uploaded: Counter[str] = Counter()  # bytes that came, by sha256
         self.spans: dict[str, tuple[float, float]] = {}  # first and last byte of each file
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._free_at = 0.0
         self.stopping = threading.Event()
         hub = self
@@ -122,11 +131,12 @@ class Hub:
 
     def reset(self) -> None:
         self.served.clear()
+        self.uploaded.clear()
         self.requests.clear()
         self.spans.clear()
 
     def fault(self, method: str, path: str, range_: str) -> Fault | None:
-        with self._lock:
+        with self.lock:
             for fault in self.faults:
                 if fault.to_the_end and not range_.endswith("-"):
                     continue
@@ -136,7 +146,7 @@ class Hub:
         return None
 
     def account(self, name: str, size: int) -> None:
-        with self._lock:
+        with self.lock:
             self.served[name] += size
             now = time.monotonic()
             self.spans[name] = (self.spans.get(name, (now, now))[0], now)
@@ -144,7 +154,7 @@ class Hub:
     def throttle(self, size: int) -> None:
         if not self.bytes_per_second:
             return
-        with self._lock:
+        with self.lock:
             begin = max(self._free_at, time.monotonic())
             self._free_at = begin + size / self.bytes_per_second
             until = self._free_at
@@ -168,6 +178,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         split = urlsplit(self.path)
         path, token = unquote(split.path), self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -175,12 +191,15 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault(self.command, path, self.headers.get("Range", ""))
         with contextlib.suppress(ConnectionError):
             if fault and fault.do == "status":
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 self._send(fault.status, b"{}", fault.headers)
             elif fault and fault.do == "silence" and not fault.after:
                 self.hub.stopping.wait(60)
                 self.close_connection = True
             elif fault and fault.do == "loop":
                 self._send(302, b"", {"Location": self.hub.url + self.path})
+            elif self.command in ("POST", "PUT"):
+                self._write(path, token, fault)
             elif path == "/api/models":
                 self._search(parse_qs(split.query)["search"][0])
             elif match := INFO.fullmatch(path):
@@ -252,6 +271,105 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(302, b"", {**common, **linked, "Location": location})
         else:
             self._body(path, {**common, "ETag": f'"{git_sha1(path)}"'}, fault)
+
+    def _write(self, path: str, token: str, fault: Fault | None) -> None:
+        """Uploads: what huggingface_hub asks for, in its order."""
+        if match := UPLOAD.fullmatch(path):
+            return self._store(match["oid"], fault)
+        lines = self.rfile.read(int(self.headers.get("Content-Length", 0))).splitlines()
+        asked = [json.loads(line) for line in lines]
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if token not in self.hub.tokens:
+            return self._send(401, b"{}", {"X-Error-Message": "Invalid credentials in Authorization header"})
+        if path == "/api/repos/create":
+            return self._create(asked[0])
+        if match := BATCH.fullmatch(path):
+            return self._batch(asked[0]["objects"])
+        match = WRITE.fullmatch(path)
+        if match is None:
+            return self._send(404, b"{}")
+        if match["what"] == "branch":
+            repo = self.hub.repos[match["repo"]]
+            repo.branches = (*repo.branches, match["revision"])
+            return self._json({})
+        repo = self._repo(match["repo"], match["revision"], token)
+        if repo and match["what"] == "preupload":
+            return self._preupload(repo, asked[0]["files"])
+        return self._commit(match["repo"], repo, asked) if repo else None
+
+    def _create(self, asked: dict[str, Any]) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        if name in self.hub.repos:
+            return self._send(409, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
+        if self.hub.home is None:
+            return self._send(403, b"{}")
+        directory = self.hub.home / name
+        directory.mkdir(parents=True)
+        (directory / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+        self.hub.add(name, directory, private=asked.get("visibility") == "private")
+        return self._json({"url": f"{self.hub.url}/{name}"})
+
+    def _preupload(self, repo: Repo, asked: list[dict[str, Any]]) -> None:
+        there = repo.files()
+        files: list[dict[str, Any]] = []
+        for file in asked:
+            path = there.get(file["path"])
+            apart = is_stored_apart(Path(file["path"]))
+            oid = None if path is None else sha256(path) if apart else git_sha1(path)
+            mode = "lfs" if apart else "regular"
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._json({"files": files})
+
+    def _batch(self, objects: list[dict[str, Any]]) -> None:
+        there = {sha256(p) for repo in self.hub.repos.values() for p in repo.files().values()}
+        answer: list[dict[str, Any]] = []
+        for wanted in objects:
+            oid = wanted["oid"]
+            upload = {"href": f"{self.hub.storage}/upload/{oid}", "header": {}}
+            known = oid in there or oid in self.hub.objects
+            answer.append(
+                {"oid": oid, "size": wanted["size"], **({} if known else {"actions": {"upload": upload}})}
+            )
+        self._json({"transfer": "basic", "objects": answer})
+
+    def _store(self, oid: str, fault: Fault | None) -> None:
+        size, data = int(self.headers["Content-Length"]), bytearray()
+        cut = fault.after if fault and fault.do == "cut" else size
+        while len(data) < cut and (piece := self.rfile.read(min(PIECE_BYTES, cut - len(data)))):
+            data += piece
+            self.hub.throttle(len(piece))
+            with self.hub.lock:
+                self.hub.uploaded[oid] += len(piece)
+        if len(data) < size:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif hashlib.sha256(data).hexdigest() != oid:
+            self._send(400, b"{}")
+        else:
+            self.hub.objects[oid] = bytes(data)
+            self._send(200, b"")
+
+    def _commit(self, name: str, repo: Repo, asked: list[dict[str, Any]]) -> None:
+        names = []
+        for line in asked[1:]:
+            path = repo.directory / line["value"]["path"]
+            if line["key"] == "deletedFile":
+                path.unlink()
+                continue
+            names.append(line["value"]["path"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if line["key"] == "file":
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+            else:
+                path.write_bytes(self.hub.objects[line["value"]["oid"]])
+        self.hub.commits.append(names)
+        repo.commit = hashlib.sha1(f"{repo.commit} {names}".encode()).hexdigest()
+        url = f"{self.hub.url}/{name}/commit/{repo.commit}"
+        self._json({"commitUrl": url, "commitOid": repo.commit})
+
+    def _json(self, data: Any) -> None:
+        self._send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})
 
     def _trickle(self, data: bytes) -> None:
         for i in range(len(data)):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from msconv_runtime.artifact import Parallel, read_manifest, write_manifest
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
-from msconv_runtime.sglang.launch import given_flags, plan_launch
+from msconv_runtime.sglang.launch import Nodes, Settings, given_flags, plan_launch, refuse_taken
+from tests.commands import run_msconv
+
+
+@pytest.fixture
+def own_ascend(own_artifact: Path) -> Path:
+    """An artifact with graphs for a 910B beside those for a CPU."""
+    assert run_msconv("compile", own_artifact, "--target", "ascend910b").code == 0
+    return own_artifact
 
 
 def launch(artifact: Path, *extra: str) -> list[str]:
@@ -56,9 +67,72 @@ def test_a_machine_that_cannot_is_refused(own_artifact: Path, monkeypatch: pytes
         launch(own_artifact)
 
 
-def test_an_npu_is_refused_plainly(own_artifact: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match="not there yet"):
+def test_an_artifact_without_ascend_graphs_has_nothing_for_an_npu(own_artifact: Path) -> None:
+    with pytest.raises(ArtifactError, match="no graphs for an NPU"):
         plan_launch(own_artifact, "npu", "127.0.0.1", 30000, [])
+
+
+def test_an_npu_gets_its_command_for_elsewhere_and_is_missed_here(own_ascend: Path) -> None:
+    found = plan_launch(own_ascend, "npu", "0.0.0.0", 30000, [], elsewhere=True)
+    said = dict(zip(found.argv[3::2], found.argv[4::2], strict=True))
+    wanted = {"--device": "npu", "--attention-backend": "ascend", "--dtype": "bfloat16", "--page-size": "128"}
+    assert wanted.items() <= said.items()
+    assert found.environment == {"MSCONV_TARGET": "ascend910b"}
+    with pytest.raises(EnvironmentProblem, match=r"torch_npu[\s\S]*CANN[\s\S]*devices"):
+        plan_launch(own_ascend, "npu", "0.0.0.0", 30000, [])
+
+
+def test_one_of_several_ascend_targets_must_be_named(own_ascend: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(own_ascend)
+    other = [replace(g, target="ascend910c") for g in manifest.graphs if g.target == "ascend910b"]
+    write_manifest(own_ascend, replace(manifest, graphs=[*manifest.graphs, *other]))
+    with pytest.raises(UsageError, match="ascend910b, ascend910c"):
+        plan_launch(own_ascend, "npu", "0.0.0.0", 30000, [], elsewhere=True)
+    monkeypatch.setenv("MSCONV_TARGET", "ascend910c")
+    found = plan_launch(own_ascend, "npu", "0.0.0.0", 30000, [], elsewhere=True)
+    assert found.environment["MSCONV_TARGET"] == "ascend910c"
+
+
+def test_machines_that_serve_together_are_told_so() -> None:
+    flags = Nodes(2, 1, "10.0.0.7:5000").flags(Parallel(4))
+    assert flags == {"--nnodes": "2", "--node-rank": "1", "--dist-init-addr": "10.0.0.7:5000"}
+    assert Nodes().flags(Parallel(1)) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (Nodes(2, 2, "a:1"), "--node-rank 2"),
+        (Nodes(2, 0, None), "--dist-init-addr"),
+        (Nodes(3, 0, "a:1"), "4 ranks"),
+    ],
+)
+def test_machines_that_cannot_be_are_refused(nodes: Nodes, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        nodes.flags(Parallel(4))
+
+
+def test_settings_go_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Settings(False, True, "read", "ascend310p", "10.0.0.7")
+    for name, value in given.environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings.read() == given
+    assert Settings().environment() == {}
+    monkeypatch.setenv("MSCONV_LOAD_MODE", "copy")
+    with pytest.raises(UsageError, match="mmap or read"):
+        Settings.read()
+
+
+def test_a_port_is_free_or_it_is_said() -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        with pytest.raises(EnvironmentProblem, match=f"port {port}"):
+            refuse_taken("127.0.0.1", port)
+    refuse_taken("127.0.0.1", port)
+    with pytest.raises(EnvironmentProblem, match=r"no\.such\.host\.invalid"):
+        refuse_taken("no.such.host.invalid", 30000)
 
 
 def test_flags_are_read_in_both_spellings() -> None:

@@ -173,11 +173,17 @@ MASKS = {
 def test_a_wrong_mask_fails_in_the_first_attention(
     own: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from msconv.verify.lockstep import Lockstep
+    import torch
+
+    from msconv.verify import lockstep
 
     spoil, target, phase = MASKS[name]
-    right = Lockstep.mask
-    monkeypatch.setattr(Lockstep, "mask", lambda self, when, batch: spoil(right(self, when, batch), when))
+    right = lockstep.attention_mask
+
+    def wrong(when: str, *more: Any) -> Any:
+        return spoil(torch.from_numpy(right(when, *more)), when).numpy().copy()
+
+    monkeypatch.setattr(lockstep, "attention_mask", wrong)
     assert re.search(attention(0) + ".* " + phase + "$", named(own(), target))
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from msconv_runtime.errors import CheckpointError
 from . import directory
 from .directory import AUXILIARY, INDEX, SHARD_NAME, SINGLE, Checkpoint, Shard, ShardFile
 from .headers import PREFIX_BYTES, header_length, parse_header, read_header
-from .hub_errors import HubError, explain
+from .hub_errors import HubError, Purpose, explain
 from .transfer import Cancelled, Patience, Progress, RemoteFile, fetch, read_range
 
 CONFIGURATION = ("config.json", "generation_config.json", INDEX)
@@ -206,9 +206,19 @@ def counting_bar(progress: Progress) -> type:
 def open_repository(name: str, revision: str = "") -> Repository:
     """Resolve the revision ("" is the default branch) to a commit and list its files: one request, none offline.
     Raises HubError, UsageError, CheckpointError."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it would warn of, we say ourselves
     if constants.is_offline_mode():
         return _from_cache(name, revision)
+    repository = resolve(name, revision, lambda n: n in (*AUXILIARY, INDEX) or bool(SHARD_NAME.fullmatch(n)))
+    if "config.json" not in repository.files:
+        asked = f"{name}@{revision}" if revision else name
+        raise CheckpointError(f"{asked}: has no config.json.", "Give the repository of a model in safetensors.")
+    _remember(repository)
+    return repository
+
+
+def resolve(name: str, revision: str, wanted: Callable[[str], bool], purpose: Purpose = "convert") -> Repository:
+    """The revision's commit and those of its files whose names are `wanted`.  Raises HubError, UsageError."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it would warn of, we say ourselves
     asked = f"{name}@{revision}" if revision else name
     patience = Patience(threading.Event())
     while True:
@@ -228,13 +238,12 @@ def open_repository(name: str, revision: str = "") -> Repository:
             try:
                 patience.wait(e)
             except Exception as last:
-                raise explain(last, asked) from e
+                raise explain(last, asked, purpose=purpose) from e
     files: dict[str, RemoteFile] = {}
     others: list[str] = []
     for entry in info.siblings or ():
-        wanted = entry.rfilename in (*AUXILIARY, INDEX) or SHARD_NAME.fullmatch(entry.rfilename)
         etag = (entry.lfs.sha256 if entry.lfs else entry.blob_id) or ""
-        if not wanted:
+        if not wanted(entry.rfilename):
             others.append(entry.rfilename)
         elif not ETAG.fullmatch(etag) or entry.size is None or entry.size < 0:
             raise HubError(f"{asked}: {entry.rfilename} is listed without size or digest.", "Check HF_ENDPOINT.")
@@ -242,11 +251,7 @@ def open_repository(name: str, revision: str = "") -> Repository:
             files[entry.rfilename] = RemoteFile(entry.rfilename, entry.size, etag)
     if not COMMIT.fullmatch(info.sha or ""):
         raise HubError(f"{asked}: {constants.ENDPOINT} names no commit.", "Check HF_ENDPOINT.")
-    repository = Repository(name, revision, info.sha or "", files, tuple(others))
-    if "config.json" not in files:
-        raise CheckpointError(f"{asked}: has no config.json.", "Give the repository of a model in safetensors.")
-    _remember(repository)
-    return repository
+    return Repository(name, revision, info.sha or "", files, tuple(others))
 
 
 def _remember(repository: Repository) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 from pathlib import Path
+from typing import Literal
 
 import httpx2
 from huggingface_hub import constants, get_session, get_token
@@ -22,9 +23,11 @@ from msconv_runtime.errors import CheckpointError, MsconvError, ResourceError, U
 
 from ..layout.names import shorten
 
-RESUMES = "Run the same command again: what was downloaded is kept."
+RESUMES = "Run the same command again: what was transferred is kept."
 TOKEN = "set HF_TOKEN or run `hf auth login`"
 SEARCH_TIMEOUT_S = 5
+
+Purpose = Literal["convert", "pull", "push"]
 
 KNOWN = (
     *(f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B")),
@@ -35,16 +38,19 @@ KNOWN = (
 
 
 class HubError(MsconvError):
-    """The hub refused, failed or could not be reached.  What was downloaded is kept."""
+    """The hub refused, failed or could not be reached.  What was transferred is kept."""
 
     code = "hub"
 
 
-def explain(error: Exception, repository: str, what: str = "") -> MsconvError:
-    """The error for people.  `repository`: owner/name, with @revision if one was asked for; `what`: the file."""
+def explain(error: Exception, repository: str, what: str = "", purpose: Purpose = "convert") -> MsconvError:
+    """The error for people.  `repository`: owner/name, with @revision if one was asked for; `what`: the file;
+    `purpose`: the command, for what it needs."""
     where = f"{repository}: {what}" if what else repository
     if isinstance(error, MsconvError):
         return error
+    if isinstance(error, OfflineModeIsEnabled) and purpose != "convert":
+        return HubError(f"{where}: HF_HUB_OFFLINE forbids to {purpose} it.", "Unset HF_HUB_OFFLINE.")
     if isinstance(error, OfflineModeIsEnabled):
         return HubError(
             f"{where}: not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to download it.",
@@ -53,7 +59,7 @@ def explain(error: Exception, repository: str, what: str = "") -> MsconvError:
     if isinstance(error, HFValidationError):
         return UsageError(f"{where}: is no name of a model: {str(error)[:200]}", "Give owner/name or a directory.")
     if isinstance(error, HfHubHTTPError):
-        return _explain_status(error, repository, where)
+        return _explain_status(error, repository, where, purpose)
     if isinstance(error, httpx2.TooManyRedirects):
         return HubError(
             f"{where}: {constants.ENDPOINT} redirects in a circle.", "Check HF_ENDPOINT and the proxy's settings."
@@ -74,7 +80,7 @@ def explain(error: Exception, repository: str, what: str = "") -> MsconvError:
     return HubError(f"{where}: {type(error).__name__}: {str(error)[:300]}", RESUMES)
 
 
-def _explain_status(error: HfHubHTTPError, repository: str, where: str) -> MsconvError:
+def _explain_status(error: HfHubHTTPError, repository: str, where: str, purpose: Purpose) -> MsconvError:
     status = error.response.status_code
     name = repository.partition("@")[0]
     has_token = get_token() is not None
@@ -92,8 +98,8 @@ def _explain_status(error: HfHubHTTPError, repository: str, where: str) -> Mscon
     if isinstance(error, RepositoryNotFoundError):
         near = near_names(name)
         return UsageError(
-            f"{where}: {constants.ENDPOINT} has no such model, or it is private (HTTP {status}); "
-            "there is no such directory either.",
+            f"{where}: {constants.ENDPOINT} has no such model, or it is private (HTTP {status})"
+            + ("; there is no such directory either." if purpose == "convert" else "."),
             (f"Did you mean {' or '.join(near)}?  " if near else "")
             + f"If it is private, {'check the rights of your token' if has_token else TOKEN}.",
         )
@@ -108,7 +114,8 @@ def _explain_status(error: HfHubHTTPError, repository: str, where: str) -> Mscon
     if status == 403:
         return HubError(
             f"{where}: {constants.ENDPOINT} does not allow it (HTTP 403).",
-            f"Check that your token may read {name}" + ("." if has_token else f"; to give one, {TOKEN}."),
+            f"Check that your token may {'write to' if purpose == 'push' else 'read'} {name}"
+            + ("." if has_token else f"; to give one, {TOKEN}."),
         )
     if status == 429:
         asked = error.response.headers.get("Retry-After", "")
@@ -121,7 +128,8 @@ def _explain_status(error: HfHubHTTPError, repository: str, where: str) -> Mscon
         return HubError(
             f"{where}: {constants.ENDPOINT} failed, several times (HTTP {status}).", f"Wait a while.  {RESUMES}"
         )
-    return HubError(f"{where}: {constants.ENDPOINT} answered HTTP {status}.", "Check HF_ENDPOINT.")
+    said = f": {shorten(error.server_message)}" if error.server_message else ""
+    return HubError(f"{where}: {constants.ENDPOINT} answered HTTP {status}{said}.", "Check HF_ENDPOINT.")
 
 
 def _explain_disk(error: OSError, where: str) -> ResourceError:

@@ -20,6 +20,8 @@ COMMANDS = {
     "reshard": "Write an artifact for another number of ranks, without the source checkpoint.",
     "inspect": "Show what an artifact holds; --check reads every byte.",
     "report": "Write report.html: proof, memory, coverage and graphs on one page that works offline.",
+    "push": "Upload an artifact to a repository of a Hugging Face hub, with a card that says what it is.",
+    "pull": "Download an artifact from a repository of a Hugging Face hub: owner/name[@revision].",
     "doctor": "Say what this machine can do, what is missing, and whether an artifact can be served here.",
     "recipes": "List recipes, or show one and its commands.",
     "completion": "Print the script that completes commands, options and names in a shell.",

@@ -98,7 +98,7 @@ def report(error: BaseException, as_json: bool) -> int:
             hint = "How many ranks?  Give --tp N, or a recipe that says it: `msconv recipes` lists them."
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, message, exit_code = "interrupted", "Interrupted.", INTERRUPTED
-        hint = "Run the same command again: a conversion resumes."
+        hint = "Run the same command again: a conversion, a push or a pull resumes."
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
         code, exit_code = "resource", 5
         message, hint = f"The answer could not be written: {error.strerror}.", "Check where stdout goes."

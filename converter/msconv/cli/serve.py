@@ -11,7 +11,7 @@ import click
 
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.integrity import check_graphs
-from msconv_runtime.sglang.launch import Nodes, Settings, plan_launch
+from msconv_runtime.sglang.launch import Nodes, Settings, plan_launch, refuse_taken
 
 from .command import Command
 from .console import artifact_argument, emit, find_artifact, json_option, say
@@ -95,6 +95,7 @@ def command(
         say(f"Warning: {root} is UNPROVEN for {target}; `msconv verify {root}` compares it with its source.")
     if target != "cpu":
         say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")
+    refuse_taken(host, port)
     say(launch.shell())
     sys.stdout.flush()
     sys.stderr.flush()

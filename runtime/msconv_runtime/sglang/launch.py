@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
@@ -22,6 +24,7 @@ STANDINS = Path(__file__).with_name("standins")
 LOCALHOST = "127.0.0.1"
 PAGE_SIZE = 16
 PAGE_ELEMENTS = 128 * 128
+OF_ALL_RANKS = ("ranks on devices", "memory to serve")  # findings that take this machine for the only one
 ALIASES = {
     "--tp-size": ("--tp", "--tensor-parallel-size"),
     "--ep-size": ("--ep", "--expert-parallel-size"),
@@ -128,7 +131,9 @@ def plan_launch(
     target = "cpu" if device == "cpu" else ascend_target(root, manifest)
     settings = replace(settings, target=target)
     kind = cpu_flags(root, manifest) if device == "cpu" else npu_flags(manifest, target)
-    refuse(root, manifest, extra, {**parallel_flags(manifest.parallel), **kind}, elsewhere and device == "npu")
+    needed = {**parallel_flags(manifest.parallel), **kind}
+    others = OF_ALL_RANKS if nodes.count > 1 else ()
+    refuse(root, manifest, extra, needed, elsewhere and device == "npu", others)
     flags = {
         "--model-path": str(root),
         "--model-impl": "mindspore",
@@ -196,12 +201,21 @@ def ascend_target(root: Path, manifest: Manifest) -> str:
     )
 
 
-def refuse(root: Path, manifest: Manifest, extra: list[str], needed: dict[str, str], elsewhere: bool) -> None:
-    """Raises an error that lists whatever keeps the artifact from being served here with these flags."""
+def refuse(
+    root: Path,
+    manifest: Manifest,
+    extra: list[str],
+    needed: dict[str, str],
+    elsewhere: bool = False,
+    besides: tuple[str, ...] = (),
+) -> None:
+    """Raises an error that lists whatever keeps the artifact from being served here with these flags: but for this
+    machine's findings if it is `elsewhere`, and for those named `besides`."""
     from ..doctor import Machine, examine
 
     ability: Ability = "serve_cpu" if needed["--device"] == "cpu" else "serve_npu"
     findings = [] if elsewhere else examine(Machine(), root).against(ability)
+    findings = [f for f in findings if f.name not in besides]
     problems = [f"  {f.name}: {f.found}; needed: {f.needed}.  {f.hint}" for f in findings]
     given = given_flags(extra)
     for name in ("--tp-size", "--ep-size", "--dtype", "--device"):
@@ -218,6 +232,21 @@ def refuse(root: Path, manifest: Manifest, extra: list[str], needed: dict[str, s
     damaged = any(f.name in ("artifact", "file", "weights") or f.name.startswith("graphs") for f in findings)
     kind = ArtifactError if damaged else EnvironmentProblem if findings else UsageError
     raise kind(f"{root}: cannot be served here:\n" + "\n".join(problems), f"`msconv doctor {root}` says more.")
+
+
+def refuse_taken(host: str, port: int) -> None:
+    """Raises EnvironmentProblem if no server can listen there: SGLang finds out after it has loaded the model."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(address)
+    except OSError as e:
+        taken = e.errno == errno.EADDRINUSE
+        raise EnvironmentProblem(
+            f"Nothing can listen at {host} port {port}: {e.strerror}.",
+            "Another server may be running there; give another --port." if taken else "Give another --host.",
+        ) from None
 
 
 def given_flags(extra: list[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ It points SGLang's model registry at `slot`.  Directories that are not artifacts
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def activate() -> None:
         "sglang.srt.model_loader.loader.get_model_architecture", _get_model_architecture, HookType.AROUND
     )
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _load_beside, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        _refuse_request,
+        HookType.BEFORE,
+    )
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_state, HookType.AFTER)
 
 
 def _get_config(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,6 +76,40 @@ def _load_beside(
     original(scheduler, server_args, *args, **kwargs)
     if preload.has_begun(root):
         preload.finish(root, read_manifest(root), 0)
+
+
+def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
+    """What the graphs cannot answer: it would end the process that runs them.  The client gets a 400.
+
+    Tokens that no row of the embedding stands for; log probabilities of the prompt, which need all its logits.
+    """
+    if not _is_served(manager.model_path):
+        return
+    size = manager.model_config.vocab_size
+    for token in input_ids if isinstance(input_ids, list) else ():
+        if not isinstance(token, int) or not 0 <= token < size:
+            raise ValueError(f"input_ids has the token {token!r}; the model's are 0 to {size - 1}.")
+    start = getattr(obj, "logprob_start_len", None)
+    if getattr(obj, "return_logprob", False) and start is not None and 0 <= start < len(input_ids or ()):
+        raise ValueError(
+            f"logprob_start_len {start} asks for log probabilities of the prompt: here are those of generated "
+            "tokens only.  Leave it out."
+        )
+
+
+@functools.cache
+def _is_served(path: str) -> bool:
+    """Asked once: the disk may be gone later."""
+    return is_artifact(path)
+
+
+def _add_state(reply: Any, *args: Any, **kwargs: Any) -> Any:
+    """What /server_info says of an artifact: how it started, and what has been compiled since."""
+    from . import preload
+
+    if found := preload.state():
+        reply.internal_state["msconv"] = found
+    return reply
 
 
 def _check_server_args(original: Callable[[Any], Any], server_args: Any) -> Any:

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..artifact import Manifest, read_manifest
 from ..graphs import Graphs
@@ -29,7 +30,7 @@ class Loaded:
 
 
 _loading: dict[Path, Future[Loaded]] = {}
-_finished: dict[Path, Graphs] = {}
+_finished: dict[Path, Loaded] = {}
 
 
 def begin(root: Path) -> None:
@@ -72,10 +73,11 @@ def load(root: Path, manifest: Manifest, rank: int) -> Loaded:
 def finish(root: Path, manifest: Manifest, rank: int) -> Graphs:
     """What was begun, or loaded now.  Raises what loading raised."""
     if root in _finished:
-        return _finished[root]
+        return _finished[root].graphs
     started = time.monotonic()
     loaded = _loading[root].result() if root in _loading else load(root, manifest, rank)
-    seconds = loaded.seconds | {"waited for": time.monotonic() - started}
+    loaded.seconds["waited for"] = time.monotonic() - started
+    seconds = {part: round(s, 2) for part, s in loaded.seconds.items()}
     logger.info(
         "msconv: rank %d of %s: %d tensors bound, prefill and decode warmed up; compiles since ready are counted "
         "from here",
@@ -83,6 +85,17 @@ def finish(root: Path, manifest: Manifest, rank: int) -> Graphs:
         root,
         len(loaded.graphs.tensors),
     )
-    logger.info("msconv: start, seconds: %s", json.dumps({part: round(s, 2) for part, s in seconds.items()}))
-    _finished[root] = loaded.graphs
+    logger.info("msconv: start, seconds: %s", json.dumps(seconds))
+    _finished[root] = loaded
     return loaded.graphs
+
+
+def state() -> dict[str, Any]:
+    """What this process has loaded, for /server_info.  Empty: nothing of ours."""
+    for root, loaded in _finished.items():
+        return {
+            "artifact": str(root),
+            "compiles_since_ready": loaded.graphs.compiles_since_ready,
+            "start_seconds": loaded.seconds,
+        }
+    return {}

@@ -1,0 +1,63 @@
+"""`msconv push`: an artifact goes to a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from msconv_runtime.artifact import read_manifest
+
+from .command import Command
+from .console import artifact_argument, byte_progress, emit, find_artifact, human, json_option, say
+
+
+@click.command("push", cls=Command)
+@artifact_argument
+@click.option("--to", required=True, metavar="OWNER/NAME", help="Repository, created if it is not there.")
+@click.option("--revision", metavar="BRANCH", help="Branch, created if it is not there.  [default: main]")
+@click.option("--private", is_flag=True, help="If the repository is created: only for those who may see it.")
+@click.option("--check", is_flag=True, help="First read every byte and compare digests.")
+@json_option
+def command(
+    artifact: Path | None, to: str, revision: str | None, private: bool, check: bool, as_json: bool
+) -> None:
+    """Upload an artifact to a repository of a Hugging Face hub, with a card that says what it is.
+
+    Run again after an interruption: what is there already is not uploaded again.  Only the last commit has READY,
+    so that half of an artifact is never taken for a whole one.  HF_TOKEN must allow to write.
+
+    \b
+    msconv push artifacts/Qwen3-8B-tp4 --to me/Qwen3-8B-tp4
+    msconv push artifacts/Qwen3-8B-tp4 --to me/Qwen3-8B-tp4 --private --check
+    """
+    from ..share import parts
+    from ..share.push import push, target
+
+    name = target(to)
+    root = find_artifact(artifact)
+    manifest = read_manifest(root)
+    weights = parts.weight_bytes(manifest)
+    with byte_progress("checking", weights if check else 0) as advance:
+        parts.check(root, manifest, "Convert or compile again; nothing was uploaded.", check, advance)
+    with byte_progress("uploading", weights) as advance:
+        done = push(root, manifest, name, revision or "", private, advance)
+    if as_json:
+        emit(
+            {
+                "artifact": str(done.artifact),
+                "repository": done.repository,
+                "commit": done.commit,
+                "bytes_uploaded": done.bytes_uploaded,
+                "files": done.files,
+                "seconds": round(done.seconds, 3),
+            }
+        )
+    if done.kept_card:
+        say(f"{parts.CARD} of {name} was not written by msconv and was left as it is.")
+    verb = "Pushed" if done.bytes_uploaded else "Already there"
+    say(
+        f"{verb}: {done.artifact} to {name}, commit {done.commit[:12]}, {done.files} files, "
+        f"uploaded {human(done.bytes_uploaded)} in {done.seconds:.1f} s"
+    )
+    say(f"Next: msconv pull {name}{'@' + revision if revision else ''}")

@@ -1,0 +1,86 @@
+"""What of an artifact is shared: its files by name and size, and whether their bytes are the manifest's."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import threading
+from pathlib import Path
+
+from msconv_runtime.artifact import MANIFEST, READY, Manifest
+from msconv_runtime.errors import ArtifactError, UsageError
+from msconv_runtime.integrity import check_artifact, check_graphs
+
+from ..checkpoint.directory import AUXILIARY
+from ..checkpoint.reference import REPOSITORY
+from ..checkpoint.transfer import SHA1_DIGITS, Progress, RemoteFile
+
+PART = re.compile(r"weights/model-rank-\d+-part-\d+\.safetensors|graphs/\w+/\w+\.mindir", re.ASCII)
+NAMES = (*AUXILIARY, MANIFEST, READY)
+CARD = "README.md"
+
+
+def weight_bytes(manifest: Manifest) -> int:
+    return sum(f.size for f in manifest.weights.files) if manifest.weights else 0
+
+
+def parts(manifest: Manifest) -> dict[str, int]:
+    """Weights, then graphs, and their sizes in bytes.  Raises ArtifactError for a name that no artifact has."""
+    sizes = {f.path: f.size for f in manifest.weights.files} if manifest.weights else {}
+    sizes |= {g.path: g.size for g in manifest.graphs}
+    if foreign := [name for name in sizes if not PART.fullmatch(name)]:
+        raise ArtifactError(
+            f"{MANIFEST}: names {', '.join(map(repr, foreign[:5]))}, which no artifact has.",
+            "Convert again with --force.",
+        )
+    return sizes
+
+
+def check(
+    root: Path, manifest: Manifest, hint: str, every_byte: bool, progress: Progress = lambda n: None
+) -> None:
+    """Raises ArtifactError with `hint` if sizes or graphs are not the manifest's; `every_byte`: or weights."""
+    damage = check_artifact(root, manifest, progress) if every_byte else check_graphs(root, manifest)
+    if damage:
+        lines = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:50])
+        raise ArtifactError(f"{root}: {len(damage)} places differ from the manifest:\n{lines}", hint)
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """owner/name[@revision] -> name, revision ("" if none was given).  Raises UsageError."""
+    match = REPOSITORY.fullmatch(reference)
+    if match is None:
+        raise UsageError(f"{reference[:300]}: is no name of a repository.", "Give owner/name.")
+    return match[1], match[2] or ""
+
+
+def has_digest(content: Path | bytes, file: RemoteFile) -> bool:
+    """Whether a file here, or some bytes, are the hub's: as git hashes them, or by sha256."""
+    if isinstance(content, bytes):
+        return len(content) == file.size and _digest(io.BytesIO(content), file) == file.etag
+    if not content.is_file() or content.stat().st_size != file.size:
+        return False
+    with content.open("rb") as f:
+        return _digest(f, file) == file.etag
+
+
+def _digest(stream: io.BytesIO | io.BufferedReader, file: RemoteFile) -> str:
+    if len(file.etag) == SHA1_DIGITS:
+        sha1 = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+        return hashlib.file_digest(stream, lambda: sha1).hexdigest()
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Sum:
+    """Counts what threads report, and passes it on."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.total = 0
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def add(self, n: int) -> None:
+        with self._lock:
+            self.total += max(0, n)
+        self._progress(n)
