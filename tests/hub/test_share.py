@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,13 +32,13 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def share(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def share(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """A hub that takes uploads from who has the token, by Git LFS; commands run in a directory of the test."""
     hub.home = tmp_path / "repositories"
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.chdir(tmp_path)
-    yield hub
+    return hub
 
 
 @pytest.fixture
