@@ -42,6 +42,10 @@ def activate() -> None:
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_state, HookType.AFTER)
 
 
+def _slot_is_ours() -> bool:
+    return os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE") == PACKAGE
+
+
 def _get_config(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """An artifact's weights are not quantised any more, whatever its source's config.json says."""
     config = original(model, *args, **kwargs)
@@ -56,7 +60,7 @@ def _get_model_architecture(original: Callable[[Any], Any], config: Any) -> Any:
     from sglang.srt.configs.model_config import ModelImpl
     from sglang.srt.models.registry import ModelRegistry
 
-    if config.model_impl != ModelImpl.MINDSPORE or not is_artifact(config.model_path):
+    if config.model_impl != ModelImpl.MINDSPORE or not (_slot_is_ours() and is_artifact(config.model_path)):
         return original(config)
     found, name = ModelRegistry.resolve_model_cls([SLOT])
     config._resolved_model_arch, config._resolved_model_impl = name, ModelImpl.MINDSPORE
@@ -70,8 +74,7 @@ def _load_beside(
     from . import preload
 
     root = Path(server_args.model_path)
-    ours = os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] == PACKAGE
-    if ours and server_args.model_impl == "mindspore" and is_artifact(root):
+    if _slot_is_ours() and server_args.model_impl == "mindspore" and is_artifact(root):
         preload.begin(root)
     original(scheduler, server_args, *args, **kwargs)
     if preload.has_begun(root):
