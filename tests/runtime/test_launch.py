@@ -112,6 +112,14 @@ def test_machines_that_cannot_be_are_refused(nodes: Nodes, said: str) -> None:
         nodes.flags(Parallel(4))
 
 
+def test_each_copy_of_the_model_gets_its_cores(own_artifact: Path) -> None:
+    bind = "SGLANG_CPU_OMP_THREADS_BIND"
+    one = plan_launch(own_artifact, "cpu", "127.0.0.1", 30000, ["--dp-size", "1"]).environment
+    two = plan_launch(own_artifact, "cpu", "127.0.0.1", 30000, ["--dp-size=2"]).environment
+    assert bind not in one
+    assert two[bind].count("|") == 1
+
+
 def test_settings_go_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     given = Settings(False, True, "read", "ascend310p", "10.0.0.7")
     for name, value in given.environment().items():

@@ -152,7 +152,10 @@ def plan_launch(
         settings = replace(settings, meeting_host=nodes.address.rpartition(":")[0].strip("[]"))
     environment = settings.environment()
     if device == "cpu":
-        environment |= {**cpu_environment(), **rank_environment(manifest.parallel.tp // nodes.count)}
+        environment |= {
+            **cpu_environment(),
+            **rank_environment(manifest.parallel.tp // nodes.count * copies(given)),
+        }
     return Launch([*argv, *extra], environment)
 
 
@@ -232,6 +235,12 @@ def refuse(
     damaged = any(f.name in ("artifact", "file", "weights") or f.name.startswith("graphs") for f in findings)
     kind = ArtifactError if damaged else EnvironmentProblem if findings else UsageError
     raise kind(f"{root}: cannot be served here:\n" + "\n".join(problems), f"`msconv doctor {root}` says more.")
+
+
+def copies(given: dict[str, str]) -> int:
+    """How many copies of the model --dp-size asks for; SGLang itself refuses what is no number."""
+    value = next((given[name] for name in ("--dp-size", "--dp", "--data-parallel-size") if name in given), "1")
+    return int(value) if value.isdecimal() and int(value) > 0 else 1
 
 
 def refuse_taken(host: str, port: int) -> None:
