@@ -152,10 +152,8 @@ def plan_launch(
         settings = replace(settings, meeting_host=nodes.address.rpartition(":")[0].strip("[]"))
     environment = settings.environment()
     if device == "cpu":
-        environment |= {
-            **cpu_environment(),
-            **rank_environment(manifest.parallel.tp // nodes.count * copies(given)),
-        }
+        ranks = manifest.parallel.tp * copies(given)
+        environment |= {**cpu_environment(), **rank_environment(ranks, nodes.count)}
     return Launch([*argv, *extra], environment)
 
 
@@ -279,15 +277,16 @@ def parallel_flags(parallel: Parallel) -> dict[str, str]:
     return {"--tp-size": str(parallel.tp), **experts, **idle}
 
 
-def rank_environment(tp: int) -> dict[str, str]:
-    """What more than one rank on a CPU needs, unless the user has set it.
+def rank_environment(ranks: int, machines: int = 1) -> dict[str, str]:
+    """What more than one rank on CPUs needs, unless the user has set it.
 
-    SGLang wants a NUMA node or a list of cores for each rank.  MindSpore says hundreds of times that it waits
-    for the other ranks, as a warning.
+    SGLang wants a NUMA node or a list of cores for each rank, those on other machines too.  MindSpore says
+    hundreds of times that it waits for the other ranks, as a warning.
     """
-    if tp == 1:
+    if ranks == 1:
         return {}
-    needed = {"SGLANG_CPU_OMP_THREADS_BIND": cores_by_rank(sorted(os.sched_getaffinity(0)), tp), "GLOG_v": "3"}
+    here = cores_by_rank(sorted(os.sched_getaffinity(0)), ranks // machines)
+    needed = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([here] * machines), "GLOG_v": "3"}
     return {name: value for name, value in needed.items() if name not in os.environ}
 
 
