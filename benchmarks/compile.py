@@ -74,9 +74,9 @@ for phase in ("prefill", "decode"):
     restore_names(net)
     inputs = ops.inputs() + cache_inputs(ops, local)
     net.set_inputs(*placeholders(inputs))
-    shape = (2, 16, local.kv_heads, config.head_dim)
+    shape = (32, ops.page, local.kv_heads, config.head_dim)
     caches = [Tensor(np.zeros(shape, np.float32)) for i in inputs if "_cache." in i.name]
-    net(zero, zero, Tensor([16], ms.int32), Tensor([[1]], ms.int32), one, one, *caches).asnumpy()
+    net(zero, zero, Tensor([16], ms.int32), Tensor([[16]], ms.int32), one, one, *caches).asnumpy()
 print(json.dumps(time.perf_counter() - started))
 """
 
