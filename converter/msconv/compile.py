@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 TIMINGS = "timings.json"
 LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a phase
 PHASES: dict[str, tuple[Phase, ...]] = {
-    "cpu": ("prefill", "decode"),
+    "cpu": ("prefill", "decode", "native"),
     "ascend910b": ("prefill", "decode", "decode_all"),
     "ascend910c": ("prefill", "decode", "decode_all"),
     "ascend310p": ("prefill", "decode", "decode_all"),
@@ -116,7 +116,7 @@ def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path
 
 
 def compile_graphs(root: Path, target: str) -> list[Compiled]:
-    """Make both phases for `target`, replacing what is there.  Proofs of other targets stay valid."""
+    """Make all phases for `target`, replacing what is there.  Proofs of other targets stay valid."""
     if target not in PHASES:
         raise UsageError(f"{target}: no such target.", f"Targets are: {', '.join(PHASES)}.")
     manifest = read_manifest(root)
@@ -126,10 +126,11 @@ def compile_graphs(root: Path, target: str) -> list[Compiled]:
     with exclusive(root):
         manifest = read_manifest(root)
         mesh = Mesh(manifest.parallel.tp, manifest.parallel.ep)
+        stored = manifest.weights.dtype if manifest.weights else ""  # unknown: float32, which any type becomes
         made: list[Compiled] = []
         for phase in PHASES[target]:
             started = time.monotonic()
-            exported, mindspore, peak = export(config, mesh, target, phase)
+            exported, mindspore, peak = export(config, mesh, target, phase, stored)
             graph = Graph(
                 target=target,
                 phase=phase,
@@ -165,20 +166,24 @@ def timings(root: Path) -> dict[str, Timing]:
         return {}
 
 
-def _export(config: DecoderConfig, mesh: Mesh, target: str, phase: Phase) -> tuple[Exported, str, int]:
+def _export(
+    config: DecoderConfig, mesh: Mesh, target: str, phase: Phase, stored: str
+) -> tuple[Exported, str, int]:
     """(the graph, MindSpore's version, peak resident bytes)."""
     mindspore = mindspore_version()
     from .graph.export import export
 
-    return export(config, mesh, target, phase), mindspore, peak_rss_bytes()
+    return export(config, mesh, target, phase, stored), mindspore, peak_rss_bytes()
 
 
-def _export_apart(config: DecoderConfig, mesh: Mesh, target: str, phase: Phase) -> tuple[Exported, str, int]:
+def _export_apart(
+    config: DecoderConfig, mesh: Mesh, target: str, phase: Phase, stored: str
+) -> tuple[Exported, str, int]:
     """The same in a process of its own: MindSpore's front end keeps what it built, and three phases of a deep
     model would add up."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(_export, config, mesh, target, phase).result()
+            return pool.submit(_export, config, mesh, target, phase, stored).result()
         except BrokenProcessPool:
             raise ResourceError(
                 f"{target} {phase}: the process that compiled it was ended, most likely for want of memory.",

@@ -25,7 +25,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}  # what weights may be stored as
 
-Phase = Literal["prefill", "decode", "decode_all"]
+Phase = Literal["prefill", "decode", "decode_all", "native"]
 
 
 class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):

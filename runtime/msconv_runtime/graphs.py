@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact import Graph, Manifest, Phase, digest_bytes
+from .artifact import Graph, GraphInput, Manifest, Phase, digest_bytes
 from .errors import ArtifactError, EnvironmentProblem
 from .integrity import check_artifact
+from .native import LIBRARY, Library, library
 from .paging import Batch, Sequences, attention_mask
 from .weights import LoadMode, RankWeights, check_size
 
@@ -20,13 +22,14 @@ TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each 
 FREE_PAGE = 16
 FEW = 2  # sequences; measured at the shape of Qwen3-0.6B
 NZ = 29  # CANN's number of the FRACTAL_NZ format
+RAGGED_TOKENS = 2048  # in one call of the native graph
 CHUNK_TOKENS = 512  # places (sequences x longest) in one prefill call: bounds its memory
 
 
 def load_weights(
-    root: Path, manifest: Manifest, target: str, rank: int, mode: LoadMode, check: bool
+    root: Path, manifest: Manifest, graphs: list[Graph], rank: int, mode: LoadMode, check: bool
 ) -> dict[str, Any]:
-    """Tensors by name, in the types that the target's graphs take.  Zero copy where nothing is cast.
+    """Tensors by name, in the types that these graphs of one target take.  Zero copy where nothing is cast.
 
     Sizes are always checked; `check` reads the rank's files first and compares every digest."""
     if check and (damage := check_artifact(root, manifest, rank=rank)):
@@ -36,13 +39,16 @@ def load_weights(
             "Copy the artifact again, or convert again with --force.",
         )
     weights = RankWeights(root, manifest, rank, mode)
-    wanted = {p.name: p for g in graphs_of(root, manifest, target) for p in g.parameters}
+    wanted = {p.name: p for g in graphs for p in g.parameters}
+    target = graphs[0].target
     missing = sorted(wanted.keys() - weights.tensors.keys())
     wrong = [n for n in wanted if n not in missing and wanted[n].shape != weights.tensors[n].shape]
+    if target == "cpu":  # rounding is for NPUs, which compute in half precision
+        wrong += [n for n in wanted if n not in missing and _rounds(weights.tensors[n].dtype, wanted[n].dtype)]
     if missing or wrong:
         raise ArtifactError(
             f"{root}: the weights do not fit the {target} graphs: "
-            f"missing {missing[:5]}, of another shape {wrong[:5]}.",
+            f"missing {missing[:5]}, of another shape or type {wrong[:5]}.",
             f"Run `msconv compile {root} --target {target}` again.",
         )
     return {n: tensor(weights.array(n, p.dtype)[0], p.dtype) for n, p in wanted.items()}
@@ -68,8 +74,13 @@ def graphs_of(root: Path, manifest: Manifest, target: str) -> list[Graph]:
     return graphs
 
 
+def _rounds(stored: str, wanted: str) -> bool:
+    return stored != wanted and wanted != "float32" and "int32" not in (stored, wanted)
+
+
 class Graphs:
-    """Both phases of one rank, sharing one set of weights."""
+    """The graphs of one rank, sharing one set of weights: the native one alone, where this machine has compiled
+    kernels and `native` allows it, else prefill and decode."""
 
     def __init__(
         self,
@@ -79,25 +90,35 @@ class Graphs:
         rank: int = 0,
         mode: LoadMode = "mmap",
         check: bool = False,
+        native: bool = True,
     ) -> None:
         self.manifest, self.target = manifest, target
-        self.entries = {g.phase: g for g in graphs_of(root, manifest, target)}
-        # On a CPU the decode graph multiplies the other way round: the prefill graph is faster for few sequences,
-        # unless the graphs differ in their experts or in latent attention.
-        names = [p.name for p in self.entries["decode"].parameters]
+        entries = {g.phase: g for g in graphs_of(root, manifest, target)}
+        self.library = library() if native and "native" in entries else Library(None, "not asked for")
+        self.native = self.library.path is not None
+        self.entries = {phase: g for phase, g in entries.items() if (phase == "native") is self.native}
+        # Of the graphs without compiled kernels, the one multiplies the other way round: the prefill graph is faster for few
+        # sequences, unless the graphs differ in their experts or in latent attention.
+        names = [p.name for p in entries["decode"].parameters]
         unlike = any(".experts." in n or ".kv_a_proj" in n for n in names)
         self._prefill_decodes_few = target == "cpu" and not unlike
         self._compiles_at_ready = 0
         started = time.monotonic()
-        self.tensors = load_weights(root, manifest, target, rank, mode, check)
+        self.tensors = load_weights(root, manifest, list(self.entries.values()), rank, mode, check)
         loaded = time.monotonic()
-        self.cells = {phase: _bind(root, g, self.tensors) for phase, g in self.entries.items()}
+        self.cells = {
+            phase: _bind(root, g, self.tensors, self.library) for phase, g in self.entries.items()
+        }
         self.seconds = {mode: loaded - started, "bind": time.monotonic() - loaded}
 
     @property
     def cache_shape(self) -> list[int | None]:
         """[pages, page, K, D] with None for what is free."""
-        return self.entries["decode"].inputs[-1].shape
+        return self._inputs[-1].shape
+
+    @property
+    def _inputs(self) -> list[GraphInput]:
+        return next(iter(self.entries.values())).inputs
 
     @property
     def page(self) -> int:
@@ -107,7 +128,7 @@ class Graphs:
     @property
     def num_caches(self) -> int:
         """Cache inputs of a graph: two a layer."""
-        return sum("_cache." in i.name for i in self.entries["decode"].inputs)
+        return sum("_cache." in i.name for i in self._inputs)
 
     def decode(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
         """One new token a sequence.  Logits [B, V] float32."""
@@ -124,7 +145,7 @@ class Graphs:
             cached = bool((batch.context_lens > batch.q_lens).any())
             return self._call("decode" if cached else "prefill", batch, caches)
         out: NDArray[np.float32] | None = None
-        for members, last, part in chunks(batch, self.page):
+        for members, last, part in chunks(batch, self.page, self.native):
             logits = self._call("prefill", part, caches)
             if out is None:
                 out = np.empty((len(batch.q_lens), logits.shape[1]), np.float32)
@@ -136,7 +157,7 @@ class Graphs:
 
     @property
     def compiles(self) -> int:
-        """How often MindSpore has compiled a graph of ours: once a phase."""
+        """How often MindSpore has compiled a graph of ours: once each."""
         return sum(len(cell.compile_cache) for cell in self.cells.values())
 
     @property
@@ -144,13 +165,13 @@ class Graphs:
         return self.compiles - self._compiles_at_ready
 
     def warm_up(self, strict: bool = False) -> None:
-        """Run both phases on a cache of their own.  Later calls of any shape compile nothing: `strict` tries other
+        """Run all graphs on a cache of their own.  Later calls of any shape compile nothing: `strict` tries other
         shapes too and raises EnvironmentProblem if that compiles."""
         from mindspore import Tensor
 
         page = self.page
         shape = [-(-64 // page), page, *(n or 1 for n in self.cache_shape[2:])]
-        kind = _types()[self.entries["decode"].inputs[-1].dtype]
+        kind = _types()[self._inputs[-1].dtype]
         caches = [Tensor(np.zeros(shape, np.float32), kind) for _ in range(self.num_caches)]
         for lengths in ([1] * (FEW + 1), [page + 1, 2, 1, 1]) if strict else ([1] * (FEW + 1),):
             sequences = Sequences(len(lengths), page)
@@ -168,6 +189,7 @@ class Graphs:
     def _call(self, phase: Phase, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
         from mindspore import Tensor
 
+        phase = "native" if self.native else phase
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
         if self.target != "cpu":
             dtype = self.entries[phase].inputs[len(inputs)].dtype
@@ -183,23 +205,26 @@ def _types() -> dict[str, Any]:
     return {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16, "int32": ms.int32}
 
 
-def chunks(batch: Batch, page: int) -> Iterator[tuple[list[int], list[bool], Batch]]:
-    """Cut a batch into calls of bounded size: (members, whether each is at its end, the part).
+def chunks(batch: Batch, page: int, ragged: bool) -> Iterator[tuple[list[int], list[bool], Batch]]:
+    """Cut a batch into calls of bounded size: (members, whether each is at its end, the part).  A graph that is not
+    `ragged` makes every sequence as long as the longest.
 
     A sequence is cut in order, and never twice in one call: later chunks read what earlier ones cached.
     """
     ends = np.cumsum(batch.q_lens)
     members: list[tuple[int, int, int]] = []  # sequence, first token, tokens
-    longest = 0
+    longest = tokens = 0
+    limit = RAGGED_TOKENS if ragged else CHUNK_TOKENS
     for sequence, (q_len, end) in enumerate(zip(batch.q_lens, ends, strict=True)):
-        for begin in range(0, int(q_len), CHUNK_TOKENS):
-            size = min(CHUNK_TOKENS, int(q_len) - begin)
-            full = (len(members) + 1) * max(longest, size) > CHUNK_TOKENS
+        for begin in range(0, int(q_len), limit):
+            size = min(limit, int(q_len) - begin)
+            places = tokens + size if ragged else (len(members) + 1) * max(longest, size)
+            full = places > limit
             if members and (full or members[-1][0] == sequence):
                 yield _part(batch, members, page)
-                members, longest = [], 0
+                members, longest, tokens = [], 0, 0
             members.append((sequence, int(end - q_len) + begin, size))
-            longest = max(longest, size)
+            longest, tokens = max(longest, size), tokens + size
     if members:
         yield _part(batch, members, page)
 
@@ -239,9 +264,32 @@ def check_version(path: Path, graph: Graph) -> None:
         )
 
 
-def _bind(root: Path, graph: Graph, tensors: dict[str, Any]) -> Any:
-    """A GraphCell with its weights, compiled once for all shapes."""
+def _load(path: Path, kernels: Library) -> Any:
+    """MindSpore's graph of a file.  Where it names compiled kernels, those of this machine take their place."""
     import mindspore as ms
+
+    if kernels.path is None:
+        return ms.load(str(path))
+    from mindspore.train import mind_ir_pb2
+
+    model = mind_ir_pb2.ModelProto.FromString(path.read_bytes())
+    for attribute in (a for p in model.primitives if p.op_type == "Custom" for a in p.attribute):
+        if attribute.name == "func_name":
+            name, _, function = attribute.s.decode().partition(":")
+            if name != LIBRARY:
+                raise ArtifactError(
+                    f"{path}: wants the kernels {name}; these are {LIBRARY}.",
+                    "Compile it again with this version: `msconv compile`.",
+                )
+            attribute.s = f"{kernels.path}:{function}".encode()
+    with tempfile.NamedTemporaryFile(suffix=".mindir") as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        return ms.load(file.name)
+
+
+def _bind(root: Path, graph: Graph, tensors: dict[str, Any], kernels: Library) -> Any:
+    """A GraphCell with its weights, compiled once for all shapes."""
     from mindspore import Tensor, nn
 
     path = root / graph.path
@@ -252,7 +300,7 @@ def _bind(root: Path, graph: Graph, tensors: dict[str, Any]) -> Any:
             f"{path}: was altered: its digest is not the manifest's.",
             f"Run `msconv compile {root} --target {graph.target}` again.",
         )
-    cell = nn.GraphCell(ms.load(str(path)))
+    cell = nn.GraphCell(_load(path, kernels))
     wanted = {p.name: p for p in graph.parameters}
     if set(cell._params) != set(wanted):
         odd = sorted(set(cell._params) ^ set(wanted))

@@ -34,6 +34,7 @@ class Session:
         rank: int = 0,
         load: LoadMode = "mmap",
         check_digests: bool = False,
+        native: bool = True,
     ) -> None:
         root = Path(artifact)
         manifest = read_manifest(root)
@@ -46,7 +47,7 @@ class Session:
                 f"{root}: is for {manifest.parallel.tp} ranks, and a Session runs one without communication.",
                 "Convert with --tp 1, or serve all ranks with `msconv serve`.",
             )
-        self.graphs = Graphs(root, manifest, target, rank, load, check_digests)
+        self.graphs = Graphs(root, manifest, target, rank, load, check_digests, native)
         self.page_size = self.graphs.page
         self._caches: list[Any] = []
         self._num_pages = 0

@@ -20,6 +20,7 @@ from .decoder import Decoder
 from .ops.ascend import Ascend310POps, AscendOps
 from .ops.base import Ops
 from .ops.cpu import CpuOps
+from .ops.native import NativeOps
 from .parameters import restore_names
 from .spec import TP_GROUP, Exported, Local
 
@@ -33,8 +34,9 @@ DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16,
 NAMES = {v: k for k, v in DTYPES.items()}
 
 
-def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Exported:
-    """Compile one phase for one target: front end and shape inference, on any machine."""
+def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any, stored: str = "") -> Exported:
+    """Compile one phase for one target: front end and shape inference, on any machine.  `stored`: what matrices
+    are stored as; native graphs read them so."""
     from mindspore.nn.utils import no_init_parameters
 
     try:
@@ -43,9 +45,9 @@ def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any) -> Export
         from mindspore.common.api import _cell_graph_executor as executor
 
     ms.set_context(mode=ms.GRAPH_MODE)
-    local = Local(config, mesh, phase)
+    local = Local(config, mesh, phase, stored)
     with no_init_parameters():
-        ops = OPS[target](local)
+        ops = NativeOps(local) if phase == "native" else OPS[target](local)
         net = Decoder(ops, local)
     parameters = restore_names(net)
     inputs = ops.inputs() + cache_inputs(ops, local)
@@ -109,6 +111,8 @@ def canonical(proto: bytes) -> tuple[bytes, dict[str, int]]:
             tensor.ref_key = keys.setdefault(tensor.ref_key, str(len(keys)))
     primitives = sorted(model.primitives, key=lambda p: p.name)
     for primitive in primitives:
+        if primitive.op_type == "Custom":
+            _infer_at_load(primitive)
         attributes = sorted(primitive.attribute, key=lambda a: a.name)
         del primitive.attribute[:]
         primitive.attribute.extend(attributes)
@@ -122,7 +126,20 @@ def canonical(proto: bytes) -> tuple[bytes, dict[str, int]]:
     return data, _kinds(model)
 
 
+def _infer_at_load(primitive: Any) -> None:
+    """A compiled kernel's shapes and types come from its library when the graph is loaded: Python's stay here."""
+    from mindspore.train import mind_ir_pb2
+
+    kind = mind_ir_pb2.AttributeProto.AttributeType
+    for name in ("cpp_infer_shape", "cpp_infer_type"):
+        primitive.attribute.add(name=name, type=kind.Value("BOOL"), i=1)
+
+
 def _kinds(model: Any) -> dict[str, int]:
-    """How many nodes there are of each primitive, sorted by its name; constants are `Constant`."""
+    """How many nodes there are of each primitive, sorted by its name; constants are `Constant`, a compiled kernel
+    has its own name."""
     primitives = {"REF::" + p.name: p.op_type for p in model.primitives}
+    for p in model.primitives:
+        if p.op_type == "Custom":
+            primitives["REF::" + p.name] = next(a.s.decode() for a in p.attribute if a.name == "func_name")
     return dict(sorted(Counter(primitives.get(n.op_type, n.op_type) for n in model.graph.node).items()))

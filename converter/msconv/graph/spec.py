@@ -30,11 +30,12 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """Sizes of one rank: the same on every rank."""
+    """Sizes of one rank: the same on every rank.  `stored`: the type of the weights' matrices, where it is known."""
 
     config: DecoderConfig
     mesh: Mesh
     phase: Phase
+    stored: str = ""
 
     @property
     def heads(self) -> int:

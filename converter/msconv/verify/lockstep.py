@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from msconv_runtime.artifact import Graph, Manifest
+from msconv_runtime.artifact import Graph, GraphInput, Manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.graphs import graphs_of
 from msconv_runtime.paging import Sequences, attention_mask
@@ -73,12 +73,20 @@ class Step:
 
 
 class Lockstep:
-    """Ranks of one target as a candidate for `compare`."""
+    """Ranks of one target as a candidate for `compare`.  `native`: by the graph of compiled kernels."""
 
-    def __init__(self, root: Path, manifest: Manifest, target: str, exact: bool = True, layers: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        target: str,
+        exact: bool = True,
+        layers: int = 0,
+        native: bool = False,
+    ) -> None:
         self.target, self.tp = target, manifest.parallel.tp
-        self.layers = layers
-        graphs = {g.phase: g for g in graphs_of(root, manifest, target)}
+        self.layers, self.native = layers, native
+        graphs = {g.phase: g for g in graphs_of(root, manifest, target) if (g.phase == "native") is native}
         self.graphs = graphs
         self.programs = {phase: parse(root / g.path) for phase, g in graphs.items()}
         for phase, program in self.programs.items():
@@ -91,8 +99,12 @@ class Lockstep:
         self.caches: list[list[torch.Tensor]] = []
         self.probes: dict[str, NDArray[np.float32]] = {}
         self.apart = 0.0
-        self.page = next(i.shape[1] or PAGE for i in self.graphs["decode"].inputs if "_cache." in i.name)
+        self.page = next(i.shape[1] or PAGE for i in self._inputs if "_cache." in i.name)
         self.sequences = Sequences(0, self.page)
+
+    @property
+    def _inputs(self) -> list[GraphInput]:
+        return next(iter(self.graphs.values())).inputs
 
     @property
     def has_all_tokens(self) -> bool:
@@ -114,6 +126,7 @@ class Lockstep:
         return self._step("decode_all", tokens)
 
     def _step(self, phase: str, tokens: list[list[int]]) -> NDArray[np.float32]:
+        phase = "native" if self.native else phase
         batch = self.sequences.advance(tokens)
         self._reserve(self.sequences.num_pages)
         inputs: list[torch.Tensor] = [torch.from_numpy(a.copy()) for a in batch.arrays]
@@ -199,7 +212,7 @@ class Lockstep:
         return [total.clone() for _ in parts]
 
     def _reserve(self, pages: int) -> None:
-        shapes = [i.shape for i in self.graphs["decode"].inputs if "_cache." in i.name]
+        shapes = [i.shape for i in self._inputs if "_cache." in i.name]
         have = len(self.caches[0][0]) if self.caches else 0
         if have >= pages:
             return
@@ -241,7 +254,7 @@ def _apart(values: list[torch.Tensor]) -> float:
 
 def _is_probe(node: Node) -> bool:
     """Norms of the whole residual stream: after each attention and each MLP."""
-    if node.kind not in ("RmsNorm", "AddRmsNorm", "Mul"):
+    if not node.kind.endswith(("RmsNorm", "AddRmsNorm", "Mul", ":Norm", ":AddNorm")):
         return False
     return node.parameter.endswith(
         ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")

@@ -22,12 +22,14 @@ DATA_TYPES = {  # TensorProto.DataType of mind_ir.proto
     11: torch.float64,
     16: torch.bfloat16,
 }
+OF_KERNELS = {"autodiff", "imply_path", "multi_output", "pure_input_names", "reg_op_name", "uniq_name"}
 HARMLESS = {"input_names", "output_names", "side_effect_mem", "side_effect_propagate", "use_locking"}
 
 
 @dataclass(frozen=True)
 class Node:
-    """`kind` is the primitive's name, or `Constant` with its `value`.  `where` is for messages."""
+    """`kind` is the primitive's name, a compiled kernel's `library:function`, or `Constant` with its `value`.
+    `where` is for messages."""
 
     kind: str
     inputs: tuple[str, ...]
@@ -80,11 +82,15 @@ def parse(path: Path) -> Program:
             raise VerificationFailed(f"{path}: {n.output[0]}: {n.op_type} is no primitive of this graph.")
         primitive = primitives[reference]
         attributes = {a.name: _value(a) for a in primitive.attribute if a.name not in HARMLESS}
+        op_type = primitive.op_type
+        if op_type == "Custom":
+            op_type = str(attributes.pop("func_name", op_type))
+            attributes = {k: v for k, v in attributes.items() if k not in OF_KERNELS}
         inputs = tuple(n.input)
         weight = next((loaded[i] for i in inputs if i in loaded), "")
-        if primitive.op_type == "Load" and weight:
+        if op_type == "Load" and weight:
             loaded[n.output[0]] = weight
-        nodes.append(Node(primitive.op_type, inputs, n.output[0], attributes, None, weight))
+        nodes.append(Node(op_type, inputs, n.output[0], attributes, None, weight))
     floats = [DATA_TYPES.get(p.data_type) for p in graph.parameter]
     dtype = next((d for d in floats if d in (torch.bfloat16, torch.float16)), torch.float32)
     nodes = _on_demand(nodes, graph.output[0].name)

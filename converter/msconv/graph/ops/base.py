@@ -18,12 +18,14 @@ class Ops(ABC):
     """Operations of one target for one phase."""
 
     dtype: Any  # MindSpore type of weights, activations and cache
+    stored: Any  # of matrices: `dtype`, unless a target multiplies with another type than it computes in
     wants_nz = False  # matrices are cast to the NZ format on the device, at load
     page: int | None = None  # slots a page of the caches; None: the server's choice
 
     def __init__(self, local: Local) -> None:
         self.local = local
         self.matrices: list[str] = []  # weights of matrix products, by name
+        self.stored = self.dtype
         some = local.mesh.ep > 1  # one parameter for all layers
         self.expert_start = parameter("expert_start", (1,), ms.int32) if some else None
 
@@ -55,11 +57,16 @@ class Ops(ABC):
     def linear(self, name: str, out: int, inner: int, bias: bool) -> nn.Cell:
         """[T, inner] -> [T, out] with weight [out, inner] and, if asked, bias [out]."""
         self.matrices.append(name + ".weight")
-        return Linear(self.product(), name, out, inner, bias, self.dtype)
+        weight = parameter(name + ".weight", (out, inner), self.stored)
+        return Linear(self.product(), weight, parameter(name + ".bias", (out,), self.dtype) if bias else None)
 
     def product(self) -> Any:
         """(rows [T, inner], weight [out, inner]) -> [T, out]."""
         return ops.MatMul(transpose_b=True)
+
+    def rows(self) -> Any:
+        """(table [V, width], ids [T]) -> [T, width] in `dtype`."""
+        return Rows()
 
     @abstractmethod
     def split_heads(self, prefix: str) -> nn.Cell:
@@ -108,14 +115,15 @@ class Ops(ABC):
 
     def embed(self, name: str) -> nn.Cell:
         """ids [T] -> [T, hidden], the vocabulary divided over ranks.  Has the `weight` for a tied head."""
-        return Embed(self.local, name, self.dtype)
+        weight = parameter(name, (self.local.vocab, self.local.config.hidden), self.stored)
+        return Embed(self.local, weight, self.rows(), self.dtype)
 
     def head(self, tied: Any | None) -> nn.Cell:
         """[B, hidden] -> logits [B, V]."""
         weight = tied
         if weight is None:
             self.matrices.append("lm_head.weight")
-            weight = parameter("lm_head.weight", (self.local.vocab, self.local.config.hidden), self.dtype)
+            weight = parameter("lm_head.weight", (self.local.vocab, self.local.config.hidden), self.stored)
         return Head(self.product(), weight, self.gather_vocab())
 
     def all_reduce(self, bias: str, width: int) -> nn.Cell:
@@ -165,13 +173,13 @@ class AllReduce(nn.Cell):
 class Linear(nn.Cell):
     """x [T, inner] -> [T, out], weight [out, inner]."""
 
-    def __init__(self, product: Any, name: str, out: int, inner: int, bias: bool, dtype: Any) -> None:
+    def __init__(self, product: Any, weight: Any, bias: Any | None) -> None:
         super().__init__()
-        self.weight = parameter(name + ".weight", (out, inner), dtype)
+        self.weight = weight
         self.product = product
-        self.has_bias = bias
-        if bias:
-            self.bias = parameter(name + ".bias", (out,), dtype)
+        self.has_bias = bias is not None
+        if bias is not None:
+            self.bias = bias
 
     def construct(self, x: Any) -> Any:
         y = self.product(x, self.weight)
@@ -192,15 +200,21 @@ class Swiglu(nn.Cell):
         return ops.silu(gate) * up
 
 
+class Rows(nn.Cell):
+    def construct(self, table: Any, ids: Any) -> Any:
+        return ops.gather(table, ids, 0)
+
+
 class Embed(nn.Cell):
     """Rows of other ranks count as zero; the sum over ranks is the row."""
 
-    def __init__(self, local: Local, name: str, dtype: Any) -> None:
+    def __init__(self, local: Local, weight: Any, rows: Any, dtype: Any) -> None:
         super().__init__()
         self.many = local.mesh.tp > 1
-        self.rows = local.vocab
+        self.count = local.vocab
         self.dtype = dtype
-        self.weight = parameter(name, (local.vocab, local.config.hidden), dtype)
+        self.weight = weight
+        self.rows = rows
         self.zero = Tensor(0, ms.int32)
         if self.many:
             self.vocab_start = parameter("vocab_start", (1,), ms.int32)
@@ -208,10 +222,10 @@ class Embed(nn.Cell):
 
     def construct(self, ids: Any) -> Any:
         if not self.many:
-            return ops.gather(self.weight, ids, 0)
+            return self.rows(self.weight, ids)
         mine = ids - self.vocab_start
-        inside = ops.logical_and(mine >= 0, mine < self.rows)
-        rows = ops.gather(self.weight, ops.select(inside, mine, ops.zeros_like(mine)), 0)
+        inside = ops.logical_and(mine >= 0, mine < self.count)
+        rows = self.rows(self.weight, ops.select(inside, mine, ops.zeros_like(mine)))
         return self.reduce(rows * ops.cast(inside, self.dtype).reshape(-1, 1))
 
 

@@ -110,14 +110,12 @@ class AddNorm(nn.Cell):
         return self.norm(total), total
 
 
-class Rotation(nn.Cell):
-    """positions [T] -> cos and sin (first half negated) for x*cos + swap(x)*sin, [T, N, D] for all N heads that
-    are rotated: a layer's queries and keys."""
+class Angles(nn.Cell):
+    """positions [T] -> cos and sin (first half negated) for x*cos + swap(x)*sin, [T, D]."""
 
     def __init__(self, local: Local) -> None:
         super().__init__()
         dim = local.config.rope_dim
-        self.heads, self.dim = local.heads + (1 if local.config.mla is not None else local.kv_heads), dim
         inv, factor = frequencies(local.config.rope, dim)
         self.inv = Tensor(np.concatenate([inv, inv]), ms.float32)
         sign = np.concatenate([-np.ones(dim // 2), np.ones(dim // 2)]) * factor
@@ -125,10 +123,23 @@ class Rotation(nn.Cell):
         self.factor = factor
 
     def construct(self, positions: Any) -> Any:
-        angle = ops.cast(positions, ms.float32).reshape(-1, 1, 1) * self.inv
+        angle = ops.cast(positions, ms.float32).reshape(-1, 1) * self.inv
+        return ops.cos(angle) * self.factor, ops.sin(angle) * self.sign
+
+
+class Rotation(nn.Cell):
+    """The same for all N heads that are rotated, a layer's queries and keys: [T, N, D]."""
+
+    def __init__(self, local: Local) -> None:
+        super().__init__()
+        self.angles = Angles(local)
+        self.heads = local.heads + (1 if local.config.mla is not None else local.kv_heads)
+        self.dim = local.config.rope_dim
+
+    def construct(self, positions: Any) -> Any:
+        cos, sin = self.angles(positions)
         shape = (ops.shape(positions)[0], self.heads, self.dim)
-        cos, sin = ops.cos(angle) * self.factor, ops.sin(angle) * self.sign
-        return ops.broadcast_to(cos, shape), ops.broadcast_to(sin, shape)
+        return ops.broadcast_to(cos.expand_dims(1), shape), ops.broadcast_to(sin.expand_dims(1), shape)
 
 
 class Mask(nn.Cell):

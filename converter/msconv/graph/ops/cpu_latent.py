@@ -58,18 +58,28 @@ class _Attend(nn.Cell):
         self.matmul = ops.MatMul(transpose_b=True)
 
 
-class AttendAbsorbed(_Attend):
-    """One token a sequence: queries go into the latent space, the cache is read as it is."""
+class Absorbed(_Attend):
+    """Queries go into the latent space, and the cache is read as it is."""
+
+    def into_latents(self, q_nope: Any, q_rope: Any) -> Any:
+        """Scaled queries [T, H, R]."""
+        q = self.times((q_nope * self.scale).transpose(1, 0, 2), self.to_key.reshape(self.heads, self.nope, -1))
+        return ops.cat((q.transpose(1, 0, 2), q_rope * self.scale), -1)
+
+    def out_of_latents(self, mixed: Any) -> Any:
+        """[T, H, R] -> [T, H*v_dim]."""
+        mixed = mixed[:, :, : self.kv_lora].transpose(1, 0, 2)
+        out = self.times_turned(mixed, self.to_value.reshape(self.heads, self.v_dim, -1))
+        return out.transpose(1, 0, 2).reshape(-1, self.heads * self.v_dim)
+
+
+class AttendAbsorbed(Absorbed):
+    """One token a sequence."""
 
     def construct(self, q_nope: Any, q_rope: Any, latent: Any, k_rope: Any, cache: Any, step: Any) -> Any:
-        batch = ops.shape(q_nope)[0]
-        kv = ops.gather(cache, step[3], 0).reshape(batch, -1, self.latent)
-        q = self.times((q_nope * self.scale).transpose(1, 0, 2), self.to_key.reshape(self.heads, self.nope, -1))
-        q = ops.cat((q.transpose(1, 0, 2), q_rope * self.scale), -1)
-        shares = ops.softmax(self.times_turned(q, kv) + step[4], -1)
-        mixed = self.times(shares, kv)[:, :, : self.kv_lora].transpose(1, 0, 2)
-        out = self.times_turned(mixed, self.to_value.reshape(self.heads, self.v_dim, -1))
-        return out.transpose(1, 0, 2).reshape(batch, self.heads * self.v_dim)
+        kv = ops.gather(cache, step[3], 0).reshape(ops.shape(q_nope)[0], -1, self.latent)
+        shares = ops.softmax(self.times_turned(self.into_latents(q_nope, q_rope), kv) + step[4], -1)
+        return self.out_of_latents(self.times(shares, kv))
 
 
 class AttendExpanded(_Attend):

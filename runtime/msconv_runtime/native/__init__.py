@@ -1,0 +1,94 @@
+"""Compiled kernels of the CPU's native graphs: their C++ is built where it runs, once a machine and version.
+
+Without a C++ compiler, or where the result does not compute what it should, there is no library: the graphs of
+MindSpore's own operations run in its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from ..artifact import digest_bytes
+from .check import wrong
+
+LIBRARY = "msconv-native-1"  # what graphs call it: another number for another set of kernels
+SOURCES = ("kernels.cc", "vector.h")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+BUILD_S = 300
+OFF = "MSCONV_NATIVE"  # 0: do without
+
+
+@dataclass(frozen=True)
+class Library:
+    """`path` is None where there is none, and `why` says the reason."""
+
+    path: Path | None
+    why: str = ""
+    handle: ctypes.CDLL | None = None  # keeps it loaded: MindSpore opens and closes it at every node
+
+
+@functools.cache
+def library() -> Library:
+    """The kernels for this machine, built now (some seconds) if they are not in the cache directory."""
+    if os.environ.get(OFF) == "0":
+        return Library(None, f"{OFF}=0")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if not compiler:
+        return Library(None, "no C++ compiler (c++, g++ or $CXX)")
+    here = Path(__file__).parent
+    try:
+        version = _run([compiler, "--version"])
+        sources = b"".join((here / name).read_bytes() for name in SOURCES)
+        key = digest_bytes(sources + repr((FLAGS, version, _processor())).encode()).partition(":")[2][:16]
+        path = cache() / f"{LIBRARY}-{key}.so"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                if not path.exists():
+                    _build(compiler, here / SOURCES[0], path)
+        handle = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as e:
+        text = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        return Library(None, f"{compiler}: {text[0] if text else type(e).__name__}")
+    except ArithmeticError as e:
+        return Library(None, str(e))
+    return Library(path, handle=handle)
+
+
+def cache() -> Path:
+    """Where built libraries are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msconv"
+
+
+def _build(compiler: str, source: Path, path: Path) -> None:
+    """Raises ArithmeticError if what was built computes something else than it should."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        made = Path(directory) / path.name
+        _run([compiler, *FLAGS, "-o", str(made), str(source)])
+        if problem := wrong(made):
+            raise ArithmeticError(f"{compiler} built kernels that compute something else: {problem}")
+        made.replace(path)
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=BUILD_S).stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), *sorted(told)])
