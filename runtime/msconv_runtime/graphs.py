@@ -97,8 +97,8 @@ class Graphs:
         self.library = library() if native and "native" in entries else Library(None, "not asked for")
         self.native = self.library.path is not None
         self.entries = {phase: g for phase, g in entries.items() if (phase == "native") is self.native}
-        # Of the graphs without compiled kernels, the one multiplies the other way round: the prefill graph is faster for few
-        # sequences, unless the graphs differ in their experts or in latent attention.
+        # Of MindSpore's own operations the decode graph multiplies the other way round: the prefill graph is
+        # faster for few sequences, unless the graphs differ in their experts or in latent attention.
         names = [p.name for p in entries["decode"].parameters]
         unlike = any(".experts." in n or ".kv_a_proj" in n for n in names)
         self._prefill_decodes_few = target == "cpu" and not unlike
@@ -106,9 +106,7 @@ class Graphs:
         started = time.monotonic()
         self.tensors = load_weights(root, manifest, list(self.entries.values()), rank, mode, check)
         loaded = time.monotonic()
-        self.cells = {
-            phase: _bind(root, g, self.tensors, self.library) for phase, g in self.entries.items()
-        }
+        self.cells = {phase: _bind(root, g, self.tensors, self.library) for phase, g in self.entries.items()}
         self.seconds = {mode: loaded - started, "bind": time.monotonic() - loaded}
 
     @property
@@ -206,8 +204,8 @@ def _types() -> dict[str, Any]:
 
 
 def chunks(batch: Batch, page: int, ragged: bool) -> Iterator[tuple[list[int], list[bool], Batch]]:
-    """Cut a batch into calls of bounded size: (members, whether each is at its end, the part).  A graph that is not
-    `ragged` makes every sequence as long as the longest.
+    """Cut a batch into calls of bounded size: (members, whether each is at its end, the part).  Unless a graph
+    takes `ragged` sequences, it makes each as long as the longest.
 
     A sequence is cut in order, and never twice in one call: later chunks read what earlier ones cached.
     """

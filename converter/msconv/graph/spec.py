@@ -30,7 +30,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """Sizes of one rank: the same on every rank.  `stored`: the type of the weights' matrices, where it is known."""
+    """Sizes of one rank: the same on every rank.  `stored`: the weights' type, where it is known."""
 
     config: DecoderConfig
     mesh: Mesh

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -165,9 +166,10 @@ def compare(
     bound: float = FLOAT32_BOUND,
     steps: int = DECODE_STEPS,
     seed: int = 0,
+    others: Mapping[str, Callable[[], Candidate]] = MappingProxyType({}),
 ) -> Comparison:
     """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
-    shows (`probes`), with the reference's."""
+    shows (`probes`), with the reference's.  Then the same with `others`, by name, as long as nothing is wrong."""
     room = max(1, max_positions - 2 * DECODE_STEPS - DRAFT)
     prompts = [min(n, max(1, room // 2)) for n in PROMPTS]
     appended = [min(n, max(1, room - p)) for n, p in zip(CHUNKS, prompts, strict=True)]
@@ -175,6 +177,24 @@ def compare(
     lengths = [p + c + 2 * steps + drafts for p, c in zip(prompts, appended, strict=True)]
     sequences, traces = draw(reference, lengths, vocab, np.random.default_rng(seed))
     result = Comparison(bound)
+    _scenario(result, candidate, "", sequences, traces, (prompts, appended, drafts, steps))
+    for name, make in others.items():
+        if result.ok or result.ok_but_for_ties:
+            _scenario(result, make(), name + " ", sequences, traces, (prompts, appended, drafts, steps))
+    result.closest_routing = min(float(t.closest[: t.decided].min(initial=np.inf)) for t in traces)
+    return result
+
+
+def _scenario(
+    result: Comparison,
+    candidate: Candidate,
+    name: str,
+    sequences: list[list[int]],
+    traces: list[Trace],
+    lengths: tuple[list[int], list[int], int, int],
+) -> None:
+    """`lengths`: of prompts, of what is appended to them, of drafts, and how often to decode."""
+    prompts, appended, drafts, steps = lengths
     done = [0] * len(sequences)
 
     def run(phase: str, counts: list[int], call: Callable[[list[list[int]]], Logits], every: bool = False) -> None:
@@ -184,7 +204,7 @@ def compare(
             done[i] += n
         logits = call(new)
         rows = places if every else [(i, d - 1) for i, d in enumerate(done)]
-        result.add_step(Seen(phase, places, rows, logits, dict(getattr(candidate, "probes", {}))), traces)
+        result.add_step(Seen(name + phase, places, rows, logits, dict(getattr(candidate, "probes", {}))), traces)
 
     def decode(phase: str) -> None:
         for _ in range(steps):
@@ -196,9 +216,7 @@ def compare(
     decode("decode after it")
     if drafts:
         run("drafts, all tokens", [DRAFT] * len(sequences), candidate.extend_all, every=True)  # type: ignore[attr-defined]
-    result.closest_routing = min(float(t.closest[: t.decided].min(initial=np.inf)) for t in traces)
-    result.apart = getattr(candidate, "apart", 0.0)
-    return result
+    result.apart = max(result.apart, getattr(candidate, "apart", 0.0))
 
 
 def draw(

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from msconv_runtime.artifact import Manifest, Verified, read_manifest, write_manifest
+from msconv_runtime.artifact import Graph, Manifest, Verified, read_manifest, write_manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.graphs import graphs_of
 from msconv_runtime.integrity import check_artifact
+from msconv_runtime.native import library
 from msconv_runtime.weights import required
 
 from ..compile import configuration, mindspore_version, unused_names
@@ -69,7 +70,8 @@ def prove(root: Path, target: str, reference: str | Path | None, layers: int = 0
     candidate = _candidate(root, manifest, target, layers)
     large = sum(f.size for f in required(root, manifest).files) > LARGE_BYTES
     steps = FEW_STEPS if large else DECODE_STEPS
-    comparison = compare(candidate, model, config.vocab, config.max_positions, steps=steps)
+    others = {"native": lambda: _native(root, manifest, target, layers)} if _has_native(graphs) else {}
+    comparison = compare(candidate, model, config.vocab, config.max_positions, steps=steps, others=others)
     ok = comparison.ok and not missing and not unused
     half = _half_precision(root, manifest, target, model, config) if ok and not layers and not large else {}
     seconds = time.monotonic() - started
@@ -125,10 +127,25 @@ def _candidate(root: Path, manifest: Manifest, target: str, layers: int) -> Cand
     if target == "cpu" and manifest.parallel.tp == 1 and not layers:
         from msconv_runtime import Session
 
-        return Session(root, target)
+        return Session(root, target, native=False)
     from .lockstep import Lockstep
 
     return Lockstep(root, manifest, target, layers=layers)
+
+
+def _has_native(graphs: list[Graph]) -> bool:
+    return any(g.phase == "native" for g in graphs)
+
+
+def _native(root: Path, manifest: Manifest, target: str, layers: int) -> Candidate:
+    """The native graph: with its compiled kernels where one rank can run and this machine has them."""
+    if manifest.parallel.tp == 1 and not layers and library().path is not None:
+        from msconv_runtime import Session
+
+        return Session(root, target)
+    from .lockstep import Lockstep
+
+    return Lockstep(root, manifest, target, layers=layers, native=True)
 
 
 def _record(root: Path, target: str, entry: Verified | None) -> None:
@@ -142,6 +159,7 @@ def _record(root: Path, target: str, entry: Verified | None) -> None:
 
 
 def _coverage(root: Path, manifest: Manifest, target: str) -> tuple[list[str], list[str]]:
+    """Names that a graph wants and that are not stored; stored ones that not every graph reads."""
     stored = {t.name for t in required(root, manifest).tensors}
-    used = {p.name for g in graphs_of(root, manifest, target) for p in g.parameters}
-    return sorted(used - stored), unused_names(stored, used)
+    used = [{p.name for p in g.parameters} for g in graphs_of(root, manifest, target)]
+    return sorted(set.union(*used) - stored), unused_names(stored, set.intersection(*used))

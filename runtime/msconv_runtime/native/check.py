@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Examples = dict[str, tuple[list[Array], list[Array]]]
 TOLERANCE = 1e-4
 TYPES = {"float32": b"float32", "int32": b"int32", "uint16": b"bfloat16"}
 
@@ -44,24 +45,28 @@ def wrong(library: Path) -> str:
             found = call(library, name.partition(" ")[0], inputs, *(e.shape for e in expected))
         except ArithmeticError as e:
             return str(e)
-        for f, e in zip(found, expected, strict=True):
-            error = float(np.abs(f - e).max())
+        for one, right in zip(found, expected, strict=True):
+            error = float(np.abs(one - right).max())
             if not error <= TOLERANCE:
                 return f"{name} is off by {error:.1e}"
     return ""
 
 
-def examples(rng: np.random.Generator) -> dict[str, tuple[list[Array], list[Array]]]:
+def examples(rng: np.random.Generator) -> Examples:
     """Inputs and outputs of every operation, of sizes that leave rests everywhere."""
     tokens, width, ffn, top_k = 19, 75, 53, 2
 
     def normal(*shape: int) -> Array:
-        return rng.standard_normal(shape).astype(np.float32)
+        return rng.standard_normal(shape, np.float32)
 
-    x, delta, weight, eps = normal(tokens, width), normal(tokens, width), normal(width), np.float32([1e-6])
+    def ints(*values: int) -> Array:
+        return np.array(values, np.int32)
+
+    eps = np.full(1, 1e-6, np.float32)
+    x, delta, weight = normal(tokens, width), normal(tokens, width), normal(width)
     matrix, both = normal(41, width) / 8, normal(tokens, 2 * ffn)
     ids = rng.integers(0, 41, tokens).astype(np.int32)
-    examples = {
+    found: Examples = {
         "Product": ([x, matrix], [x @ matrix.T]),
         "Product of few rows": ([x[:3], matrix], [x[:3] @ matrix.T]),
         "Product with bfloat16": ([x, narrow(matrix)], [x @ widened(narrow(matrix)).T]),
@@ -70,31 +75,28 @@ def examples(rng: np.random.Generator) -> dict[str, tuple[list[Array], list[Arra
         "AddNorm": ([delta, x, weight, eps], [norm(x + delta, eps) * weight, x + delta]),
         "Swiglu": ([both], [swiglu(both)]),
     }
-    heads, kv_heads, dim = 6, 2, 20
-    qkv, q_norm, k_norm = normal(tokens, (heads + 2 * kv_heads) * dim), normal(dim), normal(dim)
-    cos, sin = normal(tokens, dim), normal(tokens, dim)
-    factors = np.repeat(np.float32([0.25, 1.0]), (heads, kv_heads))
-    q, k, v = np.split(qkv.reshape(tokens, -1, dim), (heads, heads + kv_heads), 1)
-    turned = [rotate(norm(a, eps) * w, cos, sin) for a, w in ((q, q_norm), (k, k_norm))]
-    examples["SplitHeads"] = (
-        [qkv, q_norm, k_norm, cos, sin, factors, eps],
-        [turned[0] * np.float32(0.25), turned[1][:, None], v[:, None]],
-    )
-    counts, contexts, slots = np.int32([1, 13, 5]), np.int32([80, 13, 70]), 170
-    tables = rng.permutation(slots)[: 3 * 80 // 2].astype(np.int32)
-    tables = np.concatenate([tables, tables]).reshape(3, 80)
-    caches = [normal(slots, 1, kv_heads, dim) for _ in range(2)]
-    examples["Attend"] = (
-        [turned[0], *caches, tables, contexts, counts],
-        [attend(turned[0], *caches, tables, contexts, counts)],
-    )
-    chosen, start = rng.integers(0, 7, (tokens, top_k)).astype(np.int32), np.int32([2])
+    heads, kv_heads = 6, 2
+    factors = np.repeat(np.array([0.25, 1.0], np.float32), (heads, kv_heads))
+    counts, contexts = ints(1, 13, 5), ints(80, 13, 70)
+    tables = np.stack([rng.permutation(170)[:80].astype(np.int32) for _ in contexts])
+    for dim in (20, 64):  # 64: the way of few queries
+        qkv, q_norm, k_norm = normal(tokens, (heads + 2 * kv_heads) * dim), normal(dim), normal(dim)
+        cos, sin = normal(tokens, dim), normal(tokens, dim)
+        q, k, v = np.split(qkv.reshape(tokens, -1, dim), (heads, heads + kv_heads), 1)
+        q, k = rotate(norm(q, eps) * q_norm, cos, sin), rotate(norm(k, eps) * k_norm, cos, sin)
+        found[f"SplitHeads of {dim}"] = (
+            [qkv, q_norm, k_norm, cos, sin, factors, eps],
+            [q * np.float32(0.25), k[:, None], v[:, None]],
+        )
+        caches = [normal(170, 1, kv_heads, dim) for _ in range(2)]
+        expected = attend(q / 8, caches, tables, contexts, counts)
+        found[f"Attend of {dim}"] = ([q / 8, *caches, tables, contexts, counts], [expected])
+    chosen, start = rng.integers(0, 7, (tokens, top_k)).astype(np.int32), ints(2)
     gate_up, down, shares = normal(3, width, 2 * ffn) / 8, normal(3, ffn, width) / 8, normal(tokens, top_k)
-    for name, cast in (("Experts", lambda a: a), ("Experts in bfloat16", narrow)):
-        stored = [cast(gate_up), cast(down)]
+    for name, stored in (("Experts", [gate_up, down]), ("Experts in bfloat16", [narrow(gate_up), narrow(down)])):
         expected = experts(x, shares, chosen - start, *(widened(a) for a in stored))
-        examples[name] = ([x, shares, chosen, start, *stored], [expected])
-    return examples
+        found[name] = ([x, shares, chosen, start, *stored], [expected])
+    return found
 
 
 def narrow(x: Array) -> Array:
@@ -107,24 +109,27 @@ def widened(x: Array) -> Array:
 
 
 def norm(x: Array, eps: Array) -> Array:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    y: Array = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return y
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    return x * cos[:, None] + np.roll(x, x.shape[-1] // 2, -1) * sin[:, None]
+    y: Array = x * cos[:, None] + np.roll(x, x.shape[-1] // 2, -1) * sin[:, None]
+    return y
 
 
 def swiglu(x: Array) -> Array:
     gate, up = np.split(x, 2, -1)
-    return gate / (1 + np.exp(-gate)) * up
+    y: Array = gate / (1 + np.exp(-gate)) * up
+    return y
 
 
-def attend(q: Array, keys: Array, values: Array, tables: Array, contexts: Array, counts: Array) -> Array:
+def attend(q: Array, caches: list[Array], tables: Array, contexts: Array, counts: Array) -> Array:
     """[T, H*D]: token by token."""
     heads, out, token = q.shape[1], np.empty_like(q), 0
     for table, context, count in zip(tables, contexts, counts, strict=True):
         for seen in range(context - count + 1, context + 1):
-            k, v = (np.repeat(c[table[:seen], 0], heads // c.shape[2], 1) for c in (keys, values))
+            k, v = (np.repeat(c[table[:seen], 0], heads // c.shape[2], 1) for c in caches)
             scores = np.exp(np.einsum("hd,shd->hs", q[token], k))
             out[token] = np.einsum("hs,shd->hd", scores / scores.sum(-1, keepdims=True), v)
             token += 1
@@ -138,5 +143,3 @@ def experts(x: Array, shares: Array, ids: Array, gate_up: Array, down: Array) ->
             if 0 <= i < len(down):
                 out[t] += w * (swiglu(x[t] @ gate_up[i]) @ down[i])
     return out
-
-
