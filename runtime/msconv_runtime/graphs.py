@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .artifact import Graph, GraphInput, Manifest, Phase, digest_bytes
 from .errors import ArtifactError, EnvironmentProblem
 from .integrity import check_artifact
-from .native import LIBRARY, Library, library
+from .native import LIBRARY, Library, library, use_threads
 from .paging import Batch, Sequences, attention_mask
 from .weights import LoadMode, RankWeights, check_size
 
@@ -96,6 +96,8 @@ class Graphs:
         entries = {g.phase: g for g in graphs_of(root, manifest, target)}
         self.library = library() if native and "native" in entries else Library(None, "not asked for")
         self.native = self.library.path is not None
+        if self.native:
+            use_threads(manifest.parallel.tp)
         self.entries = {phase: g for phase, g in entries.items() if (phase == "native") is self.native}
         # Of MindSpore's own operations the decode graph multiplies the other way round: the prefill graph is
         # faster for few sequences, unless the graphs differ in their experts or in latent attention.

@@ -22,8 +22,8 @@ from ..artifact import digest_bytes
 from .check import wrong
 
 LIBRARY = "msconv-native-1"  # what graphs call it: another number for another set of kernels
-SOURCES = ("kernels.cc", "vector.h")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+SOURCES = ("kernels.cc", "pool.h", "vector.h")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 BUILD_S = 300
 OFF = "MSCONV_NATIVE"  # 0: do without
 
@@ -63,6 +63,15 @@ def library() -> Library:
     except ArithmeticError as e:
         return Library(None, str(e))
     return Library(path, handle=handle)
+
+
+def use_threads(ranks: int) -> None:
+    """Let the kernels use this process's share of the machine: its processors, divided by the ranks that share
+    them; at most OMP_NUM_THREADS.  (MindSpore sets that to 1 for itself, where Python does not see it.)"""
+    processors = max(1, len(os.sched_getaffinity(0)) // ranks)
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if (handle := library().handle) is not None:
+        handle.Threads(ctypes.c_int64(min(processors, int(told)) if told.isdecimal() and int(told) else processors))
 
 
 def cache() -> Path:

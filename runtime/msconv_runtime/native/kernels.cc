@@ -3,11 +3,10 @@
 //
 // Shape legend: T tokens, B sequences, S positions a row of the block table, H heads, K kv heads, D head_dim.
 // Activations and caches are float32; weights of products are float32 or bfloat16.
-#include <omp.h>
-
 #include <cmath>
 #include <vector>
 
+#include "pool.h"
 #include "vector.h"
 
 namespace mindspore {
@@ -27,7 +26,7 @@ constexpr int64_t QUERIES = 24;   // rows of queries that share one pass over ke
 constexpr int64_t BLOCK = 512;    // columns of an expert's matrix at once: long runs of memory
 constexpr int64_t STEP = 32;      // rows of it
 constexpr int64_t EXPERT_TOKENS = 1024;  // at once through the experts: bounds their memory
-constexpr int64_t SERIAL = 4096;  // elements below which threads cost more than they bring
+constexpr int64_t SERIAL = 16384;  // elements below which threads cost more than they bring
 
 enum Failure { UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2 };  // what an operation returns
 
@@ -91,11 +90,12 @@ INLINE void dots_of(int64_t rows, const float* x, int64_t ldx, const W* const* w
 
 template <class W>
 void few_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < width / 4 * 4; n += 4) {
-    const W* some[4] = {w + n * depth, w + (n + 1) * depth, w + (n + 2) * depth, w + (n + 3) * depth};
-    dots_of<4>(rows, x, depth, some, 4 * depth, y + n, depth, width);
-  }
+  parallel_for(width / 4, SERIAL / depth, [&](int64_t begin, int64_t end) {
+    for (int64_t n = 4 * begin; n < 4 * end; n += 4) {
+      const W* some[4] = {w + n * depth, w + (n + 1) * depth, w + (n + 2) * depth, w + (n + 3) * depth};
+      dots_of<4>(rows, x, depth, some, 4 * depth, y + n, depth, width);
+    }
+  });
   for (int64_t n = width / 4 * 4; n < width; n++) {
     const W* one = w + n * depth;
     dots_of<1>(rows, x, depth, &one, 0, y + n, depth, width);
@@ -122,38 +122,35 @@ void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth
   static thread_local std::vector<float> shared;
   const int64_t tiles = (rows + TILE - 1) / TILE;
   float* tiled = scratch(shared, tiles * TILE * depth);  // [parts of depth][tiles][part][TILE]: read in order
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < tiles; i++)
+  parallel_for(tiles, SERIAL / depth / TILE, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
       for (int64_t k = 0; k < depth; k += DEPTH) {
         const int64_t deep = std::min(DEPTH, depth - k), count = std::min(TILE, rows - i * TILE);
         float* to = tiled + (k * tiles + i * deep) * TILE;
         for (int64_t r = 0; r < count; r++)
           for (int64_t d = 0; d < deep; d++) to[d * TILE + r] = x[(i * TILE + r) * depth + k + d];
       }
+  });
+  Pool::one().run((width + COLUMNS - 1) / COLUMNS, [&](int64_t part) {
     static thread_local std::vector<float> memory;
+    const int64_t n = part * COLUMNS, count = std::min(COLUMNS, width - n);
     float* packed = scratch(memory, (DEPTH + rows) * COLUMNS);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t n = 0; n < width; n += COLUMNS) {
-      const int64_t count = std::min(COLUMNS, width - n);
-      float* out = count == COLUMNS ? y + n : packed + DEPTH * COLUMNS;
-      const int64_t stride = count == COLUMNS ? width : COLUMNS;
-      for (int64_t k = 0; k < depth; k += DEPTH) {
-        const int64_t deep = std::min(DEPTH, depth - k);
-        const W* columns[COLUMNS];  // past the last: that one again, to be left out
-        for (int64_t j = 0; j < COLUMNS; j++) columns[j] = w + (n + std::min(j, count - 1)) * depth + k;
-        columns_of(columns, deep, packed);
-        for (int64_t i = 0; i < tiles; i++) {
-          const float *from = tiled + (k * tiles + i * deep) * TILE, *a[TILE];
-          for (int64_t r = 0; r < TILE; r++) a[r] = from + r;
-          tile_of(rows - i * TILE, a, TILE, Even{packed, COLUMNS}, deep, out + i * TILE * stride, stride, k > 0);
-        }
+    float* out = count == COLUMNS ? y + n : packed + DEPTH * COLUMNS;
+    const int64_t stride = count == COLUMNS ? width : COLUMNS;
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+      const int64_t deep = std::min(DEPTH, depth - k);
+      const W* columns[COLUMNS];  // past the last: that one again, to be left out
+      for (int64_t j = 0; j < COLUMNS; j++) columns[j] = w + (n + std::min(j, count - 1)) * depth + k;
+      columns_of(columns, deep, packed);
+      for (int64_t i = 0; i < tiles; i++) {
+        const float *from = tiled + (k * tiles + i * deep) * TILE, *a[TILE];
+        for (int64_t r = 0; r < TILE; r++) a[r] = from + r;
+        tile_of(rows - i * TILE, a, TILE, Even{packed, COLUMNS}, deep, out + i * TILE * stride, stride, k > 0);
       }
-      if (count < COLUMNS)
-        for (int64_t t = 0; t < rows; t++) memcpy(y + t * width + n, out + t * COLUMNS, count * sizeof(float));
     }
-  }
+    if (count < COLUMNS)
+      for (int64_t t = 0; t < rows; t++) memcpy(y + t * width + n, out + t * COLUMNS, count * sizeof(float));
+  });
 }
 
 template <class W>
@@ -267,8 +264,6 @@ void expert_columns(const std::vector<const float*>& x, const W* b, float* y, in
   }
 }
 
-bool parallel(int64_t elements) { return elements > SERIAL; }
-
 void swiglu(const float* x, float* y, int64_t width) {
   const float* up = x + width;
   int64_t i = 0;
@@ -313,27 +308,28 @@ int experts(const Arguments& a) {
     for (Group& g : groups)
       for (size_t r = 0; r < g.x.size(); r++) g.act.push_back(act + (g.row + r) * ffn);
     const int64_t up_blocks = (2 * ffn + BLOCK - 1) / BLOCK, down_blocks = (hidden + BLOCK - 1) / BLOCK;
-#pragma omp parallel
-    {
-#pragma omp for schedule(dynamic, 1) collapse(2)
-      for (size_t i = 0; i < groups.size(); i++)
-        for (int64_t n = 0; n < up_blocks; n++)
-          expert_columns(groups[i].x, gate_up + groups[i].expert * hidden * 2 * ffn, mid + groups[i].row * wide, hidden,
-                         2 * ffn, n * BLOCK, std::min(2 * ffn, (n + 1) * BLOCK));
-#pragma omp for schedule(static)
-      for (int64_t r = 0; r < rows; r++) swiglu(mid + r * wide, act + r * ffn, ffn);
-#pragma omp for schedule(dynamic, 1) collapse(2)
-      for (size_t i = 0; i < groups.size(); i++)
-        for (int64_t n = 0; n < down_blocks; n++)
-          expert_columns(groups[i].act, down + groups[i].expert * ffn * hidden, out + groups[i].row * long_, ffn, hidden,
-                         n * BLOCK, std::min(hidden, (n + 1) * BLOCK));
-#pragma omp for schedule(static)
-      for (int64_t t = first; t < last; t++)
+    Pool::one().run(groups.size() * up_blocks, [&](int64_t i) {
+      const Group& g = groups[i / up_blocks];
+      const int64_t n = i % up_blocks * BLOCK;
+      expert_columns(g.x, gate_up + g.expert * hidden * 2 * ffn, mid + g.row * wide, hidden, 2 * ffn, n,
+                     std::min(2 * ffn, n + BLOCK));
+    });
+    parallel_for(rows, SERIAL / ffn, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) swiglu(mid + r * wide, act + r * ffn, ffn);
+    });
+    Pool::one().run(groups.size() * down_blocks, [&](int64_t i) {
+      const Group& g = groups[i / down_blocks];
+      const int64_t n = i % down_blocks * BLOCK;
+      expert_columns(g.act, down + g.expert * ffn * hidden, out + g.row * long_, ffn, hidden, n,
+                     std::min(hidden, n + BLOCK));
+    });
+    parallel_for(last - first, SERIAL / hidden, [&](int64_t begin, int64_t end) {
+      for (int64_t t = first + begin; t < first + end; t++)
         for (int64_t j = 0; j < top_k; j++)
           if (const int64_t row = row_of[(t - first) * top_k + j]; row >= 0)
             for (int64_t i = 0; i < hidden; i++)
               a.at<float>(6)[t * hidden + i] += weights[t * top_k + j] * out[row * long_ + i];
-    }
+    });
   }
   return 0;
 }
@@ -348,6 +344,9 @@ int experts(const Arguments& a) {
 #define SHAPES(name, count)                                                                   \
   extern "C" Types name##InferType(Types, mindspore::AotExtra*) { return Types(count, FLOAT32); } \
   extern "C" Shapes name##InferShape(int*, int64_t** shapes, mindspore::AotExtra*)
+
+// How many threads work from now on, the caller's included.  Never fewer than before.
+extern "C" void Threads(int64_t threads) { Pool::one().grow(threads); }
 
 // rows [T, depth] float32, weight [width, depth] -> [T, width]
 OPERATION(Product) {
@@ -386,9 +385,10 @@ SHAPE(Rows) { return {shapes[1][0], shapes[0][1]}; }
 OPERATION(Norm) {
   Arguments a{data, ranks, shapes, types};
   int64_t rows = a.size(0, 0), width = a.size(0, 1);
-#pragma omp parallel for if (parallel(rows * width))
-  for (int64_t t = 0; t < rows; t++)
-    norm(a.at<float>(0) + t * width, a.at<float>(1), a.at<float>(3) + t * width, width, *a.at<float>(2));
+  parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      norm(a.at<float>(0) + t * width, a.at<float>(1), a.at<float>(3) + t * width, width, *a.at<float>(2));
+  });
   return 0;
 }
 SHAPE(Norm) { return {shapes[0][0], shapes[0][1]}; }
@@ -397,12 +397,13 @@ SHAPE(Norm) { return {shapes[0][0], shapes[0][1]}; }
 OPERATION(AddNorm) {
   Arguments a{data, ranks, shapes, types};
   int64_t rows = a.size(0, 0), width = a.size(0, 1);
-#pragma omp parallel for if (parallel(rows * width))
-  for (int64_t t = 0; t < rows; t++) {
-    float* total = a.at<float>(5) + t * width;
-    for (int64_t i = 0; i < width; i++) total[i] = a.at<float>(0)[t * width + i] + a.at<float>(1)[t * width + i];
-    norm(total, a.at<float>(2), a.at<float>(4) + t * width, width, *a.at<float>(3));
-  }
+  parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      float* total = a.at<float>(5) + t * width;
+      for (int64_t i = 0; i < width; i++) total[i] = a.at<float>(0)[t * width + i] + a.at<float>(1)[t * width + i];
+      norm(total, a.at<float>(2), a.at<float>(4) + t * width, width, *a.at<float>(3));
+    }
+  });
   return 0;
 }
 SHAPES(AddNorm, 2) { return {{shapes[0][0], shapes[0][1]}, {shapes[0][0], shapes[0][1]}}; }
@@ -411,8 +412,10 @@ SHAPES(AddNorm, 2) { return {{shapes[0][0], shapes[0][1]}, {shapes[0][0], shapes
 OPERATION(Swiglu) {
   Arguments a{data, ranks, shapes, types};
   const int64_t rows = a.size(0, 0), width = a.size(0, 1) / 2;
-#pragma omp parallel for if (parallel(rows * width))
-  for (int64_t t = 0; t < rows; t++) swiglu(a.at<float>(0) + 2 * t * width, a.at<float>(1) + t * width, width);
+  parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      swiglu(a.at<float>(0) + 2 * t * width, a.at<float>(1) + t * width, width);
+  });
   return 0;
 }
 SHAPE(Swiglu) { return {shapes[0][0], shapes[0][1] < 0 ? -1 : shapes[0][1] / 2}; }
@@ -423,16 +426,17 @@ OPERATION(SplitHeads) {
   Arguments a{data, ranks, shapes, types};
   const int64_t tokens = a.size(0, 0), heads = a.size(7, 1), kv_heads = a.size(8, 2), dim = a.size(8, 3);
   const float *factors = a.at<float>(5), eps = *a.at<float>(6);
-#pragma omp parallel for if (parallel(tokens * (heads + kv_heads) * dim))
-  for (int64_t t = 0; t < tokens; t++) {
-    const float* x = a.at<float>(0) + t * (heads + 2 * kv_heads) * dim;
-    const float *cos = a.at<float>(3) + t * dim, *sin = a.at<float>(4) + t * dim;
-    float *q = a.at<float>(7) + t * heads * dim, *k = a.at<float>(8) + t * kv_heads * dim;
-    for (int64_t h = 0; h < heads + kv_heads; h++, x += dim)
-      norm_rotate(x, a.at<float>(h < heads ? 1 : 2), cos, sin, h < heads ? q + h * dim : k + (h - heads) * dim, dim,
-                  eps, factors[h]);
-    memcpy(a.at<float>(9) + t * kv_heads * dim, x, kv_heads * dim * sizeof(float));
-  }
+  parallel_for(tokens, SERIAL / ((heads + kv_heads) * dim), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      const float* x = a.at<float>(0) + t * (heads + 2 * kv_heads) * dim;
+      const float *cos = a.at<float>(3) + t * dim, *sin = a.at<float>(4) + t * dim;
+      float *q = a.at<float>(7) + t * heads * dim, *k = a.at<float>(8) + t * kv_heads * dim;
+      for (int64_t h = 0; h < heads + kv_heads; h++, x += dim)
+        norm_rotate(x, a.at<float>(h < heads ? 1 : 2), cos, sin, h < heads ? q + h * dim : k + (h - heads) * dim, dim,
+                    eps, factors[h]);
+      memcpy(a.at<float>(9) + t * kv_heads * dim, x, kv_heads * dim * sizeof(float));
+    }
+  });
   return 0;
 }
 SHAPES(SplitHeads, 3) {
@@ -470,69 +474,61 @@ OPERATION(Attend) {
   if (token != tokens) return OUT_OF_RANGE;
 
   // A token's heads lie side by side in the cache: a thread takes as many of them as leave work for all threads.
-  const int64_t enough = 2 * omp_get_max_threads();
+  const int64_t enough = 2 * Pool::one().size();
   int64_t together = kv_heads;
   while (together > 1 && int64_t(tasks.size()) * (kv_heads / together) < enough) together = (together + 1) / 2;
   const int64_t parts = (kv_heads + together - 1) / together;
 
-#pragma omp parallel
-  {
+  Pool::one().run(tasks.size() * parts, [&](int64_t index) {
+    const Task& task = tasks[index / parts];
+    const int64_t first_head = index % parts * together, heads_here = std::min(together, kv_heads - first_head);
+    const int64_t most = task.count * group;
     static thread_local std::vector<float> memory;
-    const int64_t most = at_once * group;
-    float* free = scratch(memory, (2 * COLUMNS + 2 * together * most) * wide + together * most * 2 + most * COLUMNS);
+    float* free = scratch(memory, (2 * COLUMNS + 2 * together * most) * wide + most * (COLUMNS + 2 * together));
     auto take = [&free](int64_t n) { return (free += n) - n; };
     float *columns = take(wide * COLUMNS), *rows = take(COLUMNS * wide), *scores = take(most * COLUMNS);
-    memset(columns, 0, 2 * COLUMNS * wide * sizeof(float));
-    std::vector<Queries> of_head(together);
-    for (Queries& some : of_head) {
-      some = {0, wide, {}, {}, std::vector<int64_t>(most), take(most * wide), scores, nullptr, nullptr};
-      float* padded_q = take(most * wide);
-      memset(padded_q, 0, most * wide * sizeof(float));
+    if (wide > dim) std::fill(columns, columns + 2 * COLUMNS * wide, 0.0f);
+    std::vector<Queries> of_head(heads_here);
+    for (int64_t k = 0; k < heads_here; k++) {
+      Queries& some = of_head[k];
+      some = {most, wide, {}, {}, {}, take(most * wide), scores, nullptr, nullptr};
       for (int64_t r = 0; r < most; r++) {
-        some.q.push_back(padded_q + r * wide);
+        const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;
+        float* one = take(wide);
+        std::copy(q + row * dim, q + (row + 1) * dim, one);
+        std::fill(one + dim, one + wide, 0.0f);
+        some.q.push_back(one);
         some.at.push_back(scores + r * COLUMNS);
+        some.sees.push_back(task.before + r / group + 1);
       }
+      std::fill(some.out, some.out + most * wide, 0.0f);
     }
-    for (Queries& some : of_head) some.best = take(most), some.sums = take(most);
-#pragma omp for schedule(dynamic, 1) collapse(2)
-    for (size_t i = 0; i < tasks.size(); i++)
-      for (int64_t part = 0; part < parts; part++) {
-        const Task& task = tasks[i];
-        const int64_t first_head = part * together, heads_here = std::min(together, kv_heads - first_head);
-        for (int64_t k = 0; k < heads_here; k++) {
-          Queries& some = of_head[k];
-          some.rows = task.count * group;
-          for (int64_t r = 0; r < some.rows; r++) {
-            const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;
-            memcpy(const_cast<float*>(some.q[r]), q + row * dim, dim * sizeof(float));
-            some.sees[r] = task.before + r / group + 1;
-          }
-          std::fill(some.out, some.out + some.rows * wide, 0.0f);
-          std::fill(some.best, some.best + some.rows, -1e30f);
-          std::fill(some.sums, some.sums + some.rows, 0.0f);
+    for (Queries& some : of_head) {
+      some.best = take(most), some.sums = take(most);
+      std::fill(some.best, some.best + most, -1e30f);
+      std::fill(some.sums, some.sums + most, 0.0f);
+    }
+    const int64_t end = task.before + task.count;
+    for (int64_t first = 0; first < end; first += COLUMNS)
+      for (int64_t k = 0; k < heads_here; k++) {
+        const float *keys[COLUMNS], *values[COLUMNS];
+        for (int64_t s = 0; s < COLUMNS; s++) {  // past the end: the last row again, which no query sees
+          const int64_t slot = task.table[std::min(first + s, end - 1)];
+          keys[s] = k_cache + (slot * kv_heads + first_head + k) * dim;
+          values[s] = v_cache + (slot * kv_heads + first_head + k) * dim;
         }
-        const int64_t end = task.before + task.count;
-        for (int64_t first = 0; first < end; first += COLUMNS)
-          for (int64_t k = 0; k < heads_here; k++) {
-            const float *keys[COLUMNS], *values[COLUMNS];
-            for (int64_t s = 0; s < COLUMNS; s++) {  // past the end: the last row again, which no query sees
-              const int64_t slot = task.table[std::min(first + s, end - 1)];
-              keys[s] = k_cache + (slot * kv_heads + first_head + k) * dim;
-              values[s] = v_cache + (slot * kv_heads + first_head + k) * dim;
-            }
-            if (of_head[k].rows <= FEW_QUERIES && dim == wide)
-              attend_in_place(of_head[k], keys, values, first);
-            else
-              attend_copied(of_head[k], keys, values, dim, first, columns, rows);
-          }
-        for (int64_t k = 0; k < heads_here; k++)
-          for (int64_t r = 0; r < of_head[k].rows; r++) {
-            const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;
-            for (int64_t d = 0; d < dim; d++)
-              a.at<float>(6)[row * dim + d] = of_head[k].out[r * wide + d] / of_head[k].sums[r];
-          }
+        if (most <= FEW_QUERIES && dim == wide)
+          attend_in_place(of_head[k], keys, values, first);
+        else
+          attend_copied(of_head[k], keys, values, dim, first, columns, rows);
       }
-  }
+    for (int64_t k = 0; k < heads_here; k++)
+      for (int64_t r = 0; r < most; r++) {
+        const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;
+        for (int64_t d = 0; d < dim; d++)
+          a.at<float>(6)[row * dim + d] = of_head[k].out[r * wide + d] / of_head[k].sums[r];
+      }
+  });
   return 0;
 }
 SHAPE(Attend) { return {shapes[0][0], shapes[0][1] < 0 ? -1 : shapes[0][1] * shapes[0][2]}; }
