@@ -43,7 +43,8 @@ class TracedGraphs(Graphs):
 
     def __init__(self, root: Path, manifest: Manifest, checkpoint: Path) -> None:
         self.manifest, self.target = manifest, "cpu"
-        self.entries = {g.phase: g for g in graphs_of(root, manifest, "cpu")}
+        self.native = False
+        self.entries = {g.phase: g for g in graphs_of(root, manifest, "cpu") if g.phase != "native"}
         self._compiles_at_ready = 0
         self._prefill_decodes_few = True
         ms.set_context(mode=ms.GRAPH_MODE)

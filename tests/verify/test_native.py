@@ -21,9 +21,9 @@ from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.native import LIBRARY, library
-from msconv_runtime.native.check import call, narrow
+from msconv_runtime.native.check import call, narrow, widened
 from tests.conftest import Checkpoints
-from tests.conversions import converted
+from tests.conversions import convert
 from tests.verify.faults import GraphEdit, attention, edit_graphs, mlp, name_of
 
 EXACT = Context(True, torch.float32)
@@ -37,10 +37,7 @@ def _one_thread() -> None:
 
 def both(name: str, *inputs: Array) -> tuple[list[Array], list[Array]]:
     """What the compiled kernel and the interpreter's give."""
-    tensors = [
-        torch.from_numpy(a.astype(np.int32) << 16).view(torch.float32) if a.dtype == np.uint16 else torch.from_numpy(a)
-        for a in inputs
-    ]
+    tensors = [torch.from_numpy(widened(a)) for a in inputs]
     expected = KERNELS[f"{LIBRARY}:{name}"].run(EXACT, dict(EXPECTED), *tensors)
     arrays = [e.numpy() for e in (expected if isinstance(expected, tuple) else (expected,))]
     path = library().path
@@ -106,7 +103,8 @@ def test_attention(lengths: list[tuple[int, int]], group: int, kv: int, dim: int
     for row, context, end in zip(tables, contexts, np.cumsum(contexts), strict=True):
         row[:context] = slots[end - context : end]
     q = normal(0, int(counts.sum()), group * kv, dim) / np.float32(dim**0.5)
-    same("Attend", q, normal(1, len(slots), 1, kv, dim), normal(2, len(slots), 1, kv, dim), tables, contexts, counts)
+    caches = [normal(i, len(slots), 1, kv, dim) for i in (1, 2)]
+    same("Attend", q, *caches, tables, contexts, counts)
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,7 +119,10 @@ def test_attention(lengths: list[tuple[int, int]], group: int, kv: int, dim: int
 def test_experts(tokens: int, top_k: int, hidden: int, ffn: int, start: int, half: bool) -> None:
     rng = np.random.default_rng(0)
     ids = np.stack([rng.permutation(8)[:top_k] for _ in range(tokens)]).astype(np.int32)
-    stored = [normal(1, 4, hidden, 2 * ffn) / np.float32(hidden**0.5), normal(2, 4, ffn, hidden) / np.float32(ffn**0.5)]
+    stored = [
+        normal(1, 4, hidden, 2 * ffn) / np.float32(hidden**0.5),
+        normal(2, 4, ffn, hidden) / np.float32(ffn**0.5),
+    ]
     stored = [narrow(a) for a in stored] if half else stored
     same("Experts", normal(0, tokens, hidden), normal(3, tokens, top_k), ids, np.array([start], np.int32), *stored)
 
@@ -161,7 +162,7 @@ def sound(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> 
     from msconv.compile import compile_graphs
 
     root = tmp_path_factory.mktemp("native") / "sound"
-    converted(checkpoint("untied"), root, tp=2)
+    convert(checkpoint("untied"), root, tp=2)
     compile_graphs(root, "cpu")
     return root
 
@@ -212,7 +213,7 @@ def unsummed(edit: GraphEdit) -> None:
 
 
 def same_factors_for_keys(edit: GraphEdit) -> None:
-    """Keys scaled like queries."""
+    """All layers share the constant."""
     node = kernels(edit, "SplitHeads")[1]
     tensor = edit.made(node.input[5]).attribute[0].tensors[0]
     factors = np.frombuffer(tensor.raw_data, np.float32).copy()
@@ -223,7 +224,7 @@ def same_factors_for_keys(edit: GraphEdit) -> None:
 FAULTS: dict[str, tuple[Callable[[GraphEdit], None], str]] = {
     "cos and sin exchanged": (exchanged("SplitHeads", 0, 3, 4), attention(0)),
     "norms of queries and keys exchanged": (exchanged("SplitHeads", 1, 1, 2), attention(1)),
-    "keys scaled like queries": (same_factors_for_keys, attention(1)),
+    "keys scaled like queries": (same_factors_for_keys, attention(0)),
     "keys for values": (exchanged("Attend", 1, 1, 2), attention(1)),
     "another layer's matrix": (weight_of(3, 7), mlp(0)),
     "a norm left out": (bypassed("Norm", 0), "input_layernorm|self_attn"),
@@ -267,7 +268,7 @@ def test_the_graph_takes_matrices_as_they_are_stored(checkpoint: Checkpoints, tm
 
     stored = {"bfloat16_shards": "bfloat16", "float16": "float32", "untied": "float32"}
     for name, dtype in stored.items():
-        converted(checkpoint(name), tmp_path / name, tp=1)
+        convert(checkpoint(name), tmp_path / name, tp=1)
         (native,) = [m.graph for m in compile_graphs(tmp_path / name, "cpu") if m.graph.phase == "native"]
         types = {p.name: p.dtype for p in native.parameters}
         assert types[name_of(0, "mlp.down_proj.weight")] == dtype

@@ -70,8 +70,9 @@ def use_threads(ranks: int) -> None:
     them; at most OMP_NUM_THREADS.  (MindSpore sets that to 1 for itself, where Python does not see it.)"""
     processors = max(1, len(os.sched_getaffinity(0)) // ranks)
     told = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(processors, int(told)) if told.isdecimal() and int(told) else processors
     if (handle := library().handle) is not None:
-        handle.Threads(ctypes.c_int64(min(processors, int(told)) if told.isdecimal() and int(told) else processors))
+        handle.Threads(ctypes.c_int64(threads))
 
 
 def cache() -> Path:

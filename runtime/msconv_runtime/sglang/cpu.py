@@ -5,8 +5,11 @@ Run as a program, this file is MindSpore's scheduler: the process through which 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import math
+import mmap
 import os
 import signal
 import socket
@@ -16,6 +19,7 @@ import tempfile
 import threading
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +32,11 @@ LISTEN_S = 60  # until MindSpore's scheduler must listen
 MEET_S = 300  # until the ranks must have found each other
 STALL_S = 3600  # a process that stood still for less is not taken for dead: we watch the processes ourselves
 PR_SET_PDEATHSIG = 1
+MADV_POPULATE_WRITE = 23
+RESERVE = 16 << 20  # bytes of a tensor from which on its memory is reserved
+POPULATE = 2 << 20  # bytes a call
+PAUSE_S = 0.001  # between calls: memory that others want at the same time comes first
+_reserved: list[mmap.mmap] = []
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +62,47 @@ def complete(upstream: Any) -> None:
     upstream.mint, upstream.mutable = mindspore.mint, mindspore.mutable
     upstream.torch_npu = types.SimpleNamespace(npu=types.SimpleNamespace(synchronize=lambda: None))
     upstream.LowerTriangularMask = NoMask
+
+
+@contextlib.contextmanager
+def reserved_zeros() -> Iterator[None]:
+    """In here torch.zeros takes large CPU tensors from memory that is zero until it is touched."""
+    import torch
+
+    zeros = torch.zeros
+
+    def reserved(*size: Any, **options: Any) -> Any:
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        dtype, device = options.get("dtype") or torch.get_default_dtype(), options.get("device")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not size or nbytes < RESERVE or str(device) != "cpu" or options.keys() - {"dtype", "device"}:
+            return zeros(*size, **options)
+        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _reserved.append(memory)
+        return torch.frombuffer(memory, dtype=dtype).reshape(shape)
+
+    torch.zeros = reserved
+    try:
+        yield
+    finally:
+        torch.zeros = zeros
+
+
+def populate_reserved() -> None:
+    """Give the reserved memory its pages, in a thread that yields to others: from then on the server's memory does
+    not grow with its use.  A kernel that cannot (before Linux 5.14) gives them when they are touched."""
+
+    def run(memories: list[mmap.mmap]) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        with contextlib.suppress(OSError):
+            for memory in memories:
+                for begin in range(0, len(memory), POPULATE):
+                    memory.madvise(MADV_POPULATE_WRITE, begin, min(POPULATE, len(memory) - begin))
+                    time.sleep(PAUSE_S)
+
+    if _reserved:
+        threading.Thread(target=run, args=(list(_reserved),), name="msconv-pool", daemon=True).start()
+        _reserved.clear()
 
 
 def start_communication(tp_group: Any) -> None:

@@ -316,6 +316,7 @@ def cpu_environment() -> dict[str, str]:
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
+        "OPENBLAS_NUM_THREADS": "1",  # its threads would keep SGLang's processes from being copies of one
     }
     if roots:
         before = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,11 @@ def activate() -> None:
     HookRegistry.register(
         "sglang.srt.model_loader.loader.get_model_architecture", _get_model_architecture, HookType.AROUND
     )
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork_on_cpu, HookType.AFTER)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _load_beside, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool", _make_pool, HookType.AROUND
+    )
     HookRegistry.register(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         _refuse_request,
@@ -67,11 +72,38 @@ def _get_model_architecture(original: Callable[[Any], Any], config: Any) -> Any:
     return found, name
 
 
+def _fork_on_cpu(result: Any, server_args: Any) -> Any:
+    """SGLang starts its processes anew, and each imports for seconds what this one has imported: on a CPU they may
+    begin as copies of it.  Only of a process of one thread: a copy has no other, and would wait for it."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    ours = _slot_is_ours() and view.model_impl == "mindspore" and is_artifact(view.model_path)
+    if ours and view.device == "cpu" and view.dp_size == 1 and _threads() == 1:
+        multiprocessing.set_start_method("fork", force=True)
+    return result
+
+
+def _threads() -> int:
+    """Of this process, whoever started them."""
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+def _make_pool(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """On a CPU the KV pool's memory is only reserved here: filling it takes longer than loading an artifact."""
+    from . import cpu
+
+    if runner.device != "cpu" or not (_slot_is_ours() and is_artifact(runner.model_config.model_path)):
+        return original(runner, *args, **kwargs)
+    with cpu.reserved_zeros():
+        return original(runner, *args, **kwargs)
+
+
 def _load_beside(
     original: Callable[..., Any], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
 ) -> None:
     """An artifact of one rank loads while SGLang makes its pools; the server is not ready before both are done."""
-    from . import preload
+    from . import cpu, preload
 
     root = Path(server_args.model_path)
     if _slot_is_ours() and server_args.model_impl == "mindspore" and is_artifact(root):
@@ -79,6 +111,7 @@ def _load_beside(
     original(scheduler, server_args, *args, **kwargs)
     if preload.has_begun(root):
         preload.finish(root, read_manifest(root), 0)
+    cpu.populate_reserved()
 
 
 def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
