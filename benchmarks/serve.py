@@ -2,8 +2,9 @@
 
     python benchmarks/serve.py --model Qwen3-0.6B --rounds 3 --json FILE
 
-One checkpoint of a published shape with random values, float32 everywhere, greedy, one server at a time:
-  msconv   `msconv serve` on the artifact
+One bfloat16 checkpoint of a published shape with random values, computed in float32 everywhere, greedy, one server
+at a time:
+  msconv   `msconv serve` on the artifact, whose weights are stored as `--dtype`
   sglang   SGLang's own torch model on the checkpoint
   traced   the same cells as in the artifact, built in Python from the checkpoint and compiled by MindSpore's
            `@jit` at the first requests, as a slot without artifacts does it
@@ -65,6 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen3-0.6B")
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument(
+        "--dtype", default="float32", help="of the artifact: float32, or bfloat16 as in the source"
+    )
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--requests", default="1,4,16")
     parser.add_argument("--contexts", default="128,1024")
@@ -77,7 +81,7 @@ def main() -> None:
     shapes = [(int(r), int(c)) for c in args.contexts.split(",") for r in args.requests.split(",")]
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        source, artifact = prepare(work, args.model, args.layers)
+        source, artifact = prepare(work, args.model, args.layers, args.dtype)
         rounds: list[dict[str, Found]] = []
         for number in range(args.rounds):
             order = ways[number % len(ways) :] + ways[: number % len(ways)]
@@ -93,14 +97,14 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def prepare(work: Path, model: str, layers: int) -> tuple[Path, Path]:
+def prepare(work: Path, model: str, layers: int, dtype: str) -> tuple[Path, Path]:
     """A checkpoint and its artifact; made once if they are kept."""
-    source, artifact = work / model, work / f"{model}-tp1"
+    source, artifact = work / model, work / f"{model}-{dtype}"
     if not (artifact / "READY").exists():
         shutil.rmtree(source, ignore_errors=True)
         write_checkpoint(source, model, layers)
         msconv = [sys.executable, "-m", "msconv"]
-        convert = ["convert", "--model", source, "--tp", "1", "--dtype", "float32", "--output", artifact]
+        convert = ["convert", "--model", source, "--tp", "1", "--dtype", dtype, "--output", artifact]
         subprocess.run([*msconv, *map(str, convert)], check=True)
         subprocess.run([*msconv, "compile", str(artifact), "--target", "cpu"], check=True)
     return source, artifact

@@ -22,7 +22,7 @@ from msconv.graph.parameters import restore_names
 from msconv.graph.spec import Local
 from msconv.layout.cuts import Mesh
 from msconv_runtime.artifact import Manifest
-from msconv_runtime.graphs import Graphs, graphs_of
+from msconv_runtime.graphs import NO_KERNELS, Graphs, graphs_of
 from msconv_runtime.sglang import slot
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -43,7 +43,7 @@ class TracedGraphs(Graphs):
 
     def __init__(self, root: Path, manifest: Manifest, checkpoint: Path) -> None:
         self.manifest, self.target = manifest, "cpu"
-        self.native = False
+        self.library, self.native = NO_KERNELS, False
         self.entries = {g.phase: g for g in graphs_of(root, manifest, "cpu") if g.phase != "native"}
         self._compiles_at_ready = 0
         self._prefill_decodes_few = True

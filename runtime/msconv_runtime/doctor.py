@@ -115,6 +115,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def no_kernels() -> str:
+    """Why the CPU's compiled kernels cannot be had here, or "".  Builds them if that was never done."""
+    try:
+        from .native import library
+    except ImportError as e:
+        return f"{e.name} is not installed"
+    return library().why
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where facts come from.  Tests give another root, environment and versions."""
@@ -125,6 +134,7 @@ class Machine:
     python: str = field(default_factory=platform.python_version)
     system: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")
     cores: int = field(default_factory=usable_cores)
+    no_kernels: Callable[[], str] = no_kernels
     output: Path = Path()  # on the disk that is written to
 
     def disk(self) -> int | None:
@@ -203,6 +213,9 @@ def _system(machine: Machine) -> Iterator[Finding]:
     state = "ok" if machine.system == "Linux x86_64" else "untested" if linux else "wrong"
     yield Finding("platform", state, machine.system, "Linux x86_64", "use a Linux machine", ALL)
     yield Finding("cores", "ok", str(machine.cores), "one or more")
+    why, needed = machine.no_kernels(), "those of msconv, built by a C++ compiler"
+    hint = "install g++: without them a CPU serves by MindSpore's own operations, at half the speed"
+    yield Finding("CPU kernels", "missing" if why else "ok", why or "built", needed, hint)
     for name, free, hint in (
         ("memory free", machine.memory(), "end other programs, or raise the container's limit"),
         ("disk free", machine.disk(), "convert with --output on another disk; `msconv plan` says what it takes"),
@@ -365,6 +378,8 @@ def _memory(machine: Machine, root: Path, manifest: Manifest) -> Iterator[Findin
     graphs, tp, free = manifest.graphs_for("cpu"), manifest.parallel.tp, machine.memory()
     if manifest.weights is None or not graphs:
         return
+    native = not machine.no_kernels() and any(g.phase == "native" for g in graphs)
+    graphs = [g for g in graphs if (g.phase == "native") is native]
     parameters = {p.name: math.prod(p.shape) * ITEM_BYTES.get(p.dtype, 4) for g in graphs for p in g.parameters}
     token = sum(4 * math.prod(n or 1 for n in i.shape[2:]) for i in graphs[0].inputs if "_cache." in i.name)
     pools = (POOL_TOKENS[0], pool_tokens(root, manifest))

@@ -21,6 +21,7 @@ from .weights import LoadMode, RankWeights, check_size
 TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other
 FREE_PAGE = 16
 FEW = 2  # sequences; measured at the shape of Qwen3-0.6B
+NO_KERNELS = Library(None, "the artifact has no native graph, or it was not asked for")
 NZ = 29  # CANN's number of the FRACTAL_NZ format
 RAGGED_TOKENS = 2048  # in one call of the native graph
 CHUNK_TOKENS = 512  # places (sequences x longest) in one prefill call: bounds its memory
@@ -94,7 +95,7 @@ class Graphs:
     ) -> None:
         self.manifest, self.target = manifest, target
         entries = {g.phase: g for g in graphs_of(root, manifest, target)}
-        self.library = library() if native and "native" in entries else Library(None, "not asked for")
+        self.library = library() if native and "native" in entries else NO_KERNELS
         self.native = self.library.path is not None
         if self.native:
             use_threads(manifest.parallel.tp)

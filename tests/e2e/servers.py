@@ -41,6 +41,12 @@ class Server:
         main = psutil.Process(self.process.pid)
         return [main, *main.children(recursive=True)]
 
+    def state(self) -> dict[str, Any]:
+        """What /server_info says of the artifact."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/server_info", timeout=30) as reply:
+            found: dict[str, Any] = json.loads(reply.read())["internal_states"][0]["msconv"]
+        return found
+
     def post(self, path: str, body: dict[str, Any], timeout_s: float = 120) -> bytes:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -46,13 +46,6 @@ def server(artifact: Path) -> Iterator[Server]:
         yield s
 
 
-def info(server: Server) -> dict[str, Any]:
-    """What the slot says of itself."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/server_info", timeout=30) as reply:
-        state: dict[str, Any] = json.loads(reply.read())["internal_states"][0]["msconv"]
-    return state
-
-
 def anonymous_bytes(server: Server) -> int:
     """Memory of the server's processes that no file stands for."""
     statuses = [Path(f"/proc/{p.pid}/status").read_text() for p in server.processes()]
@@ -103,11 +96,11 @@ def test_hundreds_of_requests_with_aborts_all_answer_right(server: Server, model
         before = anonymous_bytes(server)
         assert all(pool.map(ask, range(AT_ONCE, REQUESTS)))
     assert anonymous_bytes(server) - before < GROWTH_BYTES
-    assert info(server)["compiles_since_ready"] == 0
+    assert server.state()["compiles_since_ready"] == 0
 
 
 def test_start_up_is_told_apart(server: Server) -> None:
-    assert info(server)["start_seconds"].keys() == {"import", "mmap", "bind", "warm up", "waited for"}
+    assert server.state()["start_seconds"].keys() == {"import", "mmap", "bind", "warm up", "waited for"}
 
 
 def test_several_answers_to_one_prompt(server: Server, model: Any) -> None:

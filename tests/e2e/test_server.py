@@ -23,20 +23,38 @@ CHUNK = 64
 
 
 @pytest.fixture(scope="module")
-def server(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    work = tmp_path_factory.mktemp("serve")
-    artifact = work / "artifact"
-    run("convert", "--model", random_checkpoint, "--tp", 1, "--output", artifact)
-    run("compile", artifact, "--target", "cpu")
-    with serving(artifact, work / "server.log", "--chunked-prefill-size", str(CHUNK)) as s:
-        yield s
+def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("serve") / "artifact"
+    run("convert", "--model", random_checkpoint, "--tp", 1, "--output", root)
+    run("compile", root, "--target", "cpu")
+    return root
 
 
-def test_the_log_shows_the_slot_and_the_warm_up_before_ready(server: Server) -> None:
-    log = server.log
+GRAPHS = {"1": ["native"], "0": ["decode", "prefill"]}  # MSCONV_NATIVE: with compiled kernels, and without
+
+
+@pytest.fixture(scope="module", params=GRAPHS)
+def server(artifact: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    log = artifact.with_name(f"server-{request.param}.log")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MSCONV_NATIVE", request.param)
+        with serving(artifact, log, "--chunked-prefill-size", str(CHUNK)) as s:
+            yield s
+
+
+def test_the_log_shows_the_slot_and_the_warm_up_before_ready(
+    server: Server, request: pytest.FixtureRequest
+) -> None:
+    log, graphs = server.log, GRAPHS[request.node.callspec.params["server"]]
     assert "type=MindSporeForCausalLM" in log
-    assert "prefill and decode warmed up" in log
+    assert f"{' and '.join(sorted(graphs, reverse=True))} warmed up" in log
     assert log.index("warmed up") < log.index("Uvicorn running")
+    assert server.state()["graphs"] == graphs
+
+
+def test_processes_begin_as_copies_of_the_first(server: Server) -> None:
+    """Started anew, each would import everything once more, and SGLang would say once more what it lacks."""
+    assert server.log.count("support AWQ quantization") == 1
 
 
 def test_prompts_one_after_another_give_transformers_tokens(

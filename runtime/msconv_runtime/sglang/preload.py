@@ -55,7 +55,7 @@ def has_begun(root: Path) -> bool:
 
 
 def load(root: Path, manifest: Manifest, rank: int) -> Loaded:
-    """Map or read the rank's file, bind both graphs, warm them up."""
+    """Map or read the rank's file, bind the graphs, warm them up."""
     settings = Settings.read()
     seconds = {}
     started = time.monotonic()
@@ -79,12 +79,14 @@ def finish(root: Path, manifest: Manifest, rank: int) -> Graphs:
     loaded.seconds["waited for"] = time.monotonic() - started
     seconds = {part: round(s, 2) for part, s in loaded.seconds.items()}
     logger.info(
-        "msconv: rank %d of %s: %d tensors bound, prefill and decode warmed up; compiles since ready are counted "
-        "from here",
+        "msconv: rank %d of %s: %d tensors bound, %s warmed up; compiles since ready are counted from here",
         rank,
         root,
         len(loaded.graphs.tensors),
+        " and ".join(loaded.graphs.cells),
     )
+    if loaded.graphs.target == "cpu" and (why := loaded.graphs.library.why):
+        logger.info("msconv: MindSpore's own operations, slower on a CPU than compiled kernels: %s", why)
     logger.info("msconv: start, seconds: %s", json.dumps(seconds))
     _finished[root] = loaded
     return loaded.graphs
@@ -95,6 +97,7 @@ def state() -> dict[str, Any]:
     for root, loaded in _finished.items():
         return {
             "artifact": str(root),
+            "graphs": sorted(loaded.graphs.cells),
             "compiles_since_ready": loaded.graphs.compiles_since_ready,
             "start_seconds": loaded.seconds,
         }

@@ -56,7 +56,7 @@ def _artifact_of(config: Any) -> Path | None:
 
 
 class ArtifactModel(nn.Cell):
-    """What upstream calls the architecture: loads the artifact's rank, runs its two graphs."""
+    """What upstream calls the architecture: loads the artifact's rank, runs its graphs."""
 
     capture_aux_hidden_states = False
 

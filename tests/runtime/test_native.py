@@ -1,0 +1,187 @@
+"""Building the CPU's kernels: once, tried before they are used, and done without where that fails."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from msconv_runtime import native
+from msconv_runtime.errors import ArtifactError
+from msconv_runtime.graphs import Graphs
+from msconv_runtime.native import Library, check, library
+from tests.conftest import Checkpoints
+from tests.conversions import convert
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache directory, and nothing remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MSCONV_NATIVE", raising=False)
+    library.cache_clear()
+    yield tmp_path
+    library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from msconv.compile import compile_graphs
+
+    root = tmp_path_factory.mktemp("native") / "artifact"
+    convert(checkpoint("bfloat16_shards"), root)
+    compile_graphs(root, "cpu")
+    return root
+
+
+def sources(to: Path, old: str, new: str) -> Path:
+    """The kernels' sources with something changed."""
+    for name in native.SOURCES:
+        text = (Path(native.__file__).parent / name).read_text()
+        assert name != "kernels.cc" or old in text
+        (to / name).write_text(text.replace(old, new))
+    return to
+
+
+def test_kernels_are_built_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = library()
+    assert built.path is not None
+    assert built.path.parent == fresh / "msconv"
+    library.cache_clear()
+    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("built again"))
+    assert library().path == built.path
+
+
+def test_what_computes_something_else_is_not_used(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changed = sources(tmp_path, "a.best[r] = best;", "a.best[r] = best + 1;")
+    monkeypatch.setattr(native, "__file__", str(changed / "__init__.py"))
+    found = library()
+    assert found.path is None
+    assert "compute something else: Attend" in found.why
+    assert not list((fresh / "msconv").glob("*.so"))
+
+
+def test_what_does_not_build_says_why(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    changed = sources(tmp_path, "#include <cmath>", "#error an old compiler")
+    monkeypatch.setattr(native, "__file__", str(changed / "__init__.py"))
+    assert library().path is None
+    assert "an old compiler" in library().why
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("MSCONV_NATIVE", "0", "MSCONV_NATIVE=0"),
+        ("CXX", "/no/such/compiler", "No such file"),
+        ("PATH", "/nowhere", "no C++ compiler"),
+        ("XDG_CACHE_HOME", "/dev/null/cache", "Not a directory"),
+    ],
+)
+def test_without_kernels_there_is_a_reason(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, why: str
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(name, value)
+    assert library().path is None
+    assert why in library().why
+
+
+def test_other_threads_and_processes_wait_for_one_build(fresh: Path) -> None:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        first, second = pool.map(_path, range(2))
+    assert first == second != ""
+    assert len(list((fresh / "msconv").glob("*.so"))) == 1
+
+
+def _path(_: int) -> str:
+    return str(library().path or "")
+
+
+def test_both_ways_give_the_same_logits(artifact: Path) -> None:
+    from msconv_runtime import Session
+
+    prompts = [[1, 2, 3], list(range(5, 75)), [9]]
+    found = []
+    for session in (Session(artifact), Session(artifact, native=False)):
+        steps = [
+            session.prefill(prompts),
+            session.decode([4, 5, 6]),
+            session.extend([[1], list(range(40)), [2, 3]]),
+        ]
+        found.append(np.concatenate(steps))
+        assert session.graphs.compiles_since_ready == 0
+    assert np.abs(found[0] - found[1]).max() < 1e-4
+
+
+def test_a_session_without_kernels_runs_the_other_graphs(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from msconv_runtime import Session
+
+    monkeypatch.setattr("msconv_runtime.graphs.library", lambda: Library(None, "no C++ compiler"))
+    session = Session(artifact)
+    assert sorted(session.graphs.cells) == ["decode", "prefill"]
+    assert session.generate([[1, 2]], 3)
+
+
+def test_matrices_are_mapped_as_they_are_stored(artifact: Path) -> None:
+    from msconv_runtime import Session
+
+    tensors = Session(artifact).graphs.tensors
+    types = {name: str(t.dtype) for name, t in tensors.items()}
+    assert types["model.layers.0.mlp.down_proj.weight"] == "BFloat16"
+    assert types["model.norm.weight"] == "Float32"
+
+
+def test_a_graph_of_other_kernels_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from msconv_runtime.artifact import read_manifest
+
+    monkeypatch.setattr("msconv_runtime.graphs.LIBRARY", "msconv-native-2")
+    with pytest.raises(ArtifactError, match="wants the kernels msconv-native-1; these are msconv-native-2"):
+        Graphs(artifact, read_manifest(artifact), "cpu")
+
+
+def test_weights_that_would_be_rounded_are_refused(
+    checkpoint: Checkpoints, artifact: Path, tmp_path: Path
+) -> None:
+    """A native graph that was compiled for bfloat16, beside weights converted to float32 since."""
+    from msgspec.structs import replace
+
+    from msconv_runtime.artifact import read_manifest, write_manifest
+
+    root = tmp_path / "wider"
+    convert(checkpoint("bfloat16_shards"), root, dtype="float32")
+    shutil.copytree(artifact / "graphs", root / "graphs")
+    manifest = replace(read_manifest(root), graphs=read_manifest(artifact).graphs)
+    write_manifest(root, manifest)
+    with pytest.raises(ArtifactError, match="of another shape or type"):
+        Graphs(root, manifest, "cpu")
+
+
+def test_threads_are_the_share_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    class Handle:
+        def Threads(self, count: Any) -> None:
+            told.append(count.value)
+
+    monkeypatch.setattr(native, "library", lambda: Library(Path("x"), handle=Handle()))  # type: ignore[arg-type]
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    for ranks, limit in ((1, ""), (3, ""), (16, ""), (1, "4"), (4, "4"), (1, "0"), (1, "many")):
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+        native.use_threads(ranks)
+    assert told == [8, 2, 1, 4, 2, 8, 8]
+
+
+def test_the_check_covers_every_operation() -> None:
+    text = (Path(native.__file__).parent / "kernels.cc").read_text()
+    operations = {line.split("(")[1].split(")")[0] for line in text.splitlines() if line.startswith("OPERATION(")}
+    tried = {name.partition(" ")[0] for name in check.examples(np.random.default_rng(0))}
+    assert operations == tried != set()

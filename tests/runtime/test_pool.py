@@ -1,0 +1,47 @@
+"""Memory of SGLang's pools on a CPU: reserved first, its pages given in the background."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from msconv_runtime.sglang import cpu  # noqa: E402
+
+SIZE = 256 << 20
+
+
+def resident() -> int:
+    (line,) = (li for li in Path("/proc/self/status").read_text().splitlines() if li.startswith("RssAnon:"))
+    return int(line.split()[1]) << 10
+
+
+def test_large_tensors_are_reserved_and_populated_later() -> None:
+    before, zeros = resident(), torch.zeros
+    with cpu.reserved_zeros():
+        large = torch.zeros((4, SIZE // 16), dtype=torch.float32, device="cpu")
+        small = torch.zeros(3, 5, dtype=torch.int64)
+        also = torch.zeros([2, 2])
+    assert torch.zeros is zeros
+    assert resident() - before < SIZE // 4
+    assert large.shape == (4, SIZE // 16)
+    assert (small.shape, small.dtype, also.shape) == ((3, 5), torch.int64, (2, 2))
+    large[2, 5] = 7.0
+    cpu.populate_reserved()
+    for thread in threading.enumerate():
+        if thread.name == "msconv-pool":
+            thread.join()
+    assert resident() - before > SIZE * 3 // 4
+    assert float(large.sum()) == 7.0
+    cpu.populate_reserved()  # nothing is left to do
+    assert all(t.name != "msconv-pool" for t in threading.enumerate())
+
+
+def test_an_error_inside_leaves_torch_as_it_was() -> None:
+    zeros = torch.zeros
+    with pytest.raises(ValueError, match="inside"), cpu.reserved_zeros():
+        raise ValueError("inside")
+    assert torch.zeros is zeros
