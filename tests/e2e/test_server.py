@@ -47,14 +47,14 @@ def test_the_log_shows_the_slot_and_the_warm_up_before_ready(
 ) -> None:
     log, graphs = server.log, GRAPHS[request.node.callspec.params["server"]]
     assert "type=MindSporeForCausalLM" in log
-    assert f"{' and '.join(sorted(graphs, reverse=True))} warmed up" in log
+    assert f"{' and '.join(graphs)} warmed up" in log
     assert log.index("warmed up") < log.index("Uvicorn running")
     assert server.state()["graphs"] == graphs
 
 
 def test_processes_begin_as_copies_of_the_first(server: Server) -> None:
     """Started anew, each would import everything once more, and SGLang would say once more what it lacks."""
-    assert server.log.count("support AWQ quantization") == 1
+    assert server.log.count("XPU support AWQ currently.\n") == 1
 
 
 def test_prompts_one_after_another_give_transformers_tokens(

@@ -63,7 +63,7 @@ def test_what_computes_something_else_is_not_used(
     monkeypatch.setattr(native, "__file__", str(changed / "__init__.py"))
     found = library()
     assert found.path is None
-    assert "compute something else: Attend" in found.why
+    assert "compute something else: Attend of 20 is off by" in found.why
     assert not list((fresh / "msconv").glob("*.so"))
 
 

@@ -12,14 +12,12 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from ..artifact import digest_bytes
-from .check import wrong
 
 LIBRARY = "msconv-native-1"  # what graphs call it: another number for another set of kernels
 SOURCES = ("kernels.cc", "pool.h", "vector.h")
@@ -47,6 +45,8 @@ def library() -> Library:
         return Library(None, "no C++ compiler (c++, g++ or $CXX)")
     here = Path(__file__).parent
     try:
+        from filelock import FileLock
+
         version = _run([compiler, "--version"])
         sources = b"".join((here / name).read_bytes() for name in SOURCES)
         key = digest_bytes(sources + repr((FLAGS, version, _processor())).encode()).partition(":")[2][:16]
@@ -57,11 +57,11 @@ def library() -> Library:
                 if not path.exists():
                     _build(compiler, here / SOURCES[0], path)
         handle = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as e:
-        text = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
-        return Library(None, f"{compiler}: {text[0] if text else type(e).__name__}")
+    except (OSError, ImportError, subprocess.SubprocessError) as e:
+        said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
+        return Library(None, f"{compiler}: {said[0] if said else type(e).__name__}")
     except ArithmeticError as e:
-        return Library(None, str(e))
+        return Library(None, f"{compiler}: {e}")
     return Library(path, handle=handle)
 
 
@@ -81,12 +81,17 @@ def cache() -> Path:
 
 
 def _build(compiler: str, source: Path, path: Path) -> None:
-    """Raises ArithmeticError if what was built computes something else than it should."""
+    """Raises ArithmeticError if what was built computes something else than it should: tried in a process of its
+    own, which may as well end by it."""
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         made = Path(directory) / path.name
         _run([compiler, *FLAGS, "-o", str(made), str(source)])
-        if problem := wrong(made):
-            raise ArithmeticError(f"{compiler} built kernels that compute something else: {problem}")
+        tried = subprocess.run(
+            [sys.executable, "-m", f"{__name__}.check", str(made)], capture_output=True, text=True, timeout=BUILD_S
+        )
+        if tried.returncode:
+            said = (tried.stdout or tried.stderr).strip().splitlines() or [f"it ended with {tried.returncode}"]
+            raise ArithmeticError(f"built kernels that compute something else: {said[-1]}")
         made.replace(path)
 
 

@@ -4,6 +4,7 @@ used."""
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,8 @@ def experts(x: Array, shares: Array, ids: Array, gate_up: Array, down: Array) ->
             if 0 <= i < len(down):
                 out[t] += w * (swiglu(x[t] @ gate_up[i]) @ down[i])
     return out
+
+
+if __name__ == "__main__":
+    if problem := wrong(Path(sys.argv[1])):
+        sys.exit(problem)
