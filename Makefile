@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 browser check format clean
+.PHONY: setup demo test test-ms28 browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -25,7 +25,7 @@ $(INSTALLED): requirements/cpu.txt pyproject.toml
 demo: setup
 	$(BIN)/python -m demo.run
 
-test: check browser
+test: check browser compiler
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests look at report.html in a real browser; MSCONV_NO_BROWSER=1 leaves those tests out.
@@ -37,6 +37,15 @@ browser:
 	  echo "The tests of report.html need Chromium: as root, apt-get install chromium chromium-driver;"; \
 	  echo "or leave them out: MSCONV_NO_BROWSER=1 make test"; exit 4; \
 	fi
+
+# The tests build the CPU's kernels; serving does without them where there is no compiler.
+compiler:
+	@if command -v c++ || command -v g++; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq g++; \
+	else \
+	  echo "The tests of the CPU's kernels need a C++ compiler: as root, apt-get install g++" >&2; exit 4; \
+	fi >/dev/null
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed

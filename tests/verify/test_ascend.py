@@ -104,7 +104,7 @@ def test_one_file_a_phase_serves_every_rank_and_knows_none(by_command: Path) -> 
     for target in TARGETS:
         files = sorted((by_command / "graphs" / target).iterdir())
         assert [f.stem for f in files] == sorted(g.phase for g in manifest.graphs_for(target))
-        phases = {"prefill", "decode"} if target == "cpu" else {"prefill", "decode", "decode_all"}
+        phases = {"prefill", "decode", "native" if target == "cpu" else "decode_all"}
         assert {f.stem for f in files} == phases
         for file in files:
             assert b"rank_id" not in file.read_bytes()

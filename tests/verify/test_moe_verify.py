@@ -388,7 +388,7 @@ def test_a_router_that_is_always_tied_is_not_proven(lab: Lab, tmp_path: Path) ->
     _, root = lab.build(tmp_path, 1, always_tied)
     proof = prove(root, "cpu", None)
     c = proof.comparison
-    assert (c.rows, c.undecided) == (0, 36)
+    assert (c.rows, c.undecided) == (0, 72)
     assert not proof.ok
     assert read_manifest(root).proof_for("cpu") is None
 
@@ -411,7 +411,7 @@ def test_a_router_that_is_rarely_tied_is_proven_by_the_other_rows(lab: Lab, tmp_
     c = prove(root, "cpu", None).comparison
     assert 0 < c.undecided <= c.rows
     assert c.ok
-    assert c.rows + c.undecided == 36
+    assert c.rows + c.undecided == 72
     assert c.closest_routing > 2e-5
     assert read_manifest(root).proof_for("cpu") is not None
 

@@ -95,15 +95,20 @@ def main() -> None:
     except SystemExit as e:  # click's answer to a reader that went away
         code = e.code if isinstance(e.code, int) else 1
     except BaseException as e:
+        _ignore_signals()  # another one would interrupt what is said about the first
         code = report(e, as_json="--json" in sys.argv)
     try:
         sys.stdout.flush()
     except OSError:  # nobody reads any more, or there is no room for the answer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 1
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # all is done and said
+    _ignore_signals()  # all is done and said
     sys.exit(code)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -4,6 +4,8 @@
 // Shape legend: T tokens, B sequences, S positions a row of the block table, H heads, K kv heads, D head_dim.
 // Activations and caches are float32; weights of products are float32 or bfloat16.
 #include <cmath>
+#include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "pool.h"
@@ -18,15 +20,15 @@ typedef std::vector<int> Types;  // MindSpore's TypeId
 
 namespace {
 
-constexpr int FLOAT32 = 43;       // TypeId of float32
-constexpr int64_t FEW_ROWS = 10;  // up to here a weight is read once from memory and multiplied as it lies
-constexpr int64_t DEPTH = 256;    // of a packed panel: 64 KB, which a second-level cache keeps
-constexpr int64_t FEW_QUERIES = 8;  // up to here keys and values are read where they lie
-constexpr int64_t QUERIES = 24;   // rows of queries that share one pass over keys and values
-constexpr int64_t BLOCK = 512;    // columns of an expert's matrix at once: long runs of memory
-constexpr int64_t STEP = 32;      // rows of it
+constexpr int FLOAT32 = 43;              // TypeId of float32
+constexpr int64_t SERIAL = 16384;        // elements below which threads cost more than they bring
+constexpr int64_t FEW_ROWS = 10;         // up to here a weight is multiplied as it lies in memory
+constexpr int64_t DEPTH = 256;           // of a packed panel: 64 KB, which a second-level cache keeps
+constexpr int64_t QUERIES = 24;          // rows of queries that share one pass over keys and values
+constexpr int64_t FEW_QUERIES = 8;       // up to here keys and values are read where they lie
+constexpr int64_t BLOCK = 512;           // columns of an expert's matrix at once: long runs of memory
+constexpr int64_t STEP = 32;             // rows of it
 constexpr int64_t EXPERT_TOKENS = 1024;  // at once through the experts: bounds their memory
-constexpr int64_t SERIAL = 16384;  // elements below which threads cost more than they bring
 
 enum Failure { UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2 };  // what an operation returns
 
@@ -41,11 +43,27 @@ struct Arguments {
   bool is(int i, const char* type) const { return strcmp(types[i], type) == 0; }
 };
 
-// Memory that a thread keeps, from a multiple of 64 bytes on: a vector across two cache lines loads at half speed.
-float* scratch(std::vector<float>& memory, size_t floats) {
-  if (memory.size() < floats + LANES) memory.resize(floats + LANES);
-  return memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63) / sizeof(float);
-}
+// Memory from a multiple of 64 bytes on: a vector across two cache lines loads at half speed.
+class Floats {
+ public:
+  explicit Floats(size_t count = 0) { reserve(count); }
+  Floats(const Floats&) = delete;
+  ~Floats() { free(data_); }
+  // Room for so many; what was there is lost if there was not.
+  float* reserve(size_t count) {
+    if (count > count_) {
+      free(data_);
+      count_ = (count + LANES - 1) / LANES * LANES;
+      data_ = static_cast<float*>(aligned_alloc(64, count_ * sizeof(float)));
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  size_t count_ = 0;
+};
 
 // y[r * width + j] = x[r * ldx] . w[j] for `R` rows of x and `N` of w.  `ahead`: what follows the rows of w, in elements.
 template <int R, int N, class W>
@@ -119,9 +137,9 @@ void columns_of(const W* const* rows, int64_t depth, float* to) {
 
 template <class W>
 void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
-  static thread_local std::vector<float> shared;
   const int64_t tiles = (rows + TILE - 1) / TILE;
-  float* tiled = scratch(shared, tiles * TILE * depth);  // [parts of depth][tiles][part][TILE]: read in order
+  Floats shared(tiles * TILE * depth);
+  float* tiled = shared.reserve(0);  // [parts of depth][tiles][part][TILE]: read in order
   parallel_for(tiles, SERIAL / depth / TILE, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       for (int64_t k = 0; k < depth; k += DEPTH) {
@@ -132,9 +150,9 @@ void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth
       }
   });
   Pool::one().run((width + COLUMNS - 1) / COLUMNS, [&](int64_t part) {
-    static thread_local std::vector<float> memory;
+    static thread_local Floats memory;
     const int64_t n = part * COLUMNS, count = std::min(COLUMNS, width - n);
-    float* packed = scratch(memory, (DEPTH + rows) * COLUMNS);
+    float* packed = memory.reserve((DEPTH + rows) * COLUMNS);
     float* out = count == COLUMNS ? y + n : packed + DEPTH * COLUMNS;
     const int64_t stride = count == COLUMNS ? width : COLUMNS;
     for (int64_t k = 0; k < depth; k += DEPTH) {
@@ -244,9 +262,9 @@ void attend_in_place(Queries& a, const float* const* keys, const float* const* v
 template <class W>
 void expert_columns(const std::vector<const float*>& x, const W* b, float* y, int64_t depth, int64_t width,
                     int64_t begin, int64_t end) {
-  static thread_local std::vector<float> memory;
+  static thread_local Floats memory;
   const int64_t stride = padded(end - begin), ldy = padded(width), count = x.size();
-  float* part = scratch(memory, STEP * stride);
+  float* part = memory.reserve(STEP * stride);
   std::vector<const float*> at(count);
   for (int64_t k = 0; k < depth; k += STEP) {
     const int64_t deep = std::min(STEP, depth - k);
@@ -303,8 +321,8 @@ int experts(const Arguments& a) {
         }
       }
     if (rows == 0) continue;
-    static thread_local std::vector<float> memory;
-    float *mid = scratch(memory, rows * (wide + ffn + long_)), *out = mid + rows * wide, *act = out + rows * long_;
+    Floats memory(rows * (wide + ffn + long_));
+    float *mid = memory.reserve(0), *out = mid + rows * wide, *act = out + rows * long_;
     for (Group& g : groups)
       for (size_t r = 0; r < g.x.size(); r++) g.act.push_back(act + (g.row + r) * ffn);
     const int64_t up_blocks = (2 * ffn + BLOCK - 1) / BLOCK, down_blocks = (hidden + BLOCK - 1) / BLOCK;
@@ -336,12 +354,13 @@ int experts(const Arguments& a) {
 
 }  // namespace
 
-#define OPERATION(name) extern "C" int name(int, void** data, int* ranks, int64_t** shapes, const char** types, void*, void*)
+#define OPERATION(name) \
+  extern "C" int name(int, void** data, int* ranks, int64_t** shapes, const char** types, void*, void*)
 // What MindSpore asks before it calls: shapes of the outputs, -1 while they are dynamic, and their types.
-#define SHAPE(name)                                                                           \
-  extern "C" int name##InferType(Types, mindspore::AotExtra*) { return FLOAT32; }             \
+#define SHAPE(name)                                                               \
+  extern "C" int name##InferType(Types, mindspore::AotExtra*) { return FLOAT32; } \
   extern "C" Shape name##InferShape(int*, int64_t** shapes, mindspore::AotExtra*)
-#define SHAPES(name, count)                                                                   \
+#define SHAPES(name, count)                                                                       \
   extern "C" Types name##InferType(Types, mindspore::AotExtra*) { return Types(count, FLOAT32); } \
   extern "C" Shapes name##InferShape(int*, int64_t** shapes, mindspore::AotExtra*)
 
@@ -453,8 +472,9 @@ OPERATION(Attend) {
   const float *q = a.at<float>(0), *k_cache = a.at<float>(1), *v_cache = a.at<float>(2);
   const int32_t *tables = a.at<int32_t>(3), *contexts = a.at<int32_t>(4), *counts = a.at<int32_t>(5);
   const int64_t tokens = a.size(0, 0), heads = a.size(0, 1), dim = a.size(0, 2), wide = padded(dim);
-  const int64_t slots = a.size(1, 0), kv_heads = a.size(1, 2), group = heads / kv_heads;
-  const int64_t batch = a.size(3, 0), positions = a.size(3, 1);
+  const int64_t slots = a.size(1, 0), kv_heads = a.size(1, 2), batch = a.size(3, 0), positions = a.size(3, 1);
+  if (kv_heads < 1 || heads % kv_heads || a.size(1, 3) != dim || a.size(2, 3) != dim) return OUT_OF_RANGE;
+  const int64_t group = heads / kv_heads;
   const int64_t at_once = std::max(int64_t(1), QUERIES / group);  // tokens whose heads share one pass over the cache
 
   struct Task {
@@ -483,9 +503,9 @@ OPERATION(Attend) {
     const Task& task = tasks[index / parts];
     const int64_t first_head = index % parts * together, heads_here = std::min(together, kv_heads - first_head);
     const int64_t most = task.count * group;
-    static thread_local std::vector<float> memory;
-    float* free = scratch(memory, (2 * COLUMNS + 2 * together * most) * wide + most * (COLUMNS + 2 * together));
-    auto take = [&free](int64_t n) { return (free += n) - n; };
+    static thread_local Floats memory;
+    float* next = memory.reserve((2 * COLUMNS + 2 * together * most) * wide + most * (COLUMNS + 2 * together));
+    auto take = [&next](int64_t n) { return (next += n) - n; };
     float *columns = take(wide * COLUMNS), *rows = take(COLUMNS * wide), *scores = take(most * COLUMNS);
     if (wide > dim) std::fill(columns, columns + 2 * COLUMNS * wide, 0.0f);
     std::vector<Queries> of_head(heads_here);
