@@ -57,7 +57,7 @@ def library() -> Library:
                 if not path.exists():
                     _build(compiler, here / SOURCES[0], path)
         handle = ctypes.CDLL(str(path))
-    except (OSError, ImportError, subprocess.SubprocessError) as e:
+    except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as e:  # RuntimeError: no home
         said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
         return Library(None, f"{compiler}: {said[0] if said else type(e).__name__}")
     except ArithmeticError as e:
