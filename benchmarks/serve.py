@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen3-0.6B")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument(
-        "--dtype", default="float32", help="of the artifact: float32, or bfloat16 as in the source"
+        "--dtype", default="bfloat16", help="of the artifact: bfloat16 as in the source, or float32"
     )
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--requests", default="1,4,16")
