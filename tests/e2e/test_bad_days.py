@@ -132,13 +132,22 @@ def test_a_prompt_longer_than_the_context_is_refused(server: Server) -> None:
     "body",
     [
         b'{"input_ids": [], "sampling_params": {"max_new_tokens": 1}}',
+        b'{"text": "", "sampling_params": {"max_new_tokens": 1}}',
         b'{"text": "\xff\xfe", "sampling_params": {"max_new_tokens": 1}}',
         b"{",
         b'{"input_ids": [99999999], "sampling_params": {"max_new_tokens": 1}}',
         b'{"input_ids": [-1], "sampling_params": {"max_new_tokens": 1}}',
         b'{"input_ids": [1, 2, 3], "return_logprob": true, "logprob_start_len": 0}',
     ],
-    ids=["empty prompt", "invalid UTF-8", "no JSON", "no such token", "negative token", "prompt's logprobs"],
+    ids=[
+        "empty prompt",
+        "empty text",
+        "invalid UTF-8",
+        "no JSON",
+        "no such token",
+        "negative token",
+        "prompt's logprobs",
+    ],
 )
 def test_nonsense_is_refused_and_the_server_goes_on(server: Server, model: Any, body: bytes) -> None:
     code, text = refused(server, body)

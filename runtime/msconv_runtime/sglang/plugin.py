@@ -117,10 +117,16 @@ def _load_beside(
 def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
     """What the graphs cannot answer: it would end the process that runs them.  The client gets a 400.
 
-    Tokens that no row of the embedding stands for; log probabilities of the prompt, which need all its logits.
+    No tokens, or such that no row of the embedding stands for; log probabilities of the prompt, which need all
+    its logits.
     """
     if not _is_served(manager.model_path):
         return
+    if isinstance(input_ids, list) and not input_ids:
+        raise ValueError(
+            "The prompt has no tokens: its text is empty, or the artifact has no tokenizer; then serve it with "
+            "`-- --skip-tokenizer-init` and send input_ids."
+        )
     size = manager.model_config.vocab_size
     for token in input_ids if isinstance(input_ids, list) else ():
         if not isinstance(token, int) or not 0 <= token < size:
