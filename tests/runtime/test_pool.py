@@ -19,7 +19,9 @@ def resident() -> int:
     return int(line.split()[1]) << 10
 
 
-def test_large_tensors_are_reserved_and_populated_later() -> None:
+@pytest.mark.parametrize("at_once", [0, SIZE * 2])
+def test_large_tensors_are_reserved_and_populated_later(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "AT_ONCE", at_once)
     before, zeros = resident(), torch.zeros
     with cpu.reserved_zeros():
         large = torch.zeros((4, SIZE // 16), dtype=torch.float32, device="cpu")

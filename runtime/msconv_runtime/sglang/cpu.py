@@ -34,6 +34,7 @@ STALL_S = 3600  # a process that stood still for less is not taken for dead: we 
 PR_SET_PDEATHSIG = 1
 MADV_POPULATE_WRITE = 23
 RESERVE = 16 << 20  # bytes of a tensor from which on its memory is reserved
+AT_ONCE = 1 << 30  # bytes that are given their pages before the server is ready
 POPULATE = 2 << 20  # bytes a call
 PAUSE_S = 0.001  # between calls: memory that others want at the same time comes first
 _reserved: list[mmap.mmap] = []
@@ -89,20 +90,22 @@ def reserved_zeros() -> Iterator[None]:
 
 
 def populate_reserved() -> None:
-    """Give the reserved memory its pages, in a thread that yields to others: from then on the server's memory does
-    not grow with its use.  A kernel that cannot (before Linux 5.14) gives them when they are touched."""
+    """Give the reserved memory its pages: from then on the server's memory does not grow with its use.  Little is
+    done at once, more in a thread.  A kernel that cannot (before Linux 5.14) gives them when they are touched."""
+    memories = list(_reserved)
+    _reserved.clear()
+    if sum(map(len, memories)) <= AT_ONCE:
+        _populate(memories, 0.0)
+    else:
+        threading.Thread(target=_populate, args=(memories, PAUSE_S), name="msconv-pool", daemon=True).start()
 
-    def run(memories: list[mmap.mmap]) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        with contextlib.suppress(OSError):
-            for memory in memories:
-                for begin in range(0, len(memory), POPULATE):
-                    memory.madvise(MADV_POPULATE_WRITE, begin, min(POPULATE, len(memory) - begin))
-                    time.sleep(PAUSE_S)
 
-    if _reserved:
-        threading.Thread(target=run, args=(list(_reserved),), name="msconv-pool", daemon=True).start()
-        _reserved.clear()
+def _populate(memories: list[mmap.mmap], pause_s: float) -> None:
+    with contextlib.suppress(OSError):
+        for memory in memories:
+            for begin in range(0, len(memory), POPULATE):
+                memory.madvise(MADV_POPULATE_WRITE, begin, min(POPULATE, len(memory) - begin))
+                time.sleep(pause_s)
 
 
 def start_communication(tp_group: Any) -> None:
