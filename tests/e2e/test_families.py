@@ -58,7 +58,7 @@ SERVED = [
 
 @pytest.mark.parametrize(("kind", "tp", "ep"), SERVED)
 def test_a_server_gives_transformers_tokens(kind: str, tp: int, ep: int, tmp_path: Path) -> None:
-    """Eight prompts at once and one after another, one longer than a chunk, one with a cached prefix."""
+    """Sixteen prompts at once and one after another, one longer than a chunk, one with a cached prefix."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +73,8 @@ def test_a_server_gives_transformers_tokens(kind: str, tp: int, ep: int, tmp_pat
     torch.set_num_threads(1)
     model: Any = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
     rng = np.random.default_rng(5)
-    prompts = [rng.integers(3, model.config.vocab_size, n).tolist() for n in (1, 5, 16, 17, 33, 3, 70, 9)]
+    lengths = (1, 5, 16, 17, 33, 3, 70, 9, 2, 15, 31, 48, 63, 64, 65, 90)
+    prompts = [rng.integers(3, model.config.vocab_size, n).tolist() for n in lengths]
     wanted = [expected(model, ids, NEW_TOKENS) for ids in prompts]
     artifact = tmp_path / "artifact"
     run("convert", "--model", source, "--tp", tp, "--ep", ep, "--output", artifact)
