@@ -214,7 +214,7 @@ def _system(machine: Machine) -> Iterator[Finding]:
     yield Finding("platform", state, machine.system, "Linux x86_64", "use a Linux machine", ALL)
     yield Finding("cores", "ok", str(machine.cores), "one or more")
     why, needed = machine.no_kernels(), "those of msconv, built by a C++ compiler"
-    hint = "install g++: without them a CPU serves by MindSpore's own operations, at half the speed"
+    hint = "install g++: without them a CPU serves by MindSpore's own operations, slower"
     yield Finding("CPU kernels", "missing" if why else "ok", why or "built", needed, hint)
     for name, free, hint in (
         ("memory free", machine.memory(), "end other programs, or raise the container's limit"),
