@@ -42,6 +42,22 @@ def test_large_tensors_are_reserved_and_populated_later(at_once: int, monkeypatc
     assert all(t.name != "msconv-pool" for t in threading.enumerate())
 
 
+def test_no_pages_are_given_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "AT_ONCE", 0)
+    before = resident()
+    with cpu.reserved_zeros():
+        large = torch.zeros((SIZE // 4,), dtype=torch.float32, device="cpu")
+    with cpu.at_work():
+        cpu.populate_reserved()
+        (thread,) = (t for t in threading.enumerate() if t.name == "msconv-pool")
+        thread.join(5 * cpu.IDLE_S)
+        assert thread.is_alive()
+        assert resident() - before < SIZE // 4
+    thread.join()
+    assert resident() - before > SIZE * 3 // 4
+    assert float(large.sum()) == 0.0
+
+
 def test_an_error_inside_leaves_torch_as_it_was() -> None:
     zeros = torch.zeros
     with pytest.raises(ValueError, match="inside"), cpu.reserved_zeros():

@@ -36,8 +36,10 @@ MADV_POPULATE_WRITE = 23
 RESERVE = 16 << 20  # bytes of a tensor from which on its memory is reserved
 AT_ONCE = 1 << 30  # bytes that are given their pages before the server is ready
 POPULATE = 2 << 20  # bytes a call
-PAUSE_S = 0.001  # between calls: memory that others want at the same time comes first
+PAUSE_S = 0.001  # between calls, which keep other threads from running Python
+IDLE_S = 0.1  # without a step, until the server counts as idle
 _reserved: list[mmap.mmap] = []
+_idle_from = 0.0  # on the monotonic clock
 logger = logging.getLogger(__name__)
 
 
@@ -89,9 +91,21 @@ def reserved_zeros() -> Iterator[None]:
         torch.zeros = zeros
 
 
+@contextlib.contextmanager
+def at_work() -> Iterator[None]:
+    """In here and shortly after, no pages are given to reserved memory: the memory's speed bounds a step's."""
+    global _idle_from
+    _idle_from = math.inf
+    try:
+        yield
+    finally:
+        _idle_from = time.monotonic() + IDLE_S
+
+
 def populate_reserved() -> None:
     """Give the reserved memory its pages: from then on the server's memory does not grow with its use.  Little is
-    done at once, more in a thread.  A kernel that cannot (before Linux 5.14) gives them when they are touched."""
+    done at once, more in a thread, as soon as and as long as the server is idle.  A kernel that cannot (before
+    Linux 5.14) gives them when they are touched."""
     memories = list(_reserved)
     _reserved.clear()
     if sum(map(len, memories)) <= AT_ONCE:
@@ -104,6 +118,8 @@ def _populate(memories: list[mmap.mmap], pause_s: float) -> None:
     with contextlib.suppress(OSError):
         for memory in memories:
             for begin in range(0, len(memory), POPULATE):
+                while time.monotonic() < _idle_from:
+                    time.sleep(IDLE_S)
                 memory.madvise(MADV_POPULATE_WRITE, begin, min(POPULATE, len(memory) - begin))
                 time.sleep(pause_s)
 

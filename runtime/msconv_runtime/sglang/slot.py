@@ -89,10 +89,9 @@ class ArtifactModel(nn.Cell):
         if not self.caches:
             self.caches = self._map_pool(self.graphs)
         batch = batch_of(input_ids, positions, forward_batch, self.graphs.page)
-        if forward_batch.forward_mode.is_extend():
-            logits = self.graphs.prefill(batch, self.caches)
-        else:
-            logits = self.graphs.decode(batch, self.caches)
+        run = self.graphs.prefill if forward_batch.forward_mode.is_extend() else self.graphs.decode
+        with cpu.at_work():
+            logits = run(batch, self.caches)
         if self.graphs.compiles_since_ready > self.compiles:
             self.compiles = self.graphs.compiles_since_ready
             logger.warning("msconv: compiles since ready: %d: a request waited for it", self.compiles)
