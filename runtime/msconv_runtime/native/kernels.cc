@@ -74,7 +74,7 @@ INLINE void dots(const float* x, int64_t ldx, const W* const* w, int64_t ahead, 
   for (; k + LANES <= depth; k += LANES) {
     f32x16 v[N];
     for (int j = 0; j < N; j++) {
-      if (ahead) __builtin_prefetch(w[j] + ahead + k);
+      if (ahead) __builtin_prefetch(w[j] + ahead + k, 0, 2);  // to the second-level cache: the first waits for few
       v[j] = load(w[j] + k);
     }
     for (int r = 0; r < R; r++) {
