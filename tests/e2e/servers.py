@@ -133,6 +133,13 @@ def _wait(server: Server) -> None:
     pytest.fail(f"the server was not ready after {START_TIMEOUT_S} s:\n{server.log[-3000:]}")
 
 
+def make_artifact(checkpoint: Path, root: Path, tp: int = 1, ep: int = 1) -> Path:
+    """The checkpoint converted and compiled for the CPU."""
+    run("convert", "--model", checkpoint, "--tp", tp, "--ep", ep, "--output", root)
+    run("compile", root, "--target", "cpu")
+    return root
+
+
 def run(*args: object) -> None:
     """A msconv command that must succeed."""
     done = subprocess.run([sys.executable, "-m", "msconv", *map(str, args)], capture_output=True, text=True)

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.e2e.servers import Server, expected, run, serving
+from tests.e2e.servers import Server, expected, make_artifact, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -33,10 +33,7 @@ GROWTH_BYTES = 96 << 20
 
 @pytest.fixture(scope="module")
 def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("bad-days") / "artifact"
-    run("convert", "--model", random_checkpoint, "--tp", 1, "--output", root)
-    run("compile", root, "--target", "cpu")
-    return root
+    return make_artifact(random_checkpoint, tmp_path_factory.mktemp("bad-days") / "artifact")
 
 
 @pytest.fixture(scope="module")

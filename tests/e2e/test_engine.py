@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.servers import expected, run
+from tests.e2e.servers import expected, make_artifact
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -30,9 +30,7 @@ def test_the_readme_example_runs_as_written(zen_checkpoint: Path, tmp_path: Path
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    artifact = tmp_path / "artifacts" / "Qwen3-0.6B-tp1"
-    run("convert", "--model", zen_checkpoint, "--tp", 1, "--output", artifact)
-    run("compile", artifact, "--target", "cpu")
+    make_artifact(zen_checkpoint, tmp_path / "artifacts" / "Qwen3-0.6B-tp1")
     script = tmp_path / "example.py"
     script.write_text(example())
     done = subprocess.run(

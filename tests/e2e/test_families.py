@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import Stored, read_checkpoint, write_safetensors
-from tests.e2e.servers import expected, run, serving
+from tests.e2e.servers import expected, make_artifact, serving
 from tests.moe_checkpoints import add_mtp, dequantise, make_deepseek_v3, make_qwen3_moe, quantise_fp8
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -76,9 +76,7 @@ def test_a_server_gives_transformers_tokens(kind: str, tp: int, ep: int, tmp_pat
     lengths = (1, 5, 16, 17, 33, 3, 70, 9, 2, 15, 31, 48, 63, 64, 65, 90)
     prompts = [rng.integers(3, model.config.vocab_size, n).tolist() for n in lengths]
     wanted = [expected(model, ids, NEW_TOKENS) for ids in prompts]
-    artifact = tmp_path / "artifact"
-    run("convert", "--model", source, "--tp", tp, "--ep", ep, "--output", artifact)
-    run("compile", artifact, "--target", "cpu")
+    artifact = make_artifact(source, tmp_path / "artifact", tp, ep)
     flags = ("--chunked-prefill-size", str(CHUNK), "--skip-tokenizer-init")
     with serving(artifact, tmp_path / "server.log", *flags) as server:
 

@@ -19,7 +19,7 @@ import pytest
 from msconv_runtime.errors import EnvironmentProblem
 from msconv_runtime.sglang import cpu
 from msconv_runtime.sglang.launch import cores_by_rank, cpu_environment, plan_launch
-from tests.e2e.servers import NEW_TOKENS, Server, expected, left_after, run, serving
+from tests.e2e.servers import NEW_TOKENS, Server, expected, left_after, make_artifact, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -29,10 +29,7 @@ END_S = 15  # after this no process of a server may be left
 
 @pytest.fixture(scope="module")
 def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("serve-tp2") / "artifact"
-    run("convert", "--model", random_checkpoint, "--tp", 2, "--output", root)
-    run("compile", root, "--target", "cpu")
-    return root
+    return make_artifact(random_checkpoint, tmp_path_factory.mktemp("serve-tp2") / "artifact", tp=2)
 
 
 @pytest.fixture(scope="module")

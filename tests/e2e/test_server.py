@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from msconv_runtime.sglang.launch import cpu_environment
-from tests.e2e.servers import NEW_TOKENS, Server, expected, run, serving
+from tests.e2e.servers import NEW_TOKENS, Server, expected, make_artifact, run, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -24,10 +24,7 @@ CHUNK = 64
 
 @pytest.fixture(scope="module")
 def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("serve") / "artifact"
-    run("convert", "--model", random_checkpoint, "--tp", 1, "--output", root)
-    run("compile", root, "--target", "cpu")
-    return root
+    return make_artifact(random_checkpoint, tmp_path_factory.mktemp("serve") / "artifact")
 
 
 GRAPHS = {"1": ["native"], "0": ["decode", "prefill"]}  # MSCONV_NATIVE: with compiled kernels, and without

@@ -1,4 +1,4 @@
-"""Memory of SGLang's pools on a CPU: reserved first, its pages given in the background."""
+"""Memory of SGLang's pools on a CPU: reserved first, its pages given while the server is idle."""
 
 from __future__ import annotations
 

@@ -12,10 +12,6 @@ import numpy as np
 
 from tests.checkpoints import Bits
 from tests.verify.faults import (
-    CACHED,
-    Fault,
-    GraphEdit,
-    Ranks,
     attention,
     between_ranks,
     copy_from,
@@ -28,6 +24,7 @@ from tests.verify.faults import (
     turned_part,
     write_is_dead,
 )
+from tests.verify.planting import CACHED, Fault, GraphEdit, Ranks
 
 HALF = 16  # columns of gate, and of up, that a rank has of an expert
 HEAD, ROPE = 24, 8  # rows of a query head, and of its rotated part

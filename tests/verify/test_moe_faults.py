@@ -24,7 +24,8 @@ from tests.checkpoints import read_safetensors, write_safetensors
 from tests.conversions import convert
 from tests.moe_checkpoints import make_deepseek_v3, make_qwen3_moe, quantise_fp8
 from tests.verify import moe_faults
-from tests.verify.faults import Fault, attention, edit_graphs, edit_weights, mlp
+from tests.verify.faults import attention, mlp
+from tests.verify.planting import Fault, edit_graphs, edit_weights
 from tests.verify.test_mutations import Remembered
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,8 @@ from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
 from tests.checkpoints import make_qwen3
 from tests.commands import run_msconv
-from tests.verify.faults import FAULTS, Fault, attention, edit_graphs, edit_weights
+from tests.verify.faults import FAULTS, attention
+from tests.verify.planting import Fault, edit_graphs, edit_weights
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,8 @@ from msconv_runtime.native import LIBRARY, library
 from msconv_runtime.native.check import call, narrow, widened
 from tests.conftest import Checkpoints
 from tests.conversions import convert
-from tests.verify.faults import GraphEdit, attention, edit_graphs, mlp, name_of
+from tests.verify.faults import attention, mlp, name_of
+from tests.verify.planting import GraphEdit, edit_graphs
 
 EXACT = Context(True, torch.float32)
 Array = Any
