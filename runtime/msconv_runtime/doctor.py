@@ -195,13 +195,14 @@ def gib(size: int | None) -> str:
     return "cannot be read" if size is None else f"{size / (1 << 30):.2f} GiB"
 
 
-def examine(machine: Machine, root: Path | None = None) -> Report:
-    """All findings about the machine and, if given, the artifact at `root`."""
+def examine(machine: Machine, root: Path | None = None, tokens: int = 0) -> Report:
+    """All findings about the machine and, if given, the artifact at `root`, served on a CPU with a KV cache of so
+    many tokens (0: the usual)."""
     findings = [*_system(machine), *(_package(machine, name) for name in TESTED)]
     findings += [*_variables(machine), *_ascend(machine)]
     if root is None:
         return Report(findings)
-    artifact, about = _artifact(machine, root)
+    artifact, about = _artifact(machine, root, tokens)
     return Report(findings + about, artifact)
 
 
@@ -214,7 +215,8 @@ def _system(machine: Machine) -> Iterator[Finding]:
     yield Finding("platform", state, machine.system, "Linux x86_64", "use a Linux machine", ALL)
     yield Finding("cores", "ok", str(machine.cores), "one or more")
     why, needed = machine.no_kernels(), "those of msconv, built by a C++ compiler"
-    hint = "install g++: without them a CPU serves by MindSpore's own operations, slower"
+    mend = "install g++" if not why or "no C++ compiler" in why else "mend that"
+    hint = f"{mend}: without them a CPU serves by MindSpore's own operations, 1.5 to 3 times slower"
     yield Finding("CPU kernels", "missing" if why else "ok", why or "built", needed, hint)
     for name, free, hint in (
         ("memory free", machine.memory(), "end other programs, or raise the container's limit"),
@@ -302,14 +304,14 @@ def _npu_smi(program: str) -> Finding:
     return Finding("npu-smi", state, found, "every chip OK", "`npu-smi info` shows more")
 
 
-def _artifact(machine: Machine, root: Path) -> tuple[dict[str, Any], list[Finding]]:
+def _artifact(machine: Machine, root: Path, tokens: int) -> tuple[dict[str, Any], list[Finding]]:
     """The artifact in short, and how it fits this machine."""
     short: dict[str, Any] = {"path": str(root), "ready": False}
     try:
         manifest = read_manifest(root)
         short["ready"] = True
         damage = _damage(root, manifest)
-        memory = list(_memory(machine, root, manifest))
+        memory = list(_memory(machine, root, manifest, tokens))
     except (MsconvError, OSError, ImportError) as e:
         hint = getattr(e, "hint", "") or "make it readable, and numpy importable"
         return short, [Finding("artifact", "wrong", str(e), "READY, and a manifest that fits", hint, SERVE)]
@@ -371,7 +373,7 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
         yield Finding(f"proof {target}", "ok" if proof else "untested", found, "a proof of these bytes", hint)
 
 
-def _memory(machine: Machine, root: Path, manifest: Manifest) -> Iterator[Finding]:
+def _memory(machine: Machine, root: Path, manifest: Manifest, tokens: int) -> Iterator[Finding]:
     """Free memory against all ranks on a CPU: weights as the graphs take them, and the KV cache."""
     from .sglang.launch import POOL_TOKENS, pool_tokens
 
@@ -382,11 +384,12 @@ def _memory(machine: Machine, root: Path, manifest: Manifest) -> Iterator[Findin
     graphs = [g for g in graphs if (g.phase == "native") is native]
     parameters = {p.name: math.prod(p.shape) * ITEM_BYTES.get(p.dtype, 4) for g in graphs for p in g.parameters}
     token = sum(4 * math.prod(n or 1 for n in i.shape[2:]) for i in graphs[0].inputs if "_cache." in i.name)
-    pools = (POOL_TOKENS[0], pool_tokens(root, manifest))
-    least, usual = (tp * (sum(parameters.values()) + tokens * token) for tokens in pools)
+    pools = (tokens or POOL_TOKENS[0], tokens or pool_tokens(root, manifest))
+    least, usual = (tp * (sum(parameters.values()) + count * token) for count in pools)
     state: State = "untested" if free is None or free < usual else "ok"
     hint = f"`msconv serve {root} -- --max-total-tokens {pools[0]}` takes {gib(least)}"
     if free is not None and free < least:
         state, hint = "wrong", f"end other programs, or serve where {gib(least)} are free"
+        hint += ", or give a smaller --max-total-tokens" * (tokens > POOL_TOKENS[0])
     needed = f"{gib(usual)}: weights and KV cache of {tp} ranks on a CPU"
     yield Finding("memory to serve", state, gib(free), needed, hint, SERVE[:1])

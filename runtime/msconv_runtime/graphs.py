@@ -92,13 +92,15 @@ class Graphs:
         mode: LoadMode = "mmap",
         check: bool = False,
         native: bool = True,
+        ranks_here: int = 0,
     ) -> None:
+        """`ranks_here`: how many share this machine's processors, 0 for all of the artifact's."""
         self.manifest, self.target = manifest, target
         entries = {g.phase: g for g in graphs_of(root, manifest, target)}
         self.library = library() if native and "native" in entries else NO_KERNELS
         self.native = self.library.path is not None
         if self.native:
-            use_threads(manifest.parallel.tp)
+            use_threads(ranks_here or manifest.parallel.tp)
         self.entries = {phase: g for phase, g in entries.items() if (phase == "native") is self.native}
         # Of MindSpore's own operations the decode graph multiplies the other way round: the prefill graph is
         # faster for few sequences, unless the graphs differ in their experts or in latent attention.

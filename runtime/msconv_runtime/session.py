@@ -72,6 +72,8 @@ class Session:
 
     def extend(self, tokens: list[list[int]]) -> Logits:
         """Append tokens to each sequence; what is cached before them is used.  [B, V]."""
+        if not all(tokens):
+            raise UsageError("extend needs at least one token for each sequence.", "Leave no list empty.")
         return self.graphs.prefill(self._advance(tokens), self._caches)
 
     def decode(self, tokens: list[int]) -> Logits:

@@ -144,6 +144,9 @@ def test_an_artifact_larger_than_free_memory_cannot_be_served(compiled: Path, tm
         report = examine(machine(tmp_path), compiled)
         assert finding(report, "memory to serve").state == state, free
         assert report.can["serve_cpu"] is (state != "wrong")
+    write(tmp_path / "proc/meminfo", "MemAvailable: 1000000 kB\n")
+    larger = finding(examine(machine(tmp_path), compiled, 10**9), "memory to serve")
+    assert (larger.state, "smaller --max-total-tokens" in larger.hint) == ("wrong", True)
     write(tmp_path / "proc/meminfo", "")
     assert finding(examine(machine(tmp_path), compiled), "memory to serve").state == "untested"
 

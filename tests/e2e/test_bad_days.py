@@ -119,6 +119,12 @@ def test_log_probabilities_of_what_was_generated(server: Server, model: Any) -> 
     assert found == pytest.approx(right.tolist(), abs=1e-4)
 
 
+def test_answers_keep_to_a_grammar(server: Server) -> None:
+    sampling = {"temperature": 0, "max_new_tokens": 6, "regex": "[0-9]{6}"}
+    reply = json.loads(server.post("/generate", {"input_ids": [9, 10, 11], "sampling_params": sampling}))
+    assert re.fullmatch("[0-9]{1,6}", reply["text"])
+
+
 def test_a_prompt_longer_than_the_context_is_refused(server: Server) -> None:
     body = {"input_ids": [1] * (CONTEXT + 1), "sampling_params": {"max_new_tokens": 1}}
     code, text = refused(server, json.dumps(body).encode())
@@ -135,6 +141,11 @@ def test_a_prompt_longer_than_the_context_is_refused(server: Server) -> None:
         b'{"input_ids": [99999999], "sampling_params": {"max_new_tokens": 1}}',
         b'{"input_ids": [-1], "sampling_params": {"max_new_tokens": 1}}',
         b'{"input_ids": [1, 2, 3], "return_logprob": true, "logprob_start_len": 0}',
+        b'{"input_ids": [1, 2, 3], "return_logprob": true, "logprob_start_len": -2}',
+        b'{"input_ids": [1, 2, 3], "return_logprob": true, "top_logprobs_num": 100000}',
+        b'{"input_ids": [1, 2, 3], "sampling_params": {"min_new_tokens": 2, "stop_token_ids": [-7]}}',
+        b'{"input_ids": [1, 2, 3], "return_hidden_states": true}',
+        b'{"input_embeds": [[0.5, 0.5]]}',
     ],
     ids=[
         "empty prompt",
@@ -144,11 +155,42 @@ def test_a_prompt_longer_than_the_context_is_refused(server: Server) -> None:
         "no such token",
         "negative token",
         "prompt's logprobs",
+        "prompt's logprobs, from the end",
+        "logprobs of more tokens than there are",
+        "no such token to stop at",
+        "hidden states",
+        "embeddings",
     ],
 )
 def test_nonsense_is_refused_and_the_server_goes_on(server: Server, model: Any, body: bytes) -> None:
     code, text = refused(server, body)
     assert 400 <= code < 500, text
+    assert server.generate([3, 4], NEW)["output_ids"] == expected(model, [3, 4], NEW)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (
+            "/v1/score",
+            {
+                "model": "default",
+                "query": [1, 2],
+                "items": [[3]],
+                "label_token_ids": [4],
+                "embed_override_token_id": 2,
+                "query_embed_overrides": [[0.5] * 128],
+            },
+            "take no embeddings",
+        ),
+        ("/update_weights_from_disk", {"model_path": "/"}, "convert again"),
+    ],
+)
+def test_what_an_artifact_cannot_do_is_refused(
+    server: Server, model: Any, path: str, body: dict[str, Any], said: str
+) -> None:
+    code, text = refused(server, json.dumps(body).encode(), path)
+    assert (400 <= code < 500, said in text) == (True, True), (code, text)
     assert server.generate([3, 4], NEW)["output_ids"] == expected(model, [3, 4], NEW)
 
 

@@ -118,14 +118,29 @@ def test_each_copy_of_the_model_gets_its_cores(own_artifact: Path) -> None:
     two = plan_launch(own_artifact, "cpu", "127.0.0.1", 30000, ["--dp-size=2"]).environment
     assert bind not in one
     assert two[bind].count("|") == 1
+    assert ("MSCONV_RANKS_HERE" in one, two["MSCONV_RANKS_HERE"]) == (False, "2")
+
+
+def test_a_cpu_server_takes_the_graphs_for_a_cpu(own_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSCONV_TARGET", "ascend910b")
+    found = plan_launch(own_artifact, "cpu", "127.0.0.1", 30000, [])
+    assert found.environment["MSCONV_TARGET"] == "cpu"
+
+
+def test_a_pool_that_does_not_fit_is_refused(own_artifact: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"memory to serve.*smaller --max-total-tokens"):
+        plan_launch(own_artifact, "cpu", "127.0.0.1", 30000, ["--max-total-tokens", str(10**12)])
 
 
 def test_settings_go_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Settings(False, True, "read", "ascend310p", "10.0.0.7")
+    assert Settings().environment() == {}
+    given = Settings(False, True, "read", "ascend310p", "10.0.0.7", 3)
     for name, value in given.environment().items():
         monkeypatch.setenv(name, value)
     assert Settings.read() == given
-    assert Settings().environment() == {}
+    for name, value in Settings().environment().items():  # what the user exported does not win over the command
+        monkeypatch.setenv(name, value)
+    assert Settings.read() == Settings()
     monkeypatch.setenv("MSCONV_LOAD_MODE", "copy")
     with pytest.raises(UsageError, match="mmap or read"):
         Settings.read()

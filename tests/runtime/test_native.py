@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from msconv_runtime import native
-from msconv_runtime.errors import ArtifactError
+from msconv_runtime.errors import ArtifactError, UsageError
 from msconv_runtime.graphs import Graphs
 from msconv_runtime.native import Library, check, library
+from tests.commands import run_python
 from tests.conftest import Checkpoints
 from tests.conversions import convert
 
@@ -56,6 +58,20 @@ def test_kernels_are_built_once_and_kept(fresh: Path, monkeypatch: pytest.Monkey
     assert library().path == built.path
 
 
+def test_a_damaged_library_is_built_again(fresh: Path) -> None:
+    code = "from msconv_runtime.native import library; print(library().path)"  # once a process: it stays loaded
+    path = Path(run_python(code).stdout.strip())
+    assert path.parent == fresh / "msconv"
+    path.write_bytes(b"")
+    assert run_python(code).stdout.strip() == str(path)
+    assert path.stat().st_size > 0
+
+
+def test_a_compiler_may_have_options(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ -O1")
+    assert library().path is not None, library().why
+
+
 def test_what_computes_something_else_is_not_used(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -63,7 +79,7 @@ def test_what_computes_something_else_is_not_used(
     monkeypatch.setattr(native, "__file__", str(changed / "__init__.py"))
     found = library()
     assert found.path is None
-    assert "compute something else: Attend of 20 is off by" in found.why
+    assert "do not work: Attend of 20 is off by" in found.why
     assert not list((fresh / "msconv").glob("*.so"))
 
 
@@ -80,7 +96,7 @@ def test_what_does_not_build_says_why(fresh: Path, monkeypatch: pytest.MonkeyPat
         ("MSCONV_NATIVE", "0", "MSCONV_NATIVE=0"),
         ("CXX", "/no/such/compiler", "No such file"),
         ("PATH", "/nowhere", "no C++ compiler"),
-        ("XDG_CACHE_HOME", "/dev/null/cache", "Not a directory"),
+        ("XDG_CACHE_HOME", "/dev/null/cache", "XDG_CACHE_HOME may name another directory"),
     ],
 )
 def test_without_kernels_there_is_a_reason(
@@ -90,6 +106,54 @@ def test_without_kernels_there_is_a_reason(
     monkeypatch.setenv(name, value)
     assert library().path is None
     assert why in library().why
+
+
+def test_memory_that_runs_out_is_an_answer(fresh: Path) -> None:
+    code = """
+import resource, sys
+import numpy as np
+from msconv_runtime.native import check, library
+path = library().path
+x, weight = np.ones((2048, 4096), np.float32), np.ones((64, 4096), np.float32)
+check.call(path, "Product", [x, weight], (2048, 64))  # with its copy of x, 32 MB
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), -1))
+try:
+    check.call(path, "Product", [x, weight], (2048, 64))
+except ArithmeticError as e:
+    print(e)
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "Product returned 3", done.stderr
+
+
+def test_a_part_without_memory_fails_its_call_only(tmp_path: Path) -> None:
+    """Other threads still work on the call when one has failed: it ends after them, and the next is whole."""
+    program = tmp_path / "parts.cc"
+    program.write_text("""
+#include <cstdio>
+#include <pool.h>
+int main() {
+  Pool::one().grow(4);
+  for (int round = 0; round < 2000; round++) {
+    std::atomic<int> ran{0};
+    bool failed = false;
+    try {
+      Pool::one().run(9, [&](int64_t i) {
+        ran++;
+        if (round % 2 && i == round % 9) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+    if (failed != bool(round % 2) || ran != 9) return printf("round %d: %d parts\\n", round, ran.load());
+  }
+}
+""")
+    made, here = tmp_path / "parts", str(Path(native.__file__).parent)
+    subprocess.run(["g++", "-std=c++17", "-O2", "-pthread", f"-I{here}", "-o", made, program], check=True)
+    done = subprocess.run([made], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_other_threads_and_processes_wait_for_one_build(fresh: Path) -> None:
@@ -119,6 +183,8 @@ def test_both_ways_give_the_same_logits(artifact: Path) -> None:
         ]
         found.append(np.concatenate(steps))
         assert session.graphs.compiles_since_ready == 0
+        with pytest.raises(UsageError, match="at least one token"):
+            session.extend([[1], [], [2]])
     assert np.abs(found[0] - found[1]).max() < 1e-4
 
 
@@ -173,11 +239,33 @@ def test_threads_are_the_share_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> Non
             told.append(count.value)
 
     monkeypatch.setattr(native, "library", lambda: Library(Path("x"), handle=Handle()))  # type: ignore[arg-type]
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(native, "processors_allowed", lambda: 8)
     for ranks, limit in ((1, ""), (3, ""), (16, ""), (1, "4"), (4, "4"), (1, "0"), (1, "many")):
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
         native.use_threads(ranks)
     assert told == [8, 2, 1, 4, 2, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("files", "allowed"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "1600000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_a_containers_quota_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], allowed: int
+) -> None:
+    monkeypatch.setattr(native, "CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert native.processors_allowed() == allowed
 
 
 def test_the_check_covers_every_operation() -> None:

@@ -30,7 +30,7 @@ constexpr int64_t BLOCK = 512;           // columns of an expert's matrix at onc
 constexpr int64_t STEP = 32;             // rows of it
 constexpr int64_t EXPERT_TOKENS = 1024;  // at once through the experts: bounds their memory
 
-enum Failure { UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2 };  // what an operation returns
+enum Failure { UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2, OUT_OF_MEMORY = 3 };  // what an operation returns
 
 struct Arguments {
   void** data;
@@ -53,9 +53,11 @@ class Floats {
   float* reserve(size_t count) {
     if (count > count_) {
       free(data_);
-      count_ = (count + LANES - 1) / LANES * LANES;
-      data_ = static_cast<float*>(aligned_alloc(64, count_ * sizeof(float)));
+      count_ = 0;
+      const size_t whole = (count + LANES - 1) / LANES * LANES;
+      data_ = static_cast<float*>(aligned_alloc(64, whole * sizeof(float)));
       if (!data_) throw std::bad_alloc();
+      count_ = whole;
     }
     return data_;
   }
@@ -354,8 +356,16 @@ int experts(const Arguments& a) {
 
 }  // namespace
 
-#define OPERATION(name) \
-  extern "C" int name(int, void** data, int* ranks, int64_t** shapes, const char** types, void*, void*)
+#define OPERATION(name)                                                                                 \
+  static int run##name(void** data, int* ranks, int64_t** shapes, const char** types);                  \
+  extern "C" int name(int, void** data, int* ranks, int64_t** shapes, const char** types, void*, void*) { \
+    try {                                                                                               \
+      return run##name(data, ranks, shapes, types);                                                     \
+    } catch (const std::bad_alloc&) {                                                                   \
+      return OUT_OF_MEMORY;                                                                             \
+    }                                                                                                   \
+  }                                                                                                     \
+  static int run##name(void** data, int* ranks, int64_t** shapes, const char** types)
 // What MindSpore asks before it calls: shapes of the outputs, -1 while they are dynamic, and their types.
 #define SHAPE(name)                                                               \
   extern "C" int name##InferType(Types, mindspore::AotExtra*) { return FLOAT32; } \

@@ -6,6 +6,8 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 
 class Pool {
@@ -17,13 +19,17 @@ class Pool {
 
   int64_t size() const { return workers_ + 1; }
 
-  // To be called before the first work; threads are only ever added.
+  // To be called before the first work; threads are only ever added, as many as the system gives.
   void grow(int64_t threads) {
     std::lock_guard<std::mutex> turn(turn_);
-    for (; workers_ + 1 < threads; workers_++) std::thread(&Pool::serve, this).detach();
+    try {
+      for (; workers_ + 1 < threads; workers_++) std::thread(&Pool::serve, this).detach();
+    } catch (const std::system_error&) {
+    }
   }
 
   // work(i) for all i below `parts`, on this thread and the others.  While another call is under way: on this one.
+  // Throws bad_alloc, when all parts have ended, if one of them did.
   template <class F>
   void run(int64_t parts, const F& work) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
@@ -37,6 +43,7 @@ class Pool {
     work_ = &work;
     parts_ = parts;
     done_.store(0);
+    failed_.store(false);
     ticket_.store(job << 32);
     if (asleep_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
@@ -45,6 +52,7 @@ class Pool {
     take_parts();
     for (int64_t spins = 0; done_.load(std::memory_order_acquire) < parts; spins++)
       spins < SPINS ? pause() : std::this_thread::yield();
+    if (failed_.load()) throw std::bad_alloc();
   }
 
  private:
@@ -68,7 +76,11 @@ class Pool {
       const void* work = work_.load(std::memory_order_relaxed);
       if (part == CLOSED || part >= parts_.load(std::memory_order_relaxed)) return;
       if (!ticket_.compare_exchange_strong(ticket, ticket + 1)) continue;
-      call(work, part);
+      try {
+        call(work, part);
+      } catch (const std::bad_alloc&) {
+        failed_.store(true);
+      }
       done_.fetch_add(1, std::memory_order_release);
     }
   }
@@ -94,6 +106,7 @@ class Pool {
   std::atomic<int> asleep_{0};
   std::atomic<uint64_t> ticket_{CLOSED};  // number of the job, next part
   std::atomic<int64_t> done_{0}, parts_{0};
+  std::atomic<bool> failed_{false};
   std::atomic<void (*)(const void*, int64_t)> call_{nullptr};
   std::atomic<const void*> work_{nullptr};
 };

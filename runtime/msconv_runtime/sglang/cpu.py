@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import math
 import mmap
@@ -115,13 +116,16 @@ def populate_reserved() -> None:
 
 
 def _populate(memories: list[mmap.mmap], pause_s: float) -> None:
-    with contextlib.suppress(OSError):
+    try:
         for memory in memories:
             for begin in range(0, len(memory), POPULATE):
                 while time.monotonic() < _idle_from:
                     time.sleep(IDLE_S)
                 memory.madvise(MADV_POPULATE_WRITE, begin, min(POPULATE, len(memory) - begin))
                 time.sleep(pause_s)
+    except OSError as e:
+        if e.errno == errno.ENOMEM:
+            logger.warning("msconv: no memory for all of the KV pool: give SGLang a smaller --max-total-tokens")
 
 
 def start_communication(tp_group: Any) -> None:

@@ -40,7 +40,7 @@ class Settings:
 
     strict_aot: a start that would compile for other shapes fails.  check_digests: every digest of the rank is
     compared before it loads.  load_mode: `mmap` or `read`.  target: whose graphs.  meeting_host: where the ranks
-    of a CPU server meet.
+    of a CPU server meet.  ranks_here: how many share this machine's processors, 0 for all of the artifact's.
     """
 
     strict_aot: bool = True
@@ -48,16 +48,18 @@ class Settings:
     load_mode: LoadMode = "mmap"
     target: str = "cpu"
     meeting_host: str = LOCALHOST
+    ranks_here: int = 0
 
     def environment(self) -> dict[str, str]:
-        """Only what differs from the defaults."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return {f"MSCONV_{name.upper()}": str(int(v) if isinstance(v, bool) else v) for name, v in values.items()}
+        """What differs from the defaults, and what this process's environment has."""
+        values = {f"MSCONV_{f.name.upper()}": (getattr(self, f.name), f.default) for f in fields(self)}
+        needed = {name: value for name, (value, usual) in values.items() if value != usual or name in os.environ}
+        return {name: str(int(v) if isinstance(v, bool) else v) for name, v in needed.items()}
 
     @staticmethod
     def read() -> Settings:
         """From this process's environment.  Raises UsageError for a load mode that there is not."""
-        mode = os.environ.get("MSCONV_LOAD_MODE", "mmap")
+        mode, ranks = os.environ.get("MSCONV_LOAD_MODE", "mmap"), os.environ.get("MSCONV_RANKS_HERE", "0")
         if mode not in ("mmap", "read"):
             raise UsageError(f"MSCONV_LOAD_MODE={mode}: mmap or read.")
         return Settings(
@@ -66,6 +68,7 @@ class Settings:
             "mmap" if mode == "mmap" else "read",
             os.environ.get("MSCONV_TARGET", "cpu"),
             os.environ.get("MSCONV_MEETING_HOST", LOCALHOST),
+            int(ranks) if ranks.isdecimal() else 0,
         )
 
 
@@ -150,9 +153,11 @@ def plan_launch(
             argv += [name, value] if value else [name]
     if nodes.count > 1 and nodes.address:
         settings = replace(settings, meeting_host=nodes.address.rpartition(":")[0].strip("[]"))
+    ranks = manifest.parallel.tp * copies(given)
+    if ranks // nodes.count != manifest.parallel.tp:
+        settings = replace(settings, ranks_here=ranks // nodes.count)
     environment = settings.environment()
     if device == "cpu":
-        ranks = manifest.parallel.tp * copies(given)
         environment |= {**cpu_environment(), **rank_environment(ranks, nodes.count)}
     return Launch([*argv, *extra], environment)
 
@@ -215,10 +220,10 @@ def refuse(
     from ..doctor import Machine, examine
 
     ability: Ability = "serve_cpu" if needed["--device"] == "cpu" else "serve_npu"
-    findings = [] if elsewhere else examine(Machine(), root).against(ability)
+    given = given_flags(extra)
+    findings = [] if elsewhere else examine(Machine(), root, number(given, "--max-total-tokens")).against(ability)
     findings = [f for f in findings if f.name not in besides]
     problems = [f"  {f.name}: {f.found}; needed: {f.needed}.  {f.hint}" for f in findings]
-    given = given_flags(extra)
     for name in ("--tp-size", "--ep-size", "--dtype", "--device"):
         wanted = needed.get(name, "1")
         for spelled in {name, *ALIASES.get(name, ())} & given.keys():
@@ -236,9 +241,14 @@ def refuse(
 
 
 def copies(given: dict[str, str]) -> int:
-    """How many copies of the model --dp-size asks for; SGLang itself refuses what is no number."""
-    value = next((given[name] for name in ("--dp-size", "--dp", "--data-parallel-size") if name in given), "1")
-    return int(value) if value.isdecimal() and int(value) > 0 else 1
+    """How many copies of the model --dp-size asks for."""
+    return number(given, "--dp-size", "--dp", "--data-parallel-size") or 1
+
+
+def number(given: dict[str, str], *names: str) -> int:
+    """What the user gave as one of these flags, or 0; SGLang itself refuses what is no number."""
+    value = next((given[name] for name in names if name in given), "")
+    return int(value) if value.isdecimal() else 0
 
 
 def refuse_taken(host: str, port: int) -> None:
@@ -327,7 +337,7 @@ def cpu_environment() -> dict[str, str]:
 def use_cpu(tp: int = 1) -> None:
     """Make this process, and what it starts, fit for SGLang on a CPU: what `msconv serve` sets for a server.  Call
     it before sglang is imported."""
-    environment = {**cpu_environment(), **rank_environment(tp)}
+    environment = {**cpu_environment(), **rank_environment(tp), "MSCONV_TARGET": "cpu"}
     for path in reversed(environment.get("PYTHONPATH", "").split(os.pathsep)):
         if path.startswith(str(STANDINS)) and path not in sys.path:
             sys.path.insert(0, path)

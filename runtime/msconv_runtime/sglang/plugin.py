@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
+import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,12 @@ from ..artifact import is_artifact, read_manifest
 
 PACKAGE = "msconv_runtime.sglang"
 SLOT = "MindSporeForCausalLM"  # the class that SGLang looks for under --model-impl mindspore
+MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+NOT_ANSWERED = {  # fields of a request: the graphs take tokens and give logits
+    "input_embeds": "take no embeddings",
+    "positional_embed_overrides": "take no embeddings",
+    "return_hidden_states": "give no hidden states",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -39,11 +46,10 @@ def activate() -> None:
     HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool", _make_pool, HookType.AROUND
     )
-    HookRegistry.register(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
-        _refuse_request,
-        HookType.BEFORE,
-    )
+    HookRegistry.register(f"{MANAGER}._validate_one_request", _refuse_request, HookType.BEFORE)
+    for source in ("disk", "tensor", "distributed", "ipc"):
+        refuse = functools.partial(_refuse_weights, (0,) if source == "disk" else ())
+        HookRegistry.register(f"{MANAGER}.update_weights_from_{source}", refuse, HookType.AROUND)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_state, HookType.AFTER)
 
 
@@ -115,28 +121,54 @@ def _load_beside(
 
 
 def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
-    """What the graphs cannot answer: it would end the process that runs them.  The client gets a 400.
+    """What the graphs cannot answer: it would end the process that runs them, or be missing from the answer.  The
+    client gets a 400.
 
     No tokens, or such that no row of the embedding stands for; log probabilities of the prompt, which need all
-    its logits.
+    its logits, or of more tokens than there are; NOT_ANSWERED.
     """
     if not _is_served(manager.model_path):
         return
-    if isinstance(input_ids, list) and not input_ids:
+    for field, why in NOT_ANSWERED.items():
+        if (value := getattr(obj, field, None)) is not None and value is not False:
+            raise ValueError(f"{field}: the graphs of an artifact {why}.  Leave it out.")
+    tokens = () if input_ids is None else input_ids
+    if input_ids is not None and not len(tokens):
         raise ValueError(
             "The prompt has no tokens: its text is empty, or the artifact has no tokenizer; then serve it with "
             "`-- --skip-tokenizer-init` and send input_ids."
         )
     size = manager.model_config.vocab_size
-    for token in input_ids if isinstance(input_ids, list) else ():
-        if not isinstance(token, int) or not 0 <= token < size:
-            raise ValueError(f"input_ids has the token {token!r}; the model's are 0 to {size - 1}.")
+    sampling = getattr(obj, "sampling_params", None) or {}
+    for field, some in (("input_ids", tokens), ("stop_token_ids", sampling.get("stop_token_ids") or ())):
+        for token in some:
+            if not _is_one_of(token, size):
+                raise ValueError(f"{field} has the token {token!r}; the model's are 0 to {size - 1}.")
+    if (most := getattr(obj, "top_logprobs_num", None) or 0) > size:
+        raise ValueError(f"top_logprobs_num is {most}; the model has {size} tokens.")
     start = getattr(obj, "logprob_start_len", None)
-    if getattr(obj, "return_logprob", False) and start is not None and 0 <= start < len(input_ids or ()):
+    if getattr(obj, "return_logprob", False) and start not in (None, -1) and start < len(tokens):
         raise ValueError(
             f"logprob_start_len {start} asks for log probabilities of the prompt: here are those of generated "
             "tokens only.  Leave it out."
         )
+
+
+def _is_one_of(token: Any, size: int) -> bool:
+    try:
+        return 0 <= operator.index(token) < size
+    except TypeError:
+        return False
+
+
+async def _refuse_weights(
+    rest: tuple[Any, ...], original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Other weights for a running server: it would go on with those it has.  `rest`: what follows success and
+    message in SGLang's answer."""
+    if not _is_served(manager.model_path):
+        return await original(manager, *args, **kwargs)
+    return False, "An artifact takes no other weights: convert again and start another server.", *rest
 
 
 @functools.cache

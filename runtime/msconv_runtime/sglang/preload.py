@@ -62,7 +62,15 @@ def load(root: Path, manifest: Manifest, rank: int) -> Loaded:
     import mindspore  # noqa: F401  takes seconds: apart from what follows
 
     seconds["import"] = time.monotonic() - started
-    graphs = Graphs(root, manifest, settings.target, rank, settings.load_mode, settings.check_digests)
+    graphs = Graphs(
+        root,
+        manifest,
+        settings.target,
+        rank,
+        settings.load_mode,
+        settings.check_digests,
+        ranks_here=settings.ranks_here,
+    )
     seconds |= graphs.seconds
     started = time.monotonic()
     graphs.warm_up(strict=settings.strict_aot)

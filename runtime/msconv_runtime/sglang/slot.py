@@ -79,6 +79,10 @@ class ArtifactModel(nn.Cell):
 
     def load_weights(self, weights: Any) -> None:
         """Load this rank, unless it is being loaded beside.  SGLang's own iterator is never advanced."""
+        if self.graphs is not None:
+            raise EnvironmentProblem(
+                f"{self.root}: is loaded, and takes no other weights.", "Start another server."
+            )
         if not preload.has_begun(self.root):
             self.graphs = preload.finish(self.root, self.manifest, self.rank)
 
