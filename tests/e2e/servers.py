@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,11 @@ class Server:
             self.post("/generate", {"input_ids": ids, "sampling_params": sampling, **more}, timeout_s)
         )
         return reply
+
+    def answers(self, prompts: list[list[int]], new: int, at_once: bool = False) -> list[list[int]]:
+        """Generated tokens of each, asked one after another or all at once."""
+        with ThreadPoolExecutor(len(prompts) if at_once else 1) as pool:
+            return list(pool.map(lambda ids: self.generate(ids, new)["output_ids"], prompts))
 
 
 def left_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:

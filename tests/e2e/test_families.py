@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +78,8 @@ def test_a_server_gives_transformers_tokens(kind: str, tp: int, ep: int, tmp_pat
     artifact = make_artifact(source, tmp_path / "artifact", tp, ep)
     flags = ("--chunked-prefill-size", str(CHUNK), "--skip-tokenizer-init")
     with serving(artifact, tmp_path / "server.log", *flags) as server:
-
-        def answer(ids: list[int]) -> list[int]:
-            found: list[int] = server.generate(ids, NEW_TOKENS)["output_ids"]
-            return found
-
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            assert list(pool.map(answer, prompts)) == wanted
-        assert [answer(ids) for ids in prompts] == wanted
+        for at_once in (True, False):
+            assert server.answers(prompts, NEW_TOKENS, at_once) == wanted
         again = server.generate(prompts[6], NEW_TOKENS)
         assert again["meta_info"]["cached_tokens"] > 0
         assert again["output_ids"] == wanted[6]

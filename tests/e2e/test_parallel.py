@@ -54,19 +54,11 @@ def test_every_rank_runs_the_slot_and_the_graphs_own_collectives(server: Server)
     assert process_of(server.processes(), "msconv_runtime.sglang.cpu").is_running()
 
 
-def test_prompts_one_after_another_give_transformers_tokens(
-    server: Server, model: Any, prompts: list[list[int]]
+@pytest.mark.parametrize("at_once", [False, True])
+def test_prompts_give_transformers_tokens(
+    server: Server, model: Any, prompts: list[list[int]], at_once: bool
 ) -> None:
-    for ids in prompts:
-        assert server.generate(ids, NEW_TOKENS)["output_ids"] == expected(model, ids), len(ids)
-
-
-def test_prompts_all_at_once_give_transformers_tokens(
-    server: Server, model: Any, prompts: list[list[int]]
-) -> None:
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        replies = list(pool.map(lambda ids: server.generate(ids, NEW_TOKENS)["output_ids"], prompts))
-    assert replies == [expected(model, ids) for ids in prompts]
+    assert server.answers(prompts, NEW_TOKENS, at_once) == [expected(model, ids) for ids in prompts]
 
 
 def test_a_cached_prefix_and_a_prompt_of_many_chunks(server: Server, model: Any) -> None:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +53,11 @@ def test_processes_begin_as_copies_of_the_first(server: Server) -> None:
     assert server.log.count("XPU support AWQ currently.\n") == 1
 
 
-def test_prompts_one_after_another_give_transformers_tokens(
-    server: Server, model: Any, prompts: list[list[int]]
+@pytest.mark.parametrize("at_once", [False, True])
+def test_prompts_give_transformers_tokens(
+    server: Server, model: Any, prompts: list[list[int]], at_once: bool
 ) -> None:
-    for ids in prompts:
-        assert server.generate(ids, NEW_TOKENS)["output_ids"] == expected(model, ids), len(ids)
-
-
-def test_prompts_all_at_once_give_transformers_tokens(
-    server: Server, model: Any, prompts: list[list[int]]
-) -> None:
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        replies = list(pool.map(lambda ids: server.generate(ids, NEW_TOKENS)["output_ids"], prompts))
-    assert replies == [expected(model, ids) for ids in prompts]
+    assert server.answers(prompts, NEW_TOKENS, at_once) == [expected(model, ids) for ids in prompts]
 
 
 def test_a_repeated_prompt_hits_the_prefix_cache_and_answers_the_same(server: Server, model: Any) -> None:

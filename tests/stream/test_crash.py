@@ -18,13 +18,13 @@ import pytest
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import ArtifactError
 from msconv_runtime.integrity import check_artifact
-from tests.commands import Result, run_command, run_msconv
+from tests.commands import run_command, run_msconv
+from tests.stream.crashes import FAULTS, faulty
 from tests.stream.faults import Fault
 from tests.synthetic import digests, qwen3_config, write_synthetic
 
 pytestmark = pytest.mark.slow
 
-FAULTS = Path(__file__).parent / "faults.py"
 
 # `msconv` as it is, but durable every megabytes given first, so that a model of 70 MB has something to resume
 DURABLE = """
@@ -210,11 +210,6 @@ def test_an_interrupted_command_exits_130_says_how_to_go_on_and_resumes(
         if interrupted == 3:
             break
     assert interrupted
-
-
-def faulty(fault: Fault, *arguments: object) -> Result:
-    line = [sys.executable, str(FAULTS), fault.text(), *map(str, arguments)]
-    return run_command(line, None, 120)
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 5), (5, 1), (3, 2)])

@@ -19,13 +19,13 @@ from typing import Protocol
 
 import pytest
 
-from tests.commands import Result, run_command, run_msconv
+from tests.commands import Result, run_msconv
+from tests.stream.crashes import FAULTS, faulty
 from tests.stream.faults import WRITING, Fault
 from tests.synthetic import digests, qwen3_config, write_synthetic
 
 pytestmark = pytest.mark.slow
 
-FAULTS = Path(__file__).parent / "faults.py"
 MB = 1_000_000
 SPARE = 300_000  # journal, manifest, configuration, and what a file system needs for itself
 
@@ -51,10 +51,6 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def size_of(directory: Path) -> int:
     return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
-
-
-def faulty(fault: Fault, *arguments: object) -> Result:
-    return run_command([sys.executable, str(FAULTS), fault.text(), *map(str, arguments)], None, 120)
 
 
 # Small file systems

@@ -7,27 +7,23 @@ import random
 import re
 import shutil
 import signal
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import msconv.stream.execute as streaming
 from msconv.convert import prepare, run
 from msconv.reshard import prepare as prepare_reshard
 from msconv.stream.blocks import buffer_sizes
 from msconv_runtime.artifact import TensorEntry
 from msconv_runtime.errors import ArtifactError
-from tests.commands import Result, run_command, run_msconv
+from tests.commands import run_msconv
 from tests.conversions import convert
+from tests.stream.crashes import crash, faulty
 from tests.stream.faults import Fault
 from tests.stream.moe_models import MESHES, RESHARDED, Artifacts, Models, assert_nothing, reshard, weights_of
 from tests.synthetic import digests
 
-FAULTS = Path(__file__).parent / "faults.py"
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -103,35 +99,13 @@ def test_a_flipped_bit_in_any_expert_is_refused(own_artifact: Artifacts, tmp_pat
 # Crashes
 
 
-class Crash(Exception):
-    """What the tests throw into a conversion."""
-
-
-def crash(monkeypatch: pytest.MonkeyPatch, units: int, work: Callable[[], object]) -> None:
-    """The work dies after some units, each durably done by then."""
-    original = streaming.move_unit
-    left = [units]
-
-    def move(*args: Any, **kwargs: Any) -> Any:
-        if not left[0]:
-            raise Crash
-        left[0] -= 1
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(streaming, "move_unit", move)
-        patch.setattr(streaming, "CHECKPOINT_BYTES", 1)
-        with pytest.raises(Crash):
-            work()
-
-
 @pytest.mark.parametrize("kind", RESHARDED)
 @pytest.mark.parametrize("units", [1, 12, 30])
 def test_a_crashed_conversion_resumes_to_the_same_bytes(
-    artifact: Artifacts, model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, units: int
+    artifact: Artifacts, model: Models, tmp_path: Path, kind: str, units: int
 ) -> None:
     whole = prepare(model(kind), 4, 2, output=tmp_path / "out").plan
-    crash(monkeypatch, units, lambda: convert(model(kind), tmp_path / "out", 4, ep=2))
+    crash(units, lambda: convert(model(kind), tmp_path / "out", 4, ep=2))
     assert_nothing(tmp_path / "out")
     done = convert(model(kind), tmp_path / "out", 4, ep=2, jobs=2)
     assert done.resumed
@@ -140,19 +114,15 @@ def test_a_crashed_conversion_resumes_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("kind", RESHARDED)
-def test_a_crashed_reshard_resumes_to_the_same_bytes(
-    artifact: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_a_crashed_reshard_resumes_to_the_same_bytes(artifact: Artifacts, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
-    crash(monkeypatch, 20, lambda: reshard(artifact(kind, 4, 4), out, 2, 1))
+    crash(20, lambda: reshard(artifact(kind, 4, 4), out, 2, 1))
     assert_nothing(out)
     assert reshard(artifact(kind, 4, 4), out, 2, 1).resumed
     assert digests(out) == digests(artifact(kind, 2, 1))
 
 
-def test_damage_that_a_crash_parted_from_the_rest_is_refused(
-    own_artifact: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damage_that_a_crash_parted_from_the_rest_is_refused(own_artifact: Artifacts, tmp_path: Path) -> None:
     """Some experts of a stacked tensor were read before the crash, the damaged one among them."""
     damaged, out = own_artifact("qwen3_moe", 4, 2), tmp_path / "out"
     entry = next(t for t in weights_of(damaged).tensors if t.name.endswith("experts.gate_up_proj.weight"))
@@ -161,14 +131,10 @@ def test_damage_that_a_crash_parted_from_the_rest_is_refused(
     order = prepare_reshard(damaged, 2, 1, out).plan
     names = sorted(order.units, key=lambda u: (order.sources[u[0]].file, order.sources[u[0]].offset))
     units = next(i for i, u in enumerate(names) if ".experts.2.gate_proj" in u[0])
-    crash(monkeypatch, units, lambda: reshard(damaged, out, 2, 1))
+    crash(units, lambda: reshard(damaged, out, 2, 1))
     with pytest.raises(ArtifactError, match=re.escape(entry.name)):
         reshard(damaged, out, 2, 1)
     assert_nothing(out)
-
-
-def faulty(fault: Fault, *arguments: object) -> Result:
-    return run_command([sys.executable, str(FAULTS), fault.text(), *map(str, arguments)], None, 120)
 
 
 def test_a_killed_conversion_resumes_to_the_same_bytes(artifact: Artifacts, model: Models, tmp_path: Path) -> None:

@@ -15,19 +15,18 @@ from typing import Any
 import msgspec
 import pytest
 
-import msconv.stream.execute as streaming
 from msconv.convert import Converted, prepare, run
 from msconv.reshard import prepare as prepare_reshard
 from msconv_runtime.artifact import Graph, TensorEntry, read_manifest, write_manifest
 from msconv_runtime.errors import ArtifactError, MsconvError
 from tests.checkpoints import make_qwen3
-from tests.commands import Result, run_command, run_msconv
+from tests.commands import run_command, run_msconv
+from tests.stream.crashes import FAULTS, crash, faulty
 from tests.stream.faults import Fault
 from tests.synthetic import digests, qwen3_config, write_synthetic
 
 pytestmark = pytest.mark.slow
 
-FAULTS = Path(__file__).parent / "faults.py"
 LAYOUTS = (1, 2, 4, 8, 16)
 MODEL: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -39,10 +38,6 @@ MODEL: dict[str, Any] = {
     "vocab_size": 1003,
     "attention_bias": True,
 }
-
-
-class Crash(Exception):
-    """What the tests throw into a conversion."""
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +231,7 @@ def test_damage_that_was_read_before_a_crash_is_refused_after_it(
     artifact, out = own("untied-tp4"), tmp_path / "out"
     entry = tensors(artifact)[0]
     flip(artifact, 0, entry, 7)
-    half_done(artifact, out, 2, monkeypatch)
+    half_done(artifact, out, 2)
     check_refused(artifact, out, 2, entry.name)
 
 
@@ -248,7 +243,7 @@ def test_damage_in_one_part_is_refused_when_a_crash_parted_it_from_the_others(
     artifact, out = own("untied-tp4"), tmp_path / "out"
     entry = next(t for t in tensors(artifact) if t.name.endswith("qkv_proj.weight"))
     flip(artifact, 1, entry, 7)
-    half_done(artifact, out, 2, monkeypatch, done)
+    half_done(artifact, out, 2, done)
     check_refused(artifact, out, 2, entry.name)
 
 
@@ -370,26 +365,9 @@ def test_ranks_that_do_not_divide_are_refused_with_those_that_do(artifacts: Path
 # Crashes
 
 
-def half_done(artifact: Path, out: Path, tp: int, monkeypatch: pytest.MonkeyPatch, tensors: int = 10) -> None:
-    """A reshard that dies after some tensors, each durably done by then."""
-    original = streaming.move_unit
-    left = [tensors]
-
-    def move(*args: Any, **kwargs: Any) -> Any:
-        if not left[0]:
-            raise Crash
-        left[0] -= 1
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(streaming, "move_unit", move)
-        patch.setattr(streaming, "CHECKPOINT_BYTES", 1)
-        with pytest.raises(Crash):
-            reshard(artifact, out, tp)
-
-
-def faulty(fault: Fault, *arguments: object) -> Result:
-    return run_command([sys.executable, str(FAULTS), fault.text(), *map(str, arguments)], None, 120)
+def half_done(artifact: Path, out: Path, tp: int, tensors: int = 10) -> None:
+    """A reshard that died after some tensors."""
+    crash(tensors, lambda: reshard(artifact, out, tp))
 
 
 @pytest.mark.parametrize(("old", "new"), [(1, 4), (16, 2)])
@@ -425,7 +403,7 @@ def test_an_artifact_that_changed_since_the_crash_is_refused(
     own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact, out = own("untied-tp4"), tmp_path / "out"
-    half_done(artifact, out, 2, monkeypatch)
+    half_done(artifact, out, 2)
     (artifact / "weights/model-rank-0-part-0.safetensors").touch()
     with pytest.raises(MsconvError) as caught:
         reshard(artifact, out, 2)

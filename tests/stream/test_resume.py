@@ -30,32 +30,11 @@ from tests.checkpoints import (
 from tests.commands import run_msconv, run_python
 from tests.conftest import Checkpoints
 from tests.conversions import convert
-
-
-class Crash(Exception):
-    """What the tests throw into a conversion."""
-
-
-def crash_after(monkeypatch: pytest.MonkeyPatch, tensors: int) -> None:
-    """The next conversion dies after some tensors, each of which is durably done by then."""
-    original = streaming.move_unit
-    left = [tensors]
-
-    def move(*args: Any, **kwargs: Any) -> Any:
-        if not left[0]:
-            raise Crash
-        left[0] -= 1
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(streaming, "move_unit", move)
-    monkeypatch.setattr(streaming, "CHECKPOINT_BYTES", 1)
+from tests.stream.crashes import Crash, crash
 
 
 def half_done(model: Path, output: Path, tensors: int = 20, **options: Any) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        crash_after(patch, tensors)
-        with pytest.raises(Crash):
-            convert(model, output, **options)
+    crash(tensors, lambda: convert(model, output, **options))
 
 
 KILLED = """
@@ -158,15 +137,15 @@ def test_ready_is_never_there_while_weights_are_not(
     """A crash right after READY, and another one in the run that cleans up after it."""
     model, out = checkpoint("untied"), tmp_path / "out"
 
-    def crash(*args: object) -> None:
+    def die(*args: object) -> None:
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "remove", crash)
+        patch.setattr(Journal, "remove", die)
         with pytest.raises(Crash):
             convert(model, out, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(streaming.Outputs, "publish", crash)
+        patch.setattr(streaming.Outputs, "publish", die)
         with suppress(Crash):
             convert(model, out, 2)
     try:
@@ -185,11 +164,11 @@ def test_graphs_survive_a_crash_between_ready_and_the_end(
 ) -> None:
     model, out = checkpoint("untied"), tmp_path / "out"
 
-    def crash(*args: object) -> None:
+    def die(*args: object) -> None:
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "remove", crash)
+        patch.setattr(Journal, "remove", die)
         with pytest.raises(Crash):
             convert(model, out)
     graph = Graph("cpu", "decode", "graphs/cpu/decode.mindir", 1, "xxh3:0", "2.10.0", 1, [], [])

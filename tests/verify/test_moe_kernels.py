@@ -9,38 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
-from msconv.verify.kernels import KERNELS, Context
-
-Array = NDArray[Any]
-
-EXACT = Context(True, torch.bfloat16)
-ROUNDED = Context(False, torch.bfloat16)
-CLOSE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def call(kind: str, *inputs: Any, context: Context = EXACT, **attributes: Any) -> Any:
-    return KERNELS[kind].run(context, attributes, *inputs)
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
-
-
-def ints(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def close(found: torch.Tensor, expected: Any) -> None:
-    expected = np.asarray(expected, np.float64)
-    assert tuple(found.shape) == expected.shape
-    assert np.abs(found.double().numpy() - expected).max(initial=0) < CLOSE
+from msconv.verify.kernels import KERNELS
+from tests.verify.kernel_calls import EXACT, ROUNDED, Array, call, close, ints, random
 
 
 # FusedAddTopKDiv
