@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -93,9 +94,14 @@ class Graphs:
         check: bool = False,
         native: bool = True,
         ranks_here: int = 0,
+        page: int = FREE_PAGE,
+        groups: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`ranks_here`: how many share this machine's processors, 0 for all of the artifact's."""
+        """`ranks_here`: how many share this machine's processors, 0 for all of the artifact's.  `page`: slots a
+        page of the caches, where the graphs leave it free.  `groups`: other names for the groups that the graphs
+        name, those under which MindSpore knows them here."""
         self.manifest, self.target = manifest, target
+        self._free_page = page
         entries = {g.phase: g for g in graphs_of(root, manifest, target)}
         self.library = library() if native and "native" in entries else NO_KERNELS
         self.native = self.library.path is not None
@@ -111,7 +117,9 @@ class Graphs:
         started = time.monotonic()
         self.tensors = load_weights(root, manifest, list(self.entries.values()), rank, mode, check)
         loaded = time.monotonic()
-        self.cells = {phase: _bind(root, g, self.tensors, self.library) for phase, g in self.entries.items()}
+        self.cells = {
+            phase: _bind(root, g, self.tensors, self.library, groups) for phase, g in self.entries.items()
+        }
         self.seconds = {mode: loaded - started, "bind": time.monotonic() - loaded}
 
     @property
@@ -125,12 +133,12 @@ class Graphs:
 
     @property
     def page(self) -> int:
-        """Slots a page of the caches: the graphs', or 16 where they leave it free."""
-        return self.cache_shape[1] or FREE_PAGE
+        """Slots a page of the caches: the graphs', or what was given where they leave it free."""
+        return self.cache_shape[1] or self._free_page
 
     @property
     def num_caches(self) -> int:
-        """Cache inputs of a graph: two a layer."""
+        """Cache inputs of a graph: two a layer, or one where both come from the same latent."""
         return sum("_cache." in i.name for i in self._inputs)
 
     def decode(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
@@ -173,10 +181,12 @@ class Graphs:
         from mindspore import Tensor
 
         page = self.page
-        shape = [-(-64 // page), page, *(n or 1 for n in self.cache_shape[2:])]
+        batches = ([1] * (FEW + 1), [page + 1, 2, 1, 1]) if strict else ([1] * (FEW + 1),)
+        pages = max(sum(-(-(n + 1) // page) for n in lengths) for lengths in batches)  # each decodes one more
+        shape = [pages, page, *(n or 1 for n in self.cache_shape[2:])]
         kind = _types()[self._inputs[-1].dtype]
         caches = [Tensor(np.zeros(shape, np.float32), kind) for _ in range(self.num_caches)]
-        for lengths in ([1] * (FEW + 1), [page + 1, 2, 1, 1]) if strict else ([1] * (FEW + 1),):
+        for lengths in batches:
             sequences = Sequences(len(lengths), page)
             self.prefill(sequences.advance([[0] * n for n in lengths]), caches)
             self.decode(sequences.advance([[0] for _ in lengths]), caches)
@@ -267,16 +277,20 @@ def check_version(path: Path, graph: Graph) -> None:
         )
 
 
-def _load(path: Path, kernels: Library) -> Any:
-    """MindSpore's graph of a file.  Where it names compiled kernels, those of this machine take their place."""
+def _load(path: Path, kernels: Library, groups: Mapping[str, str]) -> Any:
+    """MindSpore's graph of a file.  Where it names compiled kernels, those of this machine take their place, and
+    groups get the names that they have here."""
     import mindspore as ms
 
-    if kernels.path is None:
+    if kernels.path is None and not groups:
         return ms.load(str(path))
     from mindspore.train import mind_ir_pb2
 
     model = mind_ir_pb2.ModelProto.FromString(path.read_bytes())
-    for attribute in (a for p in model.primitives if p.op_type == "Custom" for a in p.attribute):
+    for attribute in (a for p in model.primitives for a in p.attribute if a.name == "group"):
+        attribute.s = groups.get(attribute.s.decode(), attribute.s.decode()).encode()
+    customs = (p for p in model.primitives if p.op_type == "Custom" and kernels.path is not None)
+    for attribute in (a for p in customs for a in p.attribute):
         if attribute.name == "func_name":
             name, _, function = attribute.s.decode().partition(":")
             if name != LIBRARY:
@@ -291,7 +305,9 @@ def _load(path: Path, kernels: Library) -> Any:
         return ms.load(file.name)
 
 
-def _bind(root: Path, graph: Graph, tensors: dict[str, Any], kernels: Library) -> Any:
+def _bind(
+    root: Path, graph: Graph, tensors: dict[str, Any], kernels: Library, groups: Mapping[str, str]
+) -> Any:
     """A GraphCell with its weights, compiled once for all shapes."""
     from mindspore import Tensor, nn
 
@@ -303,7 +319,7 @@ def _bind(root: Path, graph: Graph, tensors: dict[str, Any], kernels: Library) -
             f"{path}: was altered: its digest is not the manifest's.",
             f"Run `msconv compile {root} --target {graph.target}` again.",
         )
-    cell = nn.GraphCell(_load(path, kernels))
+    cell = nn.GraphCell(_load(path, kernels, groups))
     wanted = {p.name: p for p in graph.parameters}
     if set(cell._params) != set(wanted):
         odd = sorted(set(cell._params) ^ set(wanted))

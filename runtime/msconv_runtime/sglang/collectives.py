@@ -1,4 +1,8 @@
-"""The groups that an artifact's graphs name: created in MindSpore over the server's tensor-parallel ranks."""
+"""The groups that an artifact's graphs name, and what MindSpore calls them in a server.
+
+On an NPU SGLang's runner has made its own groups known to MindSpore before the model loads: the graphs take those.
+On a CPU it has not, and they are created here.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,25 @@ TP_GROUP = "msconv_tp"  # the name in every graph with collectives: the ranks th
 logger = logging.getLogger(__name__)
 
 
-def create_groups(root: Path, manifest: Manifest, target: str, tp_group: Any) -> None:
-    """Make every group exist that the target's graphs name.  All ranks of `tp_group` (SGLang's) call this."""
+def find_groups(root: Path, manifest: Manifest, target: str, tp_group: Any) -> dict[str, str]:
+    """What MindSpore calls the groups that the target's graphs name.  All ranks of SGLang's `tp_group` call this.
+
+    On an NPU that is the name of `tp_group`: SGLang's runner (`mindspore_runner.reuse_hccl_comm`) has created a
+    group of this name from its HCCL communicator, and a second one on the same communicator is not needed.
+    """
     names = group_names(root, manifest, target)
     if not names or tp_group.world_size == 1:
-        return
-    if target == "cpu":
-        cpu.start_communication(tp_group)
+        return {}
+    if target != "cpu":
+        logger.info("msconv: groups %s are SGLang's %s, ranks %s", names, tp_group.unique_name, tp_group.ranks)
+        return dict.fromkeys(names, tp_group.unique_name)
+    cpu.start_communication(tp_group)
     from mindspore.communication import create_group
 
     for name in names:
-        create_group(name, tp_group.ranks, None if target == "cpu" else hccl_options(tp_group))
+        create_group(name, tp_group.ranks)
     logger.info("msconv: groups %s created over ranks %s", names, tp_group.ranks)
+    return {}
 
 
 def group_names(root: Path, manifest: Manifest, target: str) -> list[str]:
@@ -37,14 +48,3 @@ def group_names(root: Path, manifest: Manifest, target: str) -> list[str]:
             f"Run `msconv compile {root} --target {target}` again, or use the msconv that compiled it.",
         )
     return names
-
-
-def hccl_options(tp_group: Any) -> Any:
-    """SGLang's HCCL communicator as MindSpore's: SGLang makes its own groups so.  Has not run on a device."""
-    import torch
-    from mindspore._c_expression import GroupOptions
-
-    backend = tp_group.device_group._get_backend(torch.device("npu"))
-    options = GroupOptions()
-    options.hccl_config = {"hccl_comm": backend.get_hccl_comm(tp_group.local_rank)}
-    return options

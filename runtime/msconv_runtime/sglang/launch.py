@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifact import Manifest, Parallel, read_manifest
+from ..artifact import GraphInput, Manifest, Parallel, read_manifest
 from ..errors import ArtifactError, EnvironmentProblem, UsageError
 from ..weights import LoadMode
 
@@ -24,12 +24,14 @@ STANDINS = Path(__file__).with_name("standins")
 LOCALHOST = "127.0.0.1"
 PAGE_SIZE = 16
 PAGE_ELEMENTS = 128 * 128
+PAGES = (128, 64, 32, 16)  # of Ascend's attention, the best first
 OF_ALL_RANKS = ("ranks on devices", "memory to serve")  # findings that take this machine for the only one
 ALIASES = {
     "--tp-size": ("--tp", "--tensor-parallel-size"),
     "--ep-size": ("--ep", "--expert-parallel-size"),
     "--model-path": ("--model",),
 }
+NO_COREDUMP = {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}  # else a server that lost a process waits 60 s for CUDA
 POOL_BYTES = 4 << 30  # most memory the KV pools of all ranks take by default on a CPU
 POOL_TOKENS = (4096, 131072)  # least and most
 
@@ -131,12 +133,12 @@ def plan_launch(
     if device not in ("cpu", "npu"):
         raise UsageError(f"--device {device}: cpu or npu.")
     manifest = read_manifest(root)
-    target = "cpu" if device == "cpu" else ascend_target(root, manifest)
+    target = cpu_target(root, manifest) if device == "cpu" else ascend_target(root, manifest)
     settings = replace(settings, target=target)
     kind = cpu_flags(root, manifest) if device == "cpu" else npu_flags(manifest, target)
     needed = {**parallel_flags(manifest.parallel), **kind}
     others = OF_ALL_RANKS if nodes.count > 1 else ()
-    refuse(root, manifest, extra, needed, elsewhere and device == "npu", others)
+    refuse(root, manifest, target, extra, needed, elsewhere and device == "npu", others)
     flags = {
         "--model-path": str(root),
         "--model-impl": "mindspore",
@@ -156,7 +158,7 @@ def plan_launch(
     ranks = manifest.parallel.tp * copies(given)
     if ranks // nodes.count != manifest.parallel.tp:
         settings = replace(settings, ranks_here=ranks // nodes.count)
-    environment = settings.environment()
+    environment = settings.environment() | NO_COREDUMP
     if device == "cpu":
         environment |= {**cpu_environment(), **rank_environment(ranks, nodes.count)}
     return Launch([*argv, *extra], environment)
@@ -178,15 +180,45 @@ def npu_flags(manifest: Manifest, target: str) -> dict[str, str]:
 
     ATB's PagedAttention takes pages of at most PAGE_ELEMENTS elements a head (hiascend.com, ascendtb_01_0075).
     """
-    caches = [i for i in manifest.graphs_for(target)[0].inputs if "_cache." in i.name]
-    widest = max(i.shape[-1] or 1 for i in caches)
-    page = next((p for p in (128, 64, 32) if p * widest <= PAGE_ELEMENTS), 16)
+    cache = widest_cache(manifest, target)
     return {
         "--device": "npu",
         "--attention-backend": "ascend",
-        "--dtype": caches[0].dtype,
-        "--page-size": str(page),
+        "--dtype": cache.dtype,
+        "--page-size": str(next((p for p in PAGES if not pool_problems(cache, p)), PAGES[-1])),
     }
+
+
+def widest_cache(manifest: Manifest, target: str) -> GraphInput:
+    caches = [i for i in manifest.graphs_for(target)[0].inputs if "_cache." in i.name]
+    return max(caches, key=lambda i: i.shape[-1] or 1)
+
+
+def pool_problems(cache: GraphInput, page: int, kv_dtype: str = "auto") -> list[str]:
+    """Why Ascend's graphs, which take `cache`, could not take a KV pool of such pages and elements."""
+    problems = []
+    if page < 16 or page % 16 or page * (cache.shape[-1] or 1) > PAGE_ELEMENTS:
+        problems.append(
+            f"--page-size {page}: Ascend's attention takes multiples of 16, and at most {PAGE_ELEMENTS} elements "
+            f"of a head in a page; a head has {cache.shape[-1]}"
+        )
+    if kv_dtype not in ("auto", cache.dtype) and (kv_dtype, cache.dtype) != ("bf16", "bfloat16"):
+        problems.append(f"--kv-cache-dtype {kv_dtype}: the graphs take a cache of {cache.dtype}")
+    return problems
+
+
+def cpu_target(root: Path, manifest: Manifest) -> str:
+    """`cpu`.  Raises ArtifactError if the artifact has no graphs for it, with what it has."""
+    if manifest.graphs_for("cpu"):
+        return "cpu"
+    there = sorted({g.target for g in manifest.graphs})
+    compile_ = f"`msconv compile {root} --target cpu` makes them"
+    if not there:
+        raise ArtifactError(f"{root}: has no graphs.", f"{compile_} for a CPU, --target ascend910b for an NPU.")
+    raise ArtifactError(
+        f"{root}: has graphs for {', '.join(there)}, none for a CPU.",
+        f"`msconv serve {root} --device npu` serves them on an NPU, `msconv rehearse {root}` here; {compile_}.",
+    )
 
 
 def ascend_target(root: Path, manifest: Manifest) -> str:
@@ -210,6 +242,7 @@ def ascend_target(root: Path, manifest: Manifest) -> str:
 def refuse(
     root: Path,
     manifest: Manifest,
+    target: str,
     extra: list[str],
     needed: dict[str, str],
     elsewhere: bool = False,
@@ -233,6 +266,11 @@ def refuse(
                     f"  {spelled} {given[spelled]}: this artifact is served with {name} {wanted}.  "
                     f"Leave the flag out{mend}"
                 )
+    if needed["--device"] == "npu":
+        page = number(given, "--page-size") or int(needed["--page-size"])
+        cache = widest_cache(manifest, target)
+        unfit = pool_problems(cache, page, given.get("--kv-cache-dtype", "auto"))
+        problems += [f"  {problem}.  Leave the flag out" for problem in unfit]
     if not problems:
         return
     damaged = any(f.name in ("artifact", "file", "weights") or f.name.startswith("graphs") for f in findings)
@@ -316,14 +354,11 @@ def pool_tokens(root: Path, manifest: Manifest) -> int:
 
 
 def cpu_environment() -> dict[str, str]:
-    """SGLang's CPU switch, no hub, and stand-ins for packages that have no CPU build and are not there.
-
-    Without the coredump switch a server that lost a process waits 60 s for CUDA before it ends.
-    """
+    """SGLang's CPU switch, no hub, and stand-ins for packages that have no CPU build and are not there."""
     roots = [str(STANDINS / f"for_{name}") for name in ("torchvision", "sgl_kernel") if not _imports(name)]
     environment = {
+        **NO_COREDUMP,
         "SGLANG_USE_CPU_ENGINE": "1",
-        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "OPENBLAS_NUM_THREADS": "1",  # its threads would keep SGLang's processes from being copies of one

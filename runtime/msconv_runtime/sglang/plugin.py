@@ -19,6 +19,7 @@ from ..artifact import is_artifact, read_manifest
 PACKAGE = "msconv_runtime.sglang"
 SLOT = "MindSporeForCausalLM"  # the class that SGLang looks for under --model-impl mindspore
 MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 NOT_ANSWERED = {  # fields of a request: the graphs take tokens and give logits
     "input_embeds": "take no embeddings",
     "positional_embed_overrides": "take no embeddings",
@@ -46,6 +47,7 @@ def activate() -> None:
     HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool", _make_pool, HookType.AROUND
     )
+    HookRegistry.register(f"{CONFIGURATOR}._build_ascend_mla_kv_pool", _build_one_latent, HookType.AROUND)
     HookRegistry.register(f"{MANAGER}._validate_one_request", _refuse_request, HookType.BEFORE)
     for source in ("disk", "tensor", "distributed", "ipc"):
         refuse = functools.partial(_refuse_weights, (0,) if source == "disk" else ())
@@ -105,6 +107,18 @@ def _make_pool(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: 
         return original(runner, *args, **kwargs)
 
 
+def _build_one_latent(original: Callable[..., Any], configurator: Any, **sizes: Any) -> Any:
+    """The graphs take the latent and the rotated key as one cache: SGLang's plain pool for latent attention has it
+    so.  Its pool for NPUs keeps the two apart."""
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    if not (_slot_is_ours() and is_artifact(configurator.model_config.model_path)):
+        return original(configurator, **sizes)
+    return configurator._build_mla_kv_pool(
+        max_total_num_tokens=sizes["max_total_num_tokens"], mla_pool_class=MLATokenToKVPool
+    )
+
+
 def _load_beside(
     original: Callable[..., Any], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
 ) -> None:
@@ -116,7 +130,7 @@ def _load_beside(
         preload.begin(root)
     original(scheduler, server_args, *args, **kwargs)
     if preload.has_begun(root):
-        preload.finish(root, read_manifest(root), 0)
+        preload.finish(root, read_manifest(root), preload.Place())
     cpu.populate_reserved()
 
 

@@ -10,12 +10,12 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Manifest, read_manifest
-from ..graphs import Graphs
+from ..graphs import FREE_PAGE, Graphs
 from .launch import Settings
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,15 @@ class Loaded:
 
     graphs: Graphs
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the graphs will run: the rank, the KV pool's page, and MindSpore's names of the groups."""
+
+    rank: int = 0
+    page: int = FREE_PAGE
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 _loading: dict[Path, Future[Loaded]] = {}
@@ -42,7 +51,7 @@ def begin(root: Path) -> None:
 
     def run() -> None:
         try:
-            future.set_result(load(root, manifest, 0))
+            future.set_result(load(root, manifest, Place()))
         except BaseException as e:
             future.set_exception(e)
 
@@ -54,7 +63,7 @@ def has_begun(root: Path) -> bool:
     return root in _loading
 
 
-def load(root: Path, manifest: Manifest, rank: int) -> Loaded:
+def load(root: Path, manifest: Manifest, place: Place) -> Loaded:
     """Map or read the rank's file, bind the graphs, warm them up."""
     settings = Settings.read()
     seconds = {}
@@ -66,10 +75,12 @@ def load(root: Path, manifest: Manifest, rank: int) -> Loaded:
         root,
         manifest,
         settings.target,
-        rank,
+        place.rank,
         settings.load_mode,
         settings.check_digests,
         ranks_here=settings.ranks_here,
+        page=place.page,
+        groups=place.groups,
     )
     seconds |= graphs.seconds
     started = time.monotonic()
@@ -78,17 +89,17 @@ def load(root: Path, manifest: Manifest, rank: int) -> Loaded:
     return Loaded(graphs, seconds)
 
 
-def finish(root: Path, manifest: Manifest, rank: int) -> Graphs:
+def finish(root: Path, manifest: Manifest, place: Place) -> Graphs:
     """What was begun, or loaded now.  Raises what loading raised."""
     if root in _finished:
         return _finished[root].graphs
     started = time.monotonic()
-    loaded = _loading[root].result() if root in _loading else load(root, manifest, rank)
+    loaded = _loading[root].result() if root in _loading else load(root, manifest, place)
     loaded.seconds["waited for"] = time.monotonic() - started
     seconds = {part: round(s, 2) for part, s in loaded.seconds.items()}
     logger.info(
         "msconv: rank %d of %s: %d tensors bound, %s warmed up; compiles since ready are counted from here",
-        rank,
+        place.rank,
         root,
         len(loaded.graphs.tensors),
         " and ".join(loaded.graphs.cells),

@@ -16,15 +16,15 @@ import torch
 from mindspore import Tensor, nn
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_model, get_parallel, get_schedule
 
-from ..artifact import Manifest, is_artifact, read_manifest
+from ..artifact import GraphInput, Manifest, is_artifact, read_manifest
 from ..errors import ArtifactError, EnvironmentProblem
 from ..graphs import Graphs, graphs_of
 from ..paging import Batch, Ints
 from . import cpu, preload
-from .collectives import create_groups
-from .launch import Settings
+from .collectives import find_groups
+from .launch import Settings, pool_problems
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,12 @@ class ArtifactModel(nn.Cell):
         self.manifest = read_manifest(root)
         self.num_layers = config.num_hidden_layers
         target = Settings.read().target
-        config.param_dtype = getattr(mindspore, graphs_of(root, self.manifest, target)[0].inputs[-1].dtype)
-        self.rank = check_parallel(self.manifest, root)
-        create_groups(root, self.manifest, target, get_parallel().tp_group)
+        cache = graphs_of(root, self.manifest, target)[0].inputs[-1]
+        config.param_dtype = getattr(mindspore, cache.dtype)
+        rank, page = check_parallel(self.manifest, root), get_schedule().page_size
+        if target != "cpu":
+            check_pool(root, cache, page, get_model().kv_cache_dtype)
+        self.place = preload.Place(rank, page, find_groups(root, self.manifest, target, get_parallel().tp_group))
         self.caches: list[Any] = []
         self.graphs: Graphs | None = None
         self.compiles = 0
@@ -84,12 +87,12 @@ class ArtifactModel(nn.Cell):
                 f"{self.root}: is loaded, and takes no other weights.", "Start another server."
             )
         if not preload.has_begun(self.root):
-            self.graphs = preload.finish(self.root, self.manifest, self.rank)
+            self.graphs = preload.finish(self.root, self.manifest, self.place)
 
     def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
         """Logits [B, V] float32 of each sequence's last token, a torch tensor."""
         if self.graphs is None:
-            self.graphs = preload.finish(self.root, self.manifest, self.rank)
+            self.graphs = preload.finish(self.root, self.manifest, self.place)
         if not self.caches:
             self.caches = self._map_pool(self.graphs)
         batch = batch_of(input_ids, positions, forward_batch, self.graphs.page)
@@ -111,14 +114,14 @@ class ArtifactModel(nn.Cell):
             for buffer in (get(layer) for get in getters):
                 if not buffer.is_contiguous():
                     raise EnvironmentProblem("SGLang's KV pool is not contiguous: it cannot be shared.")
+                if buffer.shape[-2:] != tuple(graphs.cache_shape[2:]):
+                    raise ArtifactError(
+                        f"{self.root}: SGLang's KV pool has heads and dimension {list(buffer.shape[-2:])}, the "
+                        f"graphs want {graphs.cache_shape[2:]}."
+                    )
                 paged = buffer.view(-1, graphs.page, *buffer.shape[-2:])
                 on_cpu = paged.device.type == "cpu"  # where DLPack takes 0.5 ms a megabyte, for the same memory
                 caches.append(Tensor.from_numpy(paged.numpy()) if on_cpu else upstream.tensor_torch2ms(paged))
-        found, expected = list(caches[0].shape[2:]), graphs.cache_shape[2:]
-        if found != expected:
-            raise ArtifactError(
-                f"{self.root}: SGLang's KV pool has heads and dimension {found}, the graphs want {expected}."
-            )
         logger.info("msconv: KV pool %s shared with the graphs", caches[0].shape)
         return caches
 
@@ -143,6 +146,21 @@ def batch_of(input_ids: Any, positions: Any, forward_batch: Any, page: int) -> B
 
 def _ints(tensor: Any) -> Ints:
     return np.array(tensor.cpu().numpy(), np.int32)  # a copy: SGLang goes on with its tensor
+
+
+def check_pool(root: Path, cache: GraphInput, page: int, kv_dtype: str | None) -> None:
+    """Raises EnvironmentProblem if the KV pool that SGLang will make for an NPU cannot be the graphs' input `cache`:
+    before a byte of the weights is read."""
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+
+    problems = pool_problems(cache, page, kv_dtype or "auto")
+    if not hasattr(KVCacheConfigurator, "_build_ascend_mla_kv_pool"):
+        problems.append("this SGLang makes its pools elsewhere: 0.5.23 is what msconv was tried with")
+    if problems:
+        raise EnvironmentProblem(
+            f"{root}: SGLang's KV pool cannot be shared with the graphs: {'; '.join(problems)}.",
+            "`msconv serve --device npu` gives the right flags.",
+        )
 
 
 def check_parallel(manifest: Manifest, root: Path) -> int:
