@@ -152,6 +152,35 @@ class Verified(msgspec.Struct, frozen=True, omit_defaults=True):
     norms: dict[str, float] = {}
 
 
+class Rehearsed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What SGLang's server did on the rehearsal device.  Holds for exactly these digests.
+
+    `device`: version of the stand-ins.  `mode`: `float32`, or `as served` in the target's own precision.
+    `machines`, `copies`: --nnodes and --dp-size.  `calls`: of each graph.  `max_call_error`: of logits, against the
+    interpreter; `max_logit_error`: against transformers.  `bound`: of both, 0 where there is none for the second.
+    """
+
+    target: str
+    weights_digest: str
+    graph_digests: list[str]
+    sglang: str
+    mindspore: str
+    device: str
+    mode: str
+    flags: list[str]
+    page: int
+    prompts: int
+    tokens: int
+    calls: dict[str, int]
+    max_call_error: float
+    max_logit_error: float
+    bound: float
+    machines: int = 1
+    copies: int = 1
+    ties: int = 0
+    undecided: int = 0
+
+
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     format: int
     tool: str
@@ -160,22 +189,23 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     weights: Weights | None = None
     graphs: list[Graph] = []
     verified: list[Verified] = []
+    rehearsed: list[Rehearsed] = []
 
     def graphs_for(self, target: str) -> list[Graph]:
         return [g for g in self.graphs if g.target == target]
 
     def proof_for(self, target: str) -> Verified | None:
         """The verification that still holds for `target`: same weights, same graphs.  None: unproven."""
+        return next((v for v in self.verified if self._holds(v, target)), None)
+
+    def rehearsals_for(self, target: str) -> list[Rehearsed]:
+        """Those that still hold for `target`: same weights, same graphs."""
+        return [r for r in self.rehearsed if self._holds(r, target)]
+
+    def _holds(self, entry: Verified | Rehearsed, target: str) -> bool:
         digests = sorted(g.digest for g in self.graphs_for(target))
-        for v in self.verified:
-            if (
-                v.target == target
-                and self.weights is not None
-                and v.weights_digest == self.weights.digest
-                and sorted(v.graph_digests) == digests
-            ):
-                return v
-        return None
+        same_weights = self.weights is not None and entry.weights_digest == self.weights.digest
+        return entry.target == target and same_weights and sorted(entry.graph_digests) == digests
 
 
 class _Version(msgspec.Struct):

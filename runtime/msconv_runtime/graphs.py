@@ -305,9 +305,7 @@ def _load(path: Path, kernels: Library, groups: Mapping[str, str]) -> Any:
         return ms.load(file.name)
 
 
-def _bind(
-    root: Path, graph: Graph, tensors: dict[str, Any], kernels: Library, groups: Mapping[str, str]
-) -> Any:
+def _bind(root: Path, graph: Graph, tensors: dict[str, Any], kernels: Library, groups: Mapping[str, str]) -> Any:
     """A GraphCell with its weights, compiled once for all shapes."""
     from mindspore import Tensor, nn
 

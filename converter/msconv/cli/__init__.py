@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": "Say what a conversion would cost, and what the model needs on a device.",
     "compile": "Compile an artifact's static graphs, ahead of time, for one or more targets.",
     "verify": "Prove an artifact numerically against the source checkpoint.",
+    "rehearse": "Rehearse an NPU server here: the real SGLang on a stand-in for the device.",
     "serve": "Serve an artifact with SGLang.",
     "reshard": "Write an artifact for another number of ranks, without the source checkpoint.",
     "inspect": "Show what an artifact holds; --check reads every byte.",

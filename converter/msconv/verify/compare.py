@@ -139,6 +139,14 @@ class Comparison:
         self.agreeing += int(found.shape == expected.shape and found.argmax() == expected.argmax())
 
 
+def half_precision_bound(target: str, largest: float, layers: int) -> float:
+    """What rounding in the target's own precision is expected to do to logits, whose largest value is `largest`.
+
+    Each layer adds some roundings of half an ulp to the residual stream, which random walks add up."""
+    eps = 2**-8 if "310p" not in target else 2**-11
+    return 8 * eps * largest * layers**0.5
+
+
 def _error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Largest absolute difference; infinite if shapes differ or a value is not finite."""
     if found.shape != expected.shape:

@@ -6,9 +6,7 @@ the names that the graph's parameters carry.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,22 +20,23 @@ from msconv_runtime.paging import Sequences, attention_mask
 from msconv_runtime.weights import required
 
 from ..graph.spec import TP_GROUP
-from .kernels import KERNELS, Context
+from .interpreter import Interpreter, join
+from .kernels import Context
 from .mindir import Node, Program, parse
 
 PAGE = 16
 SMALL_BYTES = 64 << 20
 KEEP_BYTES = 2 << 30  # weights of all ranks up to this stay in memory; above, they are read anew
-NP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COLLECTIVES = {"AllReduce": {"group", "op", "index", "fusion", "no_eliminate"}}
-COLLECTIVES["AllGather"] = {"group", "rank_size", "index", "fusion", "no_eliminate"}
 
 
 class RankFiles:
     """One rank's weights by name, in the type this mode computes in."""
 
-    def __init__(self, root: Path, manifest: Manifest, rank: int, context: Context, keep: bool) -> None:
-        self.context, self.keep = context, keep
+    def __init__(
+        self, root: Path, manifest: Manifest, rank: int, context: Context, keep: bool, as_bound: bool = False
+    ) -> None:
+        """`as_bound`: values are rounded to the type that the graph declares, as a server binds them."""
+        self.context, self.keep, self.as_bound = context, keep, as_bound
         self._cache: dict[str, torch.Tensor] = {}
         self._where: dict[str, Path] = {}
         for file in required(root, manifest).files:
@@ -55,21 +54,12 @@ class RankFiles:
             stored = opened.get_tensor(name)
             to = stored.dtype
             if stored.is_floating_point():
+                stored = stored.to(declared) if self.as_bound and declared else stored
                 to = torch.float32 if self.context.exact else declared
             stored = stored.to(to, copy=True)
         if self.keep:
             self._cache[name] = stored
         return stored
-
-
-@dataclass
-class Step:
-    """What a run gave.  `logits[rank]`; `probes[name]` = the output of that norm, rank 0, [T, hidden];
-    `apart`: how far ranks differ where they must be the same."""
-
-    logits: list[NDArray[np.float32]]
-    probes: dict[str, NDArray[np.float32]]
-    apart: float
 
 
 class Lockstep:
@@ -96,6 +86,7 @@ class Lockstep:
         if size < SMALL_BYTES:
             torch.set_num_threads(1)  # handing small work to threads costs more than the work
         self.ranks = [RankFiles(root, manifest, r, self.context, size <= KEEP_BYTES) for r in range(self.tp)]
+        self.interpreter = Interpreter(self.context, self.ranks, in_lockstep)
         self.caches: list[list[torch.Tensor]] = []
         self.probes: dict[str, NDArray[np.float32]] = {}
         self.apart = 0.0
@@ -133,83 +124,10 @@ class Lockstep:
         if self.target != "cpu":
             mask = attention_mask(phase, batch, str(self.context.dtype).removeprefix("torch."))
             inputs.append(torch.from_numpy(mask).to(self.context.keep(self.context.dtype)))
-        out = self.run(self.programs[phase], [[*inputs, *caches] for caches in self.caches])
+        stop = f"model.layers.{self.layers}.input_layernorm.weight" if self.layers else ""
+        out = self.interpreter.run(self.programs[phase], [[*inputs, *caches] for caches in self.caches], stop)
         self.probes, self.apart = out.probes, max(self.apart, out.apart)
         return out.logits[0] if out.logits else np.zeros((0, 0), np.float32)
-
-    def run(self, program: Program, inputs: list[list[torch.Tensor]]) -> Step:
-        """Execute for all ranks.  Raises VerificationFailed naming the node that cannot be run."""
-        if len(program.inputs) != len(inputs[0]):
-            raise VerificationFailed(
-                f"the graph takes {len(program.inputs)} inputs, its manifest describes {len(inputs[0])}."
-            )
-        values: list[dict[str, Any]] = [dict(zip(program.inputs, given, strict=True)) for given in inputs]
-        probes: dict[str, NDArray[np.float32]] = {}
-        apart = 0.0
-        stop = f"model.layers.{self.layers}.input_layernorm.weight" if self.layers else ""
-        for i, node in enumerate(program.nodes):
-            results = self._node(node, program, values)
-            for env, result in zip(values, results, strict=True):
-                env[node.output] = result
-            if _is_probe(node):
-                found = [_first(r).float() for r in results]
-                probes[node.parameter.removesuffix(".weight")] = found[0].numpy()
-                apart = max(apart, _apart(found))
-                if node.parameter == stop:
-                    return Step([], probes, apart)
-            for name in node.inputs:
-                if program.last_use[name] == i and name != program.output:
-                    for env in values:
-                        env.pop(name, None)
-        logits = [env[program.output].float().numpy() for env in values]
-        apart = max(apart, _apart([torch.from_numpy(x) for x in logits]))
-        return Step(logits, probes, apart)
-
-    def _node(self, node: Node, program: Program, values: list[dict[str, Any]]) -> list[Any]:
-        if node.kind == "Constant":
-            value = node.value
-            if isinstance(value, torch.Tensor):
-                value = value.to(self.context.keep(value.dtype))
-            return [value] * len(values)
-
-        def arguments(rank: int) -> list[Any]:
-            env = values[rank]
-            return [env[n] if n in env else self._weight(rank, program, n) for n in node.inputs]
-
-        if node.kind in COLLECTIVES:
-            return self._collective(node, [arguments(rank)[0] for rank in range(self.tp)])
-        kernel = KERNELS.get(node.kind)
-        if kernel is None:
-            raise VerificationFailed(f"{node.where}: the primitive {node.kind} is not known: it cannot be proved.")
-        if unknown := set(node.attributes) - kernel.attributes:
-            raise VerificationFailed(f"{node.where}: attributes {sorted(unknown)} are not known.")
-        try:
-            # rank by rank: of large weights only one rank's are in memory
-            return [kernel.run(self.context, node.attributes, *arguments(r)) for r in range(len(values))]
-        except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as e:
-            raise VerificationFailed(f"{node.where} cannot be run: {type(e).__name__}: {e}") from None
-
-    def _weight(self, rank: int, program: Program, name: str) -> torch.Tensor:
-        if name not in program.parameters:
-            raise VerificationFailed(f"the graph reads {name}, which nothing made.")
-        weight = program.parameters[name]
-        return self.ranks[rank].get(weight, program.declared[weight][0])
-
-    def _collective(self, node: Node, parts: list[torch.Tensor]) -> list[Any]:
-        a = node.attributes
-        if unknown := set(a) - COLLECTIVES[node.kind]:
-            raise VerificationFailed(f"{node.where}: attributes {sorted(unknown)} are not known.")
-        if a.get("group") != TP_GROUP:
-            raise VerificationFailed(f"{node.where}: its group is {a.get('group')!r}, not {TP_GROUP!r}.")
-        if node.kind == "AllGather":
-            if a.get("rank_size") != len(parts):
-                raise VerificationFailed(f"{node.where}: gathers {a.get('rank_size')} ranks of {len(parts)}.")
-            joined = torch.cat(parts, 0)
-            return [joined] * len(parts)
-        if a.get("op") != "sum":
-            raise VerificationFailed(f"{node.where}: reduces by {a.get('op')!r}, not by sum.")
-        total = torch.stack([p.float() for p in parts]).sum(0).to(parts[0].dtype)
-        return [total.clone() for _ in parts]
 
     def _reserve(self, pages: int) -> None:
         shapes = [i.shape for i in self._inputs if "_cache." in i.name]
@@ -246,21 +164,9 @@ def check_declared(root: Path, manifest: Manifest, graph: Graph, program: Progra
         raise VerificationFailed(f"{root / graph.path}: its parameters are not the manifest's: {odd[:5]}.")
 
 
-def _apart(values: list[torch.Tensor]) -> float:
-    """Largest difference to the first; what is not a number differs without bound."""
-    worst = max(float((v - values[0]).abs().max()) if v.numel() else 0.0 for v in values)
-    return worst if worst == worst else float("inf")
-
-
-def _is_probe(node: Node) -> bool:
-    """Norms of the whole residual stream: after each attention and each MLP."""
-    if not node.kind.endswith(("RmsNorm", "AddRmsNorm", "Mul", ":Norm", ":AddNorm")):
-        return False
-    return node.parameter.endswith(
-        ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
-    )
-
-
-def _first(value: Any) -> torch.Tensor:
-    first: torch.Tensor = value[0] if isinstance(value, tuple) else value
-    return first
+def in_lockstep(node: Node, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The collective of all ranks, over the group that graphs of ours name."""
+    if node.attributes.get("group") != TP_GROUP:
+        raise VerificationFailed(f"{node.where}: its group is {node.attributes.get('group')!r}, not {TP_GROUP!r}.")
+    joined = join(node, parts)
+    return [joined.clone() for _ in parts]

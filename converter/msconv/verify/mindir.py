@@ -60,10 +60,15 @@ class Program:
 
 def parse(path: Path) -> Program:
     """Raises VerificationFailed if the file is no flat MindIR with one output."""
+    return parse_bytes(path.read_bytes(), str(path))
+
+
+def parse_bytes(data: bytes, path: str) -> Program:
+    """The same of a file's content.  `path` is for messages."""
     from mindspore.train import mind_ir_pb2
 
     try:
-        model = mind_ir_pb2.ModelProto.FromString(path.read_bytes())
+        model = mind_ir_pb2.ModelProto.FromString(data)
     except Exception as e:
         raise VerificationFailed(f"{path}: not a MindIR: {e}") from None
     graph = model.graph

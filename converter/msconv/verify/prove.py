@@ -18,7 +18,7 @@ from msconv_runtime.weights import required
 from ..compile import configuration, mindspore_version, unused_names
 from ..families import DecoderConfig
 from ..stream.lock import exclusive
-from .compare import DECODE_STEPS, Candidate, Comparison, compare
+from .compare import DECODE_STEPS, Candidate, Comparison, compare, half_precision_bound
 from .reference import Reference, source_of
 
 LARGE_BYTES = 2 << 30
@@ -103,8 +103,7 @@ def _half_precision(
 ) -> dict[str, float]:
     """The same graphs with the target's own rounding, short: reported with a bound of its own, no gate.
 
-    Each layer adds some roundings of half an ulp to the residual stream, which random walks add up:
-    bound = 8 * eps * largest logit * sqrt(layers).  With experts there is none: half precision takes other ones.
+    With experts there is no bound: half precision takes other ones.
     """
     if target == "cpu":
         return {}
@@ -117,8 +116,7 @@ def _half_precision(
         "half_precision_argmax_agreement": result.argmax_agreement,
     }
     if config.moe is None:
-        eps = 2**-8 if "310p" not in target else 2**-11
-        found["half_precision_bound"] = 8 * eps * result.largest_logit * config.layers**0.5
+        found["half_precision_bound"] = half_precision_bound(target, result.largest_logit, config.layers)
     return found
 
 

@@ -49,7 +49,8 @@ class Reference:
     """The source model in float32.  Where conversion rounded, its weights are rounded alike, so that what is
     compared is the computation and the layout."""
 
-    def __init__(self, root: Path, manifest: Manifest, layers: int = 0) -> None:
+    def __init__(self, root: Path, manifest: Manifest, layers: int = 0, bound: Manifest | None = None) -> None:
+        """`bound`: the manifest with the types in which a server binds the weights, if it rounds them once more."""
         try:
             import torch
             from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,7 +71,7 @@ class Reference:
                 "Give the directory the artifact was converted from with --reference.",
             )
         self._torch = torch
-        self.weights = SourceWeights(checkpoint, manifest)
+        self.weights = SourceWeights(checkpoint, [manifest, *([bound] if bound else [])])
         self.moe = checkpoint.config.moe
         config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
@@ -170,11 +171,11 @@ class Reference:
 class SourceWeights:
     """A checkpoint's tensors by the names of transformers' modules, widened to float32."""
 
-    def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
-        assert manifest.weights is not None
+    def __init__(self, checkpoint: Checkpoint, manifests: list[Manifest]) -> None:
+        """Values are rounded to the types of each manifest in turn."""
         self.checkpoint = checkpoint
-        self.default = manifest.weights.dtype
-        self.stored = {t.name: t.dtype for t in manifest.weights.tensors}
+        stored = [m.weights for m in manifests if m.weights is not None]
+        self.types = [({t.name: t.dtype for t in w.tensors}, w.dtype) for w in stored]
 
     def get(self, name: str, like: Any = None) -> Any:
         """`like`: what the module has in its place; experts are stacked to its shape."""
@@ -204,8 +205,9 @@ class SourceWeights:
             rows, columns = self.checkpoint.config.block
             scale = self._read(name + SCALE).repeat_interleave(rows, 0)[: len(value)]
             value *= scale.repeat_interleave(columns, 1)[:, : value.shape[1]]
-        narrow = getattr(torch, self.stored.get(name, self.default))
-        return value.to(narrow).to(torch.float32)
+        for by_name, default in self.types:
+            value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
+        return value
 
     def _read(self, name: str) -> Any:
         import torch

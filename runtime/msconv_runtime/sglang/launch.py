@@ -124,16 +124,18 @@ def plan_launch(
     settings: Settings = Settings(),
     nodes: Nodes = Nodes(),
     elsewhere: bool = False,
+    target: str | None = None,
 ) -> Launch:
     """Check the artifact, this machine and `extra`, and build the command.  What the user passes in `extra` wins
     over our defaults.  Raises one error that lists all that does not fit, each with what mends it.
 
-    `elsewhere`: the command is for another machine, so this one needs no NPU.  `settings.target` is set here.
+    `elsewhere`: the command is for another machine, so this one needs no NPU.  `target`: whose graphs, where the
+    artifact has several for the device; `settings.target` is set here.
     """
     if device not in ("cpu", "npu"):
         raise UsageError(f"--device {device}: cpu or npu.")
     manifest = read_manifest(root)
-    target = cpu_target(root, manifest) if device == "cpu" else ascend_target(root, manifest)
+    target = cpu_target(root, manifest) if device == "cpu" else ascend_target(root, manifest, target)
     settings = replace(settings, target=target)
     kind = cpu_flags(root, manifest) if device == "cpu" else npu_flags(manifest, target)
     needed = {**parallel_flags(manifest.parallel), **kind}
@@ -221,10 +223,11 @@ def cpu_target(root: Path, manifest: Manifest) -> str:
     )
 
 
-def ascend_target(root: Path, manifest: Manifest) -> str:
-    """The one Ascend target that the artifact has graphs for, or the one that MSCONV_TARGET names."""
+def ascend_target(root: Path, manifest: Manifest, named: str | None = None) -> str:
+    """The one Ascend target that the artifact has graphs for, or the one that is `named`, here or by
+    MSCONV_TARGET."""
     there = sorted({g.target for g in manifest.graphs} - {"cpu"})
-    named = os.environ.get("MSCONV_TARGET")
+    named = named or os.environ.get("MSCONV_TARGET")
     if named in there:
         return str(named)
     if len(there) == 1 and named is None:
@@ -235,7 +238,7 @@ def ascend_target(root: Path, manifest: Manifest) -> str:
         )
     raise UsageError(
         f"{root}: has graphs for {', '.join(there)}" + (f", not for {named}." if named else "."),
-        f"Set MSCONV_TARGET to one of them: MSCONV_TARGET={there[0]}.",
+        f"Name one of them: --target {there[0]}, or MSCONV_TARGET={there[0]}.",
     )
 
 
@@ -355,7 +358,7 @@ def pool_tokens(root: Path, manifest: Manifest) -> int:
 
 def cpu_environment() -> dict[str, str]:
     """SGLang's CPU switch, no hub, and stand-ins for packages that have no CPU build and are not there."""
-    roots = [str(STANDINS / f"for_{name}") for name in ("torchvision", "sgl_kernel") if not _imports(name)]
+    roots = [str(STANDINS / f"for_{name}") for name in ("torchvision", "sgl_kernel") if not imports(name)]
     environment = {
         **NO_COREDUMP,
         "SGLANG_USE_CPU_ENGINE": "1",
@@ -379,7 +382,7 @@ def use_cpu(tp: int = 1) -> None:
     os.environ.update(environment)
 
 
-def _imports(name: str) -> bool:
+def imports(name: str) -> bool:
     """Whether the real package is there and can be imported (CUDA builds cannot, next to a CPU torch)."""
     spec = importlib.util.find_spec(name)
     if spec is None or (spec.origin and str(STANDINS) in spec.origin):

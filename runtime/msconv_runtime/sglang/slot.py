@@ -149,8 +149,8 @@ def _ints(tensor: Any) -> Ints:
 
 
 def check_pool(root: Path, cache: GraphInput, page: int, kv_dtype: str | None) -> None:
-    """Raises EnvironmentProblem if the KV pool that SGLang will make for an NPU cannot be the graphs' input `cache`:
-    before a byte of the weights is read."""
+    """Raises EnvironmentProblem, before a byte of the weights is read, if the KV pool that SGLang will make for an
+    NPU cannot be the graphs' input `cache`."""
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 
     problems = pool_problems(cache, page, kv_dtype or "auto")

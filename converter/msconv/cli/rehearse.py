@@ -1,0 +1,156 @@
+"""`msconv rehearse`: the NPU server, on a machine without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from msconv_runtime.errors import VerificationFailed
+
+from .command import Command
+from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say
+from .report import refresh
+
+SHOWN = 20  # problems
+
+
+@click.command("rehearse", cls=Command)
+@artifact_argument
+@click.option(
+    "--target", shell_complete=complete_targets, help="Whose graphs.  [default: the only ones for an NPU]"
+)
+@click.option("--prompts", type=click.IntRange(1), help="Ask so many prompts only.  [default: all 13]")
+@click.option(
+    "--exact/--no-exact",
+    default=None,
+    help="Compute in float32, or in the target's own precision.  [default: exact up to 2 GiB of weights]",
+)
+@click.option(
+    "--reference",
+    metavar="REF",
+    help="The source checkpoint: a directory or owner/name[@revision].  [default: where it was converted from]",
+)
+@click.option(
+    "--nnodes", default=1, show_default=True, type=click.IntRange(1), help="Machines: so many servers, all here."
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the server.  [default: a free one]")
+@click.option(
+    "--end",
+    type=click.Choice(["term", "kill"]),
+    default="term",
+    show_default=True,
+    help="How the server ends: by SIGTERM, or because one of its ranks is killed.",
+)
+@click.option("--keep", metavar="DIR", type=click.Path(path_type=Path), help="Keep logs and recorded calls there.")
+@click.argument("sglang_args", nargs=-1, type=click.UNPROCESSED)
+@json_option
+def command(
+    artifact: Path | None,
+    target: str | None,
+    prompts: int | None,
+    exact: bool | None,
+    reference: str | None,
+    nnodes: int,
+    port: int | None,
+    end: Literal["term", "kill"],
+    keep: Path | None,
+    sglang_args: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Serve an artifact on a stand-in for the NPU, and compare all that the server does.
+
+    Starts the real SGLang with the command of `msconv serve --device npu`; the device is a stand-in on this
+    machine's CPU, and an interpreter executes the Ascend graphs.  Tokens and logits are compared with transformers,
+    each call of a graph with the same call of all ranks in lockstep.  Exit 0 if all agrees, 3 if not.  Needs SGLang
+    and a C++ compiler.
+
+    \b
+    msconv rehearse artifacts/Qwen3-0.6B-tp2
+    msconv rehearse artifacts/Qwen3-0.6B-tp2 --target ascend310p --prompts 3
+    msconv rehearse artifacts/Qwen3-0.6B-tp2 -- --dp-size 2
+    """
+    from ..rehearsal.rehearse import Options, rehearse
+
+    extra = list(sglang_args)
+    if artifact is not None and str(artifact).startswith("-"):
+        extra.insert(0, str(artifact))  # `msconv rehearse -- --flag`: there was no artifact
+        artifact = None
+    root = find_artifact(artifact)
+    options = Options(target, prompts or 0, exact, nnodes, port, reference, keep, end, tuple(extra))
+    try:
+        result = rehearse(root, options, say)
+    finally:
+        refresh(root)
+    data = summary(result)
+    if as_json:
+        emit(data)
+    for line in lines(data):
+        say(line)
+    if not result.ok and as_json:
+        raise click.exceptions.Exit(VerificationFailed.exit_code)
+    if not result.ok:
+        problems = result.problems or ["no token could be judged"]
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise VerificationFailed(
+            f"{root}: the rehearsal for {result.target} found {len(problems)} problems:\n"
+            + "\n".join(f"  {p}" for p in problems[:SHOWN])
+            + more,
+            "The first one is where to begin; `--keep DIR` keeps the server's log and the recorded calls.",
+        )
+    say(
+        f"Rehearsed for {result.target}: {data['answers']['tokens']} tokens and {data['calls']['count']} graph calls "
+        f"agree, {result.seconds:.0f} s.  It has run on no device."
+    )
+    say(f"Next: msconv serve {root} --device npu, on a host with NPUs")
+
+
+def summary(result: Any) -> dict[str, Any]:
+    """The rehearsal's outcome as data."""
+    answers, replay = result.answers, result.replay
+    return {
+        "ok": result.ok,
+        "target": result.target,
+        "mode": "float32" if result.exact else "as served",
+        "command": result.command,
+        "server": {
+            name: result.info.get(name)
+            for name in ("device", "attention_backend", "page_size", "model_impl", "tp_size", "ep_size", "dp_size")
+        },
+        "requests": [
+            {"name": c.name, "prompt": len(c.prompt), "answer": len(c.answer), "cached": c.cached}
+            for c in result.conversations
+        ],
+        "answers": {
+            "tokens": answers.tokens,
+            "equal": answers.equal,
+            "ties": answers.ties,
+            "undecided": answers.undecided,
+            "max_abs_logit_error": answers.error,
+        },
+        "calls": {"count": replay.num_calls, "by_graph": replay.by_graph, "max_abs_logit_error": replay.error},
+        "bound": result.bound if result.bound < float("inf") else None,
+        "seconds": round(result.seconds, 3),
+        "start_seconds": round(result.start_s, 3),
+        "end_seconds": round(result.end_s, 3),
+        "problems": result.problems,
+    }
+
+
+def lines(data: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    answers, calls = data["answers"], data["calls"]
+    server = ", ".join(f"{name} {value}" for name, value in data["server"].items() if value is not None)
+    graphs = ", ".join(f"{count} {phase}" for phase, count in calls["by_graph"].items())
+    bound = f" (bound {data['bound']:.0e})" if data["bound"] else ""
+    cached = sum(r["cached"] for r in data["requests"])
+    left = f", {answers['ties']} ties" * bool(answers["ties"])
+    left += f", {answers['undecided']} after a router's tie" * bool(answers["undecided"])
+    return [
+        f"  server: {server}; ready after {data['start_seconds']:.0f} s, ended after {data['end_seconds']:.0f} s",
+        f"  answers: {answers['equal']} of {answers['tokens']} tokens are transformers' choice{left}; {cached} tokens "
+        f"came from the cache; largest logit error {answers['max_abs_logit_error']:.2e}{bound}",
+        f"  graph calls: {calls['count']} ({graphs}), largest difference to the interpreter "
+        f"{calls['max_abs_logit_error']:.2e}",
+    ]

@@ -1,0 +1,89 @@
+"""What the ranks of a server loaded: weights against the rank's own file, casts to NZ against the manifest, groups
+against SGLang's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from msconv_runtime.artifact import Graph, Manifest, digest_bytes
+from msconv_runtime.weights import required
+
+from .records import Rank
+
+SOME = 3  # names that are told
+
+
+class Stored:
+    """The weights of all ranks, as files."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self._files: dict[tuple[int, str], Path] = {}
+        for file in required(root, manifest).files:
+            with safe_open(root / file.path, framework="pt") as opened:
+                self._files |= {(file.rank, name): root / file.path for name in opened.keys()}  # noqa: SIM118
+
+    def digest(self, rank: int, name: str, dtype: str) -> str:
+        """Of the values of one tensor as `dtype`; "" if there is none."""
+        path = self._files.get((rank, name))
+        if path is None:
+            return ""
+        with safe_open(path, framework="pt") as opened:
+            values = opened.get_tensor(name).to(getattr(torch, dtype)).contiguous()
+        return digest_bytes(values.flatten().view(torch.uint8).numpy().data)
+
+
+def loading_problems(root: Path, manifest: Manifest, graphs: dict[str, Graph], ranks: list[Rank]) -> list[str]:
+    """`graphs`: by the digest of what was loaded, for each rank the same or with other names of groups."""
+    stored = Stored(root, manifest)
+    found: list[str] = []
+    for rank in ranks:
+        for event in rank.of("graph"):
+            graph = graphs.get(event["identity"])
+            if graph is not None:
+                found += _weights(rank.rank, graph, event["parameters"], stored, manifest.parallel.tp)
+        found += _groups(rank, manifest.parallel.tp)
+    return list(dict.fromkeys(found))
+
+
+def _weights(rank: int, graph: Graph, parameters: list[dict[str, Any]], stored: Stored, tp: int) -> Iterator[str]:
+    wrong: dict[int | None, list[str]] = {}  # whose values they are
+    for p in parameters:
+        if p["digest"] != stored.digest(rank, p["name"], p["dtype"]):
+            whose = (r for r in range(tp) if p["digest"] == stored.digest(r, p["name"], p["dtype"]))
+            wrong.setdefault(next(whose, None), []).append(p["name"])
+    for other, names in wrong.items():
+        source = "what no rank's file has" if other is None else f"rank {other}'s file"
+        yield f"weights of rank {rank}: {_some(names)} are from {source}"
+    cast, listed = {p["name"] for p in parameters if p["nz"]}, set(graph.nz)
+    if more := sorted(cast - listed):
+        yield f"weights of rank {rank}: {_some(more)} were cast to NZ; the manifest does not list them"
+    if fewer := sorted(listed - cast):
+        yield f"weights of rank {rank}: {_some(fewer)} were not cast to NZ; the manifest lists them"
+
+
+def _groups(rank: Rank, tp: int) -> Iterator[str]:
+    made = {e["name"]: e for e in rank.of("create_group")}
+    for name, event in made.items():
+        if event["shared"]:
+            yield f"groups of rank {rank.rank}: {name} shares its communicator with {', '.join(event['shared'])}"
+    for group in (g for event in rank.of("groups") for g in event["groups"]):
+        name = group["name"]
+        if name not in made:
+            yield f"groups of rank {rank.rank}: the graphs name {name}, which MindSpore does not know"
+        elif group["handle"] != group["server"]:
+            yield (
+                f"groups of rank {rank.rank}: {name} has the communicator {group['handle']:#x}; SGLang's "
+                f"tensor-parallel group has {group['server']:#x}"
+            )
+        elif len(made[name]["ranks"]) != tp:
+            yield f"groups of rank {rank.rank}: {name} has the ranks {made[name]['ranks']}, the model has {tp}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
+    return ", ".join(names[:SOME]) + more

@@ -1,0 +1,208 @@
+"""Every call of the server once more: by the interpreter of all ranks together, on weights that it reads itself, into
+caches of its own.  What the server gave must be what this gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from msconv_runtime.artifact import Graph, Manifest, digest_bytes
+from msconv_runtime.graphs import graphs_of
+
+from ..graph.spec import TP_GROUP
+from ..verify.compare import culprit
+from ..verify.interpreter import Interpreter
+from ..verify.kernels import Context
+from ..verify.lockstep import RankFiles, in_lockstep
+from ..verify.mindir import Program, parse
+from .calls import Batch, call_problems
+from .records import Call, Rank
+
+Rows = NDArray[np.float32]
+ENOUGH = 50  # problems: what comes after follows from them
+
+
+@dataclass(frozen=True)
+class Row:
+    """Logits [V] that a call gave for one sequence, whose tokens these are."""
+
+    tokens: tuple[int, ...]
+    logits: Rows
+
+
+@dataclass
+class Memory:
+    """Caches by rank, as they must be, and which token of which position lies in each slot."""
+
+    caches: list[list[torch.Tensor]]
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
+@dataclass
+class Replay:
+    """`error`: largest difference of logits; `problems`: what is wrong, by call, the first one first."""
+
+    error: float = 0.0
+    num_calls: int = 0
+    by_graph: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+class Replayer:
+    """The artifact's graphs and weights for one target, read anew."""
+
+    def __init__(self, root: Path, manifest: Manifest, target: str, exact: bool, bound: float) -> None:
+        """`bound`: largest difference of logits that is none."""
+        self.manifest, self.bound = manifest, bound
+        self.graphs: dict[str, Graph] = {g.phase: g for g in graphs_of(root, manifest, target)}
+        self.programs: dict[str, Program] = {p: parse(root / g.path) for p, g in self.graphs.items()}
+        context = Context(exact, next(iter(self.programs.values())).dtype)
+        self.keep = context.keep(context.dtype)
+        ranks = range(manifest.parallel.tp)
+        self.files = [RankFiles(root, manifest, r, context, keep=True, as_bound=True) for r in ranks]
+        self.interpreter = Interpreter(context, self.files, in_lockstep)
+        self.target, self._root = target, root
+
+    def phase_of(self, rank: Rank, identity: str) -> str | None:
+        """Which of the artifact's graphs it was that a rank loaded, None if none: apart from the groups' names, it
+        must be that file byte for byte."""
+        data = (rank.directory / f"{digest_name(identity)}.mindir").read_bytes()
+        for phase, graph in self.graphs.items():
+            if graph.digest == identity or digest_bytes(with_own_groups(data)) == digest_bytes(
+                with_own_groups((self._root / graph.path).read_bytes())
+            ):
+                return phase
+        return None
+
+    def run(self, ranks: list[Rank], page: int) -> Iterator[tuple[str, list[Row], Replay]]:
+        """Call by call: which it was, the rows of logits that rank 0 gave, and what was found so far."""
+        found = Replay()
+        known = {(r.rank, e["identity"]): self.phase_of(r, e["identity"]) for r in ranks for e in r.of("graph")}
+        memories: dict[int, Memory] = {}
+        for calls in zip(*(r.calls() for r in ranks), strict=False):
+            found.num_calls += 1
+            first = calls[0]
+            phases = {known.get((r.rank, c.graph)) for r, c in zip(ranks, calls, strict=True)}
+            phase = known.get((ranks[0].rank, first.graph))
+            where = f"call {first.number} ({phase or 'unknown graph'}{', warm-up' * first.is_warm_up})"
+            if phase is None or len(phases) > 1:
+                found.problems.append(f"{where}: ranks ran {sorted(map(str, phases))}")
+                return
+            found.by_graph[phase] = found.by_graph.get(phase, 0) + 1
+            problems = list(_unlike(calls))
+            for rank, call in zip(ranks, calls, strict=True):
+                slots = call.caches[0].shape[1] if call.is_warm_up else page
+                found_here = call_problems(call, self.graphs[phase], slots)
+                problems += [f"rank {rank.rank}: {p}" if len(ranks) > 1 else p for p in found_here]
+            if first.caches[0].at not in memories:
+                memories[first.caches[0].at] = self._blank(first)
+            memory = memories[first.caches[0].at]
+            rows: list[Row] = []
+            if _runs(first, memory):
+                problems += self._compare(calls, phase, memory, found)
+                rows = _rows(first, phase, memory, problems)
+            found.problems += [f"{where}: {p}" for p in problems]
+            yield where, rows, found
+            if len(found.problems) > ENOUGH:
+                return
+        counts = {r.num_calls for r in ranks}
+        if len(counts) > 1:
+            found.problems.append(f"ranks made different numbers of calls: {sorted(counts)}")
+
+    def _blank(self, call: Call) -> Memory:
+        caches = [[torch.zeros(c.shape, dtype=self.keep) for c in call.caches] for _ in self.files]
+        slots = call.caches[0].shape[0] * call.caches[0].shape[1]
+        return Memory(caches, np.full(slots, -1), np.full(slots, -1))
+
+    def _compare(self, calls: tuple[Call, ...], phase: str, memory: Memory, found: Replay) -> Iterator[str]:
+        """Run the call again; where logits differ, the first norm that does is named."""
+        first = calls[0]
+        given = [t.to(self.keep) if n == "attention_mask" else t for n, t in first.inputs.items()]
+        step = self.interpreter.run(self.programs[phase], [[*given, *caches] for caches in memory.caches])
+        batch = Batch.of(first)
+        memory.tokens[batch.slots], memory.positions[batch.slots] = batch.input_ids, batch.positions
+        for rank, (call, expected) in enumerate(zip(calls, step.logits, strict=True)):
+            error = _difference(call.logits.numpy(), expected)
+            found.error = max(found.error, error)
+            if error >= self.bound:
+                place = next(
+                    (
+                        f"; first in {culprit(name)}, seen at {name}"
+                        for name, values in step.probes.items()
+                        if name in call.probes and _difference(call.probes[name].numpy(), values) >= self.bound
+                    ),
+                    "",
+                )
+                yield (
+                    f"logits of rank {rank} differ from the interpreter's by {error:.2e} (bound {self.bound:.0e})"
+                    f"{place}"
+                )
+
+
+def _unlike(calls: tuple[Call, ...]) -> Iterator[str]:
+    """Inputs in which ranks differ."""
+    for rank, call in enumerate(calls[1:], 1):
+        for name, values in call.inputs.items():
+            if not torch.equal(values, calls[0].inputs[name]):
+                yield f"{name}: differs between rank 0 and rank {rank}"
+
+
+def _runs(call: Call, memory: Memory) -> bool:
+    """Whether the interpreter can take these inputs: problems of others have been told."""
+    slots, tables = call.inputs["slots"], call.inputs["block_tables"]
+    fits = tuple(memory.caches[0][0].shape) == call.caches[0].shape
+    inside = not slots.numel() or 0 <= int(slots.min()) <= int(slots.max()) < len(memory.tokens)
+    pages = call.caches[0].shape[0]
+    return fits and inside and (not tables.numel() or 0 <= int(tables.min()) <= int(tables.max()) < pages)
+
+
+def _rows(call: Call, phase: str, memory: Memory, problems: list[str]) -> list[Row]:
+    """The logits of each sequence's last token, with the tokens that its pages hold.  A page that holds something
+    else than its positions is a problem."""
+    batch, page = Batch.of(call), call.caches[0].shape[1]
+    rows = []
+    for i, context in enumerate(batch.context_lens):
+        positions = np.arange(context)
+        if not len(positions) or positions[-1] // page >= batch.block_tables.shape[1]:
+            continue
+        slots = batch.block_tables[i, positions // page] * page + positions % page
+        if (memory.positions[slots] != positions).any():
+            wrong = int(positions[memory.positions[slots] != positions][0])
+            problems.append(
+                f"block_tables: position {wrong} of sequence {i} lies in slot {slots[wrong]}, which holds position "
+                f"{memory.positions[slots[wrong]]}"
+            )
+            continue
+        row = int(batch.q_lens[: i + 1].sum()) - 1 if phase == "decode_all" else i
+        rows.append(Row(tuple(memory.tokens[slots].tolist()), call.logits[row].numpy()))
+    return rows
+
+
+def _difference(found: Rows, expected: Rows) -> float:
+    """Largest absolute difference; infinite if shapes differ or a value is not finite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    error = float(np.abs(found.astype(np.float64) - expected).max(initial=0.0))
+    return error if np.isfinite(error) else float("inf")
+
+
+def with_own_groups(data: bytes) -> bytes:
+    """A graph with every collective over msconv's own group, in one order of bytes."""
+    from mindspore.train import mind_ir_pb2
+
+    model = mind_ir_pb2.ModelProto.FromString(data)
+    for attribute in (a for p in model.primitives for a in p.attribute if a.name == "group"):
+        attribute.s = TP_GROUP.encode()
+    out: bytes = model.SerializeToString(deterministic=True)
+    return out
+
+
+def digest_name(identity: str) -> str:
+    """A digest as a file's name."""
+    return identity.replace(":", "-")

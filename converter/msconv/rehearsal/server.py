@@ -1,0 +1,252 @@
+"""SGLang's server on the rehearsal device: the command of `msconv serve --device npu`, with the stand-ins on its path.
+
+Loopback only.  A server of several machines is as many servers on this one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from msconv_runtime.errors import EnvironmentProblem, VerificationFailed
+from msconv_runtime.sglang.launch import STANDINS, Launch, imports
+
+from .build import DEVICE
+
+DEVICE_VERSION = "1"  # of the stand-ins: recorded with what was rehearsed
+START_S = 600
+END_S = 30  # from the signal to the last process's end
+TAIL = 12  # lines of a log in a message
+CHIPS = {
+    "ascend910b": ("Ascend910B2", 2201),
+    "ascend910c": ("Ascend910_9391", 2201),
+    "ascend310p": ("Ascend310P3", 2002),
+}
+NOISE = re.compile(r"^\s*(\^+|~+|\[20.*(WARNING|INFO)|W0|I0)")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a process sees: written to device.json for the stand-ins (`torch_npu.settings`)."""
+
+    library: str
+    devices: int
+    memory_bytes: int
+    name: str
+    arch: int
+    exact: bool
+
+
+def prepare(work: Path, device: Device) -> None:
+    """Lay out a rehearsal's directory: the device's settings, and the metadata by which torch finds the stand-in."""
+    (work / "device.json").write_text(json.dumps(asdict(device)))
+    info = work / "site" / f"torch_npu-{DEVICE_VERSION}+rehearsal.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {DEVICE_VERSION}+rehearsal\n"
+    )
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+
+
+def environment(work: Path, given: Mapping[str, str]) -> dict[str, str]:
+    """What a server's process gets: what is set for real devices, or would lead it past the stand-ins, is left out."""
+    left_out = ("MS_", "ASCEND_", "TORCH_DEVICE_BACKEND_AUTOLOAD", "RANK_", "DEVICE_ID")
+    kept = {name: value for name, value in given.items() if not name.startswith(left_out)}
+    torchvision = [] if imports("torchvision") else [str(STANDINS / "for_torchvision")]
+    path = [str(DEVICE), str(work / "site"), *torchvision, *filter(None, [kept.get("PYTHONPATH")])]
+    return {
+        **kept,
+        "MSCONV_REHEARSAL": str(work),
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONFAULTHANDLER": "1",
+        "TRITON_INTERPRET": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "1"),
+        "GLOG_v": kept.get("GLOG_v", "3"),
+    }
+
+
+def sglang_version() -> str:
+    """Raises EnvironmentProblem if SGLang is not installed."""
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        raise EnvironmentProblem(
+            "SGLang is not installed: a rehearsal starts its server.", "`make setup` installs what was tested."
+        ) from None
+
+
+def free_port(spread: int = 40) -> int:
+    """A port below which and above which MindSpore's scheduler finds its own (SGLang adds 35)."""
+    while True:
+        with socket.socket() as s, socket.socket() as above:
+            s.bind(("127.0.0.1", 0))
+            port = int(s.getsockname()[1])
+            try:
+                above.bind(("127.0.0.1", port + 35 if port < 65500 else port - 35))
+            except OSError:
+                continue
+            return port
+
+
+class Server:
+    """Running processes.  `logs`: everything that each machine's processes printed."""
+
+    def __init__(self, port: int, work: Path, processes: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
+        self.port, self.work, self.processes, self.logs = port, work, processes, logs
+
+    def wait(self, timeout_s: float = START_S) -> None:
+        """Until it answers.  Raises VerificationFailed if it ends, or does not in time."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            self.check_alive("started")
+            try:
+                self.get("/health", timeout_s=2)
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise VerificationFailed(
+            f"The server was not ready after {timeout_s:.0f} s.  Its log ends: {self.reason()}",
+            "`--keep DIR` keeps the log.",
+        )
+
+    def check_alive(self, what: str) -> None:
+        """Raises VerificationFailed if a process of the server has ended."""
+        for process in self.processes:
+            if process.poll() is not None:
+                self._wait_for_all(5)
+                raise VerificationFailed(
+                    f"The server ended with {process.returncode} before it had {what}.  Why, by its log: "
+                    f"{self.reason()}",
+                    "`--keep DIR` keeps the log.",
+                )
+
+    def reason(self) -> str:
+        return "; ".join(dict.fromkeys(filter(None, (last_error(log) for log in self.logs)))) or "nothing"
+
+    def get(self, path: str, timeout_s: float = 30) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout_s) as reply:
+            data = reply.read()
+        return json.loads(data) if data else None
+
+    def open(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        return urllib.request.urlopen(request, timeout=timeout_s)
+
+    def running(self) -> list[int]:
+        """Processes of the server's sessions that are no zombies."""
+        sessions = {p.pid for p in self.processes}
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) in sessions and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+        return found
+
+    def kill_rank(self, rank: int) -> bool:
+        """Kill one rank's process, as the system does that has no memory left.  False if it is not found."""
+        for pid in self.running():
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if re.search(rf"sglang::scheduler(_DP0)?(_TP{rank}\b|\0|$|_EP|\s)", words) or (
+                rank == 0 and "sglang::scheduler" in words and "_TP" not in words
+            ):
+                os.kill(pid, signal.SIGKILL)
+                return True
+        return False
+
+    def stop(self) -> float:
+        """End it by SIGTERM; seconds until no process was left.  Raises VerificationFailed if one stays."""
+        started = time.monotonic()
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        return self.wait_for_end(started, "SIGTERM")
+
+    def wait_for_end(self, started: float, after: str) -> float:
+        left = self._wait_for_all(END_S)
+        if left:
+            raise VerificationFailed(f"{len(left)} processes of the server are left {END_S} s after {after}.")
+        return time.monotonic() - started
+
+    def _wait_for_all(self, seconds: float) -> list[int]:
+        deadline = time.monotonic() + seconds
+        while True:
+            for process in self.processes:
+                process.poll()
+            left = self.running()
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        for pid in self.running():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        for process in self.processes:
+            process.wait()
+
+
+@contextmanager
+def serving(launches: list[Launch], port: int, work: Path) -> Iterator[Server]:
+    """The servers of all machines, in `work`; whatever happens, none is left."""
+    processes, logs = [], []
+    try:
+        for machine, launch in enumerate(launches):
+            logs.append(work / f"server-{machine}.log")
+            with logs[-1].open("wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        launch.argv,
+                        env=environment(work, {**os.environ, **launch.environment}),
+                        cwd=work,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        yield Server(port, work, processes, logs)
+    finally:
+        Server(port, work, processes, logs).kill()
+
+
+def last_error(log: Path) -> str:
+    """Why a server ended, as far as its log says: a fault of memory with the place in Python, or the last exception
+    of the first process that had one."""
+    lines = log.read_text(errors="replace").splitlines()
+    for i, line in enumerate(lines):
+        if "the host touched device memory" in line or "Fatal Python error" in line:
+            touched = "the host touched device memory" in line
+            begin = next((j for j in range(i, len(lines)) if "Current thread" in lines[j]), i)
+            frames = [f.strip() for f in lines[begin + 1 : begin + 40] if f.lstrip().startswith("File ")][:4]
+            what = "the host touched device memory" if touched else line.strip()
+            return f"{what}, at {' < '.join(frames)}" if frames else what
+    found = ""
+    for line in lines:
+        if re.match(r"^(\[20[^\]]*\] )?[A-Za-z_][\w.]*(Error|Problem|Failed|Exception)\b: ?", line):
+            found = found or line.strip()
+    return found or " | ".join(line.strip() for line in lines[-TAIL:] if line.strip() and not NOISE.match(line))
