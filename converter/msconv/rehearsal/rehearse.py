@@ -50,6 +50,7 @@ from .server import CHIPS, DEVICE_VERSION, Device, Server, free_port, prepare, s
 SMALL_BYTES = 2 << 30  # of weights, of all ranks, up to which graphs compute in float32 unless told otherwise
 POOL_TOKENS = 4096  # of the KV pool, unless flags say otherwise: it is host memory here
 MEMORY = 64 << 30  # of each device, as SGLang sees it
+SMALL_WORK = 64 << 20  # of weights
 LONG_S = 1800  # of interpreting, from which on the number of prompts must be given
 SECONDS_A_VALUE = {True: 1.2e-9, False: 4e-9}  # of a weight in a call, exact or not: measured on 2 cores
 SOME = 20  # problems that are told
@@ -312,6 +313,10 @@ def _compare(
     work: Path,
     config: DecoderConfig,
 ) -> None:
+    import torch
+
+    if _weight_bytes(manifest) < SMALL_WORK:
+        torch.set_num_threads(1)  # handing small work to threads costs more than the work
     expected = Expected(result.conversations, make_reference(source, manifest, target))
     rounding = half_precision_bound(target, expected.largest, config.layers)
     if not result.exact and config.moe is None:  # with experts there is none: others are chosen here and there
@@ -331,7 +336,7 @@ def _compare(
 def _replay(
     result: Rehearsal, replayer: Replayer, ranks: list[Rank], manifest: Manifest, root: Path, expected: Expected
 ) -> list[str]:
-    """Of one copy of the model: what its ranks loaded, then their calls."""
+    """Check one copy of the model: what its ranks loaded, then their calls."""
     if [r.rank for r in ranks] != list(range(manifest.parallel.tp)):
         return [f"ranks {[r.rank for r in ranks]} ran, of {manifest.parallel.tp}"]
     graphs: dict[str, Graph] = {}

@@ -9,7 +9,6 @@ import threading
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .hccl import Communicator
 from .record import RECORD
@@ -167,8 +166,7 @@ class _Graph:
         gloo = self._groups[name].gloo
         mine = parts[0].contiguous()
         found = [torch.empty_like(mine) for _ in range(gloo.size())]
-        options = dist.AllgatherOptions()
-        gloo.allgather([found], [mine], options).wait()
+        gloo.allgather([found], [mine]).wait()
         return [join(node, found)]
 
 

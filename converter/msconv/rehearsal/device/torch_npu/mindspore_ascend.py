@@ -7,7 +7,9 @@ recorded.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import multiprocessing.util
 import os
 import time
 from typing import Any
@@ -40,22 +42,26 @@ class _Cluster:
         port = int(named["SCHED_PORT"])
         self.store = TCPStore(named["SCHED_HOST"], port, is_master=False, timeout=MEET)
         assert self.store.add(f"rank {self.rank}", 1) == 1, f"two processes are rank {self.rank} at port {port}"
-        self.store.add("here", 1)
         self.store.wait([f"rank {i}" for i in range(self.size)])
+        # A process that multiprocessing started runs these at its end, before it waits for the scheduler
+        multiprocessing.util.Finalize(None, self.leave, exitpriority=10)
         RECORD.begin(str(port), self.rank)
+
+    def leave(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the scheduler is gone already
+            self.store.add("left", 1)
 
 
 CLUSTER = _Cluster()
 
 
 def be_scheduler() -> None:
-    """The scheduler's process: serves the meeting until its parent is gone (SGLang ends it, or forgets to)."""
-    host, port = os.environ["MS_SCHED_HOST"], int(os.environ["MS_SCHED_PORT"])
-    store = TCPStore(host, port, is_master=True, wait_for_workers=False)
+    """The scheduler's process: serves the meeting until all ranks have left, or its parent is gone."""
+    host, port, size = (os.environ[f"MS_{name}"] for name in ("SCHED_HOST", "SCHED_PORT", "WORKER_NUM"))
+    store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
     parent = os.getppid()
-    while os.getppid() == parent:
+    while os.getppid() == parent and store.add("left", 0) < int(size):
         time.sleep(0.2)
-    del store
 
 
 def install(ms: Any) -> None:
