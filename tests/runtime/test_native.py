@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from msconv_runtime import native
 from msconv_runtime.errors import ArtifactError, UsageError
 from msconv_runtime.graphs import Graphs
 from msconv_runtime.native import Library, check, library
+from msconv_runtime.native.compiler import Compiler
 from tests.commands import run_python
 from tests.conftest import Checkpoints
 from tests.conversions import convert
@@ -28,6 +31,34 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     library.cache_clear()
     yield tmp_path
     library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory with the kernels, built by two threads of a process and another process at once.  To be
+    read, never changed."""
+    root = tmp_path_factory.mktemp("built")
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from msconv_runtime.native import library
+with ThreadPoolExecutor(2) as pool:
+    print({str(pool.submit(library).result().path) for _ in range(2)})
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(root), "MSCONV_NATIVE": "1"}
+    command = [sys.executable, "-c", code]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(2)]
+    said = {process.communicate(timeout=300)[0].strip() for process in running}
+    (path,) = (root / "msconv").glob("*.so")
+    assert said == {str({str(path)})}
+    return root
+
+
+@pytest.fixture
+def kept(built: Path, fresh: Path) -> Path:
+    """The path of the built kernels, in a cache directory that the test may change."""
+    shutil.copytree(built / "msconv", fresh / "msconv")
+    (path,) = (fresh / "msconv").glob("*.so")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +80,39 @@ def sources(to: Path, old: str, new: str) -> Path:
     return to
 
 
-def test_kernels_are_built_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = library()
-    assert built.path is not None
-    assert built.path.parent == fresh / "msconv"
-    library.cache_clear()
-    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("built again"))
-    assert library().path == built.path
+def test_kernels_are_built_once_and_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By other threads and processes too, which waited for the one build."""
+    monkeypatch.setattr(Compiler, "build", lambda *_: pytest.fail("built again"))
+    assert library().path == kept
 
 
-def test_a_damaged_library_is_built_again(fresh: Path) -> None:
-    code = "from msconv_runtime.native import library; print(library().path)"  # once a process: it stays loaded
-    path = Path(run_python(code).stdout.strip())
-    assert path.parent == fresh / "msconv"
-    path.write_bytes(b"")
-    assert run_python(code).stdout.strip() == str(path)
-    assert path.stat().st_size > 0
+def test_a_truncated_library_is_built_again(kept: Path) -> None:
+    """Whoever loads its first half is ended by SIGBUS."""
+    os.truncate(kept, kept.stat().st_size // 2)
+    done = run_python("from msconv_runtime.native import library; print(library().path)")  # it stays loaded
+    assert (done.code, done.stdout.strip()) == (0, str(kept)), done.stderr
+    assert f"msconv: {kept} is built again: its digest differs" in done.stderr
 
 
-def test_a_compiler_may_have_options(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "g++ -O1")
-    assert library().path is not None, library().why
+def test_a_library_is_not_loaded_from_where_others_may_write(kept: Path) -> None:
+    kept.parent.chmod(0o777)
+    assert library().path is None
+    assert (
+        f"no place for them: others may write in {kept.parent}, its mode is 0777; XDG_CACHE_HOME" in library().why
+    )
+
+
+def test_nothing_of_the_current_directory_is_run(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A build is tried in a process of its own, which imports NumPy."""
+    changed = sources(tmp_path, "#include <cmath>", "#if 0\n#include <cmath>")
+    (changed / "kernels.cc").write_text('extern "C" int none;')
+    (tmp_path / "numpy.py").write_text("raise SystemExit('of the current directory')")
+    monkeypatch.setattr(native, "__file__", str(changed / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert library().path is None
+    assert "undefined symbol: Threads" in library().why
 
 
 def test_what_computes_something_else_is_not_used(
@@ -94,7 +137,11 @@ def test_what_does_not_build_says_why(fresh: Path, monkeypatch: pytest.MonkeyPat
     ("name", "value", "why"),
     [
         ("MSCONV_NATIVE", "0", "MSCONV_NATIVE=0"),
-        ("CXX", "/no/such/compiler", "No such file"),
+        (
+            "CXX",
+            "/no/such/compiler",
+            "CXX=/no/such/compiler: No such file or directory; set CXX to a C++ compiler",
+        ),
         ("PATH", "/nowhere", "no C++ compiler"),
         ("XDG_CACHE_HOME", "/dev/null/cache", "XDG_CACHE_HOME may name another directory"),
     ],
@@ -108,7 +155,7 @@ def test_without_kernels_there_is_a_reason(
     assert why in library().why
 
 
-def test_memory_that_runs_out_is_an_answer(fresh: Path) -> None:
+def test_memory_that_runs_out_is_an_answer(kept: Path) -> None:
     code = """
 import resource, sys
 import numpy as np
@@ -154,20 +201,6 @@ int main() {
     subprocess.run(["g++", "-std=c++17", "-O2", "-pthread", f"-I{here}", "-o", made, program], check=True)
     done = subprocess.run([made], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
-
-
-def test_other_threads_and_processes_wait_for_one_build(fresh: Path) -> None:
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        first, second = pool.map(_path, range(2))
-    assert first == second != ""
-    assert len(list((fresh / "msconv").glob("*.so"))) == 1
-
-
-def _path(_: int) -> str:
-    return str(library().path or "")
 
 
 def test_both_ways_give_the_same_logits(artifact: Path) -> None:
