@@ -156,8 +156,8 @@ class Rehearsed(msgspec.Struct, frozen=True, omit_defaults=True):
     """What SGLang's server did on the rehearsal device.  Holds for exactly these digests.
 
     `device`: version of the stand-ins.  `mode`: `float32`, or `as served` in the target's own precision.
-    `machines`, `copies`: --nnodes and --dp-size.  `calls`: of each graph.  `max_call_error`: of logits, against the
-    interpreter; `max_logit_error`: against transformers.  `bound`: of both, 0 where there is none for the second.
+    `machines`, `copies`: --nnodes and --dp-size.  `calls`: of each graph.  `max_call_error`: of logits, against
+    the interpreter; `max_logit_error`: against transformers.  `bound`: of both, 0 where the second has none.
     """
 
     target: str

@@ -54,7 +54,9 @@ TESTED = {
     "sglang": Needed(("0.5.23",), SERVE),
     "torch_npu": Needed((), NPU, "for an NPU only: install the torch_npu made for this torch"),
 }
+REHEARSAL = "+rehearsal"  # how the version of the stand-in for torch_npu ends
 PYTHON = ("3.11",)
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # 0: torch imports no package of a device by itself
 CANN = ("8.2", "8.3", "8.5", "9.0", "9.1")  # what MindSpore 2.10 itself looks for; 2.8 stops at 8.5
 
 KERNELS = "FlashAttentionScore,PagedAttention"  # what SGLang's own MindSpore models switch off
@@ -230,6 +232,9 @@ def _package(machine: Machine, name: str) -> Finding:
     tested, stops, hint = TESTED[name]
     needed = " or ".join(t if t.count(".") > 1 else f"{t}.x" for t in tested) or "any: none was tested"
     version = machine.version(name)
+    if name == "torch_npu" and version and version.endswith(REHEARSAL):
+        found = f"{version}: the rehearsal device, a stand-in that `msconv rehearse` starts; no NPU"
+        return Finding(name, "wrong", found, "that of Ascend", "take its directory out of PYTHONPATH", NPU)
     if version is None:
         return Finding(name, "missing", "not installed", needed, hint, stops)
     state: State = "ok" if of(version, tested) else "untested"
@@ -264,6 +269,12 @@ def _ascend(machine: Machine) -> Iterator[Finding]:
     needed = f"{', '.join(CANN)}: what MindSpore looks for"
     yield Finding("CANN", state, f"{cann or 'none'} in {home}", needed, hint, NPU)
 
+    if state == "missing" and machine.version("torch_npu") and machine.environ.get(AUTOLOAD) != "0":
+        found = "torch loads torch_npu, which cannot load without CANN: `import torch` fails"
+        hint = (
+            f"`export {AUTOLOAD}=0` for other programs; msconv's own commands do without torch_npu, but for an NPU"
+        )
+        yield Finding("torch", "untested", found, f"CANN, or {AUTOLOAD}=0", hint)
     driver = stated(base / "driver/version.info", "package_version", "Version")
     hint = "for an NPU only: install Ascend's driver and firmware"
     yield Finding("driver", "untested" if driver else "missing", driver or "none", "Ascend's", hint, NPU)

@@ -16,7 +16,7 @@ COMMANDS = {
     "plan": "Say what a conversion would cost, and what the model needs on a device.",
     "compile": "Compile an artifact's static graphs, ahead of time, for one or more targets.",
     "verify": "Prove an artifact numerically against the source checkpoint.",
-    "rehearse": "Rehearse an NPU server here: the real SGLang on a stand-in for the device.",
+    "rehearse": "Serve an artifact on a stand-in for the NPU, and compare all that the server does.",
     "serve": "Serve an artifact with SGLang.",
     "reshard": "Write an artifact for another number of ranks, without the source checkpoint.",
     "inspect": "Show what an artifact holds; --check reads every byte.",
@@ -68,8 +68,10 @@ def cli(quiet: bool, verbose: bool) -> None:
     \b
     msconv convert --model Qwen3-8B --tp 4     weights per rank, into artifacts/
     msconv compile --target ascend910b         static graphs, on any machine
-    msconv verify                              proven against transformers
-    msconv serve                               SGLang on the artifact
+    msconv verify --target ascend910b          proven against transformers
+    msconv serve --device npu                  SGLang on the artifact, on a host with NPUs
+
+    Without --target and --device the last three are for this machine's CPU.
 
     Flags come before the environment, that before a recipe, that before defaults.  MSCONV_CONVERT_TP=4 is
     `msconv convert --tp 4`, and so for every option; MSCONV_RECIPES is a directory of your own recipes.

@@ -102,6 +102,10 @@ def report(error: BaseException, as_json: bool) -> int:
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
         code, exit_code = "resource", 5
         message, hint = f"The answer could not be written: {error.strerror}.", "Check where stdout goes."
+    elif "TORCH_DEVICE_BACKEND_AUTOLOAD" in str(error):  # torch's own words, where a device's package fails
+        code, exit_code = "environment", 4
+        message = f"torch cannot be imported: {error}"
+        hint = "Without a device `export TORCH_DEVICE_BACKEND_AUTOLOAD=0`; with one install what is missing."
     elif isinstance(error, MemoryError):
         code, message, hint, exit_code = (
             "resource",
@@ -125,6 +129,12 @@ def report(error: BaseException, as_json: bool) -> int:
     if hint:
         click.echo(click.style("Next: ", fg="yellow") + hint, err=True, color=colour())
     return exit_code
+
+
+def import_torch_alone() -> None:
+    """Have torch import no package of a device by itself, for a command that needs none: where CANN is missing
+    torch_npu fails, and torch with it.  Call it before torch is imported."""
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from msconv_runtime.errors import ArtifactError
 from msconv_runtime.integrity import check_artifact, check_graphs
 
 from ..layout.names import fold
+from ..standing import standings
 from .command import Command
 from .console import artifact_argument, byte_progress, emit, find_artifact, human, json_option, say
 
@@ -41,6 +42,8 @@ def command(artifact: Path | None, check: bool, as_json: bool) -> None:
         }
     if damage:  # a proof holds for the bytes it was made on
         data["proven"] = dict.fromkeys(data["proven"])
+        data["standing"] = {}
+        data["words"] = {}
     if as_json:
         emit(data)
         if damage:
@@ -117,6 +120,8 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
             else {"max_abs_logit_error": p.max_abs_logit_error, "bound": p.bound, "reference": p.reference}
             for t, p in proofs.items()
         },
+        "standing": {s.target: s.data for s in standings(manifest)},
+        "words": {s.target: s.words for s in standings(manifest)},
     }
 
 
@@ -168,4 +173,6 @@ def describe(data: dict[str, Any]) -> str:
                 f"{target}: proven against {p['reference']}, largest logit error "
                 f"{p['max_abs_logit_error']:.2e} (bound {p['bound']:.0e})"
             )
+        if target in data["words"]:
+            lines.append(f"{target}: {data['words'][target]}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import click
 from msconv_runtime.errors import VerificationFailed
 
 from .command import Command
-from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say
+from .console import artifact_argument, complete_targets, emit, find_artifact, import_torch_alone, json_option, say
 from .report import refresh
 
 SHOWN = 20  # problems
@@ -62,16 +62,18 @@ def command(
     """Serve an artifact on a stand-in for the NPU, and compare all that the server does.
 
     Starts the real SGLang with the command of `msconv serve --device npu`; the device is a stand-in on this
-    machine's CPU, and an interpreter executes the Ascend graphs.  Tokens and logits are compared with transformers,
-    each call of a graph with the same call of all ranks in lockstep.  Exit 0 if all agrees, 3 if not.  Needs SGLang
-    and a C++ compiler.
+    machine's CPU, and an interpreter executes the Ascend graphs.  Tokens and logits are compared with
+    transformers, each call of a graph with the same call of all ranks in lockstep.  Exit 0 if all agrees, 3 if
+    not.  Needs SGLang and a C++ compiler.
 
     \b
     msconv rehearse artifacts/Qwen3-0.6B-tp2
     msconv rehearse artifacts/Qwen3-0.6B-tp2 --target ascend310p --prompts 3
     msconv rehearse artifacts/Qwen3-0.6B-tp2 -- --dp-size 2
     """
-    from ..rehearsal.rehearse import Options, rehearse
+    import_torch_alone()
+    from ..rehearsal.plan import Options
+    from ..rehearsal.rehearse import rehearse
 
     extra = list(sglang_args)
     if artifact is not None and str(artifact).startswith("-"):
@@ -100,8 +102,8 @@ def command(
             "The first one is where to begin; `--keep DIR` keeps the server's log and the recorded calls.",
         )
     say(
-        f"Rehearsed for {result.target}: {data['answers']['tokens']} tokens and {data['calls']['count']} graph calls "
-        f"agree, {result.seconds:.0f} s.  It has run on no device."
+        f"Rehearsed for {result.target}: {data['answers']['tokens']} tokens and {data['calls']['count']} graph "
+        f"calls agree, {result.seconds:.0f} s.  It has run on no device."
     )
     say(f"Next: msconv serve {root} --device npu, on a host with NPUs")
 
@@ -130,7 +132,7 @@ def summary(result: Any) -> dict[str, Any]:
             "max_abs_logit_error": answers.error,
         },
         "calls": {"count": replay.num_calls, "by_graph": replay.by_graph, "max_abs_logit_error": replay.error},
-        "bound": result.bound if result.bound < float("inf") else None,
+        "bound": result.bound,
         "seconds": round(result.seconds, 3),
         "start_seconds": round(result.start_s, 3),
         "end_seconds": round(result.end_s, 3),
@@ -149,8 +151,8 @@ def lines(data: dict[str, Any]) -> list[str]:
     left += f", {answers['undecided']} after a router's tie" * bool(answers["undecided"])
     return [
         f"  server: {server}; ready after {data['start_seconds']:.0f} s, ended after {data['end_seconds']:.0f} s",
-        f"  answers: {answers['equal']} of {answers['tokens']} tokens are transformers' choice{left}; {cached} tokens "
-        f"came from the cache; largest logit error {answers['max_abs_logit_error']:.2e}{bound}",
+        f"  answers: {answers['equal']} of {answers['tokens']} tokens are transformers' choice{left}; {cached} "
+        f"tokens came from the cache; largest logit error {answers['max_abs_logit_error']:.2e}{bound}",
         f"  graph calls: {calls['count']} ({graphs}), largest difference to the interpreter "
         f"{calls['max_abs_logit_error']:.2e}",
     ]

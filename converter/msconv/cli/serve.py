@@ -14,7 +14,7 @@ from msconv_runtime.integrity import check_graphs
 from msconv_runtime.sglang.launch import Nodes, Settings, plan_launch, refuse_taken
 
 from .command import Command
-from .console import artifact_argument, emit, find_artifact, json_option, say
+from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say
 from .references import compare_layout, recipe_option, with_serve_flags
 
 
@@ -24,6 +24,7 @@ from .references import compare_layout, recipe_option, with_serve_flags
 @click.option(
     "--device", type=click.Choice(["cpu", "npu"]), default="cpu", show_default=True, help="Where it runs."
 )
+@click.option("--target", shell_complete=complete_targets, help="Whose graphs, if there are several for an NPU.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=30000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--check-digests", is_flag=True, help="Compare every byte with the manifest before loading.")
@@ -51,6 +52,7 @@ from .references import compare_layout, recipe_option, with_serve_flags
 def command(
     artifact: Path | None,
     device: str,
+    target: str | None,
     host: str,
     port: int,
     check_digests: bool,
@@ -81,7 +83,8 @@ def command(
     compare_layout(read_manifest(root))
     settings = Settings(strict_aot, check_digests, load)
     nodes = Nodes(nnodes, node_rank, dist_init_addr)
-    launch = plan_launch(root, device, host, port, with_serve_flags(device, extra), settings, nodes, print_command)
+    flags = with_serve_flags(device, extra)
+    launch = plan_launch(root, device, host, port, flags, settings, nodes, print_command, target)
     if as_json:
         emit({"argv": launch.argv, "environment": launch.environment})
     if print_command:
@@ -95,6 +98,8 @@ def command(
         say(f"Warning: {root} is UNPROVEN for {target}; `msconv verify {root}` compares it with its source.")
     if target != "cpu":
         say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")
+        if not manifest.rehearsals_for(target):
+            say(f"`msconv rehearse {root}` tries this on a machine without NPUs.")
     refuse_taken(host, port)
     say(launch.shell())
     sys.stdout.flush()

@@ -9,7 +9,16 @@ import click
 from msconv_runtime.errors import VerificationFailed
 
 from .command import Command
-from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say, step
+from .console import (
+    artifact_argument,
+    complete_targets,
+    emit,
+    find_artifact,
+    import_torch_alone,
+    json_option,
+    say,
+    step,
+)
 from .report import refresh
 
 
@@ -39,6 +48,7 @@ def command(artifact: Path | None, target: str, reference: str | None, layers: i
     \b
     msconv verify artifacts/Qwen3-0.6B-tp1 --reference models/Qwen3-0.6B
     """
+    import_torch_alone()
     from ..verify.prove import prove
     from ..verify.reference import ROUTER_TIE
 

@@ -60,8 +60,8 @@ class HttpClient:
         if isinstance(error, urllib.error.HTTPError):
             said = f": {error.read().decode(errors='replace')[:300]}"
         return VerificationFailed(
-            f"A request of {len(ids)} tokens failed: {type(error).__name__}: {error}{said}.  The server's log says: "
-            f"{self._server.reason()}",
+            f"A request of {len(ids)} tokens failed: {type(error).__name__}: {error}{said}.  The server's log "
+            f"says: {self._server.reason()}",
             "`--keep DIR` keeps the log.",
         )
 

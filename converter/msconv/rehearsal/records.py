@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+CALLS = "calls"  # the directory in which the device's processes write
 INPUTS = ("input_ids", "positions", "slots", "block_tables", "context_lens", "q_lens", "attention_mask")
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache that a call was given: its shape, its address, and which buffer of SGLang's pool lies there (`k 3`)."""
+    """A cache that a call was given: shape, address, and which buffer of SGLang's pool lies there (`k 3`)."""
 
     shape: tuple[int, ...]
     at: int

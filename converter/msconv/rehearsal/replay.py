@@ -1,9 +1,9 @@
-"""Every call of the server once more: by the interpreter of all ranks together, on weights that it reads itself, into
-caches of its own.  What the server gave must be what this gives."""
+"""Every call of the server once more: by the interpreter of all ranks together, on weights that it reads itself,
+into caches of its own.  What the server gave must be what this gives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,13 @@ class Replay:
     by_graph: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    def add(self, other: Replay) -> None:
+        """Count another copy's calls with these; its problems are told elsewhere."""
+        self.error = max(self.error, other.error)
+        self.num_calls += other.num_calls
+        for phase, count in other.by_graph.items():
+            self.by_graph[phase] = self.by_graph.get(phase, 0) + count
+
 
 class Replayer:
     """The artifact's graphs and weights for one target, read anew."""
@@ -67,21 +74,32 @@ class Replayer:
         ranks = range(manifest.parallel.tp)
         self.files = [RankFiles(root, manifest, r, context, keep=True, as_bound=True) for r in ranks]
         self.interpreter = Interpreter(context, self.files, in_lockstep)
-        self.target, self._root = target, root
+        self.target = target
+        self._digests = {
+            digest: phase
+            for phase, graph in self.graphs.items()
+            for digest in (graph.digest, _digest_of_any_groups((root / graph.path).read_bytes()))
+        }
 
     def phase_of(self, rank: Rank, identity: str) -> str | None:
-        """Which of the artifact's graphs it was that a rank loaded, None if none: apart from the groups' names, it
+        """Which of the artifact's graphs it was that a rank loaded, None if none: but for the names of groups, it
         must be that file byte for byte."""
-        data = (rank.directory / f"{digest_name(identity)}.mindir").read_bytes()
-        for phase, graph in self.graphs.items():
-            if graph.digest == identity or digest_bytes(with_own_groups(data)) == digest_bytes(
-                with_own_groups((self._root / graph.path).read_bytes())
-            ):
-                return phase
-        return None
+        if identity not in self._digests:
+            data = (rank.directory / f"{digest_name(identity)}.mindir").read_bytes()
+            if phase := self._digests.get(_digest_of_any_groups(data)):
+                self._digests[identity] = phase
+        return self._digests.get(identity)
 
-    def run(self, ranks: list[Rank], page: int) -> Iterator[tuple[str, list[Row], Replay]]:
-        """Call by call: which it was, the rows of logits that rank 0 gave, and what was found so far."""
+    def run(
+        self,
+        ranks: list[Rank],
+        page: int,
+        on_rows: Callable[[str, list[Row]], None] = lambda where, rows: None,
+        whole: bool = True,
+        enough: int = ENOUGH,
+    ) -> Replay:
+        """All calls of one copy of the model, until there are `enough` problems.  `on_rows` gets which call it
+        was, and rank 0's logits.  `whole`: all ranks must have made the same calls."""
         found = Replay()
         known = {(r.rank, e["identity"]): self.phase_of(r, e["identity"]) for r in ranks for e in r.of("graph")}
         memories: dict[int, Memory] = {}
@@ -93,7 +111,7 @@ class Replayer:
             where = f"call {first.number} ({phase or 'unknown graph'}{', warm-up' * first.is_warm_up})"
             if phase is None or len(phases) > 1:
                 found.problems.append(f"{where}: ranks ran {sorted(map(str, phases))}")
-                return
+                return found
             found.by_graph[phase] = found.by_graph.get(phase, 0) + 1
             problems = list(_unlike(calls))
             for rank, call in zip(ranks, calls, strict=True):
@@ -108,12 +126,13 @@ class Replayer:
                 problems += self._compare(calls, phase, memory, found)
                 rows = _rows(first, phase, memory, problems)
             found.problems += [f"{where}: {p}" for p in problems]
-            yield where, rows, found
-            if len(found.problems) > ENOUGH:
-                return
+            on_rows(where, rows)
+            if len(found.problems) > enough:
+                return found
         counts = {r.num_calls for r in ranks}
-        if len(counts) > 1:
+        if len(counts) > 1 and whole:
             found.problems.append(f"ranks made different numbers of calls: {sorted(counts)}")
+        return found
 
     def _blank(self, call: Call) -> Memory:
         caches = [[torch.zeros(c.shape, dtype=self.keep) for c in call.caches] for _ in self.files]
@@ -175,8 +194,8 @@ def _rows(call: Call, phase: str, memory: Memory, problems: list[str]) -> list[R
         if (memory.positions[slots] != positions).any():
             wrong = int(positions[memory.positions[slots] != positions][0])
             problems.append(
-                f"block_tables: position {wrong} of sequence {i} lies in slot {slots[wrong]}, which holds position "
-                f"{memory.positions[slots[wrong]]}"
+                f"block_tables: position {wrong} of sequence {i} lies in slot {slots[wrong]}, which holds "
+                f"position {memory.positions[slots[wrong]]}"
             )
             continue
         row = int(batch.q_lens[: i + 1].sum()) - 1 if phase == "decode_all" else i
@@ -192,15 +211,14 @@ def _difference(found: Rows, expected: Rows) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def with_own_groups(data: bytes) -> bytes:
-    """A graph with every collective over msconv's own group, in one order of bytes."""
+def _digest_of_any_groups(data: bytes) -> str:
+    """Of a graph whose groups are all called the same, in one order of bytes."""
     from mindspore.train import mind_ir_pb2
 
     model = mind_ir_pb2.ModelProto.FromString(data)
     for attribute in (a for p in model.primitives for a in p.attribute if a.name == "group"):
         attribute.s = TP_GROUP.encode()
-    out: bytes = model.SerializeToString(deterministic=True)
-    return out
+    return digest_bytes(model.SerializeToString(deterministic=True))
 
 
 def digest_name(identity: str) -> str:

@@ -1,5 +1,5 @@
-"""What a rehearsal asks of the server: prompts on both sides of pages and chunks, a cached prefix, several at once,
-two answers to one prompt, an abort."""
+"""What a rehearsal asks of the server: prompts on both sides of pages and chunks, a cached prefix, several at
+once, two answers to one prompt, an abort."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Scenario:
 
 
 def make_scenario(vocab: int, max_positions: int, page: int, most: int = 0, seed: int = 5) -> Scenario:
-    """Random tokens; lengths are cut to what the model takes.  `most`: so many prompts, the first ones (0: all)."""
+    """Random tokens; lengths are cut to what the model takes.  `most`: so many prompts, 0 for all."""
     rng = np.random.default_rng(seed)
     room = max(1, max_positions - NEW_TOKENS - 2)
 

@@ -1,4 +1,5 @@
-"""SGLang's server on the rehearsal device: the command of `msconv serve --device npu`, with the stand-ins on its path.
+"""SGLang's server on the rehearsal device: the command of `msconv serve --device npu`, with the stand-ins on its
+path.
 
 Loopback only.  A server of several machines is as many servers on this one.
 """
@@ -51,7 +52,7 @@ class Device:
 
 
 def prepare(work: Path, device: Device) -> None:
-    """Lay out a rehearsal's directory: the device's settings, and the metadata by which torch finds the stand-in."""
+    """Lay out a rehearsal's directory: the device's settings, and metadata by which torch finds the stand-in."""
     (work / "device.json").write_text(json.dumps(asdict(device)))
     info = work / "site" / f"torch_npu-{DEVICE_VERSION}+rehearsal.dist-info"
     info.mkdir(parents=True)
@@ -62,7 +63,7 @@ def prepare(work: Path, device: Device) -> None:
 
 
 def environment(work: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """What a server's process gets: what is set for real devices, or would lead it past the stand-ins, is left out."""
+    """What a server's process gets, without what is set for real devices or would lead past the stand-ins."""
     left_out = ("MS_", "ASCEND_", "TORCH_DEVICE_BACKEND_AUTOLOAD", "RANK_", "DEVICE_ID")
     kept = {name: value for name, value in given.items() if not name.startswith(left_out)}
     torchvision = [] if imports("torchvision") else [str(STANDINS / "for_torchvision")]
@@ -235,8 +236,7 @@ def serving(launches: list[Launch], port: int, work: Path) -> Iterator[Server]:
 
 
 def last_error(log: Path) -> str:
-    """Why a server ended, as far as its log says: a fault of memory with the place in Python, or the last exception
-    of the first process that had one."""
+    """Why a server ended, as far as its log says: a fault of memory and where in Python, or the first error."""
     lines = log.read_text(errors="replace").splitlines()
     for i, line in enumerate(lines):
         if "the host touched device memory" in line or "Fatal Python error" in line:

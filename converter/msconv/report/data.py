@@ -19,6 +19,7 @@ from ..layout.memory import DEVICES, RESERVED, DeviceMemory, kv_bytes_per_token
 from ..layout.model import expand
 from ..layout.names import fold
 from ..layout.plan import RANK_CONSTANTS
+from ..standing import standings
 from .groups import KV_CACHE, ORDER, folded, group_of
 from .verification import verification
 
@@ -49,6 +50,7 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
         "verification": [
             verification(t, manifest.proof_for(t), config.layers, manifest.weights is not None) for t in targets
         ],
+        "standing": {s.target: {**s.data, "words": s.words} for s in standings(manifest)},
         "coverage": _coverage(manifest, config, mesh, targets),
         "graphs": [_graphs(manifest, t, timings) for t in targets],
     }

@@ -9,6 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from msconv_runtime.artifact import Manifest
 
+from ..standing import standings
+
 MARK = "<!-- Written by `msconv push`. Without this line it will not be written anew. -->"
 HERE = Path(__file__).parent
 ON_A_HUB = re.compile(r"[\w][\w.-]*/[\w.-]+", re.ASCII)
@@ -40,6 +42,7 @@ def card(repository: str, revision: str, manifest: Manifest) -> str:
         weight_bytes=sum(f.size for f in manifest.weights.files) if manifest.weights else 0,
         targets={t: (manifest.graphs_for(t), manifest.proof_for(t)) for t in targets},
         devices=[t for t in targets if t != "cpu"],
+        standings=standings(manifest),
     )
 
 

@@ -118,7 +118,7 @@ def check_collective(node: Node) -> None:
 
 
 def join(node: Node, parts: list[torch.Tensor]) -> torch.Tensor:
-    """What a collective gives every rank, from the parts of all ranks in their order.  Sums are made in float32."""
+    """What a collective gives every rank, from all ranks' parts in their order.  Sums are made in float32."""
     if node.kind == "AllGather":
         if node.attributes.get("rank_size") != len(parts):
             raise VerificationFailed(

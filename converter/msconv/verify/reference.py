@@ -50,7 +50,7 @@ class Reference:
     compared is the computation and the layout."""
 
     def __init__(self, root: Path, manifest: Manifest, layers: int = 0, bound: Manifest | None = None) -> None:
-        """`bound`: the manifest with the types in which a server binds the weights, if it rounds them once more."""
+        """`bound`: the manifest with the types in which a server binds the weights, if that rounds once more."""
         try:
             import torch
             from transformers import AutoConfig, AutoModelForCausalLM

@@ -362,6 +362,7 @@ def cpu_environment() -> dict[str, str]:
     environment = {
         **NO_COREDUMP,
         "SGLANG_USE_CPU_ENGINE": "1",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # torch_npu, where it is installed, would want CANN
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "OPENBLAS_NUM_THREADS": "1",  # its threads would keep SGLang's processes from being copies of one

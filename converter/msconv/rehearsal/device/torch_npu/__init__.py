@@ -1,7 +1,7 @@
 """The rehearsal device under torch_npu's name: "npu" is a device of PyTorch, and no kernel of an NPU exists.
 
-torch itself loads this (entry point torch.backends), as it loads the real one.  Whoever calls a kernel of an NPU gets
-NotImplementedError with its name.
+torch itself loads this (entry point torch.backends), as it loads the real one.  Whoever calls a kernel of an NPU
+gets NotImplementedError with its name.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ import torch
 from .settings import SETTINGS
 
 KERNELS = (
-    "_npu_reshape_and_cache npu_add_rms_norm npu_dynamic_quant npu_format_cast npu_fused_infer_attention_score "
-    "npu_fusion_attention npu_gemma_rms_norm npu_interleave_rope npu_kv_rmsnorm_rope_cache npu_mrope npu_quantize "
-    "npu_rms_norm npu_rotary_mul npu_scatter_nd_update_ npu_swiglu"
-).split()
+    *(
+        "_npu_reshape_and_cache",
+        "npu_add_rms_norm",
+        "npu_dynamic_quant",
+        "npu_format_cast",
+        "npu_fusion_attention",
+    ),
+    *("npu_fused_infer_attention_score", "npu_gemma_rms_norm", "npu_interleave_rope", "npu_kv_rmsnorm_rope_cache"),
+    *("npu_mrope", "npu_quantize", "npu_rms_norm", "npu_rotary_mul", "npu_scatter_nd_update_", "npu_swiglu"),
+)
 
 torch.ops.load_library(SETTINGS.library)
 torch.utils.rename_privateuse1_backend("npu")

@@ -58,8 +58,8 @@ def run_graph(ms: Any, cell: Any, data: bytes, inputs: tuple[Any, ...], groups: 
 
 @functools.cache
 def _watch_faults() -> None:
-    """Have a fault of memory told: where in Python, and whether it was device memory that was touched.  By the first
-    graph all is imported that puts handlers of its own in place."""
+    """Have a fault of memory told: where in Python, and whether it was device memory.  By the first graph all is
+    imported that puts handlers of its own in place."""
     faulthandler.disable()
     faulthandler.enable()
     torch.ops.rehearsal.watch_faults()
@@ -171,7 +171,7 @@ class _Graph:
 
 
 def host_tensor(ms: Any, tensor: Any) -> torch.Tensor:
-    """A tensor of MindSpore or of the device as torch's, on the host.  Device memory stays open as long as it lives."""
+    """A tensor of MindSpore or of the device as torch's, on the host.  Device memory is open while it lives."""
     if isinstance(tensor, DeviceTensor):
         return torch.ops.rehearsal.host_view(tensor.torch)
     import numpy as np
@@ -199,7 +199,7 @@ def _cache(ms: Any, cache: Any) -> torch.Tensor:
 
 
 def _describe(caches: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """Each cache's shape and address, and which buffer of SGLang's own pool lies there: `k 3`, `v 3`, or nothing."""
+    """Each cache's shape and address, and which buffer of SGLang's own pool lies there: `k 3`, or nothing."""
     if not isinstance(caches[0], DeviceTensor):
         return [{"shape": list(c.shape), "at": id(c), "is": ""} for c in caches]
     from sglang.srt.model_executor.forward_context import get_token_to_kv_pool

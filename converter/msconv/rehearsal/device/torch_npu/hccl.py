@@ -1,5 +1,7 @@
-"""torch.distributed's backend "hccl": gloo, on copies in host memory.  A communicator's handle is a number that this
-process knows, so that whoever gets it can be asked which communicator it means."""
+"""torch.distributed's backend "hccl": gloo, on device memory that is open while it works.
+
+A communicator's handle is a number that this process knows: whoever has it can be asked what it means.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,10 @@ from .settings import SETTINGS
 
 FIRST_HANDLE = 0x7E000001
 FORWARDED = (
-    "allgather allgather_into_tensor_coalesced allreduce allreduce_coalesced alltoall alltoall_base barrier "
-    "broadcast gather recv reduce reduce_scatter scatter send _allgather_base _reduce_scatter_base"
-).split()
+    *("allgather", "allgather_into_tensor_coalesced", "allreduce", "allreduce_coalesced", "alltoall"),
+    *("alltoall_base", "barrier", "broadcast", "gather", "recv", "reduce", "reduce_scatter", "scatter", "send"),
+    *("_allgather_base", "_reduce_scatter_base"),
+)
 
 
 class Communicator(dist.ProcessGroup):

@@ -12,6 +12,7 @@ import datetime
 import multiprocessing.util
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,8 +118,7 @@ def install(ms: Any) -> None:
         return DeviceTensor(tensor)
 
     def load(path: str, **options: Any) -> Any:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = Path(path).read_bytes()
         graph = real["load"](path, **options)
         LOADED[id(graph)] = (graph, data)
         return graph

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """`library`: the built device.  `devices`: how many a process sees, of `memory_bytes` each.  `name` and `arch`:
+    """`library`: the built device.  `devices`: how many a process sees, of `memory_bytes` each.  `name`, `arch`:
     what the device calls itself to torch_npu and to CANN.  `exact`: graphs compute in float32."""
 
     library: str

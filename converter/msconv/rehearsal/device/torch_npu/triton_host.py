@@ -1,5 +1,7 @@
-"""Triton's kernels by its own interpreter (TRITON_INTERPRET=1), on device memory itself, all of which is open while
-they run: some follow addresses that they find in memory."""
+"""Triton's kernels by its own interpreter (TRITON_INTERPRET=1), on device memory itself.
+
+All of it is open while they run: some follow addresses that they find in memory.
+"""
 
 from __future__ import annotations
 

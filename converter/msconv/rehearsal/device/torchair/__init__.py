@@ -1,4 +1,4 @@
-"""What torch.compile would use on an NPU: nothing is compiled in a rehearsal, and any part of it can be imported."""
+"""What torch.compile uses on an NPU: nothing is compiled in a rehearsal, and any part of it can be imported."""
 
 from __future__ import annotations
 

@@ -1,0 +1,182 @@
+"""What a rehearsal will do, decided and checked before anything starts: target, scenario, commands, size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from msconv_runtime.artifact import Manifest, read_manifest
+from msconv_runtime.doctor import Machine
+from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
+from msconv_runtime.graphs import graphs_of
+from msconv_runtime.integrity import check_artifact
+from msconv_runtime.sglang.launch import (
+    LOCALHOST,
+    Launch,
+    Nodes,
+    Settings,
+    ascend_target,
+    copies,
+    given_flags,
+    npu_flags,
+    number,
+    plan_launch,
+    refuse_taken,
+)
+from msconv_runtime.weights import required
+
+from ..compile import configuration
+from ..families import DecoderConfig
+from ..verify.reference import source_of
+from .scenario import Scenario, make_scenario
+from .server import CHIPS, free_port
+
+SMALL_BYTES = 2 << 30  # of weights, of all ranks, up to which graphs compute in float32 unless told otherwise
+POOL_TOKENS = 4096  # of the KV pool, unless flags say otherwise: it is host memory here
+LONG_S = 1800  # of interpreting, from which on the number of prompts must be given
+SECONDS_A_VALUE = {True: 1.2e-9, False: 4e-9}  # of a weight in a call, exact or not: measured on 2 cores
+SOME = 20  # damaged places that are told
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line gives.  `exact`: None leaves it to the size.  `prompts`: 0 for all.  `end`: how the
+    server is ended, `term` or `kill`: by SIGTERM, or by killing one of its ranks."""
+
+    target: str | None = None
+    prompts: int = 0
+    exact: bool | None = None
+    machines: int = 1
+    port: int | None = None
+    reference: str | None = None
+    keep: Path | None = None
+    end: str = "term"
+    extra: tuple[str, ...] = ()
+
+    @property
+    def copies(self) -> int:
+        return copies(given_flags(list(self.extra)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`launches`: the command of each machine; the first one listens at `port`.  `source`: of the reference."""
+
+    root: Path
+    manifest: Manifest
+    target: str
+    config: DecoderConfig
+    scenario: Scenario
+    exact: bool
+    launches: list[Launch]
+    port: int
+    source: Path
+    options: Options
+
+    @property
+    def devices(self) -> int:
+        """That each machine has."""
+        return self.manifest.parallel.tp * self.options.copies // self.options.machines
+
+    @property
+    def started(self) -> list[Launch]:
+        """What is really started: in exact mode, with a KV pool that rounds nothing."""
+        return [_with_float32(launch) for launch in self.launches] if self.exact else self.launches
+
+
+def make_plan(root: Path, options: Options) -> Plan:
+    """Raises EnvironmentProblem if the port is taken; ArtifactError or UsageError for an artifact that has nothing
+    for an NPU, is damaged, or does not fit the flags; ResourceError if interpreting it would take too much."""
+    manifest = read_manifest(root)
+    target = options.target or ascend_target(root, manifest)
+    if target not in CHIPS:
+        raise UsageError(
+            f"--target {target}: a rehearsal is of an NPU's graphs.", f"Targets are: {', '.join(CHIPS)}."
+        )
+    graphs_of(root, manifest, target)
+    required(root, manifest)
+    config = configuration(root, manifest)
+    _refuse_damage(root, manifest)
+    weights = sum(f.size for f in required(root, manifest).files)
+    exact = options.exact if options.exact is not None else weights <= SMALL_BYTES
+    asked = number(given_flags(list(options.extra)), "--page-size")
+    page = asked or int(npu_flags(manifest, target)["--page-size"])
+    scenario = make_scenario(config.vocab, config.max_positions, page, options.prompts)
+    launches, port = _launches(root, target, scenario, options)
+    _refuse_size(manifest, config, scenario, exact, options)
+    source = source_of(root, options.reference)
+    return Plan(root, manifest, target, config, scenario, exact, launches, port, source, options)
+
+
+def _refuse_damage(root: Path, manifest: Manifest) -> None:
+    if damage := check_artifact(root, manifest):
+        places = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:SOME])
+        raise ArtifactError(
+            f"{root}: its bytes are not those the manifest describes:\n{places}",
+            "Copy the artifact again, or convert again with --force.",
+        )
+
+
+def _refuse_size(
+    manifest: Manifest, config: DecoderConfig, scenario: Scenario, exact: bool, options: Options
+) -> None:
+    """Raises ResourceError if the interpreter would want more memory than there is, or very long for a scenario
+    that nobody chose."""
+    values = sum(math.prod(t.shape) for t in manifest.weights.tensors) if manifest.weights else 0
+    values *= manifest.parallel.tp
+    need, free = values * (6 if exact else 4) * options.copies, Machine().memory()
+    if free is not None and need > free:
+        raise ResourceError(
+            f"Interpreting this artifact takes about {need / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are "
+            "free.",
+            "Rehearse a model of the same family with fewer layers: its way through the server is the same.  "
+            "--no-exact takes a third less.",
+        )
+    a_call = 2 * values * SECONDS_A_VALUE[exact]  # in the server, and once more
+    seconds = a_call * scenario.num_calls
+    if seconds > LONG_S and not options.prompts:
+        one = make_scenario(config.vocab, config.max_positions, scenario.page, 1)
+        raise ResourceError(
+            f"Interpreting this artifact would take about {seconds / 60:.0f} minutes: {scenario.num_prompts} "
+            f"prompts, {scenario.num_calls} calls of {a_call:.1f} s.",
+            f"`--prompts 1` takes about {a_call * one.num_calls / 60:.0f} minutes, "
+            f"`--prompts {scenario.num_prompts}` all of it.",
+        )
+
+
+def _launches(root: Path, target: str, scenario: Scenario, options: Options) -> tuple[list[Launch], int]:
+    """The command of each machine, and the port of the first.  A few flags keep the server small, unless given."""
+    port = options.port or free_port()
+    refuse_taken(LOCALHOST, port)
+    chunk = max(scenario.page, (scenario.longest - 1) // scenario.page * scenario.page)
+    usual = {
+        "--max-total-tokens": str(POOL_TOKENS),
+        "--chunked-prefill-size": str(chunk),
+        "--max-running-requests": "16",
+        "--skip-tokenizer-init": "",
+    }
+    given = given_flags(list(options.extra))
+    added = [word for name, value in usual.items() if name not in given for word in (name, value) if word]
+    meeting = f"{LOCALHOST}:{free_port()}" if options.machines > 1 else None
+    launches = [
+        plan_launch(
+            root,
+            "npu",
+            LOCALHOST,
+            port if machine == 0 else free_port(),
+            [*added, *options.extra],
+            Settings(),
+            Nodes(options.machines, machine, meeting),
+            elsewhere=True,
+            target=target,
+        )
+        for machine in range(options.machines)
+    ]
+    return launches, port
+
+
+def _with_float32(launch: Launch) -> Launch:
+    argv = list(launch.argv)
+    argv[argv.index("--dtype") + 1] = "float32"
+    return replace(launch, argv=argv)

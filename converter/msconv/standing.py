@@ -1,0 +1,74 @@
+"""How far a target's graphs have come, in three words that are used the same way everywhere.
+
+Interpreted: the graphs were executed on a CPU by msconv's interpreter and agree with transformers (`verify`).
+Rehearsed: SGLang's server ran them on the stand-in device (`rehearse`).  Run on a device: never so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from msconv_runtime.artifact import Manifest, Rehearsed
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Of one target for NPUs."""
+
+    target: str
+    interpreted: bool
+    rehearsals: list[Rehearsed]
+    run_on_device: bool = False
+
+    @property
+    def words(self) -> str:
+        """`interpreted - rehearsed in SGLang 0.5.23 - run on a device: never`."""
+        rehearsed = "; ".join(map(summary, self.rehearsals))
+        return " - ".join(
+            (
+                "interpreted" if self.interpreted else "not interpreted",
+                f"rehearsed: {rehearsed}" if rehearsed else "not rehearsed",
+                "run on a device: never",
+            )
+        )
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {
+            "interpreted": self.interpreted,
+            "rehearsed": [
+                {
+                    "sglang": r.sglang,
+                    "device": r.device,
+                    "mode": r.mode,
+                    "flags": r.flags,
+                    "machines": r.machines,
+                    "copies": r.copies,
+                    "page": r.page,
+                    "prompts": r.prompts,
+                    "tokens": r.tokens,
+                    "calls": sum(r.calls.values()),
+                    "max_call_error": r.max_call_error,
+                    "max_logit_error": r.max_logit_error,
+                }
+                for r in self.rehearsals
+            ],
+            "run_on_device": self.run_on_device,
+        }
+
+
+def standings(manifest: Manifest) -> list[Standing]:
+    """Of each target for NPUs that the artifact has graphs for."""
+    targets = dict.fromkeys(g.target for g in manifest.graphs if g.target != "cpu")
+    return [Standing(t, manifest.proof_for(t) is not None, manifest.rehearsals_for(t)) for t in targets]
+
+
+def summary(rehearsed: Rehearsed) -> str:
+    """One rehearsal in some words."""
+    layout = f", {rehearsed.machines} machines" * (rehearsed.machines > 1)
+    layout += f", {rehearsed.copies} copies" * (rehearsed.copies > 1)
+    return (
+        f"SGLang {rehearsed.sglang}{layout}, {rehearsed.mode}, {rehearsed.tokens} tokens and "
+        f"{sum(rehearsed.calls.values())} graph calls"
+    )
