@@ -55,6 +55,7 @@ class Standing:
                 for r in self.rehearsals
             ],
             "run_on_device": self.run_on_device,
+            "words": self.words,
         }
 
 

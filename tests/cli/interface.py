@@ -17,6 +17,7 @@ KEYS_ARE_DATA = {
     "by_phase",
     "norms",
     "proven",
+    "standing",
     "can",
     "artifact.proven",
     "serve",

@@ -132,9 +132,10 @@ def report(error: BaseException, as_json: bool) -> int:
 
 
 def import_torch_alone() -> None:
-    """Have torch import no package of a device by itself, for a command that needs none: where CANN is missing
-    torch_npu fails, and torch with it.  Call it before torch is imported."""
-    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    """Keep torch_npu out of a command that needs no device: where CANN is missing its import fails, and with it
+    torch's, which loads it by itself, and transformers', which looks for it.  Call it before they are imported."""
+    if os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0") == "0":
+        sys.modules.setdefault("torch_npu", None)  # type: ignore[arg-type]  # None: not to be found
 
 
 @contextmanager

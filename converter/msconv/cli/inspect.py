@@ -43,7 +43,6 @@ def command(artifact: Path | None, check: bool, as_json: bool) -> None:
     if damage:  # a proof holds for the bytes it was made on
         data["proven"] = dict.fromkeys(data["proven"])
         data["standing"] = {}
-        data["words"] = {}
     if as_json:
         emit(data)
         if damage:
@@ -121,7 +120,6 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
             for t, p in proofs.items()
         },
         "standing": {s.target: s.data for s in standings(manifest)},
-        "words": {s.target: s.words for s in standings(manifest)},
     }
 
 
@@ -173,6 +171,6 @@ def describe(data: dict[str, Any]) -> str:
                 f"{target}: proven against {p['reference']}, largest logit error "
                 f"{p['max_abs_logit_error']:.2e} (bound {p['bound']:.0e})"
             )
-        if target in data["words"]:
-            lines.append(f"{target}: {data['words'][target]}")
+        if target in data["standing"]:
+            lines.append(f"{target}: {data['standing'][target]['words']}")
     return "\n".join(lines)

@@ -54,16 +54,16 @@ def _weights(rank: int, graph: Graph, parameters: list[dict[str, Any]], stored: 
     wrong: dict[int | None, list[str]] = {}  # whose values they are
     for p in parameters:
         if p["digest"] != stored.digest(rank, p["name"], p["dtype"]):
-            whose = (r for r in range(tp) if p["digest"] == stored.digest(r, p["name"], p["dtype"]))
-            wrong.setdefault(next(whose, None), []).append(p["name"])
+            others = (r for r in range(tp) if p["digest"] == stored.digest(r, p["name"], p["dtype"]))
+            wrong.setdefault(next(others, None), []).append(p["name"])
     for other, names in wrong.items():
-        source = "what no rank's file has" if other is None else f"rank {other}'s file"
-        yield f"weights of rank {rank}: {_some(names)} are from {source}"
+        whose = "those of no rank's file" if other is None else f"those of rank {other}'s file"
+        yield f"weights of rank {rank}: {_some(names)}: the values are {whose}"
     cast, listed = {p["name"] for p in parameters if p["nz"]}, set(graph.nz)
     if more := sorted(cast - listed):
-        yield f"weights of rank {rank}: {_some(more)} were cast to NZ; the manifest does not list them"
+        yield f"weights of rank {rank}: {_some(more)}: cast to NZ, and not in the manifest's list"
     if fewer := sorted(listed - cast):
-        yield f"weights of rank {rank}: {_some(fewer)} were not cast to NZ; the manifest lists them"
+        yield f"weights of rank {rank}: {_some(fewer)}: not cast to NZ, and in the manifest's list"
 
 
 def _groups(rank: Rank, tp: int) -> Iterator[str]:

@@ -25,7 +25,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Call:
-    """One rank's call.  `graph`: digest of what was loaded.  `probes`: outputs of the residual stream's norms."""
+    """One rank's call.  `graph`: digest of what was loaded.  `probes`: outputs of the residual stream's norms.
+    `error`: why it could not be run; then there are no logits."""
 
     number: int
     graph: str
@@ -33,6 +34,7 @@ class Call:
     inputs: dict[str, torch.Tensor]
     logits: torch.Tensor
     probes: dict[str, torch.Tensor]
+    error: str = ""
 
     @property
     def is_warm_up(self) -> bool:
@@ -81,6 +83,7 @@ def _read_call(number: int, path: Path) -> Call:
         about["graph"],
         [Cache(tuple(c["shape"]), c["at"], c["is"]) for c in about["caches"]],
         {name: tensors[name] for name in INPUTS},
-        tensors["logits"],
+        tensors.get("logits", torch.zeros(0)),
         {n.removeprefix("probe "): t for n, t in tensors.items() if n.startswith("probe ")},
+        about["error"],
     )

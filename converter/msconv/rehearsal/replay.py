@@ -122,7 +122,9 @@ class Replayer:
                 memories[first.caches[0].at] = self._blank(first)
             memory = memories[first.caches[0].at]
             rows: list[Row] = []
-            if _runs(first, memory):
+            failed = [c.error for c in calls if c.error]
+            problems += [f"the graph cannot be run: {error}" for error in failed[:1]]
+            if not failed and _runs(first, memory):
                 problems += self._compare(calls, phase, memory, found)
                 rows = _rows(first, phase, memory, problems)
             found.problems += [f"{where}: {p}" for p in problems]

@@ -50,7 +50,7 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
         "verification": [
             verification(t, manifest.proof_for(t), config.layers, manifest.weights is not None) for t in targets
         ],
-        "standing": {s.target: {**s.data, "words": s.words} for s in standings(manifest)},
+        "standing": {s.target: s.data for s in standings(manifest)},
         "coverage": _coverage(manifest, config, mesh, targets),
         "graphs": [_graphs(manifest, t, timings) for t in targets],
     }

@@ -7,7 +7,6 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
-#include <ATen/native/Resize.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/unfold_native.h>
@@ -211,6 +210,13 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
+void resize_storage(const c10::Storage& storage, size_t size) {
+  auto data = memory.allocate(size);
+  memory.copy_data(data.get(), storage.data(), std::min(size, storage.nbytes()));
+  storage.set_data_ptr_noswap(std::move(data));
+  storage.unsafeGetStorageImpl()->set_nbytes(size);
+}
+
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return num_devices > 0; }
@@ -226,10 +232,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   Device getDeviceFromPtr(void*) const override { return Device(NPU, current); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::kCPU); }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
-    auto data = memory.allocate(size);
-    memory.copy_data(data.get(), storage.data(), std::min(size, storage.nbytes()));
-    storage.set_data_ptr_noswap(std::move(data));
-    storage.set_nbytes(size);
+    resize_storage(storage, size);
   }
 };
 
@@ -286,7 +289,12 @@ at::Tensor reshape_alias(const at::Tensor& tensor, c10::SymIntArrayRef size, c10
 }
 
 const at::Tensor& resize(const at::Tensor& tensor, c10::SymIntArrayRef size, std::optional<at::MemoryFormat> format) {
-  return at::native::resize_(tensor, C10_AS_INTARRAYREF_SLOW(size), format);
+  if (tensor.sizes() == C10_AS_INTARRAYREF_SLOW(size) && !format) return tensor;
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(C10_AS_INTARRAYREF_SLOW(size));
+  if (format) tensor.unsafeGetTensorImpl()->empty_tensor_restride(*format);
+  const size_t bytes = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize();
+  if (bytes > tensor.storage().nbytes()) resize_storage(tensor.storage(), bytes);
+  return tensor;
 }
 
 void record_stream(at::Tensor&, c10::Stream) {}

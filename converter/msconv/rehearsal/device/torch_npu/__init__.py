@@ -6,15 +6,24 @@ gets NotImplementedError with its name.
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .settings import SETTINGS
+
+# Whoever imports this before torch must not have torch import it once more.
+_autoload_before = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+import torch  # noqa: E402
+
+if _autoload_before is None:
+    del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+else:
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = _autoload_before
 
 KERNELS = (
     *(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import faulthandler
 import functools
-import threading
 from typing import Any
 
 import torch
@@ -130,15 +129,15 @@ class _Graph:
         given[-1] = given[-1].to(self._context.keep(given[-1].dtype))
         caches = inputs[len(INPUTS) :]
         opened = [_cache(self._ms, c) for c in caches]
-        step = self._interpreter.run(self._program, [[*given, *opened]])
-        about = {
-            "graph": self.identity,
-            "thread": threading.current_thread().name,
-            "caches": _describe(caches),
-        }
-        tensors = dict(zip(INPUTS, given, strict=True)) | {"logits": torch.from_numpy(step.logits[0])}
+        about = {"graph": self.identity, "caches": _describe(caches), "error": ""}
+        tensors = dict(zip(INPUTS, given, strict=True))
+        try:
+            step = self._interpreter.run(self._program, [[*given, *opened]])
+        except Exception as e:  # recorded: the inputs say why
+            RECORD.call(about | {"error": f"{type(e).__name__}: {e}"}, tensors)
+            raise
         tensors |= {f"probe {name}": torch.from_numpy(values) for name, values in step.probes.items()}
-        RECORD.call(about, tensors)
+        RECORD.call(about, tensors | {"logits": torch.from_numpy(step.logits[0])})
         return self._ms.Tensor(step.logits[0])
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
