@@ -1,8 +1,8 @@
 """MindSpore's Ascend half: what SGLang's runner and msconv's slot ask of it.
 
-The meeting of the ranks at MindSpore's scheduler is a store of torch's at the scheduler's address.  Graphs are
-executed by `graphs`.  What is asked in another way than MindSpore documents is an AssertionError; all of it is
-recorded.
+The ranks meet at a store of torch's, at the address of MindSpore's scheduler; rank 0 keeps it, since the
+scheduler's process takes long to start.  Graphs are executed by `graphs`.  What is asked in another way than MindSpore
+documents is an AssertionError; all of it is recorded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class _Cluster:
         RECORD.event("init", **named)
         self.rank, self.size = int(named["NODE_ID"]), int(named["WORKER_NUM"])
         port = int(named["SCHED_PORT"])
-        self.store = TCPStore(named["SCHED_HOST"], port, is_master=False, timeout=MEET)
+        self.store = TCPStore(
+            named["SCHED_HOST"], port, is_master=self.rank == 0, timeout=MEET, wait_for_workers=False
+        )
         assert self.store.add(f"rank {self.rank}", 1) == 1, f"two processes are rank {self.rank} at port {port}"
         self.store.wait([f"rank {i}" for i in range(self.size)])
         # A process that multiprocessing started runs these at its end, before it waits for the scheduler
@@ -57,12 +59,13 @@ CLUSTER = _Cluster()
 
 
 def be_scheduler() -> None:
-    """The scheduler's process: serves the meeting until all ranks have left, or its parent is gone."""
+    """The scheduler's process: is there until all ranks have left, or its parent is gone."""
     host, port, size = (os.environ[f"MS_{name}"] for name in ("SCHED_HOST", "SCHED_PORT", "WORKER_NUM"))
-    store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
     parent = os.getppid()
-    while os.getppid() == parent and store.add("left", 0) < int(size):
-        time.sleep(0.2)
+    with contextlib.suppress(RuntimeError):  # rank 0 is gone
+        store = TCPStore(host, int(port), is_master=False, timeout=MEET)
+        while os.getppid() == parent and store.add("left", 0) < int(size):
+            time.sleep(0.2)
 
 
 def install(ms: Any) -> None:
