@@ -187,15 +187,15 @@ def run(
             if force:
                 clear(root)
             previous = _finished(root, conversion)
-            lost = False
-            if previous is not None and previous.weights is not None:
-                if whole(root, plan, published=True):
-                    (root / STATE_DIR / JOURNAL).unlink(missing_ok=True)
-                    publish(root, previous)
-                    return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
-                lost = True  # a rank file is gone: not finished any more
+            finished = previous if previous is not None and previous.weights is not None else None
+            # not if a rank file is gone, or where the run that wrote READY did not get to its end: the disk may
+            # have refused to keep it
+            ended = not (root / STATE_DIR / JOURNAL).exists() and whole(root, plan, published=True)
+            if finished and ended:
+                publish(root, finished)
+                return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
             with Journal.resume(root, conversion.identity) as journal:
-                if lost:
+                if finished:
                     (root / READY).unlink()
                 if journal.done and not whole(root, plan):
                     journal.restart()
