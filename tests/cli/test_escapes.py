@@ -56,12 +56,9 @@ def check_plain(done: Result) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        ("inspect",),
-        ("inspect", "--check"),
         ("inspect", "--json"),
         ("serve", "--print-command"),
         ("doctor",),
-        ("reshard", "--tp", 2),
         ("verify",),
         ("push", "--to", "a/b"),
     ],

@@ -111,12 +111,21 @@ def test_a_graph_that_fails_leaves_the_session_usable(session: Session, monkeypa
         session.extend([[1] * 20, [VOCAB]])
     assert session.lengths == [3, 2]
     assert np.array_equal(session.decode([7, 8]), expected)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(session, "vocab_size", VOCAB + 1)
-        session.prefill([[VOCAB]])
+
+
+def test_a_prefill_that_fails_in_the_middle_leaves_no_sequences(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = session.prefill(PROMPTS)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(session.graphs, "prefill", interrupted)
+        session.prefill([[1]])
     assert session.lengths == []  # the cache was written over
-    session.prefill(PROMPTS)
-    assert np.array_equal(session.decode([7, 8]), expected)
+    assert np.array_equal(session.prefill(PROMPTS), expected)
 
 
 def test_memory_that_runs_out_leaves_the_session_usable(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
