@@ -44,7 +44,7 @@ class Session:
     logits = session.decode([7, 8])                     # one more token each
     tokens = session.generate([[1, 2, 3]], 16)          # greedy
 
-    `vocab_size`: tokens are 0 to one less.  `max_positions`: as long may a sequence become.
+    `vocab_size`: tokens are 0 to one less.  `max_positions`: so long may a prompt with what it generates be.
     """
 
     def __init__(
@@ -107,10 +107,12 @@ class Session:
         """Append tokens to each sequence; what is cached before them is used.  [B, V]."""
         with _turn:
             new = self._tokens("extend", tokens, self._sequences)
+            self._check_lengths("extend", self._sequences, new)
             return self._run(self._sequences, new, lambda batch, caches: self.graphs.prefill(batch, caches))
 
     def decode(self, tokens: list[int]) -> Logits:
-        """Append one token to each sequence.  [B, V]."""
+        """Append one token to each sequence, also past `max_positions`: what the model makes of those positions
+        nobody has trained.  [B, V]."""
         with _turn:
             new = self._tokens("decode", [[t] for t in _listed("decode", tokens)], self._sequences)
             return self._run(self._sequences, new, lambda batch, caches: self.graphs.decode(batch, caches))
@@ -136,26 +138,32 @@ class Session:
         listed = _listed(what, prompts)
         if not listed:
             raise UsageError(f"{what} needs at least one prompt.")
-        return self._tokens(what, listed, Sequences(len(listed), self.page_size), max(later, 0))
+        fresh = Sequences(len(listed), self.page_size)
+        tokens = self._tokens(what, listed, fresh)
+        self._check_lengths(what, fresh, tokens, max(later, 0))
+        return tokens
 
-    def _tokens(self, what: str, tokens: Iterable[Any], before: Sequences, later: int = 0) -> list[list[int]]:
-        """The tokens to append to these sequences, each an int that the model has.  `later`: how many will follow.
-        Raises UsageError."""
-        listed = _listed(what, tokens)
-        before.check_count(len(listed))
-        found = []
-        for i, (length, given) in enumerate(zip(before.lengths, listed, strict=True)):
-            new = _listed(what, given, f"sequence {i} is ", "list of tokens")
-            if not new:
-                raise UsageError(
-                    f"{what} needs at least one token for each sequence; sequence {i} has none.",
-                    "Leave no list empty.",
-                )
+    def _check_lengths(self, what: str, before: Sequences, tokens: list[list[int]], later: int = 0) -> None:
+        """Raises UsageError if a sequence becomes too long with these tokens and `later` ones."""
+        for i, (length, new) in enumerate(zip(before.lengths, tokens, strict=True)):
             if (total := length + len(new) + later) > self.max_positions:
                 raise UsageError(
                     f"{what}: sequence {i} would have {total} tokens; this model takes {self.max_positions} at "
                     "most.",
                     "Give fewer tokens.",
+                )
+
+    def _tokens(self, what: str, tokens: Iterable[Any], before: Sequences) -> list[list[int]]:
+        """The tokens to append to these sequences, each an int that the model has.  Raises UsageError."""
+        listed = _listed(what, tokens)
+        before.check_count(len(listed))
+        found = []
+        for i, given in enumerate(listed):
+            new = _listed(what, given, f"sequence {i} is ", "list of tokens")
+            if not new:
+                raise UsageError(
+                    f"{what} needs at least one token for each sequence; sequence {i} has none.",
+                    "Leave no list empty.",
                 )
             found.append([self._token(f"{what}: token {j} of sequence {i}", value) for j, value in enumerate(new)])
         return found

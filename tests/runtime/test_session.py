@@ -87,7 +87,7 @@ def test_a_session_takes_a_sequence_up_to_the_last_position(session: Session) ->
     session.decode([0])
     assert session.lengths == [POSITIONS]
     with pytest.raises(UsageError, match=f"{POSITIONS} at most"):
-        session.decode([0])
+        session.extend([[0]])
     assert len(session.generate([[1, 2]], POSITIONS - 1)[0]) == POSITIONS - 1
     assert session.generate([[1, 2]], 0) == [[]]
     numbers: Any = [np.array([1, 2, 3], np.int64), np.array([4, 5], np.int32)]
