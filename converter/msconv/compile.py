@@ -32,7 +32,7 @@ from msconv_runtime.errors import ArtifactError, EnvironmentProblem, ResourceErr
 from .checkpoint.directory import AUXILIARY, read_small
 from .checkpoint.headers import parse_json
 from .checkpoint.reference import open_configuration
-from .convert import TOOL, peak_rss_bytes, refuse_foreign
+from .convert import TOOL, peak_rss_bytes, recordable, refuse_foreign
 from .families import DecoderConfig, configure
 from .graph.spec import Exported
 from .layout.cuts import Mesh, make_mesh
@@ -87,7 +87,9 @@ def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path
     into the same directory completes it.  Raises UsageError or ArtifactError if it holds something else."""
     mesh = make_mesh(tp, ep)
     source = open_configuration(model)
-    if not isinstance(model, Path):
+    if isinstance(model, Path):
+        recordable(model)
+    else:
         model.download_small(AUXILIARY)
     table, sizes = source.family.table, source.config.sizes()
     plan = make_plan(table, sizes, expected_sources(table, sizes, "bfloat16"), mesh)

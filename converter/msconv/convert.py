@@ -104,6 +104,7 @@ def prepare(
     Raises any MsconvError there is to raise beforehand."""
     mesh = make_mesh(tp, ep)
     checkpoint = open_checkpoint(model) if isinstance(model, Path) else _open_repository(model)
+    origin = recordable(model) if isinstance(model, Path) else model.reference
     plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, mesh, dtype)
     buffers, planned = plan_memory(plan, jobs, max_memory)
     output = output or Path("artifacts") / default_name(checkpoint.name, tp, ep)
@@ -116,7 +117,7 @@ def prepare(
         source=_open_source(model, checkpoint),
         identity=identify((f.identity for f in checkpoint.files.values()), checkpoint.config_digest, plan),
         reads=checkpoint.root,
-        origin=str(checkpoint.root.resolve()) if isinstance(model, Path) else model.reference,
+        origin=origin,
         auxiliary=checkpoint.auxiliary,
         describe=lambda moved: _model(checkpoint, plan, moved),
         dropped=_dropped(plan),
@@ -127,6 +128,19 @@ def prepare(
         planned_memory_bytes=planned,
         download_bytes=0 if isinstance(model, Path) else missing_bytes(model, plan),
     )
+
+
+def recordable(directory: Path) -> str:
+    """Its whole path, as the manifest and `.msconv/source` record it.  Raises UsageError if that is no text."""
+    path = str(directory.resolve())
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{path}: this path is not UTF-8, and an artifact records where it came from as text.",
+            "Rename it, or copy it where the whole path is UTF-8: a link there is not enough.",
+        ) from None
+    return path
 
 
 def _open_repository(repository: Repository) -> Checkpoint:
@@ -187,15 +201,15 @@ def run(
             if force:
                 clear(root)
             previous = _finished(root, conversion)
-            lost = False
-            if previous is not None and previous.weights is not None:
-                if whole(root, plan, published=True):
-                    (root / STATE_DIR / JOURNAL).unlink(missing_ok=True)
-                    publish(root, previous)
-                    return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
-                lost = True  # a rank file is gone: not finished any more
+            finished = previous if previous is not None and previous.weights is not None else None
+            # not if a rank file is gone, or where the run that wrote READY did not get to its end: the disk may
+            # have refused to keep it
+            ended = not (root / STATE_DIR / JOURNAL).exists() and whole(root, plan, published=True)
+            if finished and ended:
+                publish(root, finished)
+                return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
             with Journal.resume(root, conversion.identity) as journal:
-                if lost:
+                if finished:
                     (root / READY).unlink()
                 if journal.done and not whole(root, plan):
                     journal.restart()

@@ -10,7 +10,7 @@ from msconv_runtime.weights import check_size, required
 
 from .checkpoint.directory import AUXILIARY
 from .compile import configuration
-from .convert import Conversion, default_name, identify
+from .convert import Conversion, default_name, identify, recordable
 from .families import FAMILIES
 from .layout.cuts import Mesh, make_mesh
 from .layout.model import TensorInfo, expected_sources
@@ -89,4 +89,4 @@ def _origin(artifact: Path) -> str:
     try:
         return (artifact / ".msconv" / "source").read_text().strip()
     except OSError:
-        return str(artifact.resolve())
+        return recordable(artifact)

@@ -6,6 +6,8 @@ Writing: `write_manifest` replaces manifest and READY; a crash between the two l
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -22,10 +24,14 @@ MANIFEST = "msconv.json"
 READY = "READY"
 STATE_DIR = ".msconv"  # journal, lock, local paths: never part of what the artifact promises
 MAX_MANIFEST_BYTES = 256 << 20
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system says that has no such call
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}  # what weights may be stored as
 
 Phase = Literal["prefill", "decode", "decode_all", "native"]
+
+logger = logging.getLogger(__name__)
+_told: set[int] = set()  # devices whose lack of directory syncs was said
 
 
 class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -345,19 +351,36 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Atomically and durably put `data` at `path`."""
+    """Atomically and durably put `data` at `path`.  Raises OSError with the name of what could not be written."""
     tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with tmp.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        e.filename = e.filename or str(tmp)
+        raise
     tmp.replace(path)
     sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable.  Some network file systems have no such thing (fsync says EINVAL):
+    what is done there is right until the power goes, which is logged once.  Raises OSError for all else."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in NO_SYNC:
+            e.filename = str(path)
+            raise
+        device = os.fstat(fd).st_dev
+        if device not in _told:
+            _told.add(device)
+            logger.warning(
+                f"{path}: its file system cannot sync directories ({e.strerror}): if the machine loses power soon "
+                "after, files may be missing there.  `msconv inspect ARTIFACT --check` tells."
+            )
     finally:
         os.close(fd)

@@ -65,10 +65,23 @@ class Sequences:
         self.num_pages = 0
         self._tables: list[list[int]] = [[] for _ in range(count)]
 
+    def check_count(self, count: int) -> None:
+        """Raises UsageError unless so many sequences are running."""
+        if not self.lengths:
+            raise UsageError("no sequence is running.", "Begin with prefill.")
+        if count != len(self.lengths):
+            raise UsageError(f"{len(self.lengths)} sequences are running, tokens for {count} were given.")
+
+    def take_back(self, lengths: list[int]) -> None:
+        """Undo the last `advance`: sequences have these lengths again, and pages that it took are free."""
+        self.lengths = list(lengths)
+        for table, length in zip(self._tables, lengths, strict=True):
+            del table[-(-length // self.page_size) :]
+        self.num_pages = sum(map(len, self._tables))
+
     def advance(self, tokens: list[list[int]]) -> Batch:
         """Append tokens to each sequence.  Raises UsageError if the number of sequences differs."""
-        if len(tokens) != len(self.lengths):
-            raise UsageError(f"{len(self.lengths)} sequences are running, tokens for {len(tokens)} given.")
+        self.check_count(len(tokens))
         positions: list[int] = []
         slots: list[int] = []
         for i, new in enumerate(tokens):

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import reprlib
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact import read_manifest
-from .errors import EnvironmentProblem, UsageError
+from .artifact import Manifest, digest_bytes, read_manifest
+from .errors import ArtifactError, EnvironmentProblem, UsageError
 from .graphs import Graphs
 from .paging import Batch, Sequences
 from .weights import LoadMode
 
 Logits = NDArray[np.float32]
+Call = Callable[[Batch, list[Any]], Logits]
+
+_turn = threading.RLock()  # MindSpore runs one graph at a time in a process: two threads end it, or wait for ever
+
+
+class _Limits(msgspec.Struct):
+    """What config.json says of the inputs."""
+
+    vocab_size: int
+    max_position_embeddings: int
 
 
 class Session:
-    """One rank of an artifact, loaded and warmed up.
+    """One rank of an artifact, loaded and warmed up.  Threads may call it: they take turns, also with those of
+    other sessions, and a `generate` is one turn.  After any error it goes on with the sequences it had; where a
+    prefill failed in the middle, with none.
 
     session = Session("artifacts/Qwen3-0.6B-tp1")
     logits = session.prefill([[1, 2, 3], [4, 5]])       # [2, vocab] float32: last token of each
     logits = session.decode([7, 8])                     # one more token each
     tokens = session.generate([[1, 2, 3]], 16)          # greedy
+
+    `vocab_size`: tokens are 0 to one less.  `max_positions`: so long may a prompt with what it generates be.
     """
 
     def __init__(
@@ -38,6 +58,8 @@ class Session:
     ) -> None:
         root = Path(artifact)
         manifest = read_manifest(root)
+        if load not in get_args(LoadMode):
+            raise UsageError(f"load is {load!r}; it may be 'mmap' or 'read'.")
         if target != "cpu":
             raise EnvironmentProblem(
                 f"{target} graphs run on an NPU inside SGLang only.", "Use target='cpu' here."
@@ -47,57 +69,132 @@ class Session:
                 f"{root}: is for {manifest.parallel.tp} ranks, and a Session runs one without communication.",
                 "Convert with --tp 1, or serve all ranks with `msconv serve`.",
             )
-        self.graphs = Graphs(root, manifest, target, rank, load, check_digests, native)
-        self.page_size = self.graphs.page
-        self._caches: list[Any] = []
-        self._num_pages = 0
-        self.reset()
-        self.graphs.warm_up()
+        limits = _limits(root, manifest)
+        self.vocab_size, self.max_positions = limits.vocab_size, limits.max_position_embeddings
+        self._load = partial(Graphs, root, manifest, target, rank, load, check_digests, native)
+        with _turn:
+            self.graphs = self._load()
+            self._has_failed = False
+            self.page_size = self.graphs.page
+            self._caches: list[Any] = []
+            self._num_pages = 0
+            self.reset()
+            self.graphs.warm_up()
 
     def reset(self) -> None:
         """Forget all sequences."""
-        self._sequences = Sequences(0, self.page_size)
+        with _turn:
+            self._sequences = Sequences(0, self.page_size)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens in the cache, by sequence."""
-        return list(self._sequences.lengths)
+        with _turn:
+            return list(self._sequences.lengths)
 
     def prefill(self, prompts: list[list[int]]) -> Logits:
-        """Start over with these prompts (any lengths above 0).  Logits of each last token, [B, V]."""
-        if not prompts or not all(prompts):
-            raise UsageError("prefill needs at least one prompt, and no prompt may be empty.")
-        self._sequences = Sequences(len(prompts), self.page_size)
-        return self.extend(prompts)
+        """Start over with these prompts (any lengths above 0).  Logits of each last token, [B, V].
+        Raises UsageError for prompts that the model cannot take, here and in what follows."""
+        tokens = self._prompts("prefill", prompts)
+        with _turn:
+            self.reset()  # the cache is written over from its begin
+            fresh = Sequences(len(tokens), self.page_size)
+            logits = self._run(fresh, tokens, lambda batch, caches: self.graphs.prefill(batch, caches))
+            self._sequences = fresh
+            return logits
 
     def extend(self, tokens: list[list[int]]) -> Logits:
         """Append tokens to each sequence; what is cached before them is used.  [B, V]."""
-        if not all(tokens):
-            raise UsageError("extend needs at least one token for each sequence.", "Leave no list empty.")
-        return self.graphs.prefill(self._advance(tokens), self._caches)
+        with _turn:
+            new = self._tokens("extend", tokens, self._sequences)
+            self._check_lengths("extend", self._sequences, new)
+            return self._run(self._sequences, new, lambda batch, caches: self.graphs.prefill(batch, caches))
 
     def decode(self, tokens: list[int]) -> Logits:
-        """Append one token to each sequence.  [B, V]."""
-        batch = self._advance([[t] for t in tokens])
-        return self.graphs.decode(batch, self._caches)
+        """Append one token to each sequence, also past `max_positions`: what the model makes of those positions
+        nobody has trained.  [B, V]."""
+        with _turn:
+            new = self._tokens("decode", [[t] for t in _listed("decode", tokens)], self._sequences)
+            return self._run(self._sequences, new, lambda batch, caches: self.graphs.decode(batch, caches))
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations, `max_new_tokens` each (ends are not looked for)."""
-        out: list[list[int]] = [[] for _ in prompts]
+        if _whole(max_new_tokens) is None or max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens is {reprlib.repr(max_new_tokens)}; it is a whole number from 0 on.")
+        tokens = self._prompts("generate", prompts, max_new_tokens - 1)
+        out: list[list[int]] = [[] for _ in tokens]
         if max_new_tokens < 1:
             return out
-        logits = self.prefill(prompts)
-        for step in range(max_new_tokens):
-            for tokens, row in zip(out, logits, strict=True):
-                tokens.append(int(row.argmax()))
-            if step + 1 < max_new_tokens:
-                logits = self.decode([tokens[-1] for tokens in out])
+        with _turn:
+            logits = self.prefill(tokens)
+            for step in range(max_new_tokens):
+                for new, row in zip(out, logits, strict=True):
+                    new.append(int(row.argmax()))
+                if step + 1 < max_new_tokens:
+                    logits = self.decode([new[-1] for new in out])
         return out
 
-    def _advance(self, tokens: list[list[int]]) -> Batch:
-        batch = self._sequences.advance(tokens)
-        self._reserve(self._sequences.num_pages)
-        return batch
+    def _prompts(self, what: str, prompts: Iterable[Any], later: int = 0) -> list[list[int]]:
+        listed = _listed(what, prompts)
+        if not listed:
+            raise UsageError(f"{what} needs at least one prompt.")
+        fresh = Sequences(len(listed), self.page_size)
+        tokens = self._tokens(what, listed, fresh)
+        self._check_lengths(what, fresh, tokens, max(later, 0))
+        return tokens
+
+    def _check_lengths(self, what: str, before: Sequences, tokens: list[list[int]], later: int = 0) -> None:
+        """Raises UsageError if a sequence becomes too long with these tokens and `later` ones."""
+        for i, (length, new) in enumerate(zip(before.lengths, tokens, strict=True)):
+            if (total := length + len(new) + later) > self.max_positions:
+                raise UsageError(
+                    f"{what}: sequence {i} would have {total} tokens; this model takes {self.max_positions} at "
+                    "most.",
+                    "Give fewer tokens.",
+                )
+
+    def _tokens(self, what: str, tokens: Iterable[Any], before: Sequences) -> list[list[int]]:
+        """The tokens to append to these sequences, each an int that the model has.  Raises UsageError."""
+        listed = _listed(what, tokens)
+        before.check_count(len(listed))
+        found = []
+        for i, given in enumerate(listed):
+            new = _listed(what, given, f"sequence {i} is ", "list of tokens")
+            if not new:
+                raise UsageError(
+                    f"{what} needs at least one token for each sequence; sequence {i} has none.",
+                    "Leave no list empty.",
+                )
+            found.append([self._token(f"{what}: token {j} of sequence {i}", value) for j, value in enumerate(new)])
+        return found
+
+    def _token(self, what: str, value: Any) -> int:
+        token = _whole(value)
+        if token is None:
+            raise UsageError(f"{what} is {reprlib.repr(value)}, which is no whole number.")
+        if not 0 <= token < self.vocab_size:
+            raise UsageError(f"{what} is {token}; this model has tokens 0 to {self.vocab_size - 1}.")
+        return token
+
+    def _run(self, sequences: Sequences, tokens: list[list[int]], call: Call) -> Logits:
+        """Append the tokens and run a graph.  After an error, the sequences are what they were."""
+        if self._has_failed:  # MindSpore refuses what failed once: its graphs are bound anew
+            self.graphs.cells.clear()
+            self.graphs.tensors.clear()
+            self.graphs = self._load()
+            self.graphs.warm_up()
+            self._has_failed = False
+        before = list(sequences.lengths)
+        try:
+            batch = sequences.advance(tokens)
+            self._reserve(sequences.num_pages)
+            self._has_failed = True
+            logits = call(batch, self._caches)
+            self._has_failed = False
+            return logits
+        except BaseException:
+            sequences.take_back(before)
+            raise
 
     def _reserve(self, pages: int) -> None:
         """Room for so many pages; grows by doubling and keeps what is there."""
@@ -105,8 +202,8 @@ class Session:
             return
         from mindspore import Tensor
 
-        self._num_pages = max(pages, 2 * self._num_pages, 1024 // self.page_size)
-        shape = (self._num_pages, self.page_size, *(n or 1 for n in self.graphs.cache_shape[2:]))
+        more = max(pages, 2 * self._num_pages, 1024 // self.page_size)
+        shape = (more, self.page_size, *(n or 1 for n in self.graphs.cache_shape[2:]))
         grown = []
         for i in range(self.graphs.num_caches):
             new = np.zeros(shape, np.float32)
@@ -114,4 +211,36 @@ class Session:
                 old = self._caches[i].asnumpy()
                 new[: len(old)] = old
             grown.append(Tensor.from_numpy(new))
-        self._caches = grown
+        self._caches, self._num_pages = grown, more
+
+
+def _limits(root: Path, manifest: Manifest) -> _Limits:
+    """From the artifact's own config.json.  Raises ArtifactError if it is another one, or says nothing."""
+    path = root / "config.json"
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise ArtifactError(f"{path}: cannot be read: {e.strerror}.", "Copy the artifact again.") from None
+    if digest_bytes(data) != manifest.model.config_digest:
+        raise ArtifactError(
+            f"{path}: is not the configuration this artifact was made from.", "Copy the artifact again."
+        )
+    try:
+        return msgspec.json.decode(data, type=_Limits)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise ArtifactError(f"{path}: {e}.", "Convert again with --force.") from None
+
+
+def _listed(what: str, values: Any, name: str = "", kind: str = "list") -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise UsageError(f"{what}: {name}{reprlib.repr(values)}{', which' * bool(name)} is no {kind}.") from None
+
+
+def _whole(value: Any) -> int | None:
+    """The value as an int if it is one, of Python or of numpy."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

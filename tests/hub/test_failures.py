@@ -313,6 +313,26 @@ used.write = limited
     goes_on(hub, pull, tmp_path / "out", expected)
 
 
+def test_what_a_disk_may_have_lost_of_a_download_is_not_taken_up(
+    hub: Hub, pull: Run, expected: Path, tmp_path: Path
+) -> None:
+    """A sync fails once, and the next one would succeed without the bytes that were lost."""
+    code = f"""
+import errno, os
+sync, failed = os.fdatasync, []
+def fails_once(fd):
+    if not failed and os.readlink(f"/proc/self/fd/{{fd}}").endswith(".incomplete"):
+        failed.append(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    sync(fd)
+os.fdatasync = fails_once
+{HASTY}"""
+    done = run_python(code, "convert", "--model", NAME, "--tp", 4, "--output", tmp_path / "out")
+    refused(done, 5, "Input/output error", "HF_HOME")
+    assert [p.stat().st_size for p in (tmp_path / "home").rglob("*.incomplete")] == [0]
+    goes_on(hub, pull, tmp_path / "out", expected)
+
+
 def test_a_cache_that_cannot_be_written(
     hub: Hub, pull: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -22,9 +23,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-WRITING = ("mkdir", "posix_fallocate", "pwrite", "write", "fsync", "fdatasync", "replace", "unlink")
+SYNCING = ("fsync", "fdatasync")
+WRITING = ("mkdir", "posix_fallocate", "pwrite", "write", *SYNCING, "replace", "unlink")
 READING = ("preadv",)
-ON_FD = ("posix_fallocate", "pwrite", "write", "fsync", "fdatasync", "preadv")
+LOCKING = ("flock",)
+ON_FD = ("posix_fallocate", "pwrite", "write", *SYNCING, *READING, *LOCKING)
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,16 @@ class Fault:
     """What happens before the `at`-th step (counted from 1) among the calls in `of` whose path has `path` in it.
 
     `do`: `kill`; `cut` (the power goes: what was not synced is garbage, then kill); a signal's name, which comes
-    `times` steps in a row; an errno's name, raised from then on; `truncate`, `touch`, `rewrite`, `swap` or
-    `unlink` of the file `target`; `sleep` for some `seconds`; or nothing.
+    `times` steps in a row; an errno's name, raised from then on; `lose` (a sync fails with EIO, this once, and
+    what was not synced of its file is garbage: so does Linux); `truncate`, `touch`, `rewrite`, `swap` or `unlink`
+    of the file `target`; `sleep` for some `seconds`; or nothing.
     """
 
     do: str = ""
     at: int = 0
     of: tuple[str, ...] = WRITING
     path: str = ""
+    directories: bool = False  # only where the path is that of a directory
     target: str = ""
     times: int = 1
     seconds: float = 60
@@ -63,9 +68,10 @@ class Steps:
     lock: Any = field(default_factory=threading.RLock)
 
     def install(self) -> None:
-        for name in WRITING + READING:
-            self.calls[name] = getattr(os, name)
-            setattr(os, name, self._wrap(name, self.calls[name]))
+        for name in WRITING + READING + LOCKING:
+            module = fcntl if name in LOCKING else os
+            self.calls[name] = getattr(module, name)
+            setattr(module, name, self._wrap(name, self.calls[name]))
         if self.fault.capacity:
             usage = shutil.disk_usage
             setattr(shutil, "disk_usage", lambda p: usage(p)._replace(free=self._room()))  # noqa: B010
@@ -75,19 +81,19 @@ class Steps:
             at = 1 if name == "replace" else 0
             where = str(Path(f"/proc/self/fd/{args[0]}").readlink() if name in ON_FD else args[at])
             with self.lock:
-                if name in self.fault.of and self.fault.path in where:
+                file = os.fstat(args[0]) if name in ON_FD else None
+                if name in self.fault.of and self.fault.path in where and self._is_kind(file):
                     self.names.append(f"{name} {Path(where).name}")
-                    self._act()
+                    self._act(file)
                 if self.fault.capacity:
                     self._limit(name, args)
-                file = os.fstat(args[0]) if name in ON_FD else None
                 if file and name in ("pwrite", "write"):
                     if file.st_ino not in self.held:
                         self.held[file.st_ino] = os.dup(args[0])
                     begin = args[2] if name == "pwrite" else file.st_size
                     self.unsynced.setdefault(file.st_ino, []).append((begin, len(args[1])))
                 before = 0
-                if file and name in ("fsync", "fdatasync"):
+                if file and name in SYNCING:
                     before = len(self.unsynced.get(file.st_ino, ()))
             done = call(*args, **kwargs)
             if file and before:
@@ -97,9 +103,16 @@ class Steps:
 
         return wrapped
 
-    def _act(self) -> None:
+    def _is_kind(self, file: os.stat_result | None) -> bool:
+        return not self.fault.directories or (file is not None and stat.S_ISDIR(file.st_mode))
+
+    def _act(self, file: os.stat_result | None) -> None:
         fault, step = self.fault, len(self.names)
         first = step == fault.at
+        if fault.do == "lose" and first:
+            assert file is not None
+            self._lose_unsynced(file.st_ino)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         if fault.do.startswith("E") and step >= fault.at:
             number = getattr(errno, fault.do)
             raise OSError(number, os.strerror(number))
@@ -110,19 +123,19 @@ class Steps:
             time.sleep(fault.seconds)
         if fault.do in ("kill", "cut") and first:
             if fault.do == "cut":
-                self._lose_unsynced()
+                for inode in list(self.unsynced):
+                    self._lose_unsynced(inode)
             os.kill(os.getpid(), signal.SIGKILL)
         if fault.target and first and not fault.capacity:
             _change(Path(fault.target), fault.do)
 
-    def _lose_unsynced(self) -> None:
-        for inode, ranges in self.unsynced.items():
+    def _lose_unsynced(self, inode: int) -> None:
+        for begin, size in self.unsynced.pop(inode, ()):
             fd = self.held[inode]
-            for begin, size in ranges:
-                if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:  # torn somewhere
-                    os.ftruncate(fd, random.randint(begin, begin + size))
-                    break
-                self.calls["pwrite"](fd, b"\xa5" * size, begin)
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:  # torn somewhere
+                os.ftruncate(fd, random.randint(begin, begin + size))
+                break
+            self.calls["pwrite"](fd, b"\xa5" * size, begin)
 
     def _room(self) -> int:
         used = sum(p.stat().st_blocks * 512 for p in Path(self.fault.target).rglob("*"))
@@ -215,7 +228,7 @@ def sweep(
     log, report = root / "log", root / "steps"
 
     def go(out: Path, fault: Fault) -> int:
-        fault = replace(fault, durable_every=durable_every)
+        fault = replace(fault, durable_every=durable_every, of=SYNCING if do == "lose" else WRITING)
         return fork(fault, [*arguments, "--output", str(out), "--jobs", str(rng.choice(jobs))], log)
 
     def prepare(out: Path) -> None:
@@ -243,7 +256,7 @@ def sweep(
             codes.append(go(out, Fault(do, rng.randint(1, len(first)), times=times)))
         ended += sum(code != 0 for code in codes)
         where = f"step {step} ({name}), exit codes {codes}"
-        if not set(codes) <= {0, -signal.SIGKILL if do in ("kill", "cut") else 130}:
+        if not set(codes) <= {0, {"kill": -signal.SIGKILL, "cut": -signal.SIGKILL, "lose": 5}.get(do, 130)}:
             problems.append(f"{where}: {log.read_text()[-500:]}")
         if begin != "a lost file" and pretends(out):
             problems.append(f"{where}: looks finished and is not: {pretends(out)}")

@@ -111,7 +111,7 @@ def test_a_torn_last_line_of_the_journal_is_done_again(checkpoint: Checkpoints, 
     assert read_tree(out) == read_tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", [b"", b"\n", b"garbage", b"{}\n"])
+@pytest.mark.parametrize("damage", [b"", b"\n", b"garbage", b"{}\n", b'{"tool": "\xa5"}\n'])
 def test_a_lost_journal_starts_over(checkpoint: Checkpoints, tmp_path: Path, damage: bytes) -> None:
     model, out = checkpoint("untied"), tmp_path / "out"
     half_done(model, out, 20, tp=2)

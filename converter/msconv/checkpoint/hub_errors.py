@@ -139,6 +139,11 @@ def _explain_disk(error: OSError, where: str) -> ResourceError:
             f"{where}: not enough disk for the download in {Path(place).parent}.",
             f"Free some, or point HF_HOME at a larger disk.  {RESUMES}",
         )
+    if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+        return ResourceError(
+            f"{place}: its file system gives no locks ({error.strerror}).",
+            "Point HF_HOME at a directory on another file system, or mount this one with locks.",
+        )
     return ResourceError(
         f"{place}: cannot be written: {error.strerror}.", "Point HF_HOME at a writable directory."
     )

@@ -149,7 +149,11 @@ def fetch(url: str, file: RemoteFile, partial: Path, progress: Progress, cancell
                     f"{file.name}: {file.size} bytes came whose digest is not {file.etag}, as the hub says.",
                     "Run the same command again: it is downloaded anew.  If it stays so, a proxy damages it.",
                 )
-            os.fdatasync(landing.fd)
+            try:
+                os.fdatasync(landing.fd)
+            except OSError:  # Linux reports lost pages once: a later run must not take up what is here
+                landing.restart()
+                raise
     except OSError as e:
         if not isinstance(e, httpx2.HTTPError):
             e.filename = str(partial)

@@ -76,8 +76,9 @@ def cli(quiet: bool, verbose: bool) -> None:
     Flags come before the environment, that before a recipe, that before defaults.  MSCONV_CONVERT_TP=4 is
     `msconv convert --tp 4`, and so for every option; MSCONV_RECIPES is a directory of your own recipes.
     """
-    from .console import Volume, set_volume
+    from .console import Volume, hear_warnings, set_volume
 
+    hear_warnings()
     set_volume(Volume.NORMAL)
     if quiet:
         set_volume(Volume.QUIET)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -75,10 +77,40 @@ json_option = click.option(
 )
 
 
+def visible(text: str, keep: str = "\n") -> str:
+    """Text in which what is not printable is written out, as `\\x1b`, but for `keep`: names come from checkpoints
+    and artifacts of others, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def _indented(text: str) -> str:
+    """Visible, and only its first line begins where our own words do: no name can add a `Next:`."""
+    return re.sub(r"\n(?! )", "\n  ", visible(text))
+
+
+def show(text: str) -> None:
+    """For people who asked for it: stdout."""
+    click.echo(visible(text))
+
+
 def say(text: str = "") -> None:
     """For people: stderr, unless --quiet."""
     if _volume > Volume.QUIET:
-        click.echo(text, err=True, color=colour())
+        click.echo(visible(text), err=True)
+
+
+class _Heard(logging.Handler):
+    """Says what the runtime warns of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.capitalize()}: {record.getMessage()}")
+
+
+def hear_warnings() -> None:
+    """Let the runtime's warnings be said, once in a process."""
+    logger = logging.getLogger("msconv_runtime")
+    logger.handlers[:] = [_Heard(logging.WARNING)]
+    logger.propagate = False
 
 
 def emit(data: dict[str, Any]) -> None:
@@ -120,14 +152,14 @@ def report(error: BaseException, as_json: bool) -> int:
         where = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
         hint = f"This is a fault in msconv{where}. Please report it with the command you ran."
         if is_verbose():
-            traceback.print_exception(error)
+            click.echo(visible("".join(traceback.format_exception(error))), err=True)
     hint = hint or NEXT.get(code, "")
     if as_json:
         with contextlib.suppress(OSError):
             emit({"error": {"code": code, "message": message, "hint": hint}})
-    click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True, color=colour())
+    click.echo(click.style("Error: ", fg="red", bold=True) + _indented(message), err=True, color=colour())
     if hint:
-        click.echo(click.style("Next: ", fg="yellow") + hint, err=True, color=colour())
+        click.echo(click.style("Next: ", fg="yellow") + _indented(hint), err=True, color=colour())
     return exit_code
 
 
@@ -168,8 +200,9 @@ def step(label: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(label):
+    with Console(stderr=True).status(Text(visible(label))):
         yield
 
 

@@ -11,7 +11,7 @@ from msconv_runtime.doctor import Machine, Report, examine
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
 
 from .command import Command
-from .console import ARTIFACTS, artifact_argument, emit, json_option, say
+from .console import ARTIFACTS, artifact_argument, emit, json_option, say, visible
 
 WORDS = {"serve_cpu": "serve on a CPU", "serve_npu": "serve on an NPU"}
 COLOURS = {"ok": "green", "untested": "yellow", "missing": "yellow", "wrong": "red"}
@@ -70,10 +70,9 @@ def describe(report: Report) -> str:
     width = max(len(f.name) for f in report.findings)
     lines = []
     for f in report.findings:
-        line = f"{click.style(f'{f.state:8}', fg=COLOURS[f.state])}  {f.name:{width}}  {f.found}"
-        if f.state != "ok":
-            line += f"; needed: {f.needed}; {f.hint}"
-        lines.append(line.replace("\n", " ").encode(errors="backslashreplace").decode())
+        words = f"{f.name:{width}}  {f.found}" + (f"; needed: {f.needed}; {f.hint}" if f.state != "ok" else "")
+        state = click.style(f"{f.state:8}", fg=COLOURS[f.state])
+        lines.append(f"{state}  {visible(words.replace(chr(10), ' '))}")
     for ability, can in report.can.items():
         lines.append(f"{'can' if can else 'cannot':8}  {WORDS.get(ability, ability)}")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from msconv_runtime.integrity import check_artifact, check_graphs
 from ..layout.names import fold
 from ..standing import standings
 from .command import Command
-from .console import artifact_argument, byte_progress, emit, find_artifact, human, json_option, say
+from .console import artifact_argument, byte_progress, emit, find_artifact, human, json_option, say, show, visible
 
 
 @click.command("inspect", cls=Command)
@@ -48,9 +48,10 @@ def command(artifact: Path | None, check: bool, as_json: bool) -> None:
         if damage:
             raise click.exceptions.Exit(ArtifactError.exit_code)
     else:
-        click.echo(describe(data))
+        show(describe(_single_lines(data)))
     if damage:
-        lines = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:50])
+        places = (f"{d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:50])
+        lines = "\n".join(f"  {visible(place, keep='')}" for place in places)
         raise ArtifactError(
             f"{root}: {len(damage)} places differ from the manifest:\n{lines}",
             "Copy the artifact again, or convert again with --force.",
@@ -69,7 +70,7 @@ def next_command(root: Path, manifest: Manifest) -> str:
     if not targets:
         return f"msconv compile {root}"
     unproven = [t for t in targets if manifest.proof_for(t) is None]
-    return f"msconv verify {root} --target {unproven[0]}" if unproven else f"msconv serve {root}"
+    return f"msconv verify {root} --target {visible(unproven[0], keep='')}" if unproven else f"msconv serve {root}"
 
 
 def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
@@ -135,6 +136,15 @@ def _casts(manifest: Manifest, target: str) -> str:
         if stored.get(p.name, p.dtype) != p.dtype
     }
     return ", ".join(sorted(pairs))
+
+
+def _single_lines(value: Any) -> Any:
+    """The same with no string that could pass for a line of ours."""
+    if isinstance(value, dict):
+        return {_single_lines(k): _single_lines(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_single_lines(v) for v in value]
+    return visible(value, keep="") if isinstance(value, str) else value
 
 
 def describe(data: dict[str, Any]) -> str:

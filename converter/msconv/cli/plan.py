@@ -20,6 +20,7 @@ from .console import (
     json_option,
     memory_option,
     say,
+    show,
     tp_option,
 )
 from .references import convert_command, model_option, recipe_option, source_option
@@ -99,26 +100,24 @@ def command(
         )
         say(hint)
         return
-    click.echo(
+    show(
         f"{e.checkpoint.name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
         + (", shapes from config.json (no weights here yet)" if e.assumed else "")
     )
-    click.echo(
-        f"source      {human(plan.read_bytes)} of {plan.source_dtype}; to download {human(e.download_bytes)}"
-    )
-    click.echo(
+    show(f"source      {human(plan.read_bytes)} of {plan.source_dtype}; to download {human(e.download_bytes)}")
+    show(
         f"output      {human(plan.output_bytes)} of {plan.dtype}: {plan.mesh.tp} ranks of {human(plan.rank_bytes)}"
     )
     if experts := plan.sizes.experts:
         shared = "whole" if plan.mesh.moe_tp == 1 else f"each over {plan.mesh.moe_tp} ranks"
-        click.echo(
+        show(
             f"experts     {experts // ep} of {experts} a rank, {shared}: {human(plan.expert_bytes)} + "
             f"{human(plan.rank_bytes - plan.expert_bytes)} of all else, the same on every rank"
         )
-    click.echo(f"memory      {human(e.peak_memory_bytes)} at most, {jobs} jobs")
+    show(f"memory      {human(e.peak_memory_bytes)} at most, {jobs} jobs")
     if e.seconds is not None:
-        click.echo(f"time        about {e.seconds:.0f} s, as fast as this disk was just now")
-    click.echo(
+        show(f"time        about {e.seconds:.0f} s, as fast as this disk was just now")
+    show(
         f"a device    {human(device.weight_bytes)} weights + {human(device.kv_bytes)} KV cache "
         f"({batch} x {context} tokens of {human(device.kv_bytes_per_token)}) = {human(device.total_bytes)}"
     )
@@ -126,5 +125,5 @@ def command(
         share = f"{RESERVED:.0%} kept free"
         verdict = "fits" if device.fits(device_memory) else "does not fit"
         smallest = f"smallest tp that fits: {e.smallest_tp}" if e.smallest_tp else "no tp tried fits"
-        click.echo(f"            {verdict} in {human(device_memory)} ({share}); {smallest}")
+        show(f"            {verdict} in {human(device_memory)} ({share}); {smallest}")
     say(hint)

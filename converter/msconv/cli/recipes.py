@@ -9,7 +9,7 @@ import msgspec
 
 from ..recipes import Recipe, all_recipes, find_recipe, read_recipe
 from .command import Command
-from .console import emit, json_option, say
+from .console import emit, json_option, say, show
 from .references import complete_recipes, reference, unknown
 
 
@@ -32,7 +32,7 @@ def command(name: str | None, as_json: bool) -> None:
         if as_json:
             emit({"recipes": [details(r) for r in found]})
         else:
-            click.echo(table(found))
+            show(table(found))
         say("Next: msconv recipes NAME shows one and its commands.")
         return
     recipe = find_recipe(name)
@@ -41,7 +41,7 @@ def command(name: str | None, as_json: bool) -> None:
     if as_json:
         emit(details(recipe))
     else:
-        click.echo(describe(recipe))
+        show(describe(recipe))
     say(f"Next: msconv plan --model {reference(recipe)}")
 
 

@@ -10,7 +10,7 @@ from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import UsageError
 
 from .command import Command
-from .console import artifact_argument, emit, find_artifact, json_option, say
+from .console import artifact_argument, emit, find_artifact, json_option, say, show
 
 
 @click.command("report", cls=Command)
@@ -45,7 +45,7 @@ def command(artifact: Path | None, output: Path | None, as_json: bool) -> None:
     except OSError as e:
         raise disk_error(e, root, 0) from None
     if not as_json:
-        click.echo(str(path))
+        show(str(path))
     say(f"Next: open {path} in a browser")
 
 

@@ -14,7 +14,7 @@ from msconv_runtime.integrity import check_graphs
 from msconv_runtime.sglang.launch import Nodes, Settings, plan_launch, refuse_taken
 
 from .command import Command
-from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say
+from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say, show
 from .references import compare_layout, recipe_option, with_serve_flags
 
 
@@ -89,7 +89,7 @@ def command(
         emit({"argv": launch.argv, "environment": launch.environment})
     if print_command:
         if not as_json:
-            click.echo(launch.shell())
+            show(launch.shell())
         say("Next: the same without --print-command starts it.")
         return
     manifest = read_manifest(root)

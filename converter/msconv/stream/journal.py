@@ -51,6 +51,7 @@ class Journal:
         self.identity = identity
         self.done: dict[str, Moved] = {}
         self._fd = -1
+        self._error: OSError | None = None
 
     @classmethod
     def resume(cls, root: Path, identity: Identity) -> Journal:
@@ -77,7 +78,7 @@ class Journal:
     def _load(self, lines: list[bytes]) -> bytes:
         try:
             found = msgspec.json.decode(lines[0], type=Identity)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return b""
         if different := found.differences(self.identity):
             raise PlanError(
@@ -90,7 +91,7 @@ class Journal:
         for line in lines[1:]:
             try:
                 entry = msgspec.json.decode(line, type=_Line)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 break  # torn by a crash: what it described is simply done again
             parts = {(tensor, part, rank): digest for tensor, part, rank, digest in entry.parts}
             self.done[entry.name] = Moved(entry.name, entry.source_digest, parts)
@@ -98,7 +99,10 @@ class Journal:
         return b"\n".join(good) + b"\n"
 
     def append(self, moved: list[Moved]) -> None:
-        """Record tensors whose bytes have been synced.  Durable on return."""
+        """Record tensors whose bytes have been synced.  Durable on return.  Raises OSError, and then ever again:
+        a sync that failed once says nothing about what was lost the next time."""
+        if self._error:
+            raise self._error
         if not moved:
             return
         lines = [
@@ -106,9 +110,14 @@ class Journal:
             for m in moved
         ]
         data = b"\n".join(lines) + b"\n"
-        while data:
-            data = data[os.write(self._fd, data) :]
-        os.fdatasync(self._fd)
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+            os.fdatasync(self._fd)
+        except OSError as e:
+            e.filename = str(self.path)
+            self._error = e
+            raise
         self.done.update({m.name: m for m in moved})
 
     def remove(self) -> None:

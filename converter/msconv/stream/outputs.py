@@ -1,4 +1,9 @@
-"""The rank files while they are being written: preallocated, written at final offsets, renamed when whole."""
+"""The rank files while they are being written: preallocated, written at final offsets, renamed when whole.
+
+A write or a sync that failed is final.  Linux reports pages that it could not write out once, and drops them: the
+next sync would succeed without them.  So none is tried again, and what was not synced before is for the next run
+to rewrite.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +38,15 @@ def whole(root: Path, plan: Plan, published: bool = False) -> bool:
 
 
 class Outputs:
-    """All files of all ranks, as `*.tmp`.  Threads may write at once; places never overlap."""
+    """All files of all ranks, as `*.tmp`.  Threads may write at once; places never overlap.  After an error of
+    `write` or `sync`, `sync` raises it again."""
 
     def __init__(self, root: Path, plan: Plan, fresh: bool, besides: int = 0) -> None:
         self.root, self.plan, self.fresh, self.besides = root, plan, fresh, besides
         self._fds: dict[tuple[int, int], int] = {}
         self._unstarted: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
+        self._error: MsconvError | None = None
 
     def __enter__(self) -> Outputs:
         (self.root / "weights").mkdir(parents=True, exist_ok=True)
@@ -83,8 +90,9 @@ class Outputs:
         try:
             while done < len(data):
                 done += os.pwrite(fd, data[done : done + (1 << 30)], offset + done)
-        except OSError as e:
-            raise disk_error(e, self.root, len(data) - done) from None
+        except OSError as e:  # NFS says here what a sync would have said, and the sync says nothing then
+            self._error = disk_error(e, self._tmp(rank, file), len(data) - done)
+            raise self._error from None
         with self._lock:
             waiting = self._unstarted.get((rank, file), 0) + len(data)
             start = waiting >= _START_EVERY
@@ -101,12 +109,16 @@ class Outputs:
 
     def sync(self) -> None:
         """Everything written so far is on the disk; its pages leave the page cache."""
-        for (rank, i), fd in self._fds.items():
+        if self._error:
+            raise self._error from None
+        for (rank, i), fd in self._fds.items():  # all of them: what a file lost would else stop the next run
             try:
                 os.fdatasync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             except OSError as e:
-                raise disk_error(e, self._tmp(rank, i), 0) from None
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                self._error = self._error or disk_error(e, self._tmp(rank, i), 0)
+        if self._error:
+            raise self._error from None
 
     def publish(self) -> None:
         """Give every file its final name.  Call after the last `sync`."""
@@ -142,6 +154,10 @@ def disk_error(e: OSError, where: Path, need: int) -> MsconvError:
         except OSError:
             free = 0
         return out_of_space(where, max(need, 1), free)
-    return ResourceError(
-        f"{e.filename or where}: cannot be written: {e.strerror}.", "Give a writable directory with --output."
-    )
+    hint = "Give a writable directory with --output."
+    if e.errno == errno.EIO:
+        hint = (
+            "The system's log has more about the disk.  Run the same command again: what may be lost is written "
+            "again; or give another --output."
+        )
+    return ResourceError(f"{e.filename or where}: cannot be written: {e.strerror}.", hint)

@@ -1,8 +1,8 @@
 """MindSpore's Ascend half: what SGLang's runner and msconv's slot ask of it.
 
 The ranks meet at a store of torch's, at the address of MindSpore's scheduler; rank 0 keeps it, since the
-scheduler's process takes long to start.  Graphs are executed by `graphs`.  What is asked in another way than MindSpore
-documents is an AssertionError; all of it is recorded.
+scheduler's process takes long to start.  Graphs are executed by `graphs`.  What is asked in another way than
+MindSpore documents is an AssertionError; all of it is recorded.
 """
 
 from __future__ import annotations
