@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-rehearsal browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -46,6 +46,10 @@ compiler:
 	else \
 	  echo "The tests of the CPU's kernels need a C++ compiler: as root, apt-get install g++" >&2; exit 4; \
 	fi >/dev/null
+
+# All layouts that SGLang's NPU path can be rehearsed in here; `make test` takes some of them.
+test-rehearsal: setup compiler
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/rehearsal
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed

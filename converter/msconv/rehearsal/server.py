@@ -170,9 +170,8 @@ class Server:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if re.search(rf"sglang::scheduler(_DP0)?(_TP{rank}\b|\0|$|_EP|\s)", words) or (
-                rank == 0 and "sglang::scheduler" in words and "_TP" not in words
-            ):
+            named = re.search(r"sglang::scheduler\S*?_TP(\d+)", words)
+            if "sglang::scheduler" in words and int(named[1] if named else 0) == rank:
                 os.kill(pid, signal.SIGKILL)
                 return True
         return False
@@ -245,6 +244,8 @@ def last_error(log: Path) -> str:
             frames = [f.strip() for f in lines[begin + 1 : begin + 40] if f.lstrip().startswith("File ")][:4]
             what = "the host touched device memory" if touched else line.strip()
             return f"{what}, at {' < '.join(frames)}" if frames else what
+    if wrong := [line.strip() for line in lines if re.match(r"^\S.*: error: ", line)]:  # of the command line
+        return wrong[-1]
     found = ""
     for line in lines:
         if re.match(r"^(\[20[^\]]*\] )?[A-Za-z_][\w.]*(Error|Problem|Failed|Exception)\b: ?", line):

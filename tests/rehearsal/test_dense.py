@@ -1,8 +1,7 @@
-"""Faults planted in a server on the rehearsal device: each is caught, and the call or the place is named."""
+"""A dense model, rehearsed: with faults of calls, each caught and named with its call; then without."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +16,14 @@ from msconv.rehearsal.records import CALLS, read_replicas
 from msconv.rehearsal.rehearse import running
 from msconv.rehearsal.replay import Replayer
 from msconv.rehearsal.server import Server
+from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
 from tests.commands import run_msconv
 from tests.rehearsal.conftest import Artifacts
+from tests.rehearsal.rehearsing import BOUND, every_layout, planting_path, rehearse
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
-PLANTING = Path(__file__).with_name("planting")
-BOUND = 1e-4
 FAULTS = {
     "mask of zeros": r"\(decode\): rank 0: attention_mask: \d+ of \d+ values are wrong",
     "mask of one": r"\(prefill\): rank 0: attention_mask: \d+ of 16384 values are wrong",
@@ -63,7 +62,7 @@ def planted(npu_artifact: Artifacts, tmp_path_factory: pytest.TempPathFactory) -
     work, now = tmp_path_factory.mktemp("planted"), tmp_path_factory.mktemp("now") / "fault"
     plan = make_plan(root, Options())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(PLANTING), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        patch.setenv("PYTHONPATH", planting_path())
         patch.setenv("PLANTED_NOW", str(now))
         with running(plan, work) as server:
             found = Planted(plan, server, work, now, {})
@@ -112,30 +111,28 @@ def test_a_fault_of_a_call_is_named(problems: dict[str, list[str]], fault: str) 
     assert re.search(FAULTS[fault], problems[fault][0]), problems[fault][:3]
 
 
-def rehearse(root: Path, monkeypatch: pytest.MonkeyPatch, *faults: str) -> str:
-    """With faults that are there from the start: what the command says."""
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(PLANTING), *filter(None, [os.environ.get("PYTHONPATH")])])
-    )
-    monkeypatch.setenv("PLANTED_AT_LOAD", ",".join(faults))
-    done = run_msconv("rehearse", root, "--prompts", 1, timeout=400)
-    assert done.code == 3, done.stderr
-    return done.stderr
+@every_layout
+@pytest.mark.parametrize(("tp", "target"), [(1, "ascend910b"), (2, "ascend910b"), (1, "ascend910c")])
+def test_other_layouts(npu_artifact: Artifacts, tp: int, target: str) -> None:
+    rehearse(npu_artifact("qwen3", target, tp))
 
 
-def test_wrong_weights_casts_and_groups_are_named(
-    npu_artifact: Artifacts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = npu_artifact("qwen3_moe", "ascend310p", 2, 2)
-    said = rehearse(root, monkeypatch, "expert_start", "NZ", "another group")
-    assert "weights of rank 1: expert_start: the values are those of rank 0's file" in said
-    assert "weights of rank 0: model.embed_tokens.weight: cast to NZ, and not in the manifest's list" in said
-    assert re.search(r"groups of rank 0: world:0 has the communicator 0x\w+; SGLang's", said)
-    assert "logits of rank" in said
+@every_layout
+def test_two_copies(npu_artifact: Artifacts) -> None:
+    root = npu_artifact("qwen3", "ascend310p")
+    rehearse(root, "--", "--dp-size=2")
+    assert {r.copies for r in read_manifest(root).rehearsals_for("ascend310p")} >= {2}
 
 
-def test_a_latent_pool_in_two_parts_is_refused_before_it_is_used(
-    npu_artifact: Artifacts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = rehearse(npu_artifact("deepseek_v3", "ascend910b"), monkeypatch, "latent split")
-    assert re.search(r"SGLang's KV pool has heads and dimension \[1, 32\], the graphs want \[1, 40\]", said)
+def test_one_rank_on_a_310p(npu_artifact: Artifacts) -> None:
+    """What is recorded is shown."""
+    root = npu_artifact("qwen3", "ascend310p")
+    rehearse(root, "--", "--log-level=info")
+    shown = run_msconv("inspect", root, "--json").json["standing"]["ascend310p"]
+    assert not shown["interpreted"]
+    assert not shown["run_on_device"]
+    entry = shown["rehearsed"][0]
+    assert (entry["copies"], entry["flags"], entry["device"]) == (1, ["--log-level=info"], "1")
+    words = "not interpreted - rehearsed: SGLang 0.5.23, float32"
+    assert words in run_msconv("inspect", root).stdout
+    assert words in (root / "report.html").read_text()
