@@ -77,7 +77,7 @@ def test_an_npu_gets_its_command_for_elsewhere_and_is_missed_here(own_ascend: Pa
     said = dict(zip(found.argv[3::2], found.argv[4::2], strict=True))
     wanted = {"--device": "npu", "--attention-backend": "ascend", "--dtype": "bfloat16", "--page-size": "128"}
     assert wanted.items() <= said.items()
-    assert found.environment == {"MSCONV_TARGET": "ascend910b"}
+    assert found.environment == {"MSCONV_TARGET": "ascend910b", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
     with pytest.raises(EnvironmentProblem, match=r"torch_npu[\s\S]*CANN[\s\S]*devices"):
         plan_launch(own_ascend, "npu", "0.0.0.0", 30000, [])
 
@@ -91,6 +91,8 @@ def test_one_of_several_ascend_targets_must_be_named(own_ascend: Path, monkeypat
     monkeypatch.setenv("MSCONV_TARGET", "ascend910c")
     found = plan_launch(own_ascend, "npu", "0.0.0.0", 30000, [], elsewhere=True)
     assert found.environment["MSCONV_TARGET"] == "ascend910c"
+    found = plan_launch(own_ascend, "npu", "0.0.0.0", 30000, [], elsewhere=True, target="ascend910b")
+    assert found.environment["MSCONV_TARGET"] == "ascend910b"
 
 
 def test_machines_that_serve_together_are_told_so() -> None:

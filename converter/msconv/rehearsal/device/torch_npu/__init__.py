@@ -101,7 +101,7 @@ _C = _module("_C", _weak_ref_tensor=lambda tensor: tensor)
 _C._distributed_c10d = _module("_C._distributed_c10d", ProcessGroupHCCL=_ProcessGroupHCCL)
 contrib = _module("contrib", __path__=[str(Path(__file__).parent / "contrib")])
 
-from . import hccl, on_import  # noqa: E402, F401  need the device
+from . import hccl, on_import, processes  # noqa: E402, F401  need the device
 
 
 def _autoload() -> None:

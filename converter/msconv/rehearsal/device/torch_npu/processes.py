@@ -1,0 +1,21 @@
+"""Processes begin as copies of the one that starts them, where that is possible.
+
+SGLang has each of its processes start anew and import for some 15 seconds what its parent has imported.  Beside a
+real NPU it must: a driver's state cannot be copied.  Here there is none.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+_set = multiprocessing.set_start_method
+
+
+def _set_start_method(method: str | None, force: bool = False) -> None:
+    """Only a process of one thread is copied: a copy has no other, and would wait for it."""
+    alone = sum(1 for _ in Path("/proc/self/task").iterdir()) == 1
+    _set("fork" if method == "spawn" and alone else method, force)
+
+
+multiprocessing.set_start_method = _set_start_method  # type: ignore[assignment]
