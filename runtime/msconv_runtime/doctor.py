@@ -66,7 +66,7 @@ VARIABLES: dict[str, tuple[str, State, str, tuple[Ability, ...]]] = {  # harmles
     "MS_DEV_FORCE_USE_COMPILE_CACHE": ("(?!1$).*", "wrong", "not 1: MindSpore then loads a wrong graph", ALL[1:]),
     "MS_INTERNAL_DISABLE_CUSTOM_KERNEL_LIST": (f"|{KERNELS}", "untested", f"none, or {KERNELS}", ()),
     "MS_ENABLE_LCCL": ("|off", "untested", "none, or off", ()),
-    "HF_HUB_OFFLINE": (".*", "ok", "any: msconv fetches nothing", ()),
+    "HF_HUB_OFFLINE": ("|0", "untested", "none, or 0: with it `convert` and `pull` fetch nothing", ()),
 }
 
 

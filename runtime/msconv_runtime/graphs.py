@@ -65,9 +65,9 @@ def tensor(array: NDArray[Any], dtype: str) -> Any:
 
 
 def graphs_of(root: Path, manifest: Manifest, target: str) -> list[Graph]:
-    """Raises ArtifactError if a phase is not compiled for the target."""
+    """Raises ArtifactError unless prefill and decode are compiled for the target."""
     graphs = manifest.graphs_for(target)
-    if {g.phase for g in graphs} < {"prefill", "decode"}:
+    if not {"prefill", "decode"} <= {g.phase for g in graphs}:
         have = sorted({g.target for g in manifest.graphs})
         raise ArtifactError(
             f"{root}: has no graphs for {target}" + (f" (only for {', '.join(have)})." if have else "."),

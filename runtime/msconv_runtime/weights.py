@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact import Manifest, TensorEntry, Weights
+from .artifact import Manifest, Weights
 from .errors import ArtifactError
 
 LoadMode = Literal["mmap", "read"]
@@ -87,12 +87,6 @@ def check_size(path: Path, size: int) -> None:
             f"{path}: has {found} bytes, the manifest says {size}.",
             "Copy the artifact again, or convert again with --force.",
         )
-
-
-def entry_bytes(root: Path, weights: Weights, rank: int, entry: TensorEntry) -> NDArray[np.uint8]:
-    """One tensor's bytes, mapped read-only."""
-    files = [f for f in weights.files if f.rank == rank]
-    return np.memmap(root / files[entry.file].path, np.uint8, "r", entry.begin, (entry.nbytes,))
 
 
 def _load(path: Path, mode: LoadMode) -> NDArray[np.uint8]:

@@ -328,8 +328,9 @@ def test_npu_smi_is_asked_and_never_waited_for(
         ("MS_INTERNAL_DISABLE_CUSTOM_KERNEL_LIST", "PagedAttention", "untested", NOT_NPU),
         ("MS_ENABLE_LCCL", "off", "ok", NOT_NPU),
         ("MS_ENABLE_LCCL", "on", "untested", NOT_NPU),
-        ("HF_HUB_OFFLINE", "1", "ok", NOT_NPU),
-        ("HF_HUB_OFFLINE", "\n", "ok", NOT_NPU),
+        ("HF_HUB_OFFLINE", "1", "untested", NOT_NPU),
+        ("HF_HUB_OFFLINE", "\n", "untested", NOT_NPU),
+        ("HF_HUB_OFFLINE", "0", "ok", NOT_NPU),
     ],
 )
 def test_variables_are_read(tmp_path: Path, name: str, value: str, state: str, lost: set[str]) -> None:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from msconv.families import configure
 from msconv.families.config import DecoderConfig, Family
-from msconv.layout.cuts import Mesh
+from msconv.layout.cuts import COPY, Mesh
 from msconv.layout.model import TensorInfo, expected_sources
 from msconv.layout.names import fold, listing
 from msconv.layout.plan import Plan, make_plan
+from msconv.layout.rules import keep, only
 from msconv_runtime.errors import PlanError
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -249,3 +250,20 @@ def test_a_long_listing_is_cut_off_and_says_so() -> None:
     text = listing([f"name_{i}x.weight" for i in range(50)], limit=5)
     assert len(text.splitlines()) == 6
     assert "45 more" in text
+
+
+def test_a_condition_is_added_to_those_that_rules_have() -> None:
+    """A rule of a model with a bias, for layers with experts, is for neither without the other."""
+    bias = keep("model.layers.{layer}.mlp.bias", ("hidden",), COPY, when="attention_bias")
+    (rule,) = only("moe_layer", (bias,))
+    for traits, layers, expected in (
+        ({"attention_bias"}, ({"moe_layer"}, set()), [True, False]),
+        (set(), ({"moe_layer"}, set()), [False, False]),
+    ):
+        sizes = replace(
+            published("Qwen3-0.6B")[1].sizes(),
+            layers=2,
+            traits=frozenset(traits),
+            layer_traits=tuple(map(frozenset, layers)),
+        )
+        assert [sizes.holds(rule.when, layer) for layer in range(2)] == expected

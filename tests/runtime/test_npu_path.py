@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from msconv_runtime import graphs as runtime
 from msconv_runtime.artifact import GraphInput, read_manifest
-from msconv_runtime.graphs import Graphs
+from msconv_runtime.errors import ArtifactError
+from msconv_runtime.graphs import Graphs, graphs_of
 from msconv_runtime.native import Library
 from msconv_runtime.paging import Batch
 from msconv_runtime.sglang.collectives import find_groups
@@ -96,6 +98,15 @@ def test_on_an_npu_no_second_group_is_made(ascend: Path, monkeypatch: pytest.Mon
 def test_a_server_that_loses_a_process_does_not_wait_for_cuda(ascend: Path) -> None:
     found = plan_launch(ascend, "npu", "127.0.0.1", 30000, [], elsewhere=True)
     assert found.environment["SGLANG_CUDA_COREDUMP_BEFORE_CRASH"] == "0"
+
+
+@pytest.mark.parametrize("phases", [{"prefill", "native"}, {"native"}, {"decode_all"}, {"decode"}, set()])
+def test_a_set_of_graphs_that_could_not_serve_is_refused(compiled: Path, phases: set[str]) -> None:
+    manifest = read_manifest(compiled)
+    some = [g for g in manifest.graphs if g.phase in phases]
+    with pytest.raises(ArtifactError, match="has no graphs for cpu"):
+        graphs_of(compiled, msgspec.structs.replace(manifest, graphs=some), "cpu")
+    assert len(graphs_of(compiled, manifest, "cpu")) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +97,7 @@ def command(
         problems = result.problems or ["no token could be judged"]
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise VerificationFailed(
-            f"{root}: the rehearsal for {result.target} found {len(problems)} problems:\n"
+            f"{root}: the rehearsal for {result.target} failed; problems: {len(problems)}\n"
             + "\n".join(f"  {p}" for p in problems[:SHOWN])
             + more,
             "The first one is where to begin; `--keep DIR` keeps the server's log and the recorded calls.",
@@ -129,9 +130,13 @@ def summary(result: Any) -> dict[str, Any]:
             "equal": answers.equal,
             "ties": answers.ties,
             "undecided": answers.undecided,
-            "max_abs_logit_error": answers.error,
+            "max_abs_logit_error": finite(answers.error),
         },
-        "calls": {"count": replay.num_calls, "by_graph": replay.by_graph, "max_abs_logit_error": replay.error},
+        "calls": {
+            "count": replay.num_calls,
+            "by_graph": replay.by_graph,
+            "max_abs_logit_error": finite(replay.error),
+        },
         "bound": result.bound,
         "seconds": round(result.seconds, 3),
         "start_seconds": round(result.start_s, 3),
@@ -140,8 +145,19 @@ def summary(result: Any) -> dict[str, Any]:
     }
 
 
+def finite(error: float) -> float | None:
+    """None for what JSON has no number for: another shape, or not a number."""
+    return error if math.isfinite(error) else None
+
+
 def lines(data: dict[str, Any]) -> list[str]:
-    """The same for people."""
+    """The same for people.  Nothing if the server did not answer at all."""
+    if not data["requests"]:
+        return []
+
+    def number(error: float | None) -> str:
+        return "without bound" if error is None else f"{error:.2e}"
+
     answers, calls = data["answers"], data["calls"]
     server = ", ".join(f"{name} {value}" for name, value in data["server"].items() if value is not None)
     graphs = ", ".join(f"{count} {phase}" for phase, count in calls["by_graph"].items())
@@ -152,7 +168,7 @@ def lines(data: dict[str, Any]) -> list[str]:
     return [
         f"  server: {server}; ready after {data['start_seconds']:.0f} s, ended after {data['end_seconds']:.0f} s",
         f"  answers: {answers['equal']} of {answers['tokens']} tokens are transformers' choice{left}; {cached} "
-        f"tokens came from the cache; largest logit error {answers['max_abs_logit_error']:.2e}{bound}",
+        f"tokens came from the cache; largest logit error {number(answers['max_abs_logit_error'])}{bound}",
         f"  graph calls: {calls['count']} ({graphs}), largest difference to the interpreter "
-        f"{calls['max_abs_logit_error']:.2e}",
+        f"{number(calls['max_abs_logit_error'])}",
     ]

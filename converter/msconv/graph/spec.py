@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from msconv_runtime.artifact import GraphInput, GraphParameter, Phase
 
@@ -11,8 +10,6 @@ from ..families.config import DecoderConfig, Mla, Moe
 from ..layout.cuts import Mesh
 
 TP_GROUP = "msconv_tp"  # the canonical group: whoever loads the graph creates it
-
-Target = Literal["cpu", "ascend910b", "ascend910c", "ascend310p"]
 
 
 @dataclass(frozen=True)

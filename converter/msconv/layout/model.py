@@ -25,9 +25,9 @@ class Sizes:
     block: tuple[int, int] = (0, 0)
 
     def holds(self, when: str, layer: int | None = None) -> bool:
-        if not when or when in self.traits:
-            return True
-        return layer is not None and bool(self.layer_traits) and when in self.layer_traits[layer]
+        """Whether the model, or this layer of it, has all traits that `when` names."""
+        of_layer = self.layer_traits[layer] if layer is not None and self.layer_traits else ()
+        return all(trait in self.traits or trait in of_layer for trait in when.split())
 
     @property
     def experts(self) -> int:

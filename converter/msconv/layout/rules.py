@@ -23,8 +23,8 @@ class Rule:
     """One output tensor: its parts joined along rows, in order.
 
     `stacked`: one matrix for each of a rank's experts, [E, in, out], as grouped matrix products want them: each
-    part turned over, side by side.  `when` names a trait of the model or of the layer that must hold.  `dtype`
-    pins an element type against `--dtype`; OWN keeps the checkpoint's.
+    part turned over, side by side.  `when` names traits of the model or of the layer, all of which must hold.
+    `dtype` pins an element type against `--dtype`; OWN keeps the checkpoint's.
     """
 
     dst: str
@@ -67,5 +67,5 @@ def stack(dst: str, *parts: Part, when: str = "") -> Rule:
 
 
 def only(when: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The rules, for layers or models with this trait."""
-    return tuple(replace(rule, when=when) for rule in rules)
+    """The rules, for layers or models that have this trait besides those that the rules want themselves."""
+    return tuple(replace(rule, when=f"{when} {rule.when}".rstrip()) for rule in rules)

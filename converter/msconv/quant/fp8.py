@@ -18,7 +18,6 @@ from . import kernels
 Array = NDArray[Any]
 
 CODES: NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-NAN = np.isnan(CODES)
 
 
 class Blocks:
