@@ -19,11 +19,10 @@ class Standing:
     target: str
     interpreted: bool
     rehearsals: list[Rehearsed]
-    run_on_device: bool = False
 
     @property
     def words(self) -> str:
-        """`interpreted - rehearsed in SGLang 0.5.23 - run on a device: never`."""
+        """`interpreted - rehearsed: SGLang 0.5.23, float32, ... - run on a device: never`."""
         rehearsed = "; ".join(map(summary, self.rehearsals))
         return " - ".join(
             (
@@ -46,6 +45,7 @@ class Standing:
                     "machines": r.machines,
                     "copies": r.copies,
                     "page": r.page,
+                    "end": r.end,
                     "prompts": r.prompts,
                     "tokens": r.tokens,
                     "calls": sum(r.calls.values()),
@@ -54,7 +54,7 @@ class Standing:
                 }
                 for r in self.rehearsals
             ],
-            "run_on_device": self.run_on_device,
+            "run_on_device": False,
             "words": self.words,
         }
 
@@ -69,6 +69,7 @@ def summary(rehearsed: Rehearsed) -> str:
     """One rehearsal in some words."""
     layout = f", {rehearsed.machines} machines" * (rehearsed.machines > 1)
     layout += f", {rehearsed.copies} copies" * (rehearsed.copies > 1)
+    layout += ", a rank killed" * (rehearsed.end == "kill")
     return (
         f"SGLang {rehearsed.sglang}{layout}, {rehearsed.mode}, {rehearsed.tokens} tokens and "
         f"{sum(rehearsed.calls.values())} graph calls"

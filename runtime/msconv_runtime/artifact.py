@@ -163,7 +163,9 @@ class Rehearsed(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `device`: version of the stand-ins.  `mode`: `float32`, or `as served` in the target's own precision.
     `machines`, `copies`: --nnodes and --dp-size.  `calls`: of each graph.  `max_call_error`: of logits, against
-    the interpreter; `max_logit_error`: against transformers.  `bound`: of both, 0 where the second has none.
+    the interpreter; `max_logit_error`: against transformers.  `bound`: of the latter, 0 where there is none.
+    `end`: `term` if the server was ended by SIGTERM, `kill` if one of its ranks was killed.  `msconv`: the version
+    whose runtime it was.
     """
 
     target: str
@@ -185,6 +187,8 @@ class Rehearsed(msgspec.Struct, frozen=True, omit_defaults=True):
     copies: int = 1
     ties: int = 0
     undecided: int = 0
+    end: str = "term"
+    msconv: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -43,6 +43,7 @@ def call(phase: str, cached: list[int], new: list[int], dtype: str = "bfloat16")
 
 PREFILL = call("prefill", [0, 0], [20, 3])
 EXTEND = call("decode", [40, 17], [20, 3])
+FRESH = call("decode", [0, 0], [20, 3])
 DECODE = call("decode", [40, 17, 1], [1, 1, 1])
 
 
@@ -61,6 +62,9 @@ def exchanged(a: int, b: int) -> Change:
 
     return change_caches(edit)
 
+
+copied_pool = change_caches(lambda c: [replace(x, buffer="") for x in c])
+cut_pool = change_caches(lambda c: [replace(x, buffer=f"part of {x.buffer}") for x in c])
 
 FAULTS: list[tuple[str, str, Call, Change, str]] = [
     ("slots one too far", "decode", DECODE, change("slots", lambda s: s + 1), "slots: .* of sequence 0; by its"),
@@ -89,6 +93,10 @@ FAULTS: list[tuple[str, str, Call, Change, str]] = [
     ),
     ("a page twice", "decode", EXTEND, change("block_tables", lambda t: t[:, :1].expand_as(t)), "a page twice"),
     ("the prefill graph on a prefix", "prefill", EXTEND, lambda c: c, "graph: prefill for sequences with"),
+    ("the decode graph without a prefix", "decode", FRESH, lambda c: c, "graph: decode for 2 sequences without"),
+    ("all tokens' logits", "decode_all", EXTEND, lambda c: c, "graph: decode_all, where no drafts are verified"),
+    ("a copy of the pool", "decode", DECODE, copied_pool, "k_cache.0: is SGLang's buffer `none`, not `k 0`"),
+    ("a part of the pool", "decode", DECODE, cut_pool, "k_cache.0: is SGLang's buffer `part of k 0`"),
     (
         "a mask of zeros for many tokens",
         "decode",
@@ -160,7 +168,6 @@ def test_a_wrong_input_is_told(name: str, phase: str, right: Call, fault: Change
         ("prefill", [0, 0, 0], [1, 16, 200]),
         ("decode", [1, 15, 16, 17, 160], [1, 1, 1, 1, 1]),
         ("decode", [16, 0, 300], [5, 40, 1]),
-        ("decode_all", [16, 31], [3, 3]),
     ],
 )
 def test_what_the_runtime_makes_is_right(phase: str, cached: list[int], new: list[int], dtype: str) -> None:

@@ -34,6 +34,8 @@ FAULTS = {
     "layers exchanged": r"k_cache\.0: is SGLang's buffer `k 1`, not `k 0`",
     "keys and values exchanged": r"k_cache\.0: is SGLang's buffer `v 0`, not `k 0`",
     "pages of 16": r"k_cache\.0: is \[\d+, 16, 1, 32\]; SGLang's pages have 128 slots",
+    "decode for a new sequence": r"\(decode\): .*graph: decode for 1 sequences without a cached token",
+    "a copy of the pool": r"k_cache\.0: is SGLang's buffer `none`, not `k 0`",
     "another batch on rank 1": r"input_ids: differs between rank 0 and rank 1",
     "prefill for a cached prefix": r"\(prefill\): .*graph: prefill for sequences with \[128\] cached tokens",
 }

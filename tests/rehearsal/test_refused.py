@@ -107,8 +107,24 @@ def test_a_model_that_does_not_fit_is_told(ascend: Path, monkeypatch: pytest.Mon
 
 
 def test_flags_that_the_graphs_cannot_obey_are_refused(ascend: Path) -> None:
-    with pytest.raises(UsageError, match=r"--page-size 24[\s\S]*--kv-cache-dtype fp8_e5m2"):
-        make_plan(ascend, Options(extra=("--page-size", "24", "--kv-cache-dtype", "fp8_e5m2")))
+    with pytest.raises(UsageError, match="--page-size 24"):
+        make_plan(ascend, Options(extra=("--page-size", "24")))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--port=30001",
+        "--host=0.0.0.0",
+        "--nnodes=2",
+        "--model-path=x",
+        "--dtype=bfloat16",
+        "--kv-cache-dtype=bf16",
+    ],
+)
+def test_flags_that_a_rehearsal_decides_are_refused(ascend: Path, flag: str) -> None:
+    with pytest.raises(UsageError, match=flag.partition("=")[0]):
+        make_plan(ascend, Options(extra=(flag,)))
 
 
 def test_a_directory_to_keep_must_be_empty(ascend: Path, tmp_path: Path) -> None:
@@ -138,7 +154,8 @@ def test_serving_on_a_cpu_says_what_there_is(own_ascend: Path) -> None:
 @pytest.mark.parametrize("page", [16, 128])
 def test_a_scenario_fits_the_model_and_asks_as_much_as_wanted(most: int, positions: int, page: int) -> None:
     scenario = make_scenario(1000, positions, page, most)
-    assert scenario.num_prompts == (most or 13)
+    every = 13 if positions >= 128 else 12  # too short for an answer that is aborted
+    assert scenario.num_prompts == min(most or every, every)
     prompts = [ids for group in scenario.groups for _, _, ids in group]
     assert all(1 <= len(ids) <= max(1, positions - NEW_TOKENS - 2) for ids in prompts)
     assert all(0 <= token < 1000 for ids in prompts for token in ids)

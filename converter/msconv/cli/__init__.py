@@ -92,6 +92,8 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs start with it ignored
         signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else it is for nohup to say
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         code = cli.main(prog_name="msconv", standalone_mode=False) or 0
     except click.exceptions.Exit as e:

@@ -94,7 +94,7 @@ def command(
     if not result.ok and as_json:
         raise click.exceptions.Exit(VerificationFailed.exit_code)
     if not result.ok:
-        problems = result.problems or ["no token could be judged"]
+        problems = result.problems
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise VerificationFailed(
             f"{root}: the rehearsal for {result.target} failed; problems: {len(problems)}\n"
@@ -103,8 +103,8 @@ def command(
             "The first one is where to begin; `--keep DIR` keeps the server's log and the recorded calls.",
         )
     say(
-        f"Rehearsed for {result.target}: {data['answers']['tokens']} tokens and {data['calls']['count']} graph "
-        f"calls agree, {result.seconds:.0f} s.  It has run on no device."
+        f"Rehearsed for {result.target}: {data['calls']['count']} graph calls agree, and so do the "
+        f"{data['answers']['tokens']} tokens that came of them, {result.seconds:.0f} s.  It has run on no device."
     )
     say(f"Next: msconv serve {root} --device npu, on a host with NPUs")
 

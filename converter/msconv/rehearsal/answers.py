@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from msconv_runtime.artifact import Manifest
 from ..verify.reference import Reference
 from .replay import Row, Rows
 from .scenario import Conversation
+
+KEEP_BYTES = 1 << 30  # of logits of prompts: of a large vocabulary only those of the answers are kept
+Tokens = tuple[int, ...]
 
 
 @dataclass
@@ -29,33 +33,43 @@ class Answers:
 
 
 class Expected:
-    """What transformers computes after each token of each answer."""
+    """What transformers computes after each token of each conversation, and what the server made of it."""
 
-    def __init__(self, conversations: list[Conversation], reference: Reference, complete: bool = True) -> None:
-        """`complete`: nothing else was asked, so that any other sequence is a problem."""
-        self.conversations, self.bound, self.complete = conversations, float("inf"), complete
+    def __init__(
+        self, conversations: list[Conversation], reference: Reference, vocab: int, complete: bool
+    ) -> None:
+        """`complete`: nothing else was asked and all was answered: another sequence, or a missing one, is a
+        problem."""
+        self.conversations, self.complete, self.bound = conversations, complete, math.inf
         self.answers = Answers()
-        self._rows: dict[tuple[int, ...], Rows] = {}
-        self._asked = False
+        self.asked = False  # whether the calls are past what the server asks itself at its start
+        self._rows: dict[Tokens, Rows] = {}
+        self._next: dict[Tokens, int] = {}  # the token that was answered after these
+        self._seen: set[Tokens] = set()
+        all_bytes = sum(len(c.tokens) for c in conversations) * vocab * 4
         for c in conversations:
+            first = 1 if all_bytes <= KEEP_BYTES else len(c.prompt)
             (trace,) = reference.traces([c.tokens])
-            for count in range(len(c.prompt), min(len(c.tokens), trace.decided) + 1):
+            for count in range(first, min(len(c.tokens), trace.decided) + 1):
                 self._rows[tuple(c.tokens[:count])] = trace.logits[count - 1]
+            for k, token in enumerate(c.answer):
+                self._next[tuple(c.tokens[: len(c.prompt) + k])] = token
 
     @property
     def largest(self) -> float:
-        """Of all logits."""
+        """The largest absolute value among transformers' logits."""
         return max((float(np.abs(row).max()) for row in self._rows.values()), default=0.0)
 
     def judge(self, bound: float) -> None:
-        """Compare the answers' tokens with the best of transformers' logits.  `bound`: of logits, from now on."""
+        """Compare the answers' tokens with the best of transformers' logits.  `bound`: of logits, from now on;
+        where it is infinite, tokens are only counted."""
         self.bound = bound
         for conversation in self.conversations:
             self._judge(conversation)
 
     def begin_copy(self) -> None:
         """The calls that follow are those of a process that has just started."""
-        self._asked = False
+        self.asked = False
 
     def _judge(self, conversation: Conversation) -> None:
         told = False
@@ -67,7 +81,7 @@ class Expected:
             lead = float(logits.max() - logits[token])
             self.answers.tokens += 1
             self.answers.equal += lead == 0
-            self.answers.ties += 0 < lead <= 2 * self.bound
+            self.answers.ties += math.isfinite(self.bound) and 0 < lead <= 2 * self.bound
             if lead > 2 * self.bound and not told:
                 told = True
                 self.answers.problems.append(
@@ -76,28 +90,48 @@ class Expected:
                 )
 
     def compare(self, where: str, rows: list[Row]) -> None:
-        """Logits of one call.  A sequence that nobody asked for is a problem, but for what the server asks itself
-        before it is ready."""
+        """Compare the logits of one call with transformers', and with the token that was answered.  A sequence
+        that nobody asked for is a problem, but for what the server asks itself before it is ready."""
         for row in rows:
             expected = self._rows.get(row.tokens)
-            self._asked = self._asked or expected is not None
+            self._seen.add(row.tokens)
+            self.asked = self.asked or row.tokens in self._next
             if expected is not None:
-                error = float(np.abs(row.logits.astype(np.float64) - expected).max())
-                error = error if np.isfinite(error) else float("inf")
-                self.answers.error = max(self.answers.error, error)
-                if error >= self.bound:
-                    self.answers.problems.append(
-                        f"{where}: logits after {len(row.tokens)} tokens differ from transformers' by {error:.2e} "
-                        f"(bound {self.bound:.0e})"
-                    )
-            elif self.complete and self._asked and not self._is_known(list(row.tokens)):
+                self._compare_logits(where, row, expected)
+            elif self.complete and self.asked and not self._is_known(list(row.tokens)):
                 self.answers.problems.append(
                     f"{where}: a sequence of {len(row.tokens)} tokens that begins {list(row.tokens[:8])} belongs "
                     "to no request"
                 )
+            answered = self._next.get(row.tokens)
+            if answered is not None and row.logits[answered] < row.logits.max():
+                self.answers.problems.append(
+                    f"{where}: the best token after {len(row.tokens)} tokens is {int(row.logits.argmax())} by its "
+                    f"logits; the answer has {answered}"
+                )
+
+    def _compare_logits(self, where: str, row: Row, expected: Rows) -> None:
+        error = float(np.abs(row.logits.astype(np.float64) - expected).max())
+        error = error if np.isfinite(error) else math.inf
+        self.answers.error = max(self.answers.error, error)
+        if error >= self.bound:
+            self.answers.problems.append(
+                f"{where}: logits after {len(row.tokens)} tokens differ from transformers' by {error:.2e} "
+                f"(bound {self.bound:.0e})"
+            )
+
+    def finish(self) -> None:
+        """After all calls: each token of an answer must have come from one of them."""
+        if not self.complete:
+            return
+        for c in self.conversations:
+            for k in range(len(c.answer)):
+                if tuple(c.tokens[: len(c.prompt) + k]) not in self._seen:
+                    self.answers.problems.append(f"request {c.name!r}: token {k} of the answer comes from no call")
+                    break
 
     def _is_known(self, tokens: list[int]) -> bool:
-        """Part of a conversation, or beyond what has come of one that was aborted."""
+        """Whether these are part of a conversation, or beyond what has come of one that was aborted."""
         return any(
             c.tokens[: len(tokens)] == tokens or (not c.whole and tokens[: len(c.tokens)] == c.tokens)
             for c in self.conversations
@@ -118,5 +152,5 @@ def bound_manifest(manifest: Manifest, target: str) -> Manifest:
 
 
 def make_reference(source: Path, manifest: Manifest, target: str) -> Reference:
-    """Raises VerificationFailed if the source is another model's."""
+    """The reference that rounds as the server does.  Raises VerificationFailed if it is of another model."""
     return Reference(source, manifest, bound=bound_manifest(manifest, target))

@@ -133,10 +133,15 @@ def _slots(batch: Batch, page: int, call: Call) -> Iterator[str]:
 
 
 def _choice(batch: Batch, phase: str) -> Iterator[str]:
-    """The prefill graph's attention sees new tokens only."""
+    """The prefill graph's attention sees new tokens only; it is the one for batches without cached tokens.  All
+    tokens' logits are for the verification of drafts."""
     cached = batch.context_lens - batch.q_lens
     if phase == "prefill" and cached.any():
         yield f"graph: prefill for sequences with {cached.tolist()} cached tokens, which it does not see"
+    if phase == "decode" and not cached.any():
+        yield f"graph: decode for {len(cached)} sequences without a cached token, for which prefill is"
+    if phase == "decode_all":
+        yield "graph: decode_all, where no drafts are verified"
 
 
 def _mask(batch: Batch, graph: Graph, found: torch.Tensor) -> Iterator[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from msconv_runtime.errors import VerificationFailed
@@ -11,6 +14,7 @@ from msconv_runtime.errors import VerificationFailed
 from .server import Server
 
 LONG = 512  # tokens that an aborted request asks for
+FAILURES = (OSError, ValueError, KeyError, http.client.HTTPException)  # of a server that ends, or answers an error
 
 
 class HttpClient:
@@ -25,36 +29,39 @@ class HttpClient:
         try:
             with self._server.open("/generate", body, self._timeout_s) as reply:
                 found = json.loads(reply.read())
-        except (OSError, ValueError) as e:
+            answers = found if isinstance(found, list) else [found]
+            return [(a["output_ids"], int(a["meta_info"].get("cached_tokens") or 0)) for a in answers]
+        except FAILURES as e:
             raise self._failed(ids, e) from None
-        answers = found if isinstance(found, list) else [found]
-        return [(a["output_ids"], int(a["meta_info"].get("cached_tokens") or 0)) for a in answers]
 
     def abort_after(self, ids: list[int], count: int) -> list[int]:
         name = "msconv-rehearsal-abort"
-        most = min(LONG, max(count + 1, self._room - len(ids) - 1))
-        body = {"input_ids": ids, "sampling_params": _greedy(most), "stream": True, "rid": name}
+        most = min(LONG, self._room - len(ids) - 2)
         tokens: list[int] = []
+        aborted = False
         try:
-            with self._server.open("/generate", body, self._timeout_s) as reply:
-                aborted = False
-                for line in reply:
-                    if not line.startswith(b"data: {"):
-                        continue
-                    part = json.loads(line.removeprefix(b"data: "))["output_ids"]
-                    tokens = part if part[: len(tokens)] == tokens else [*tokens, *part]
+            with self.stream(ids, most, rid=name) as parts:
+                for part in parts:
+                    tokens = part
                     if len(tokens) >= count and not aborted:
                         aborted = True
                         self._server.open("/abort_request", {"rid": name}, self._timeout_s).close()
-        except (OSError, ValueError) as e:
+        except FAILURES as e:
             raise self._failed(ids, e) from None
         if len(tokens) >= most:
             raise VerificationFailed(f"A request was not aborted: all of its {most} tokens came.")
         return tokens
 
+    @contextmanager
+    def stream(self, ids: list[int], new: int, **more: Any) -> Iterator[Iterator[list[int]]]:
+        """The tokens of an answer so far, each time that there are more."""
+        body = {"input_ids": ids, "sampling_params": _greedy(new), "stream": True, **more}
+        with self._server.open("/generate", body, self._timeout_s) as reply:
+            yield _parts(reply)
+
     def _failed(self, ids: list[int], error: Exception) -> VerificationFailed:
         """The server's own end says more than the connection's."""
-        self._server._wait_for_all(3)
+        self._server.wait_until_gone(3)
         self._server.check_alive("answered")
         said = ""
         if isinstance(error, urllib.error.HTTPError):
@@ -64,6 +71,17 @@ class HttpClient:
             f"says: {self._server.reason()}",
             "`--keep DIR` keeps the log.",
         )
+
+
+def _parts(reply: Any) -> Iterator[list[int]]:
+    """Server-sent events.  An event has all tokens so far, or the new ones: their count tells."""
+    tokens: list[int] = []
+    for line in reply:
+        if line.startswith(b"data: {"):
+            event = json.loads(line.removeprefix(b"data: "))
+            part, count = event["output_ids"], int(event["meta_info"]["completion_tokens"])
+            tokens = list(part) if len(part) == count else [*tokens, *part]
+            yield tokens
 
 
 def _greedy(new: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,11 @@ from msconv_runtime.weights import required
 
 from ..verify.compare import FLOAT32_BOUND, half_precision_bound
 from .answers import Answers, Expected, make_reference
-from .loading import loading_problems
+from .loading import device_problems, loading_problems
 from .plan import Plan
 from .records import CALLS, Rank, read_replicas
 from .replay import Replay, Replayer
-from .scenario import Conversation
+from .scenario import Conversation, answer_problems
 
 SMALL_WORK = 64 << 20  # bytes of weights
 
@@ -42,8 +43,7 @@ class Rehearsal:
 
     @property
     def ok(self) -> bool:
-        judged = self.answers.tokens > self.answers.undecided
-        return judged and not self.problems
+        return not self.problems
 
 
 def compare(plan: Plan, result: Rehearsal, work: Path, failure: VerificationFailed | None) -> None:
@@ -52,20 +52,16 @@ def compare(plan: Plan, result: Rehearsal, work: Path, failure: VerificationFail
 
     if sum(f.size for f in required(plan.root, plan.manifest).files) < SMALL_WORK:
         torch.set_num_threads(1)  # handing small work to threads costs more than the work
-    replicas = read_replicas(work / CALLS)
-    whole = failure is None and plan.options.end == "term"
+    in_order = failure is None and plan.options.end == "term"
     reference = make_reference(plan.source, plan.manifest, plan.target)
-    expected = Expected(result.conversations, reference, complete=whole)
-    rounding = half_precision_bound(plan.target, expected.largest, plan.config.layers)
+    expected = Expected(result.conversations, reference, plan.config.vocab, in_order)
     if plan.exact:
         result.bound = FLOAT32_BOUND
     elif plan.config.moe is None:
-        result.bound = rounding
-    expected.judge(float("inf") if result.bound is None else result.bound)
-    replayer = Replayer(plan.root, plan.manifest, plan.target, plan.exact, result.bound or rounding)
-    for number, ranks in enumerate(replicas):
-        copy = f"copy {number} of {len(replicas)}: " if len(replicas) > 1 else ""
-        result.problems += [copy + p for p in _replay(plan, result, replayer, ranks, expected, whole)]
+        result.bound = half_precision_bound(plan.target, expected.largest, plan.config.layers)
+    expected.judge(math.inf if result.bound is None else result.bound)
+    result.problems += _copies_problems(plan, result, work, expected, in_order)
+    expected.finish()
     result.answers = expected.answers
     result.problems += expected.answers.problems
     if failure is not None:
@@ -73,14 +69,31 @@ def compare(plan: Plan, result: Rehearsal, work: Path, failure: VerificationFail
             raise failure
         result.problems.append(failure.message)
         return
-    if not replicas:
-        result.problems.append("the server ran none of the artifact's graphs")
+    result.problems += answer_problems(result.conversations, plan.scenario)
     result.problems += _info_problems(result.info, plan)
-    result.problems += [
-        f"request {c.name!r}: {c.cached} tokens of its prompt were cached, {c.expect_cached} could have been"
-        for c in result.conversations
-        if c.cached < c.expect_cached and plan.options.copies == 1  # copies have caches of their own
-    ]
+    if result.answers.undecided >= result.answers.tokens:
+        result.problems.append(
+            f"{result.answers.undecided} tokens come after a router's tie, only {result.answers.tokens} could be "
+            "judged"
+        )
+    if {"prefill", "decode"} - result.replay.by_graph.keys():
+        result.problems.append(f"the server ran only these graphs: {', '.join(result.replay.by_graph) or 'none'}")
+
+
+def _copies_problems(
+    plan: Plan, result: Rehearsal, work: Path, expected: Expected, in_order: bool
+) -> Iterator[str]:
+    """What is wrong in each copy of the model (`--dp-size`), by its ranks' records."""
+    replayer = Replayer(plan.root, plan.manifest, plan.target, plan.exact, FLOAT32_BOUND)
+    replicas = read_replicas(work / CALLS)
+    if in_order and len(replicas) != plan.options.copies:
+        yield f"{len(replicas)} copies of the model ran, of {plan.options.copies}"
+    yield from device_problems(replicas, plan.options.machines)
+    for number, ranks in enumerate(replicas):
+        copy = f"copy {number} of {len(replicas)}: " if len(replicas) > 1 else ""
+        yield from (copy + p for p in _replay(plan, result, replayer, ranks, expected, in_order))
+        if in_order and not expected.asked:
+            yield f"{copy}no request was answered by it; more --prompts may reach it"
 
 
 def _info_problems(info: dict[str, Any], plan: Plan) -> Iterator[str]:
@@ -90,22 +103,27 @@ def _info_problems(info: dict[str, Any], plan: Plan) -> Iterator[str]:
         "attention_backend": "ascend",
         "page_size": plan.scenario.page,
         "model_impl": "mindspore",
+        "tp_size": plan.manifest.parallel.tp,
+        "ep_size": plan.manifest.parallel.ep,
+        "dp_size": plan.options.copies,
     }
     for name, value in wanted.items():
         if info.get(name) != value:
             yield f"the server says {name} {info.get(name)!r}, not {value!r}"
-    for state in info.get("internal_states", []):
-        if compiles := state.get("msconv", {}).get("compiles_since_ready"):
+    for state in info.get("internal_states", [{}]):
+        if (compiles := state.get("msconv", {}).get("compiles_since_ready")) is None:
+            yield "the server does not say how often it has compiled since it was ready"
+        elif compiles:
             yield f"the server compiled {compiles} times since it was ready"
 
 
 def _replay(
-    plan: Plan, result: Rehearsal, replayer: Replayer, ranks: list[Rank], expected: Expected, whole: bool
+    plan: Plan, result: Rehearsal, replayer: Replayer, ranks: list[Rank], expected: Expected, in_order: bool
 ) -> list[str]:
-    """The problems of one copy of the model: of what its ranks loaded, then of their calls.  `whole`: it was ended
-    in order, so all ranks must have made the same calls."""
+    """The problems of one copy of the model: of what its ranks loaded, then of their calls.  `in_order`: it was
+    ended by SIGTERM, so all ranks must have made the same calls."""
     if [r.rank for r in ranks] != list(range(plan.manifest.parallel.tp)):
-        return [f"ranks {[r.rank for r in ranks]} ran, of {plan.manifest.parallel.tp}"]
+        return [] if not in_order else [f"ranks {[r.rank for r in ranks]} ran, of {plan.manifest.parallel.tp}"]
     graphs: dict[str, Graph] = {}
     problems = []
     for rank in ranks:
@@ -119,6 +137,6 @@ def _replay(
                 graphs[event["identity"]] = replayer.graphs[phase]
     problems += loading_problems(plan.root, plan.manifest, graphs, ranks)
     expected.begin_copy()
-    found = replayer.run(ranks, plan.scenario.page, expected.compare, whole)
+    found = replayer.run(ranks, plan.scenario.page, expected.compare, in_order)
     result.replay.add(found)
     return problems + found.problems

@@ -66,6 +66,19 @@ def _weights(rank: int, graph: Graph, parameters: list[dict[str, Any]], stored: 
         yield f"weights of rank {rank}: {_some(fewer)}: not cast to NZ, and in the manifest's list"
 
 
+def device_problems(replicas: list[list[Rank]], machines: int) -> Iterator[str]:
+    """Each rank of a machine must have a device of its own."""
+    seen: dict[tuple[int, int], str] = {}
+    for number, ranks in enumerate(replicas):
+        for rank in ranks:
+            machine = rank.rank * machines // len(ranks)
+            name = f"rank {rank.rank}" + f" of copy {number}" * (len(replicas) > 1)
+            for event in rank.of("set_device"):
+                other = seen.setdefault((machine, event["id"]), name)
+                if other != name:
+                    yield f"devices: {name} and {other} are both on device {event['id']}"
+
+
 def _groups(rank: Rank, tp: int) -> Iterator[str]:
     made = {e["name"]: e for e in rank.of("create_group")}
     for name, event in made.items():

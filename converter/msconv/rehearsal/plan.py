@@ -33,7 +33,19 @@ from .scenario import Scenario, make_scenario
 from .server import CHIPS, free_port
 
 SMALL_BYTES = 2 << 30  # of weights, of all ranks, up to which graphs compute in float32 unless told otherwise
-POOL_TOKENS = 4096  # of the KV pool, unless flags say otherwise: it is host memory here
+POOL_PAGES = 16  # of the KV pool, unless flags say otherwise: so few that the radix cache must give some back
+POOL_TOKENS = 1024  # and so many tokens at least
+OURS = {  # flags of SGLang that a rehearsal decides, and how
+    "--port": "--port of `msconv rehearse`",
+    "--host": "loopback only",
+    "--nnodes": "--nnodes of `msconv rehearse`",
+    "--node-rank": "--nnodes of `msconv rehearse`",
+    "--dist-init-addr": "--nnodes of `msconv rehearse`",
+    "--model-path": "ARTIFACT",
+    "--model": "ARTIFACT",
+    "--dtype": "--exact or --no-exact",
+    "--kv-cache-dtype": "--exact or --no-exact",
+}
 LONG_S = 1800  # of interpreting, from which on the number of prompts must be given
 SECONDS_A_VALUE = {True: 1.2e-9, False: 4e-9}  # of a weight in a call, exact or not: measured on 2 cores
 SOME = 20  # damaged places that are told
@@ -76,7 +88,7 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """That each machine has."""
+        """How many each machine has."""
         return self.manifest.parallel.tp * self.options.copies // self.options.machines
 
     @property
@@ -88,6 +100,9 @@ class Plan:
 def make_plan(root: Path, options: Options) -> Plan:
     """Raises EnvironmentProblem if the port is taken; ArtifactError or UsageError for an artifact that has nothing
     for an NPU, is damaged, or does not fit the flags; ResourceError if interpreting it would take too much."""
+    given = given_flags(list(options.extra))
+    if wrong := [f"{name} ({OURS[name]})" for name in given if name in OURS]:
+        raise UsageError(f"A rehearsal decides these itself: {', '.join(wrong)}.", "Leave them out behind --.")
     manifest = read_manifest(root)
     target = options.target or ascend_target(root, manifest)
     if target not in CHIPS:
@@ -100,9 +115,10 @@ def make_plan(root: Path, options: Options) -> Plan:
     _refuse_damage(root, manifest)
     weights = sum(f.size for f in required(root, manifest).files)
     exact = options.exact if options.exact is not None else weights <= SMALL_BYTES
-    asked = number(given_flags(list(options.extra)), "--page-size")
-    page = asked or int(npu_flags(manifest, target)["--page-size"])
+    page = number(given, "--page-size") or int(npu_flags(manifest, target)["--page-size"])
     scenario = make_scenario(config.vocab, config.max_positions, page, options.prompts)
+    if options.copies > 1 or given.keys() & {"--disable-radix-cache", "--max-total-tokens"}:
+        scenario = replace(scenario, expects_cache=False)
     launches, port = _launches(root, target, scenario, options)
     _refuse_size(manifest, config, scenario, exact, options)
     source = source_of(root, options.reference)
@@ -151,7 +167,7 @@ def _launches(root: Path, target: str, scenario: Scenario, options: Options) -> 
     refuse_taken(LOCALHOST, port)
     chunk = max(scenario.page, (scenario.longest - 1) // scenario.page * scenario.page)
     usual = {
-        "--max-total-tokens": str(POOL_TOKENS),
+        "--max-total-tokens": str(max(POOL_PAGES * scenario.page, POOL_TOKENS)),
         "--chunked-prefill-size": str(chunk),
         "--max-running-requests": "16",
         "--skip-tokenizer-init": "",

@@ -26,7 +26,8 @@ class Cache:
 @dataclass(frozen=True)
 class Call:
     """One rank's call.  `graph`: digest of what was loaded.  `probes`: outputs of the residual stream's norms.
-    `error`: why it could not be run; then there are no logits."""
+    `error`: why it could not be run; then there are no logits.  `is_warm_up`: on caches that are MindSpore's own,
+    before SGLang has a pool."""
 
     number: int
     graph: str
@@ -35,11 +36,7 @@ class Call:
     logits: torch.Tensor
     probes: dict[str, torch.Tensor]
     error: str = ""
-
-    @property
-    def is_warm_up(self) -> bool:
-        """On caches of its own, before SGLang has a pool."""
-        return not any(c.buffer for c in self.caches)
+    is_warm_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,4 +83,5 @@ def _read_call(number: int, path: Path) -> Call:
         tensors.get("logits", torch.zeros(0)),
         {n.removeprefix("probe "): t for n, t in tensors.items() if n.startswith("probe ")},
         about["error"],
+        about["warm_up"],
     )

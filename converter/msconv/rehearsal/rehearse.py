@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,13 +10,14 @@ from pathlib import Path
 
 import msgspec
 
+from msconv_runtime import __version__
 from msconv_runtime.artifact import Rehearsed, read_manifest, write_manifest
 from msconv_runtime.errors import UsageError, VerificationFailed
 
 from ..compile import mindspore_version
 from ..stream.lock import exclusive
 from .build import build_device
-from .client import HttpClient
+from .client import FAILURES, LONG, HttpClient
 from .judgement import Rehearsal, compare
 from .plan import Options, Plan, make_plan
 from .scenario import run_scenario
@@ -25,7 +25,6 @@ from .server import CHIPS, DEVICE_VERSION, Device, Server, prepare, serving, sgl
 
 MEMORY = 64 << 30  # of each device, as SGLang sees it
 ANSWER_S = 1800  # for one answer
-BEFORE_KILL_S = 1
 
 Say = Callable[[str], None]
 
@@ -60,6 +59,8 @@ def running(plan: Plan, work: Path, say: Say = lambda text: None) -> Iterator[Se
     name, arch = CHIPS[plan.target]
     prepare(work, Device(str(build_device()), plan.devices, MEMORY, name, arch, plan.exact))
     say(f"starting SGLang: {plan.launches[0].shell()}")
+    if plan.exact:
+        say("  with --dtype float32: graphs compute exactly, in a KV pool that rounds nothing")
     with serving(plan.started, plan.port, work) as server:
         server.wait()
         yield server
@@ -76,6 +77,7 @@ def _run(plan: Plan, result: Rehearsal, work: Path, say: Say) -> VerificationFai
             client = HttpClient(server, plan.config.max_positions, ANSWER_S)
             run_scenario(plan.scenario, client, result.conversations.append)
             server.check_alive("ended")
+            result.info = server.get("/server_info")
             result.end_s = _kill_rank(server, client, plan) if plan.options.end == "kill" else server.stop()
     except VerificationFailed as e:
         return e
@@ -83,19 +85,15 @@ def _run(plan: Plan, result: Rehearsal, work: Path, say: Say) -> VerificationFai
 
 
 def _kill_rank(server: Server, client: HttpClient, plan: Plan) -> float:
-    """Kill the last rank while a request runs: the server must end, and leave no process."""
-
-    def ask() -> None:
-        with suppress(VerificationFailed):
-            client.generate([1], max(1, plan.config.max_positions - 8))
-
-    request = threading.Thread(target=ask, daemon=True)
-    request.start()
-    time.sleep(BEFORE_KILL_S)
-    started, last = time.monotonic(), plan.manifest.parallel.tp - 1
-    if not server.kill_rank(last):
-        raise VerificationFailed(f"The process of rank {last} was not found.")
-    return server.wait_for_end(started, "a rank was killed")
+    """Kill the last rank when an answer has begun: the server must end, and leave no process."""
+    last = plan.manifest.parallel.tp - 1
+    with suppress(*FAILURES), client.stream([1], max(1, min(LONG, plan.config.max_positions - 8))) as parts:
+        next(parts, None)
+        started = time.monotonic()
+        if not server.kill_rank(last):
+            raise VerificationFailed(f"The process of rank {last} was not found.")
+        return server.wait_for_end(started, "a rank was killed")
+    raise VerificationFailed("The request during which a rank was to be killed failed.")
 
 
 @contextmanager
@@ -131,17 +129,32 @@ def _entry(plan: Plan, result: Rehearsal, sglang: str, mindspore: str) -> Rehear
         bound=result.bound or 0.0,
         machines=plan.options.machines,
         copies=plan.options.copies,
+        end=plan.options.end,
+        msconv=__version__,
         ties=result.answers.ties,
         undecided=result.answers.undecided,
     )
 
 
 def _record(plan: Plan, entry: Rehearsed | None) -> None:
-    """Put the rehearsal into the manifest, or take an earlier one of this target and layout out."""
-    layout = (plan.target, plan.options.machines, plan.options.copies)
+    """Put the rehearsal into the manifest, or take an earlier one of this target and layout out.  One that asked
+    less than an earlier one, and agreed, does not take its place."""
+    layout = (plan.target, plan.options.machines, plan.options.copies, plan.options.end)
     with exclusive(plan.root):
         manifest = read_manifest(plan.root)
-        kept = [r for r in manifest.rehearsed if (r.target, r.machines, r.copies) != layout]
-        kept = sorted([*kept, *([entry] if entry else [])], key=lambda r: (r.target, r.machines, r.copies))
+        kept = [r for r in manifest.rehearsed if _layout(r) != layout]
+        before = [r for r in manifest.rehearsals_for(plan.target) if _layout(r) == layout]
+        best = max([*before, entry], key=_strength) if entry else None  # of equal ones the first
+        if entry and best and _strength(best) == _strength(entry):
+            best = entry
+        kept = sorted([*kept, *([best] if best else [])], key=_layout)
         if kept != manifest.rehearsed:
             write_manifest(plan.root, msgspec.structs.replace(manifest, rehearsed=kept))
+
+
+def _layout(entry: Rehearsed) -> tuple[str, int, int, str]:
+    return entry.target, entry.machines, entry.copies, entry.end
+
+
+def _strength(entry: Rehearsed) -> tuple[bool, int]:
+    return entry.mode == "float32", entry.prompts

@@ -24,6 +24,7 @@ from .calls import Batch, call_problems
 from .records import Call, Rank
 
 Rows = NDArray[np.float32]
+ULPS = 4  # of the largest logit, in half precision
 ENOUGH = 50  # problems: what comes after follows from them
 
 
@@ -65,12 +66,12 @@ class Replayer:
     """The artifact's graphs and weights for one target, read anew."""
 
     def __init__(self, root: Path, manifest: Manifest, target: str, exact: bool, bound: float) -> None:
-        """`bound`: largest difference of logits that is none."""
-        self.manifest, self.bound = manifest, bound
+        """`bound`: of exact logits; in half precision the same kernels ran, and may differ by some ulp."""
+        self.manifest, self.exact, self.bound = manifest, exact, bound
         self.graphs: dict[str, Graph] = {g.phase: g for g in graphs_of(root, manifest, target)}
         self.programs: dict[str, Program] = {p: parse(root / g.path) for p, g in self.graphs.items()}
         context = Context(exact, next(iter(self.programs.values())).dtype)
-        self.keep = context.keep(context.dtype)
+        self.dtype, self.keep = context.dtype, context.keep(context.dtype)
         ranks = range(manifest.parallel.tp)
         self.files = [RankFiles(root, manifest, r, context, keep=True, as_bound=True) for r in ranks]
         self.interpreter = Interpreter(context, self.files, in_lockstep)
@@ -124,9 +125,11 @@ class Replayer:
             rows: list[Row] = []
             failed = [c.error for c in calls if c.error]
             problems += [f"the graph cannot be run: {error}" for error in failed[:1]]
-            if not failed and _runs(first, memory):
+            if not failed and _can_run(first, memory):
                 problems += self._compare(calls, phase, memory, found)
                 rows = _rows(first, phase, memory, problems)
+            elif not problems:
+                problems.append("the call cannot be replayed: its inputs do not fit the caches")
             found.problems += [f"{where}: {p}" for p in problems]
             on_rows(where, rows)
             if len(found.problems) > enough:
@@ -135,6 +138,11 @@ class Replayer:
         if len(counts) > 1 and whole:
             found.problems.append(f"ranks made different numbers of calls: {sorted(counts)}")
         return found
+
+    def _bound(self, expected: Rows) -> float:
+        if self.exact:
+            return self.bound
+        return ULPS * float(torch.finfo(self.dtype).eps) * max(1.0, float(np.abs(expected).max(initial=0.0)))
 
     def _blank(self, call: Call) -> Memory:
         caches = [[torch.zeros(c.shape, dtype=self.keep) for c in call.caches] for _ in self.files]
@@ -149,19 +157,19 @@ class Replayer:
         batch = Batch.of(first)
         memory.tokens[batch.slots], memory.positions[batch.slots] = batch.input_ids, batch.positions
         for rank, (call, expected) in enumerate(zip(calls, step.logits, strict=True)):
-            error = _difference(call.logits.numpy(), expected)
+            error, bound = _difference(call.logits.numpy(), expected), self._bound(expected)
             found.error = max(found.error, error)
-            if error >= self.bound:
+            if error >= bound:
                 place = next(
                     (
                         f"; first in {culprit(name)}, seen at {name}"
                         for name, values in step.probes.items()
-                        if name in call.probes and _difference(call.probes[name].numpy(), values) >= self.bound
+                        if name in call.probes and _difference(call.probes[name].numpy(), values) >= bound
                     ),
                     "",
                 )
                 yield (
-                    f"logits of rank {rank} differ from the interpreter's by {error:.2e} (bound {self.bound:.0e})"
+                    f"logits of rank {rank} differ from the interpreter's by {error:.2e} (bound {bound:.0e})"
                     f"{place}"
                 )
 
@@ -174,13 +182,15 @@ def _unlike(calls: tuple[Call, ...]) -> Iterator[str]:
                 yield f"{name}: differs between rank 0 and rank {rank}"
 
 
-def _runs(call: Call, memory: Memory) -> bool:
-    """Whether the interpreter can take these inputs: problems of others have been told."""
+def _can_run(call: Call, memory: Memory) -> bool:
+    """Whether the interpreter can take these inputs: slots and the pages that sequences have are in the caches."""
     slots, tables = call.inputs["slots"], call.inputs["block_tables"]
-    fits = tuple(memory.caches[0][0].shape) == call.caches[0].shape
-    inside = not slots.numel() or 0 <= int(slots.min()) <= int(slots.max()) < len(memory.tokens)
-    pages = call.caches[0].shape[0]
-    return fits and inside and (not tables.numel() or 0 <= int(tables.min()) <= int(tables.max()) < pages)
+    pages, page = call.caches[0].shape[:2]
+    if tuple(memory.caches[0][0].shape) != call.caches[0].shape or not slots.numel():
+        return False
+    used = [t[: -(-int(n) // page)] for t, n in zip(tables, call.inputs["context_lens"], strict=False)]
+    inside = all(not u.numel() or 0 <= int(u.min()) <= int(u.max()) < pages for u in used)
+    return inside and 0 <= int(slots.min()) <= int(slots.max()) < len(memory.tokens)
 
 
 def _rows(call: Call, phase: str, memory: Memory, problems: list[str]) -> list[Row]:

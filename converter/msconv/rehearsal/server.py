@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .build import DEVICE
 DEVICE_VERSION = "1"  # of the stand-ins: recorded with what was rehearsed
 START_S = 600
 END_S = 30  # from the signal to the last process's end
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
 TAIL = 12  # lines of a log in a message
 CHIPS = {
     "ascend910b": ("Ascend910B2", 2201),
@@ -64,7 +65,7 @@ def prepare(work: Path, device: Device) -> None:
 
 def environment(work: Path, given: Mapping[str, str]) -> dict[str, str]:
     """What a server's process gets, without what is set for real devices or would lead past the stand-ins."""
-    left_out = ("MS_", "ASCEND_", "TORCH_DEVICE_BACKEND_AUTOLOAD", "RANK_", "DEVICE_ID")
+    left_out = ("MS_", "ASCEND_", "TORCH_DEVICE_BACKEND_AUTOLOAD", "RANK_", "DEVICE_ID", "SGLANG_USE_CPU_ENGINE")
     kept = {name: value for name, value in given.items() if not name.startswith(left_out)}
     torchvision = [] if imports("torchvision") else [str(STANDINS / "for_torchvision")]
     path = [str(DEVICE), str(work / "site"), *torchvision, *filter(None, [kept.get("PYTHONPATH")])]
@@ -72,6 +73,8 @@ def environment(work: Path, given: Mapping[str, str]) -> dict[str, str]:
         **kept,
         "MSCONV_REHEARSAL": str(work),
         "PYTHONPATH": os.pathsep.join(path),
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
         "PYTHONFAULTHANDLER": "1",
         "TRITON_INTERPRET": "1",
         "HF_HUB_OFFLINE": "1",
@@ -91,14 +94,15 @@ def sglang_version() -> str:
         ) from None
 
 
-def free_port(spread: int = 40) -> int:
-    """A port below which and above which MindSpore's scheduler finds its own (SGLang adds 35)."""
+def free_port() -> int:
+    """A port that is free, and so is the one where SGLang has MindSpore's scheduler if the machines meet here: 35
+    above, or below from 65500 on."""
     while True:
-        with socket.socket() as s, socket.socket() as above:
+        with socket.socket() as s, socket.socket() as scheduler:
             s.bind(("127.0.0.1", 0))
             port = int(s.getsockname()[1])
             try:
-                above.bind(("127.0.0.1", port + 35 if port < 65500 else port - 35))
+                scheduler.bind(("127.0.0.1", port + 35 if port < 65500 else port - 35))
             except OSError:
                 continue
             return port
@@ -111,7 +115,7 @@ class Server:
         self.port, self.work, self.processes, self.logs = port, work, processes, logs
 
     def wait(self, timeout_s: float = START_S) -> None:
-        """Until it answers.  Raises VerificationFailed if it ends, or does not in time."""
+        """Wait until it answers.  Raises VerificationFailed if it ends, or is not ready in time."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.check_alive("started")
@@ -129,7 +133,7 @@ class Server:
         """Raises VerificationFailed if a process of the server has ended."""
         for process in self.processes:
             if process.poll() is not None:
-                self._wait_for_all(5)
+                self.wait_until_gone(5)
                 raise VerificationFailed(
                     f"The server ended with {process.returncode} before it had {what}.  Why, by its log: "
                     f"{self.reason()}",
@@ -140,7 +144,7 @@ class Server:
         return "; ".join(dict.fromkeys(filter(None, (last_error(log) for log in self.logs)))) or "nothing"
 
     def get(self, path: str, timeout_s: float = 30) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout_s) as reply:
+        with DIRECT.open(f"http://127.0.0.1:{self.port}{path}", timeout=timeout_s) as reply:
             data = reply.read()
         return json.loads(data) if data else None
 
@@ -148,7 +152,7 @@ class Server:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        return urllib.request.urlopen(request, timeout=timeout_s)
+        return DIRECT.open(request, timeout=timeout_s)
 
     def running(self) -> list[int]:
         """Processes of the server's sessions that are no zombies."""
@@ -185,12 +189,13 @@ class Server:
         return self.wait_for_end(started, "SIGTERM")
 
     def wait_for_end(self, started: float, after: str) -> float:
-        left = self._wait_for_all(END_S)
+        left = self.wait_until_gone(END_S)
         if left:
             raise VerificationFailed(f"{len(left)} processes of the server are left {END_S} s after {after}.")
         return time.monotonic() - started
 
-    def _wait_for_all(self, seconds: float) -> list[int]:
+    def wait_until_gone(self, seconds: float) -> list[int]:
+        """The processes that are left when the time is over; returns at once when there is none."""
         deadline = time.monotonic() + seconds
         while True:
             for process in self.processes:
@@ -201,11 +206,12 @@ class Server:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        for pid in self.running():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        """End all at once, those too that are started meanwhile."""
+        while left := self.running():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
         for process in self.processes:
             process.wait()
 

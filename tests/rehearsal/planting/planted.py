@@ -73,6 +73,20 @@ def always_prefill(self: Any, call: Any, phase: str, batch: Any, caches: list[An
     return call(self, "prefill" if int(batch.q_lens.max()) > 1 else phase, batch, caches)
 
 
+def always_decode(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
+    return call(self, "decode", batch, caches)
+
+
+def copied_pool(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
+    """The same copies at each call: tokens and logits are right."""
+    if not COPIES:
+        COPIES[:] = [type(c)(c.torch.clone()) for c in caches]
+    return call(self, phase, batch, COPIES)
+
+
+COPIES: list[Any] = []
+
+
 def on_rank_1(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
     from sglang.srt.runtime_context import get_parallel
 
@@ -95,6 +109,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "keys and values exchanged": exchange(0, 1),
     "pages of 16": pages_of_16,
     "prefill for a cached prefix": always_prefill,
+    "decode for a new sequence": always_decode,
+    "a copy of the pool": copied_pool,
     "another batch on rank 1": on_rank_1,
     "logits exchanged": logits_exchanged,
 }

@@ -49,10 +49,15 @@ def as_nz(matrix: Any, form: int) -> Any:
 
 def run_graph(ms: Any, cell: Any, data: bytes, inputs: tuple[Any, ...], groups: dict[str, Communicator]) -> Any:
     """Logits, as a MindSpore tensor of float32."""
-    graph = cell.__dict__.get("_rehearsed")
+    return open_graph(ms, cell, data, groups).run(inputs)
+
+
+def open_graph(ms: Any, cell: Any, data: bytes, groups: dict[str, Communicator]) -> _Graph:
+    """The graph of a cell; what was bound to it is recorded when it is opened."""
+    graph: _Graph | None = cell.__dict__.get("_rehearsed")
     if graph is None:
         graph = cell.__dict__["_rehearsed"] = _Graph(ms, cell, data, groups)
-    return graph.run(inputs)
+    return graph
 
 
 @functools.cache
@@ -124,12 +129,14 @@ class _Graph:
         return self._groups[name].handle if name in self._groups else 0
 
     def run(self, inputs: tuple[Any, ...]) -> Any:
+        self._compile(inputs)
         self._check(inputs)
         given = [host_tensor(self._ms, i) for i in inputs[: len(INPUTS)]]
         given[-1] = given[-1].to(self._context.keep(given[-1].dtype))
         caches = inputs[len(INPUTS) :]
         opened = [_cache(self._ms, c) for c in caches]
-        about = {"graph": self.identity, "caches": _describe(caches), "error": ""}
+        own = not isinstance(caches[0], DeviceTensor)
+        about = {"graph": self.identity, "warm_up": own, "caches": _describe(caches), "error": ""}
         tensors = dict(zip(INPUTS, given, strict=True))
         try:
             step = self._interpreter.run(self._program, [[*given, *opened]])
@@ -140,10 +147,14 @@ class _Graph:
         RECORD.call(about, tensors | {"logits": torch.from_numpy(step.logits[0])})
         return self._ms.Tensor(step.logits[0])
 
+    def _compile(self, inputs: tuple[Any, ...]) -> None:
+        """MindSpore compiles once for each set of shapes, in which all sizes of a free dimension are one."""
+        declared = self._cell.__dict__.get("_declared", inputs)
+        self._cell.compile_cache.add(tuple(tuple(i.shape) for i in declared))
+
     def _check(self, inputs: tuple[Any, ...]) -> None:
         """What MindSpore refuses: another number of inputs, other dimensions, other element types."""
-        declared = self._cell.__dict__.get("_declared")
-        assert declared is not None, "the graph was called before set_inputs"
+        declared = self._cell.__dict__.get("_declared", inputs)
         assert len(inputs) == len(declared), f"{len(inputs)} inputs for a graph that takes {len(declared)}"
         for i, (given, wanted) in enumerate(zip(inputs, declared, strict=True)):
             fits = len(given.shape) == len(wanted.shape) and all(
@@ -198,14 +209,21 @@ def _cache(ms: Any, cache: Any) -> torch.Tensor:
 
 
 def _describe(caches: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """Each cache's shape and address, and which buffer of SGLang's own pool lies there: `k 3`, or nothing."""
+    """Each cache's shape and address, and which buffer of SGLang's own pool it is: `k 3`, `part of k 3`, none."""
     if not isinstance(caches[0], DeviceTensor):
         return [{"shape": list(c.shape), "at": id(c), "is": ""} for c in caches]
     from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 
     pool = get_token_to_kv_pool()
     layers = range(pool.start_layer, pool.start_layer + pool.layer_num)
-    buffers = {pool.get_value_buffer(layer).data_ptr(): f"v {layer}" for layer in layers}
-    buffers |= {pool.get_key_buffer(layer).data_ptr(): f"k {layer}" for layer in layers}  # a latent is both
-    found = [(list(c.shape), c.torch.data_ptr()) for c in caches]
-    return [{"shape": shape, "at": at, "is": buffers.get(at, "")} for shape, at in found]
+    buffers: dict[int, tuple[str, int]] = {}
+    for kind, get in (("v", pool.get_value_buffer), ("k", pool.get_key_buffer)):  # a latent is both: then `k`
+        for layer in layers:
+            buffers[get(layer).data_ptr()] = (f"{kind} {layer}", get(layer).numel())
+    found = []
+    for cache in caches:
+        at = cache.torch.data_ptr()
+        name, size = buffers.get(at, ("", 0))
+        part = "part of " if name and cache.torch.numel() != size else ""
+        found.append({"shape": list(cache.shape), "at": at, "is": part + name})
+    return found

@@ -19,7 +19,7 @@ import torch
 from torch.distributed import TCPStore
 
 from . import hccl
-from .graphs import DeviceTensor, as_nz, run_graph
+from .graphs import DeviceTensor, as_nz, open_graph, run_graph
 from .record import RECORD
 
 MEET = datetime.timedelta(seconds=120)
@@ -118,6 +118,7 @@ def install(ms: Any) -> None:
         if tensor.device.type != "npu":
             return real["dlpack"](torch.utils.dlpack.to_dlpack(tensor))
         assert tensor.is_contiguous(), "from_dlpack: the tensor is not contiguous"
+        assert tensor.device.index == CLUSTER.device, f"from_dlpack: {tensor.device} on device {CLUSTER.device}"
         return DeviceTensor(tensor)
 
     def load(path: str, **options: Any) -> Any:
@@ -128,7 +129,8 @@ def install(ms: Any) -> None:
 
     def set_inputs(cell: Any, *inputs: Any, **named: Any) -> Any:
         cell.__dict__["_declared"] = inputs
-        return real["inputs"](cell, *inputs, **named)
+        real["inputs"](cell, *inputs, **named)
+        open_graph(ms, cell, LOADED[id(cell.graph)][1], GROUPS)
 
     def call(cell: Any, *inputs: Any) -> Any:
         return run_graph(ms, cell, LOADED[id(cell.graph)][1], inputs, GROUPS)

@@ -15,7 +15,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds a module where it is, and has the stand-in installed once it has run."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        standin = AFTER.pop(name, None)
+        standin = AFTER.get(name)
         if standin is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
@@ -24,6 +24,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         run = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
+            AFTER.pop(name, None)  # not before: who only looks for a module does not import it
             run(module)
             importlib.import_module(standin).install(module)
 
