@@ -120,6 +120,13 @@ def test_other_layouts(npu_artifact: Artifacts, tp: int, target: str) -> None:
 
 
 @every_layout
+def test_processes_that_are_started_anew(npu_artifact: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a real NPU."""
+    monkeypatch.setenv("MSCONV_REHEARSAL_START", "spawn")
+    rehearse(npu_artifact("qwen3", "ascend910b", 2))
+
+
+@every_layout
 def test_two_copies(npu_artifact: Artifacts) -> None:
     root = npu_artifact("qwen3", "ascend310p")
     rehearse(root, "--", "--dp-size=2")

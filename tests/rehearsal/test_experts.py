@@ -23,6 +23,12 @@ def test_experts_of_two_ranks(npu_artifact: Artifacts) -> None:
 
 
 @every_layout
+@pytest.mark.parametrize(("target", "tp", "ep"), [("ascend910b", 1, 1), ("ascend310p", 2, 1)])
+def test_experts_in_other_layouts(npu_artifact: Artifacts, target: str, tp: int, ep: int) -> None:
+    rehearse(npu_artifact("qwen3_moe", target, tp, ep))
+
+
+@every_layout
 def test_experts_on_two_machines(npu_artifact: Artifacts) -> None:
     root = npu_artifact("qwen3_moe", "ascend910c", 2, 2)
     rehearse(root, "--nnodes", 2)

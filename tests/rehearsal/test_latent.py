@@ -21,6 +21,11 @@ def test_two_ranks_one_of_which_is_killed(npu_artifact: Artifacts) -> None:
 
 
 @every_layout
+def test_a_310p(npu_artifact: Artifacts) -> None:
+    rehearse(npu_artifact("deepseek_v3", "ascend310p"))
+
+
+@every_layout
 def test_one_rank_in_its_own_precision(npu_artifact: Artifacts) -> None:
     root = npu_artifact("deepseek_v3", "ascend910b")
     rehearse(root)

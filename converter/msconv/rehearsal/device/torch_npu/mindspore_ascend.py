@@ -69,9 +69,14 @@ def be_scheduler() -> None:
 
 
 def install(ms: Any) -> None:
-    real = {"device": ms.set_device, "context": ms.set_context, "init": ms.communication.init, "load": ms.load}
-    real["group"], real["dlpack"] = ms.communication.create_group, ms.utils.dlpack.from_dlpack
-    real["inputs"] = ms.nn.GraphCell.set_inputs
+    _install_start(ms)
+    _install_graphs(ms)
+
+
+def _install_start(ms: Any) -> None:
+    """Device, context, the meeting of the ranks, groups.  What is not for an NPU goes MindSpore's own way."""
+    real = {"device": ms.set_device, "context": ms.set_context}
+    real |= {"init": ms.communication.init, "group": ms.communication.create_group}
 
     def set_device(target: str, device_id: int | None = None) -> None:
         if target != "Ascend":
@@ -113,6 +118,16 @@ def install(ms: Any) -> None:
         GROUPS[name] = group
         return None
 
+    ms.set_device, ms.set_context = set_device, set_context
+    ms.communication.init, ms.communication.create_group = init, create_group
+    ms.communication.get_rank = lambda group=None: CLUSTER.rank
+    ms.communication.get_group_size = lambda group=None: CLUSTER.size
+
+
+def _install_graphs(ms: Any) -> None:
+    """Tensors by DLPack, loading of graphs, and their calls."""
+    real = {"dlpack": ms.utils.dlpack.from_dlpack, "load": ms.load, "inputs": ms.nn.GraphCell.set_inputs}
+
     def from_dlpack(capsule: Any) -> Any:
         tensor = torch.utils.dlpack.from_dlpack(capsule)
         if tensor.device.type != "npu":
@@ -135,11 +150,7 @@ def install(ms: Any) -> None:
     def call(cell: Any, *inputs: Any) -> Any:
         return run_graph(ms, cell, LOADED[id(cell.graph)][1], inputs, GROUPS)
 
-    ms.set_device, ms.set_context, ms.load = set_device, set_context, load
-    ms.communication.init, ms.communication.create_group = init, create_group
-    ms.communication.get_rank = lambda group=None: CLUSTER.rank
-    ms.communication.get_group_size = lambda group=None: CLUSTER.size
-    ms.utils.dlpack.from_dlpack = from_dlpack
+    ms.load, ms.utils.dlpack.from_dlpack = load, from_dlpack
     ms.ops.auto_generate.format_cast = as_nz
     ms.nn.GraphCell.set_inputs, ms.nn.GraphCell.__call__ = set_inputs, call
 
