@@ -435,7 +435,8 @@ def test_the_card_says_what_the_artifact_is(expected: Path, compiled: Path) -> N
         "msconv serve artifacts/Qwen3-8B-tp4 --device npu",
         "largest logit error 3.50e-06 (bound 1e-04)",
         "none: unproven",
-        "the graphs for ascend910b were compiled without an NPU",
+        "- ascend910b: not interpreted - not rehearsed - run on a device: never",
+        "the graphs were compiled without an NPU",
     ):
         assert words in body
     plain = card(NAME, "", read_manifest(expected))
