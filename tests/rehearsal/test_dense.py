@@ -12,7 +12,8 @@ import pytest
 
 from msconv.rehearsal.client import HttpClient
 from msconv.rehearsal.plan import Options, Plan, make_plan
-from msconv.rehearsal.records import CALLS, read_replicas
+from msconv.rehearsal.protocol import CALLS
+from msconv.rehearsal.records import read_replicas
 from msconv.rehearsal.rehearse import running
 from msconv.rehearsal.replay import Replayer
 from msconv.rehearsal.server import Server

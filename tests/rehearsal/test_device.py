@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from msconv.rehearsal.build import build_device
-from msconv.rehearsal.server import Device, environment, last_error, prepare
+from msconv.rehearsal.protocol import Device
+from msconv.rehearsal.server import environment, last_error, prepare
 from tests.commands import Result
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

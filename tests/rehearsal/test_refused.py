@@ -15,6 +15,7 @@ import pytest
 from msconv.rehearsal import plan, server
 from msconv.rehearsal.build import build_device
 from msconv.rehearsal.plan import Options, make_plan
+from msconv.rehearsal.protocol import Device
 from msconv.rehearsal.scenario import NEW_TOKENS, Conversation, make_scenario, run_scenario
 from msconv.standing import standings
 from msconv_runtime.artifact import Rehearsed, read_manifest, write_manifest
@@ -221,7 +222,7 @@ def test_a_record_holds_for_its_bytes_only(own_ascend: Path) -> None:
 def test_the_stand_in_is_never_taken_for_an_npu(
     ascend: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.prepare(tmp_path, server.Device("", 1, 1, "", 0, True))
+    server.prepare(tmp_path, Device("", 1, 1, "", 0, True))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(server.DEVICE), str(tmp_path / "site")]))
     found = run_msconv("doctor", "--json").json
     (finding,) = [f for f in found["findings"] if f["name"] == "torch_npu"]

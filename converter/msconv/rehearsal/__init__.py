@@ -7,6 +7,7 @@
     build         the device's library
     server        the processes of SGLang with the stand-ins on their path: started, watched, ended
     client        the server's HTTP interface
+    protocol      what the device's processes and the comparison agree on
     records       what the server's processes wrote down of their graph calls
     loading       whether each rank loaded its own weights, groups and device
     calls         whether one call's inputs mean what the graph takes them for

@@ -4,7 +4,7 @@ and the graph that was chosen.  Each problem is a sentence with the place and th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import fields
 from itertools import islice
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Graph, GraphInput
+from msconv_runtime.paging import Batch
 
 from .records import Cache, Call
 
@@ -19,34 +20,23 @@ TILE = 128  # a side of flash attention's mask
 HIDDEN = -10000.0  # what a mask adds to a score that must not count
 SOME = 3  # problems of one kind that are told
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The integer inputs of a call.  T tokens, B sequences."""
+def batch_of(call: Call) -> Batch:
+    """The integer inputs of a call."""
+    return Batch(*(call.inputs[f.name].numpy() for f in fields(Batch)))
 
-    input_ids: Ints
-    positions: Ints
-    slots: Ints
-    block_tables: Ints
-    context_lens: Ints
-    q_lens: Ints
 
-    @staticmethod
-    def of(call: Call) -> Batch:
-        names = ("input_ids", "positions", "slots", "block_tables", "context_lens", "q_lens")
-        return Batch(*(call.inputs[n].numpy().astype(np.int64) for n in names))
-
-    def tokens_of(self, sequence: int) -> slice:
-        """Which of the T tokens are new ones of a sequence."""
-        end = int(self.q_lens[: sequence + 1].sum())
-        return slice(end - int(self.q_lens[sequence]), end)
+def _tokens_of(batch: Batch, sequence: int) -> slice:
+    """Which of the T tokens are new ones of a sequence."""
+    end = int(batch.q_lens[: sequence + 1].sum())
+    return slice(end - int(batch.q_lens[sequence]), end)
 
 
 def call_problems(call: Call, graph: Graph, page: int) -> list[str]:
     """`page`: slots a page of the server's pool."""
-    batch = Batch.of(call)
+    batch = batch_of(call)
     found = list(_lengths(batch))
     if found:  # nothing else can be read
         return found
@@ -96,7 +86,7 @@ def _caches(caches: list[Cache], wanted: list[GraphInput], page: int, warm_up: b
 
 def _positions(batch: Batch) -> Iterator[str]:
     for i, (context, new) in enumerate(zip(batch.context_lens, batch.q_lens, strict=True)):
-        found = batch.positions[batch.tokens_of(i)]
+        found = batch.positions[_tokens_of(batch, i)]
         if (found != np.arange(context - new, context)).any():
             yield (
                 f"positions: {_span(found)} of sequence {i}, whose context_lens is {context} with {new} new: they "
@@ -122,7 +112,7 @@ def _slots(batch: Batch, page: int, call: Call) -> Iterator[str]:
             continue
         if len(set(table.tolist())) != pages:
             yield f"block_tables: sequence {i} has a page twice: {table.tolist()}"
-        new = batch.tokens_of(i)
+        new = _tokens_of(batch, i)
         positions = np.arange(context - batch.q_lens[i], context)
         expected = table[positions // page] * page + positions % page
         if (batch.slots[new] != expected).any():

@@ -16,7 +16,8 @@ from ..verify.compare import FLOAT32_BOUND, half_precision_bound
 from .answers import Answers, Expected, make_reference
 from .loading import device_problems, loading_problems
 from .plan import Plan
-from .records import CALLS, Rank, read_replicas
+from .protocol import CALLS
+from .records import Rank, read_replicas
 from .replay import Replay, Replayer
 from .scenario import Conversation, answer_problems
 

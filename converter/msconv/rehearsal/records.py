@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-CALLS = "calls"  # the directory in which the device's processes write
-INPUTS = ("input_ids", "positions", "slots", "block_tables", "context_lens", "q_lens", "attention_mask")
+from .protocol import INPUTS
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from .build import build_device
 from .client import FAILURES, LONG, HttpClient
 from .judgement import Rehearsal, compare
 from .plan import Options, Plan, make_plan
+from .protocol import Device
 from .scenario import run_scenario
-from .server import CHIPS, DEVICE_VERSION, Device, Server, prepare, serving, sglang_version
+from .server import CHIPS, DEVICE_VERSION, Server, prepare, serving, sglang_version
 
 MEMORY = 64 << 30  # of each device, as SGLang sees it
 ANSWER_S = 1800  # for one answer

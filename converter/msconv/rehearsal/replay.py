@@ -15,12 +15,13 @@ from msconv_runtime.artifact import Graph, Manifest, digest_bytes
 from msconv_runtime.graphs import graphs_of
 
 from ..graph.spec import TP_GROUP
-from ..verify.compare import culprit
+from ..verify.compare import culprit, largest_error
 from ..verify.interpreter import Interpreter
 from ..verify.kernels import Context
 from ..verify.lockstep import RankFiles, in_lockstep
 from ..verify.mindir import Program, parse
-from .calls import Batch, call_problems
+from .calls import batch_of, call_problems
+from .protocol import graph_file
 from .records import Call, Rank
 
 Rows = NDArray[np.float32]
@@ -86,7 +87,7 @@ class Replayer:
         """Which of the artifact's graphs it was that a rank loaded, None if none: but for the names of groups, it
         must be that file byte for byte."""
         if identity not in self._digests:
-            data = (rank.directory / f"{digest_name(identity)}.mindir").read_bytes()
+            data = (rank.directory / graph_file(identity)).read_bytes()
             if phase := self._digests.get(_digest_of_any_groups(data)):
                 self._digests[identity] = phase
         return self._digests.get(identity)
@@ -154,17 +155,17 @@ class Replayer:
         first = calls[0]
         given = [t.to(self.keep) if n == "attention_mask" else t for n, t in first.inputs.items()]
         step = self.interpreter.run(self.programs[phase], [[*given, *caches] for caches in memory.caches])
-        batch = Batch.of(first)
+        batch = batch_of(first)
         memory.tokens[batch.slots], memory.positions[batch.slots] = batch.input_ids, batch.positions
         for rank, (call, expected) in enumerate(zip(calls, step.logits, strict=True)):
-            error, bound = _difference(call.logits.numpy(), expected), self._bound(expected)
+            error, bound = largest_error(call.logits.numpy(), expected), self._bound(expected)
             found.error = max(found.error, error)
             if error >= bound:
                 place = next(
                     (
                         f"; first in {culprit(name)}, seen at {name}"
                         for name, values in step.probes.items()
-                        if name in call.probes and _difference(call.probes[name].numpy(), values) >= bound
+                        if name in call.probes and largest_error(call.probes[name].numpy(), values) >= bound
                     ),
                     "",
                 )
@@ -196,7 +197,7 @@ def _can_run(call: Call, memory: Memory) -> bool:
 def _rows(call: Call, phase: str, memory: Memory, problems: list[str]) -> list[Row]:
     """The logits of each sequence's last token, with the tokens that its pages hold.  A page that holds something
     else than its positions is a problem."""
-    batch, page = Batch.of(call), call.caches[0].shape[1]
+    batch, page = batch_of(call), call.caches[0].shape[1]
     rows = []
     for i, context in enumerate(batch.context_lens):
         positions = np.arange(context)
@@ -215,14 +216,6 @@ def _rows(call: Call, phase: str, memory: Memory, problems: list[str]) -> list[R
     return rows
 
 
-def _difference(found: Rows, expected: Rows) -> float:
-    """Largest absolute difference; infinite if shapes differ or a value is not finite."""
-    if found.shape != expected.shape:
-        return float("inf")
-    error = float(np.abs(found.astype(np.float64) - expected).max(initial=0.0))
-    return error if np.isfinite(error) else float("inf")
-
-
 def _digest_of_any_groups(data: bytes) -> str:
     """Of a graph whose groups are all called the same, in one order of bytes."""
     from mindspore.train import mind_ir_pb2
@@ -231,8 +224,3 @@ def _digest_of_any_groups(data: bytes) -> str:
     for attribute in (a for p in model.primitives for a in p.attribute if a.name == "group"):
         attribute.s = TP_GROUP.encode()
     return digest_bytes(model.SerializeToString(deterministic=True))
-
-
-def digest_name(identity: str) -> str:
-    """A digest as a file's name."""
-    return identity.replace(":", "-")

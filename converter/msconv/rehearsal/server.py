@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from msconv_runtime.errors import EnvironmentProblem, VerificationFailed
 from msconv_runtime.sglang.launch import STANDINS, Launch, imports
 
 from .build import DEVICE
+from .protocol import DEVICE_FILE, Device
 
 DEVICE_VERSION = "1"  # of the stand-ins: recorded with what was rehearsed
 START_S = 600
@@ -40,21 +41,9 @@ CHIPS = {
 NOISE = re.compile(r"^\s*(\^+|~+|\[20.*(WARNING|INFO)|W0|I0)")
 
 
-@dataclass(frozen=True)
-class Device:
-    """What a process sees: written to device.json for the stand-ins (`torch_npu.settings`)."""
-
-    library: str
-    devices: int
-    memory_bytes: int
-    name: str
-    arch: int
-    exact: bool
-
-
 def prepare(work: Path, device: Device) -> None:
     """Lay out a rehearsal's directory: the device's settings, and metadata by which torch finds the stand-in."""
-    (work / "device.json").write_text(json.dumps(asdict(device)))
+    (work / DEVICE_FILE).write_text(json.dumps(asdict(device)))
     info = work / "site" / f"torch_npu-{DEVICE_VERSION}+rehearsal.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(

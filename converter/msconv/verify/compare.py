@@ -107,7 +107,7 @@ class Comparison:
             expected = np.stack([traces[i].probes[name][p] for i, p in step.places])
             largest = float(np.abs(expected).max())
             same = found.shape == expected.shape
-            error = _error(found[judged], expected[judged]) / max(1.0, largest) if same else float("inf")
+            error = largest_error(found[judged], expected[judged]) / max(1.0, largest) if same else float("inf")
             self.probes[name] = max(error, self.probes.get(name, 0.0))
             if error >= self.bound and not self.first:
                 self.first = f"{culprit(name)}, seen at {name} in {step.phase}"
@@ -126,7 +126,7 @@ class Comparison:
 
     def add(self, phase: str, where: str, found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
         """Compare one row of logits [V]."""
-        error = _error(found, expected)
+        error = largest_error(found, expected)
         self.by_phase[phase] = max(error, self.by_phase.get(phase, 0.0))
         if error > self.max_abs_logit_error or not self.worst:
             self.max_abs_logit_error, self.worst = max(error, self.max_abs_logit_error), f"{phase}, {where}"
@@ -147,7 +147,7 @@ def half_precision_bound(target: str, largest: float, layers: int) -> float:
     return 8 * eps * largest * layers**0.5
 
 
-def _error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+def largest_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """Largest absolute difference; infinite if shapes differ or a value is not finite."""
     if found.shape != expected.shape:
         return float("inf")

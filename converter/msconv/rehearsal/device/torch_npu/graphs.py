@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from msconv.rehearsal.protocol import INPUTS, graph_file
+
 from .hccl import Communicator
 from .record import RECORD
 from .settings import SETTINGS
 
 NZ = 29  # CANN's number of the FRACTAL_NZ format
-INPUTS = ("input_ids", "positions", "slots", "block_tables", "context_lens", "q_lens", "attention_mask")
 
 
 class DeviceTensor:
@@ -99,7 +100,7 @@ class _Graph:
         self._interpreter = Interpreter(self._context, [weights], self._collective)
         self.identity = digest_bytes(data)
         _watch_faults()
-        RECORD.file(self.identity.replace(":", "-") + ".mindir", data)
+        RECORD.file(graph_file(self.identity), data)
         RECORD.event("graph", identity=self.identity, parameters=self._parameters(digest_bytes))
         RECORD.event("groups", identity=self.identity, groups=self._named_groups())
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .settings import rehearsal_directory
+from msconv.rehearsal.protocol import CALLS
 
-CALLS = "calls"
+from .settings import rehearsal_directory
 
 
 class Record:

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Settings:
-    """`library`: the built device.  `devices`: how many a process sees, of `memory_bytes` each.  `name`, `arch`:
-    what the device calls itself to torch_npu and to CANN.  `exact`: graphs compute in float32."""
-
-    library: str
-    devices: int
-    memory_bytes: int
-    name: str
-    arch: int
-    exact: bool
+from msconv.rehearsal.protocol import DEVICE_FILE, Device
 
 
 def rehearsal_directory() -> Path:
@@ -32,8 +20,4 @@ def rehearsal_directory() -> Path:
     return Path(named)
 
 
-def read_settings() -> Settings:
-    return Settings(**json.loads((rehearsal_directory() / "device.json").read_text()))
-
-
-SETTINGS = read_settings()
+SETTINGS = Device(**json.loads((rehearsal_directory() / DEVICE_FILE).read_text()))
