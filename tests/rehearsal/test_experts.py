@@ -45,3 +45,10 @@ def test_wrong_weights_casts_and_groups_are_named(
     assert re.search(r"groups of rank 0: world:0 has the communicator 0x\w+; SGLang's", said)
     assert "logits of rank" in said
     assert all(r.machines == 2 for r in read_manifest(root).rehearsed), "a rehearsal that failed is recorded"
+
+
+@every_layout
+def test_another_ranks_file_is_named(npu_artifact: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = npu_artifact("qwen3_moe", "ascend910c", 2, 2)
+    said = rehearse_with(root, monkeypatch, "another rank's file")
+    assert re.search(r"weights of rank 1: .* and \d+ more: the values are those of rank 0's file", said)

@@ -41,3 +41,11 @@ def test_a_pool_in_two_parts_is_refused_with_what_it_is(
     root = npu_artifact("deepseek_v3", "ascend910b", 2, 2)
     said = rehearse_with(root, monkeypatch, "latent split")
     assert re.search(r"SGLang's KV pool has heads and dimension \[1, 32\], the graphs want \[1, 40\]", said)
+
+
+@every_layout
+def test_a_host_read_of_the_pool_is_named_with_its_place(
+    npu_artifact: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = rehearse_with(npu_artifact("deepseek_v3", "ascend910b"), monkeypatch, "host read")
+    assert re.search(r"the host touched device memory, at .*string_at.*read_the_pool", said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import urllib.error
 from collections.abc import Iterator
@@ -11,10 +10,9 @@ from typing import Any
 
 from msconv_runtime.errors import VerificationFailed
 
-from .server import Server
+from .server import FAILURES, Server
 
 LONG = 512  # tokens that an aborted request asks for
-FAILURES = (OSError, ValueError, KeyError, http.client.HTTPException)  # of a server that ends, or answers an error
 
 
 class HttpClient:

@@ -47,7 +47,7 @@ OURS = {  # flags of SGLang that a rehearsal decides, and how
     "--kv-cache-dtype": "--exact or --no-exact",
 }
 LONG_S = 1800  # of interpreting, from which on the number of prompts must be given
-SECONDS_A_VALUE = {True: 1.2e-9, False: 4e-9}  # of a weight in a call, exact or not: measured on 2 cores
+SECONDS_A_VALUE = {True: 1.2e-9, False: 4e-9}  # of a weight in a call, exact or not: an estimate for 2 cores
 SOME = 20  # damaged places that are told
 
 

@@ -17,12 +17,12 @@ from msconv_runtime.errors import UsageError, VerificationFailed
 from ..compile import mindspore_version
 from ..stream.lock import exclusive
 from .build import build_device
-from .client import FAILURES, LONG, HttpClient
+from .client import LONG, HttpClient
 from .judgement import Rehearsal, compare
 from .plan import Options, Plan, make_plan
 from .protocol import Device
 from .scenario import run_scenario
-from .server import CHIPS, DEVICE_VERSION, Server, prepare, serving, sglang_version
+from .server import CHIPS, DEVICE_VERSION, FAILURES, Server, prepare, serving, sglang_version
 
 MEMORY = 64 << 30  # of each device, as SGLang sees it
 ANSWER_S = 1800  # for one answer
@@ -74,11 +74,9 @@ def _run(plan: Plan, result: Rehearsal, work: Path, say: Say) -> VerificationFai
         with running(plan, work, say) as server:
             result.start_s = time.monotonic() - started
             say(f"ready after {result.start_s:.0f} s; asking {plan.scenario.num_prompts} prompts")
-            result.info = server.get("/server_info")
             client = HttpClient(server, plan.config.max_positions, ANSWER_S)
             run_scenario(plan.scenario, client, result.conversations.append)
-            server.check_alive("ended")
-            result.info = server.get("/server_info")
+            result.info = server.info()
             result.end_s = _kill_rank(server, client, plan) if plan.options.end == "kill" else server.stop()
     except VerificationFailed as e:
         return e
@@ -145,9 +143,7 @@ def _record(plan: Plan, entry: Rehearsed | None) -> None:
         manifest = read_manifest(plan.root)
         kept = [r for r in manifest.rehearsed if _layout(r) != layout]
         before = [r for r in manifest.rehearsals_for(plan.target) if _layout(r) == layout]
-        best = max([*before, entry], key=_strength) if entry else None  # of equal ones the first
-        if entry and best and _strength(best) == _strength(entry):
-            best = entry
+        best = max([entry, *before], key=_strength) if entry else None  # of equal ones the new one
         kept = sorted([*kept, *([best] if best else [])], key=_layout)
         if kept != manifest.rehearsed:
             write_manifest(plan.root, msgspec.structs.replace(manifest, rehearsed=kept))

@@ -68,7 +68,7 @@ class Replayer:
 
     def __init__(self, root: Path, manifest: Manifest, target: str, exact: bool, bound: float) -> None:
         """`bound`: of exact logits; in half precision the same kernels ran, and may differ by some ulp."""
-        self.manifest, self.exact, self.bound = manifest, exact, bound
+        self.exact, self.bound = exact, bound
         self.graphs: dict[str, Graph] = {g.phase: g for g in graphs_of(root, manifest, target)}
         self.programs: dict[str, Program] = {p: parse(root / g.path) for p, g in self.graphs.items()}
         context = Context(exact, next(iter(self.programs.values())).dtype)
@@ -76,7 +76,6 @@ class Replayer:
         ranks = range(manifest.parallel.tp)
         self.files = [RankFiles(root, manifest, r, context, keep=True, as_bound=True) for r in ranks]
         self.interpreter = Interpreter(context, self.files, in_lockstep)
-        self.target = target
         self._digests = {
             digest: phase
             for phase, graph in self.graphs.items()

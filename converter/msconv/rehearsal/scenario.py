@@ -14,7 +14,6 @@ NEW_TOKENS = 16
 ABORTED_AFTER = 4  # tokens
 ABORTABLE = 128  # positions of a model whose answers are long enough to be aborted
 LONGEST = 300
-Ask = Callable[..., dict[str, Any]]
 
 
 @dataclass
@@ -61,10 +60,6 @@ class Scenario:
     def num_calls(self) -> int:
         """Graph calls, about: a step for each token of the answers of a group."""
         return len(self.groups) * (NEW_TOKENS + 2)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(ids) + NEW_TOKENS for group in self.groups for _, _, ids in group)
 
 
 def make_scenario(vocab: int, max_positions: int, page: int, most: int = 0, seed: int = 5) -> Scenario:

@@ -6,6 +6,7 @@ Loopback only.  A server of several machines is as many servers on this one.
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import json
 import os
@@ -14,7 +15,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,6 +32,7 @@ DEVICE_VERSION = "1"  # of the stand-ins: recorded with what was rehearsed
 START_S = 600
 END_S = 30  # from the signal to the last process's end
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
+FAILURES = (OSError, ValueError, KeyError, http.client.HTTPException)  # of a server that ends, or answers an error
 TAIL = 12  # lines of a log in a message
 CHIPS = {
     "ascend910b": ("Ascend910B2", 2201),
@@ -109,9 +110,9 @@ class Server:
         while time.monotonic() < deadline:
             self.check_alive("started")
             try:
-                self.get("/health", timeout_s=2)
+                self.open("/health", None, timeout_s=2).close()
                 return
-            except OSError:
+            except FAILURES:
                 time.sleep(0.2)
         raise VerificationFailed(
             f"The server was not ready after {timeout_s:.0f} s.  Its log ends: {self.reason()}",
@@ -132,16 +133,21 @@ class Server:
     def reason(self) -> str:
         return "; ".join(dict.fromkeys(filter(None, (last_error(log) for log in self.logs)))) or "nothing"
 
-    def get(self, path: str, timeout_s: float = 30) -> Any:
-        with DIRECT.open(f"http://127.0.0.1:{self.port}{path}", timeout=timeout_s) as reply:
-            data = reply.read()
-        return json.loads(data) if data else None
+    def info(self) -> dict[str, Any]:
+        """What the server says of itself.  Raises VerificationFailed if it does not answer."""
+        self.check_alive("ended")
+        try:
+            with self.open("/server_info", None, timeout_s=30) as reply:
+                found: dict[str, Any] = json.loads(reply.read())
+        except FAILURES as e:
+            raise VerificationFailed(f"/server_info failed: {type(e).__name__}: {e}.") from None
+        return found
 
-    def open(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        return DIRECT.open(request, timeout=timeout_s)
+    def open(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+        """The reply to a GET, or to a POST of `body`."""
+        data = None if body is None else json.dumps(body).encode()
+        url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/json"}
+        return DIRECT.open(urllib.request.Request(url, data, headers), timeout=timeout_s)
 
     def running(self) -> list[int]:
         """Processes of the server's sessions that are no zombies."""
@@ -178,6 +184,7 @@ class Server:
         return self.wait_for_end(started, "SIGTERM")
 
     def wait_for_end(self, started: float, after: str) -> float:
+        """Seconds from `started` until no process was left.  Raises VerificationFailed if one stays."""
         left = self.wait_until_gone(END_S)
         if left:
             raise VerificationFailed(f"{len(left)} processes of the server are left {END_S} s after {after}.")
@@ -196,7 +203,8 @@ class Server:
 
     def kill(self) -> None:
         """End all at once, those too that are started meanwhile."""
-        while left := self.running():
+        deadline = time.monotonic() + END_S
+        while (left := self.running()) and time.monotonic() < deadline:
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

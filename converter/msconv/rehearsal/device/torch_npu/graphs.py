@@ -193,9 +193,7 @@ def host_tensor(ms: Any, tensor: Any) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
-_scratch: dict[
-    int, tuple[Any, torch.Tensor]
-] = {}  # caches that are MindSpore's own: the tensor, and its memory here
+_scratch: dict[int, tuple[Any, torch.Tensor]] = {}  # of caches that are MindSpore's own, the memory here
 
 
 def _cache(ms: Any, cache: Any) -> torch.Tensor:
