@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msconv_runtime.weights import check_size, required
+
 from msconv_runtime.artifact import Manifest, read_manifest
 from msconv_runtime.errors import ArtifactError
-from msconv_runtime.weights import check_size, required
 
 from .checkpoint.directory import AUXILIARY
 from .compile import configuration

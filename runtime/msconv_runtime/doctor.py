@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from . import __version__
-from .artifact import ITEM_BYTES, Manifest, read_manifest
+from .artifact import ITEM_BYTES, Artifact, Manifest
 from .errors import MsconvError
+from .roles import COMPILED, can_serve, of_variant
 from .sglang.plugin import PACKAGE
 
 State = Literal["ok", "missing", "untested", "wrong"]
@@ -319,10 +320,11 @@ def _artifact(machine: Machine, root: Path, tokens: int) -> tuple[dict[str, Any]
     """The artifact in short, and how it fits this machine."""
     short: dict[str, Any] = {"path": str(root), "ready": False}
     try:
-        manifest = read_manifest(root)
+        artifact = Artifact(root)
+        manifest = artifact.manifest
         short["ready"] = True
-        damage = _damage(root, manifest)
-        memory = list(_memory(machine, root, manifest, tokens))
+        damage = _damage(artifact)
+        memory = list(_memory(machine, artifact, tokens))
     except (MsconvError, OSError, ImportError) as e:
         hint = getattr(e, "hint", "") or "make it readable, and numpy importable"
         return short, [Finding("artifact", "wrong", str(e), "READY, and a manifest that fits", hint, SERVE)]
@@ -348,11 +350,11 @@ def _artifact(machine: Machine, root: Path, tokens: int) -> tuple[dict[str, Any]
     return {**short, "proven": proven}, [*found, *damage, *memory]
 
 
-def _damage(root: Path, manifest: Manifest) -> list[Finding]:
+def _damage(artifact: Artifact) -> list[Finding]:
     """Sizes of all files and digests of the graphs; what is wrong with one target's graphs is that target's."""
-    from .integrity import check_graphs
+    from .artifact.integrity import check_graphs
 
-    damage = check_graphs(root, manifest)
+    damage, manifest = check_graphs(artifact), artifact.manifest
     other = {a: {g.path for g in manifest.graphs if (g.target == "cpu") == (a in NPU)} for a in SERVE}
     stops = tuple(a for a in SERVE if any(d.path not in other[a] for d in damage))
     hint = "copy the artifact again, or convert and compile again"
@@ -364,11 +366,11 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
     """Whether a target's graphs are there, of a MindSpore that was tried, and proven."""
     graphs, stops = manifest.graphs_for(target), SERVE[:1] if target == "cpu" else NPU
     made = sorted({g.mindspore for g in graphs})
-    have = ", ".join(g.phase for g in graphs)
+    have = ", ".join(g.name for g in graphs)
     here = machine.version("mindspore")
     tested = TESTED["mindspore"].tested
     state: State = "ok" if here and of(here, tested) else "untested"
-    if not {g.phase for g in graphs} >= {"prefill", "decode"}:
+    if not can_serve(of_variant(graphs, "")):
         state = "missing"
     elif not all(of(version, tested) for version in made):
         state = "wrong"
@@ -384,18 +386,19 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
         yield Finding(f"proof {target}", "ok" if proof else "untested", found, "a proof of these bytes", hint)
 
 
-def _memory(machine: Machine, root: Path, manifest: Manifest, tokens: int) -> Iterator[Finding]:
+def _memory(machine: Machine, artifact: Artifact, tokens: int) -> Iterator[Finding]:
     """Free memory against all ranks on a CPU: weights as the graphs take them, and the KV cache."""
     from .sglang.launch import POOL_TOKENS, pool_tokens
 
-    graphs, tp, free = manifest.graphs_for("cpu"), manifest.parallel.tp, machine.memory()
+    root, manifest, tp = artifact.root, artifact.manifest, artifact.tp
+    graphs, free = manifest.graphs_for("cpu"), machine.memory()
     if manifest.weights is None or not graphs:
         return
-    native = not machine.no_kernels() and any(g.phase == "native" for g in graphs)
-    graphs = [g for g in graphs if (g.phase == "native") is native]
-    parameters = {p.name: math.prod(p.shape) * ITEM_BYTES.get(p.dtype, 4) for g in graphs for p in g.parameters}
-    token = sum(4 * math.prod(n or 1 for n in i.shape[2:]) for i in graphs[0].inputs if "_cache." in i.name)
-    pools = (tokens or POOL_TOKENS[0], tokens or pool_tokens(root, manifest))
+    compiled = {} if machine.no_kernels() else of_variant(graphs, COMPILED)
+    used = list((compiled or of_variant(graphs, "")).values())
+    parameters = {p.name: math.prod(p.shape) * ITEM_BYTES.get(p.dtype, 4) for g in used for p in g.reads}
+    token = sum(4 * math.prod(n or 1 for n in i.shape[2:]) for i in used[0].caches)
+    pools = (tokens or POOL_TOKENS[0], tokens or pool_tokens(artifact))
     least, usual = (tp * (sum(parameters.values()) + count * token) for count in pools)
     state: State = "untested" if free is None or free < usual else "ok"
     hint = f"`msconv serve {root} -- --max-total-tokens {pools[0]}` takes {gib(least)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,15 +41,16 @@ class Batch:
         )
 
 
+RAGGED_TOKENS = 2048  # in one call of a graph that takes sequences as they are
+CHUNK_TOKENS = 512  # places (sequences x longest) in one call of one that pads them: bounds its memory
 MASK_TILE = 128  # a side of the triangle that flash attention repeats itself
 MASK_COEFFICIENT = -10000.0
 
 
-def attention_mask(phase: str, batch: Batch, dtype: str) -> NDArray[np.float32]:
-    """The mask of Ascend graphs, as SGLang's slot makes it: a triangular tile for prefill (1 hides in bfloat16,
-    else MASK_COEFFICIENT does), (1, 1) for one token a sequence, else a row a token, [T, longest context]."""
-    if phase == "prefill":
-        hides = 1.0 if dtype == "bfloat16" else MASK_COEFFICIENT
+def attention_mask(is_prefill: bool, batch: Batch, hides: float) -> NDArray[np.float32]:
+    """The mask of Ascend graphs, as SGLang's slot makes it: for a prefill graph a triangular tile with `hides`
+    where it hides, else (1, 1) for one token a sequence, or a row a token, [T, longest context]."""
+    if is_prefill:
         return np.triu(np.full((MASK_TILE, MASK_TILE), hides, np.float32), 1)
     if int(batch.q_lens.max()) == 1:
         return np.zeros((1, 1), np.float32)
@@ -105,3 +107,45 @@ class Sequences:
             np.array(self.lengths, np.int32),
             np.array([len(new) for new in tokens], np.int32),
         )
+
+
+def chunks(batch: Batch, page: int, ragged: bool) -> Iterator[tuple[list[int], list[bool], Batch]]:
+    """Cut a batch into calls of bounded size: (members, whether each is at its end, the part).  Unless a graph
+    takes `ragged` sequences, it makes each as long as the longest.
+
+    A sequence is cut in order, and never twice in one call: later chunks read what earlier ones cached.
+    """
+    ends = np.cumsum(batch.q_lens)
+    members: list[tuple[int, int, int]] = []  # sequence, first token, tokens
+    longest = tokens = 0
+    limit = RAGGED_TOKENS if ragged else CHUNK_TOKENS
+    for sequence, (q_len, end) in enumerate(zip(batch.q_lens, ends, strict=True)):
+        for begin in range(0, int(q_len), limit):
+            size = min(limit, int(q_len) - begin)
+            places = tokens + size if ragged else (len(members) + 1) * max(longest, size)
+            full = places > limit
+            if members and (full or members[-1][0] == sequence):
+                yield _part(batch, members, page)
+                members, longest, tokens = [], 0, 0
+            members.append((sequence, int(end - q_len) + begin, size))
+            longest, tokens = max(longest, size), tokens + size
+    if members:
+        yield _part(batch, members, page)
+
+
+def _part(batch: Batch, members: list[tuple[int, int, int]], page: int) -> tuple[list[int], list[bool], Batch]:
+    ends = np.cumsum(batch.q_lens)
+    sequences = [m[0] for m in members]
+    tokens = np.concatenate([np.arange(first, first + size) for _, first, size in members])
+    left = np.array([ends[s] - (first + size) for s, first, size in members])
+    context = batch.context_lens[sequences] - left
+    width = -(-int(context.max()) // page)
+    part = Batch(
+        input_ids=batch.input_ids[tokens],
+        positions=batch.positions[tokens],
+        slots=batch.slots[tokens],
+        block_tables=batch.block_tables[sequences, :width],
+        context_lens=context.astype(np.int32),
+        q_lens=np.array([size for _, _, size in members], np.int32),
+    )
+    return sequences, [bool(n == 0) for n in left], part

@@ -22,8 +22,8 @@ LOGITS = "logits"  # the output that every graph for sampling has
 
 @dataclass(frozen=True)
 class Role:
-    """`rows` of its outputs: of each sequence's last token [B, ...], or of all new tokens [T, ...].  `outputs`: their
-    names, in order.  `network`: the module of msconv.graph that builds it."""
+    """`rows` of its outputs: of each sequence's last token [B, ...], or of all new tokens [T, ...].  `outputs`:
+    their names, in order.  `network`: the module of msconv.graph that builds it."""
 
     name: str
     rows: Literal["last", "all"] = "last"

@@ -8,18 +8,18 @@ import reprlib
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact import Manifest, digest_bytes, read_manifest
+from .artifact import Artifact
+from .artifact.weights import LoadMode
 from .errors import ArtifactError, EnvironmentProblem, UsageError
-from .graphs import Graphs
+from .graphs import Graphs, Place
 from .paging import Batch, Sequences
-from .weights import LoadMode
+from .targets import target_named
 
 Logits = NDArray[np.float32]
 Call = Callable[[Batch, list[Any]], Logits]
@@ -54,24 +54,23 @@ class Session:
         rank: int = 0,
         load: LoadMode = "mmap",
         check_digests: bool = False,
-        native: bool = True,
+        compiled: bool = True,
     ) -> None:
-        root = Path(artifact)
-        manifest = read_manifest(root)
+        opened = Artifact(artifact)
         if load not in get_args(LoadMode):
             raise UsageError(f"load is {load!r}; it may be 'mmap' or 'read'.")
-        if target != "cpu":
+        if not target_named(target).is_cpu:
             raise EnvironmentProblem(
                 f"{target} graphs run on an NPU inside SGLang only.", "Use target='cpu' here."
             )
-        if manifest.parallel.tp > 1:
+        if opened.tp > 1:
             raise EnvironmentProblem(
-                f"{root}: is for {manifest.parallel.tp} ranks, and a Session runs one without communication.",
+                f"{opened.root}: is for {opened.tp} ranks, and a Session runs one without communication.",
                 "Convert with --tp 1, or serve all ranks with `msconv serve`.",
             )
-        limits = _limits(root, manifest)
+        limits = _limits(opened)
         self.vocab_size, self.max_positions = limits.vocab_size, limits.max_position_embeddings
-        self._load = partial(Graphs, root, manifest, target, rank, load, check_digests, native)
+        self._load = partial(Graphs, opened, target, Place(rank), load, check_digests, compiled)
         with _turn:
             self.graphs = self._load()
             self._has_failed = False
@@ -203,10 +202,9 @@ class Session:
         from mindspore import Tensor
 
         more = max(pages, 2 * self._num_pages, 1024 // self.page_size)
-        shape = (more, self.page_size, *(n or 1 for n in self.graphs.cache_shape[2:]))
         grown = []
-        for i in range(self.graphs.num_caches):
-            new = np.zeros(shape, np.float32)
+        for i, cache in enumerate(self.graphs.caches):
+            new = np.zeros((more, self.page_size, *(n or 1 for n in cache.shape[2:])), np.float32)
             if self._caches:
                 old = self._caches[i].asnumpy()
                 new[: len(old)] = old
@@ -214,20 +212,12 @@ class Session:
         self._caches, self._num_pages = grown, more
 
 
-def _limits(root: Path, manifest: Manifest) -> _Limits:
+def _limits(artifact: Artifact) -> _Limits:
     """From the artifact's own config.json.  Raises ArtifactError if it is another one, or says nothing."""
-    path = root / "config.json"
     try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise ArtifactError(f"{path}: cannot be read: {e.strerror}.", "Copy the artifact again.") from None
-    if digest_bytes(data) != manifest.model.config_digest:
-        raise ArtifactError(
-            f"{path}: is not the configuration this artifact was made from.", "Copy the artifact again."
-        )
-    try:
-        return msgspec.json.decode(data, type=_Limits)
+        return msgspec.json.decode(artifact.config_bytes(), type=_Limits)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        path = artifact.root / "config.json"
         raise ArtifactError(f"{path}: {e}.", "Convert again with --force.") from None
 
 

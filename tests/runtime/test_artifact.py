@@ -14,6 +14,8 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msconv_runtime.integrity import Damage, check_artifact
+from msconv_runtime.weights import RankWeights
 
 import msconv_runtime.artifact as format_
 from msconv.convert import prepare, run
@@ -28,8 +30,6 @@ from msconv_runtime.artifact import (
     write_manifest,
 )
 from msconv_runtime.errors import ArtifactError
-from msconv_runtime.integrity import Damage, check_artifact
-from msconv_runtime.weights import RankWeights
 from tests.conftest import Checkpoints
 
 TP = 4

@@ -7,11 +7,11 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from msconv_runtime.weights import LoadMode, RankWeights
 
 from msconv.convert import prepare, run
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import ArtifactError
-from msconv_runtime.weights import LoadMode, RankWeights
 from tests.checkpoints import read_rank
 from tests.conftest import Checkpoints
 

@@ -270,9 +270,10 @@ def sweep(
 
 def pretends(root: Path) -> list[Any]:
     """What is wrong with an artifact that says it is finished."""
+    from msconv_runtime.integrity import check_artifact
+
     from msconv_runtime.artifact import read_manifest
     from msconv_runtime.errors import ArtifactError
-    from msconv_runtime.integrity import check_artifact
 
     try:
         return check_artifact(root, read_manifest(root))

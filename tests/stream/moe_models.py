@@ -11,11 +11,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from msconv_runtime.integrity import check_artifact
 
 from msconv.convert import Converted, run
 from msconv.reshard import prepare as prepare_reshard
 from msconv_runtime.artifact import Weights, read_manifest
-from msconv_runtime.integrity import check_artifact
 from tests.checkpoints import (
     BITS,
     Bits,

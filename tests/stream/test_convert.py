@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msconv_runtime.integrity import check_artifact
 
 from msconv.convert import prepare, run
 from msconv.stream.blocks import BufferSizes
@@ -23,7 +24,6 @@ from msconv_runtime.errors import (
     ResourceError,
     UsageError,
 )
-from msconv_runtime.integrity import check_artifact
 from tests.checkpoints import (
     make_qwen3,
     read_checkpoint,

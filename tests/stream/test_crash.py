@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msconv_runtime.integrity import check_artifact
 
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import ArtifactError
-from msconv_runtime.integrity import check_artifact
 from tests.commands import run_command, run_msconv
 from tests.stream.crashes import FAULTS, faulty
 from tests.stream.faults import Fault

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msconv_runtime.integrity import check_artifact
 
 import msconv.stream.execute as streaming
 from msconv.convert import prepare, run
@@ -19,7 +20,6 @@ from msconv_runtime.errors import (
     CheckpointError,
     PlanError,
 )
-from msconv_runtime.integrity import check_artifact
 from tests.checkpoints import (
     Stored,
     edit_json,

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from msconv_runtime.integrity import check_artifact, check_graphs
 
 from msconv_runtime.artifact import Manifest, read_manifest
 from msconv_runtime.errors import ArtifactError
-from msconv_runtime.integrity import check_artifact, check_graphs
 
 from ..layout.names import fold
 from ..standing import standings

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import click
+from msconv_runtime.integrity import check_graphs
 
 from msconv_runtime.artifact import read_manifest
-from msconv_runtime.integrity import check_graphs
 from msconv_runtime.sglang.launch import Nodes, Settings, plan_launch, refuse_taken
 
 from .command import Command

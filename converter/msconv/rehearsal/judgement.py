@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msconv_runtime.weights import required
+
 from msconv_runtime.artifact import Graph
 from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.weights import required
 
 from ..verify.compare import FLOAT32_BOUND, half_precision_bound
 from .answers import Answers, Expected, make_reference

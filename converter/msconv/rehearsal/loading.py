@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msconv_runtime.weights import required
 from safetensors import safe_open
 
 from msconv_runtime.artifact import Graph, Manifest, digest_bytes
-from msconv_runtime.weights import required
 
 from .records import Rank
 

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from msconv_runtime.integrity import check_artifact
+from msconv_runtime.weights import required
+
 from msconv_runtime.artifact import Manifest, read_manifest
 from msconv_runtime.doctor import Machine
 from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
 from msconv_runtime.graphs import graphs_of
-from msconv_runtime.integrity import check_artifact
 from msconv_runtime.sglang.launch import (
     LOCALHOST,
     Launch,
@@ -24,7 +26,6 @@ from msconv_runtime.sglang.launch import (
     plan_launch,
     refuse_taken,
 )
-from msconv_runtime.weights import required
 
 from ..compile import configuration
 from ..families import DecoderConfig

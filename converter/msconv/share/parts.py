@@ -8,9 +8,10 @@ import re
 import threading
 from pathlib import Path
 
+from msconv_runtime.integrity import check_artifact, check_graphs
+
 from msconv_runtime.artifact import MANIFEST, READY, Manifest
 from msconv_runtime.errors import ArtifactError, UsageError
-from msconv_runtime.integrity import check_artifact, check_graphs
 
 from ..checkpoint.directory import AUXILIARY
 from ..checkpoint.reference import REPOSITORY

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from msconv_runtime.integrity import tensor_digest
 from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Weights, digest_of
 from msconv_runtime.errors import ArtifactError
-from msconv_runtime.integrity import tensor_digest
 
 from ..layout import dtypes
 from ..layout.cuts import Box, matrix

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from msconv_runtime.weights import required
 from numpy.typing import NDArray
 from safetensors import safe_open
 
@@ -17,7 +18,6 @@ from msconv_runtime.artifact import Graph, GraphInput, Manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.graphs import graphs_of
 from msconv_runtime.paging import Sequences, attention_mask
-from msconv_runtime.weights import required
 
 from ..graph.spec import TP_GROUP
 from .interpreter import Interpreter, join

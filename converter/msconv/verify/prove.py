@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+from msconv_runtime.integrity import check_artifact
+from msconv_runtime.weights import required
 
 from msconv_runtime.artifact import Graph, Manifest, Verified, read_manifest, write_manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.graphs import graphs_of
-from msconv_runtime.integrity import check_artifact
 from msconv_runtime.native import library
-from msconv_runtime.weights import required
 
 from ..compile import configuration, mindspore_version, unused_names
 from ..families import DecoderConfig

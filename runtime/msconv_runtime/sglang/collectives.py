@@ -7,27 +7,27 @@ On a CPU it has not, and they are created here.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
-from ..artifact import Manifest
+from ..artifact import Artifact
 from ..errors import ArtifactError
+from ..targets import Target
 from . import cpu
 
 TP_GROUP = "msconv_tp"  # the name in every graph with collectives: the ranks that share one model
 logger = logging.getLogger(__name__)
 
 
-def find_groups(root: Path, manifest: Manifest, target: str, tp_group: Any) -> dict[str, str]:
+def find_groups(artifact: Artifact, target: Target, tp_group: Any) -> dict[str, str]:
     """What MindSpore calls the groups that the target's graphs name.  All ranks of SGLang's `tp_group` call this.
 
     On an NPU that is the name of `tp_group`: SGLang's runner (`mindspore_runner.reuse_hccl_comm`) has created a
     group of this name from its HCCL communicator, and a second one on the same communicator is not needed.
     """
-    names = group_names(root, manifest, target)
+    names = group_names(artifact, target)
     if not names or tp_group.world_size == 1:
         return {}
-    if target != "cpu":
+    if not target.is_cpu:
         logger.info("msconv: groups %s are SGLang's %s, ranks %s", names, tp_group.unique_name, tp_group.ranks)
         return dict.fromkeys(names, tp_group.unique_name)
     cpu.start_communication(tp_group)
@@ -39,12 +39,14 @@ def find_groups(root: Path, manifest: Manifest, target: str, tp_group: Any) -> d
     return {}
 
 
-def group_names(root: Path, manifest: Manifest, target: str) -> list[str]:
+def group_names(artifact: Artifact, target: Target) -> list[str]:
     """Raises ArtifactError if the graphs want a group that we would not know how to make."""
-    names = sorted({name for graph in manifest.graphs_for(target) for name in graph.groups})
+    names = sorted({name for graph in artifact.graphs(target.name) for name in graph.groups})
     if unknown := [name for name in names if name != TP_GROUP]:
         raise ArtifactError(
-            f"{root}: its {target} graphs use the groups {unknown}; this version knows {TP_GROUP} only.",
-            f"Run `msconv compile {root} --target {target}` again, or use the msconv that compiled it.",
+            f"{artifact.root}: its {target.name} graphs use the groups {unknown}; this version knows {TP_GROUP} "
+            "only.",
+            f"Run `msconv compile {artifact.root} --target {target.name}` again, or use the msconv that compiled "
+            "it.",
         )
     return names

@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifact import GraphInput, Manifest, Parallel, read_manifest
+from ..artifact import Artifact, GraphInput, Parallel
+from ..artifact.weights import LoadMode
 from ..errors import ArtifactError, EnvironmentProblem, UsageError
-from ..weights import LoadMode
+from ..targets import TARGETS, Target, target_named
 
 if TYPE_CHECKING:
     from ..doctor import Ability
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 STANDINS = Path(__file__).with_name("standins")
 LOCALHOST = "127.0.0.1"
 PAGE_SIZE = 16
-PAGE_ELEMENTS = 128 * 128
-PAGES = (128, 64, 32, 16)  # of Ascend's attention, the best first
 OF_ALL_RANKS = ("ranks on devices", "memory to serve")  # findings that take this machine for the only one
 ALIASES = {
     "--tp-size": ("--tp", "--tensor-parallel-size"),
@@ -134,13 +133,14 @@ def plan_launch(
     """
     if device not in ("cpu", "npu"):
         raise UsageError(f"--device {device}: cpu or npu.")
-    manifest = read_manifest(root)
-    target = cpu_target(root, manifest) if device == "cpu" else ascend_target(root, manifest, target)
-    settings = replace(settings, target=target)
-    kind = cpu_flags(root, manifest) if device == "cpu" else npu_flags(manifest, target)
+    artifact = Artifact(root)
+    manifest = artifact.manifest
+    chosen = cpu_target(artifact) if device == "cpu" else npu_target(artifact, target)
+    settings = replace(settings, target=chosen.name)
+    kind = cpu_flags(artifact) if chosen.is_cpu else npu_flags(artifact, chosen)
     needed = {**parallel_flags(manifest.parallel), **kind}
     others = OF_ALL_RANKS if nodes.count > 1 else ()
-    refuse(root, manifest, target, extra, needed, elsewhere and device == "npu", others)
+    refuse(artifact, chosen, extra, needed, elsewhere and not chosen.is_cpu, others)
     flags = {
         "--model-path": str(root),
         "--model-impl": "mindspore",
@@ -161,47 +161,45 @@ def plan_launch(
     if ranks // nodes.count != manifest.parallel.tp:
         settings = replace(settings, ranks_here=ranks // nodes.count)
     environment = settings.environment() | NO_COREDUMP
-    if device == "cpu":
+    if chosen.is_cpu:
         environment |= {**cpu_environment(), **rank_environment(ranks, nodes.count)}
     return Launch([*argv, *extra], environment)
 
 
-def cpu_flags(root: Path, manifest: Manifest) -> dict[str, str]:
+def cpu_flags(artifact: Artifact) -> dict[str, str]:
     return {
         "--device": "cpu",
         "--attention-backend": "torch_native",
         "--dtype": "float32",
         "--page-size": str(PAGE_SIZE),
         "--mem-fraction-static": "0.3",
-        "--max-total-tokens": str(pool_tokens(root, manifest)),
+        "--max-total-tokens": str(pool_tokens(artifact)),
     }
 
 
-def npu_flags(manifest: Manifest, target: str) -> dict[str, str]:
-    """As SGLang's documentation of its MindSpore models has them.  Has not run on a device.
-
-    ATB's PagedAttention takes pages of at most PAGE_ELEMENTS elements a head (hiascend.com, ascendtb_01_0075).
-    """
-    cache = widest_cache(manifest, target)
+def npu_flags(artifact: Artifact, target: Target) -> dict[str, str]:
+    """As SGLang's documentation of its MindSpore models has them.  Has not run on a device."""
+    cache, pages = widest_cache(artifact, target), target.paging.pages
     return {
         "--device": "npu",
         "--attention-backend": "ascend",
         "--dtype": cache.dtype,
-        "--page-size": str(next((p for p in PAGES if not pool_problems(cache, p)), PAGES[-1])),
+        "--page-size": str(next((p for p in pages if not pool_problems(target, cache, p)), pages[-1])),
     }
 
 
-def widest_cache(manifest: Manifest, target: str) -> GraphInput:
-    caches = [i for i in manifest.graphs_for(target)[0].inputs if "_cache." in i.name]
+def widest_cache(artifact: Artifact, target: Target) -> GraphInput:
+    caches = artifact.graphs(target.name)[0].caches
     return max(caches, key=lambda i: i.shape[-1] or 1)
 
 
-def pool_problems(cache: GraphInput, page: int, kv_dtype: str = "auto") -> list[str]:
-    """Why Ascend's graphs, which take `cache`, could not take a KV pool of such pages and elements."""
+def pool_problems(target: Target, cache: GraphInput, page: int, kv_dtype: str = "auto") -> list[str]:
+    """Why a target's graphs, which take `cache`, could not take a KV pool of such pages and elements."""
     problems = []
-    if page < 16 or page % 16 or page * (cache.shape[-1] or 1) > PAGE_ELEMENTS:
+    multiple, most = target.paging.multiple, target.paging.elements
+    if page < multiple or page % multiple or page * (cache.shape[-1] or 1) > most:
         problems.append(
-            f"--page-size {page}: Ascend's attention takes multiples of 16, and at most {PAGE_ELEMENTS} elements "
+            f"--page-size {page}: Ascend's attention takes multiples of {multiple}, and at most {most} elements "
             f"of a head in a page; a head has {cache.shape[-1]}"
         )
     if kv_dtype not in ("auto", cache.dtype) and (kv_dtype, cache.dtype) != ("bf16", "bfloat16"):
@@ -209,11 +207,11 @@ def pool_problems(cache: GraphInput, page: int, kv_dtype: str = "auto") -> list[
     return problems
 
 
-def cpu_target(root: Path, manifest: Manifest) -> str:
-    """`cpu`.  Raises ArtifactError if the artifact has no graphs for it, with what it has."""
-    if manifest.graphs_for("cpu"):
-        return "cpu"
-    there = sorted({g.target for g in manifest.graphs})
+def cpu_target(artifact: Artifact) -> Target:
+    """That of CPUs.  Raises ArtifactError if the artifact has no graphs for it, with what it has."""
+    root, there = artifact.root, artifact.targets
+    if found := [t for name in there if (t := TARGETS.get(name)) and t.is_cpu]:
+        return found[0]
     compile_ = f"`msconv compile {root} --target cpu` makes them"
     if not there:
         raise ArtifactError(f"{root}: has no graphs.", f"{compile_} for a CPU, --target ascend910b for an NPU.")
@@ -223,15 +221,16 @@ def cpu_target(root: Path, manifest: Manifest) -> str:
     )
 
 
-def ascend_target(root: Path, manifest: Manifest, named: str | None = None) -> str:
-    """The one Ascend target that the artifact has graphs for, or the one that is `named`, here or by
+def npu_target(artifact: Artifact, named: str | None = None) -> Target:
+    """The one target for NPUs that the artifact has graphs for, or the one that is `named`, here or by
     MSCONV_TARGET."""
-    there = sorted({g.target for g in manifest.graphs} - {"cpu"})
+    root = artifact.root
+    there = [name for name in artifact.targets if name in TARGETS and not TARGETS[name].is_cpu]
     named = named or os.environ.get("MSCONV_TARGET")
     if named in there:
-        return str(named)
+        return target_named(str(named))
     if len(there) == 1 and named is None:
-        return there[0]
+        return target_named(there[0])
     if not there:
         raise ArtifactError(
             f"{root}: has no graphs for an NPU.", f"`msconv compile {root} --target ascend910b` makes them."
@@ -243,9 +242,8 @@ def ascend_target(root: Path, manifest: Manifest, named: str | None = None) -> s
 
 
 def refuse(
-    root: Path,
-    manifest: Manifest,
-    target: str,
+    artifact: Artifact,
+    target: Target,
     extra: list[str],
     needed: dict[str, str],
     elsewhere: bool = False,
@@ -255,7 +253,8 @@ def refuse(
     machine's findings if it is `elsewhere`, and for those named `besides`."""
     from ..doctor import Machine, examine
 
-    ability: Ability = "serve_cpu" if needed["--device"] == "cpu" else "serve_npu"
+    root = artifact.root
+    ability: Ability = "serve_cpu" if target.is_cpu else "serve_npu"
     given = given_flags(extra)
     findings = [] if elsewhere else examine(Machine(), root, number(given, "--max-total-tokens")).against(ability)
     findings = [f for f in findings if f.name not in besides]
@@ -269,10 +268,10 @@ def refuse(
                     f"  {spelled} {given[spelled]}: this artifact is served with {name} {wanted}.  "
                     f"Leave the flag out{mend}"
                 )
-    if needed["--device"] == "npu":
+    if not target.is_cpu:
         page = number(given, "--page-size") or int(needed["--page-size"])
-        cache = widest_cache(manifest, target)
-        unfit = pool_problems(cache, page, given.get("--kv-cache-dtype", "auto"))
+        cache = widest_cache(artifact, target)
+        unfit = pool_problems(target, cache, page, given.get("--kv-cache-dtype", "auto"))
         problems += [f"  {problem}.  Leave the flag out" for problem in unfit]
     if not problems:
         return
@@ -348,12 +347,12 @@ def cores_by_rank(cores: list[int], tp: int) -> str:
     return "|".join(",".join(map(str, cores[begin : begin + share])) for begin in begins)
 
 
-def pool_tokens(root: Path, manifest: Manifest) -> int:
+def pool_tokens(artifact: Artifact) -> int:
     """Tokens of KV cache for a CPU server: within POOL_BYTES, whole pages."""
-    caches = [i for i in manifest.graphs_for("cpu")[0].inputs if "_cache." in i.name]
+    caches = artifact.graphs("cpu")[0].caches
     per_token = 4 * sum((i.shape[2] or 1) * (i.shape[3] or 1) for i in caches)
     least, most = POOL_TOKENS
-    return max(least, min(most, POOL_BYTES // max(1, manifest.parallel.tp * per_token))) // PAGE_SIZE * PAGE_SIZE
+    return max(least, min(most, POOL_BYTES // max(1, artifact.tp * per_token))) // PAGE_SIZE * PAGE_SIZE
 
 
 def cpu_environment() -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..artifact import is_artifact, read_manifest
+from ..artifact import Artifact, is_artifact
 
 PACKAGE = "msconv_runtime.sglang"
 SLOT = "MindSporeForCausalLM"  # the class that SGLang looks for under --model-impl mindspore
@@ -130,7 +130,7 @@ def _load_beside(
         preload.begin(root)
     original(scheduler, server_args, *args, **kwargs)
     if preload.has_begun(root):
-        preload.finish(root, read_manifest(root), preload.Place())
+        preload.finish(Artifact(root), preload.Place())
     cpu.populate_reserved()
 
 

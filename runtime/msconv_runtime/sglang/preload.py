@@ -10,12 +10,13 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Manifest, read_manifest
-from ..graphs import FREE_PAGE, Graphs
+from ..artifact import Artifact
+from ..graphs import Graphs, Place
+from ..targets import target_named
 from .launch import Settings
 
 logger = logging.getLogger(__name__)
@@ -29,29 +30,20 @@ class Loaded:
     seconds: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the graphs will run: the rank, the KV pool's page, and MindSpore's names of the groups."""
-
-    rank: int = 0
-    page: int = FREE_PAGE
-    groups: dict[str, str] = field(default_factory=dict)
-
-
 _loading: dict[Path, Future[Loaded]] = {}
 _finished: dict[Path, Loaded] = {}
 
 
 def begin(root: Path) -> None:
     """Start to load the only rank of `root` in a thread, for a CPU.  An artifact of more ranks is left alone."""
-    manifest = read_manifest(root)
-    if manifest.parallel.tp > 1 or root in _loading or Settings.read().target != "cpu":
+    artifact, settings = Artifact(root), Settings.read()
+    if artifact.tp > 1 or root in _loading or not target_named(settings.target).is_cpu:
         return
     future: Future[Loaded] = Future()
 
     def run() -> None:
         try:
-            future.set_result(load(root, manifest, Place()))
+            future.set_result(load(artifact, Place(ranks_here=settings.ranks_here)))
         except BaseException as e:
             future.set_exception(e)
 
@@ -63,7 +55,7 @@ def has_begun(root: Path) -> bool:
     return root in _loading
 
 
-def load(root: Path, manifest: Manifest, place: Place) -> Loaded:
+def load(artifact: Artifact, place: Place) -> Loaded:
     """Map or read the rank's file, bind the graphs, warm them up."""
     settings = Settings.read()
     seconds = {}
@@ -71,17 +63,7 @@ def load(root: Path, manifest: Manifest, place: Place) -> Loaded:
     import mindspore  # noqa: F401  takes seconds: apart from what follows
 
     seconds["import"] = time.monotonic() - started
-    graphs = Graphs(
-        root,
-        manifest,
-        settings.target,
-        place.rank,
-        settings.load_mode,
-        settings.check_digests,
-        ranks_here=settings.ranks_here,
-        page=place.page,
-        groups=place.groups,
-    )
+    graphs = Graphs(artifact, settings.target, place, settings.load_mode, settings.check_digests)
     seconds |= graphs.seconds
     started = time.monotonic()
     graphs.warm_up(strict=settings.strict_aot)
@@ -89,12 +71,13 @@ def load(root: Path, manifest: Manifest, place: Place) -> Loaded:
     return Loaded(graphs, seconds)
 
 
-def finish(root: Path, manifest: Manifest, place: Place) -> Graphs:
+def finish(artifact: Artifact, place: Place) -> Graphs:
     """What was begun, or loaded now.  Raises what loading raised."""
+    root = artifact.root
     if root in _finished:
         return _finished[root].graphs
     started = time.monotonic()
-    loaded = _loading[root].result() if root in _loading else load(root, manifest, place)
+    loaded = _loading[root].result() if root in _loading else load(artifact, place)
     loaded.seconds["waited for"] = time.monotonic() - started
     seconds = {part: round(s, 2) for part, s in loaded.seconds.items()}
     logger.info(
@@ -102,9 +85,9 @@ def finish(root: Path, manifest: Manifest, place: Place) -> Graphs:
         place.rank,
         root,
         len(loaded.graphs.tensors),
-        " and ".join(loaded.graphs.cells),
+        " and ".join(g.name for g in loaded.graphs.entries.values()),
     )
-    if loaded.graphs.target == "cpu" and (why := loaded.graphs.library.why):
+    if loaded.graphs.target.is_cpu and (why := loaded.graphs.library.why):
         logger.info("msconv: MindSpore's own operations, slower on a CPU than compiled kernels: %s", why)
     logger.info("msconv: start, seconds: %s", json.dumps(seconds))
     _finished[root] = loaded
@@ -116,7 +99,7 @@ def state() -> dict[str, Any]:
     for root, loaded in _finished.items():
         return {
             "artifact": str(root),
-            "graphs": sorted(loaded.graphs.cells),
+            "graphs": sorted(g.name for g in loaded.graphs.entries.values()),
             "compiles_since_ready": loaded.graphs.compiles_since_ready,
             "start_seconds": loaded.seconds,
         }

@@ -18,10 +18,11 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
 from sglang.srt.runtime_context import get_model, get_parallel, get_schedule
 
-from ..artifact import GraphInput, Manifest, is_artifact, read_manifest
+from ..artifact import Artifact, GraphInput, is_artifact
 from ..errors import ArtifactError, EnvironmentProblem
-from ..graphs import Graphs, graphs_of
+from ..graphs import Graphs, Place
 from ..paging import Batch, Ints
+from ..targets import Target, target_named
 from . import cpu, preload
 from .collectives import find_groups
 from .launch import Settings, pool_problems
@@ -66,16 +67,17 @@ class ArtifactModel(nn.Cell):
 
         root = _artifact_of(config)
         assert root is not None
-        self.root = root
-        self.manifest = read_manifest(root)
+        self.artifact = Artifact(root)
         self.num_layers = config.num_hidden_layers
-        target = Settings.read().target
-        cache = graphs_of(root, self.manifest, target)[0].inputs[-1]
-        config.param_dtype = getattr(mindspore, cache.dtype)
-        rank, page = check_parallel(self.manifest, root), get_schedule().page_size
-        if target != "cpu":
-            check_pool(root, cache, page, get_model().kv_cache_dtype)
-        self.place = preload.Place(rank, page, find_groups(root, self.manifest, target, get_parallel().tp_group))
+        settings = Settings.read()
+        target = target_named(settings.target)
+        cache = self.artifact.graphs(target.name)[0].caches[-1]
+        config.param_dtype = getattr(mindspore, target.dtype)
+        rank, page = check_parallel(self.artifact), get_schedule().page_size
+        if target.paging.slots is None:
+            check_pool(root, target, cache, page, get_model().kv_cache_dtype)
+        groups = find_groups(self.artifact, target, get_parallel().tp_group)
+        self.place = Place(rank, page, groups, settings.ranks_here)
         self.caches: list[Any] = []
         self.graphs: Graphs | None = None
         self.compiles = 0
@@ -84,15 +86,15 @@ class ArtifactModel(nn.Cell):
         """Load this rank, unless it is being loaded beside.  SGLang's own iterator is never advanced."""
         if self.graphs is not None:
             raise EnvironmentProblem(
-                f"{self.root}: is loaded, and takes no other weights.", "Start another server."
+                f"{self.artifact.root}: is loaded, and takes no other weights.", "Start another server."
             )
-        if not preload.has_begun(self.root):
-            self.graphs = preload.finish(self.root, self.manifest, self.place)
+        if not preload.has_begun(self.artifact.root):
+            self.graphs = preload.finish(self.artifact, self.place)
 
     def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
         """Logits [B, V] float32 of each sequence's last token, a torch tensor."""
         if self.graphs is None:
-            self.graphs = preload.finish(self.root, self.manifest, self.place)
+            self.graphs = preload.finish(self.artifact, self.place)
         if not self.caches:
             self.caches = self._map_pool(self.graphs)
         batch = batch_of(input_ids, positions, forward_batch, self.graphs.page)
@@ -108,16 +110,17 @@ class ArtifactModel(nn.Cell):
         """SGLang's KV pool as graph inputs: the same memory as [pages, page, K, D].  Two a layer, k0 v0 k1 v1 ...,
         or one where both come from the same latent."""
         pool = get_token_to_kv_pool()
-        getters = [pool.get_key_buffer, pool.get_value_buffer][: graphs.num_caches // self.num_layers]
+        getters = [pool.get_key_buffer, pool.get_value_buffer][: len(graphs.caches) // self.num_layers]
+        wanted = graphs.caches[0].shape[2:]
         caches = []
         for layer in range(self.num_layers):
             for buffer in (get(layer) for get in getters):
                 if not buffer.is_contiguous():
                     raise EnvironmentProblem("SGLang's KV pool is not contiguous: it cannot be shared.")
-                if buffer.shape[-2:] != tuple(graphs.cache_shape[2:]):
+                if buffer.shape[-2:] != tuple(wanted):
                     raise ArtifactError(
-                        f"{self.root}: SGLang's KV pool has heads and dimension {list(buffer.shape[-2:])}, the "
-                        f"graphs want {graphs.cache_shape[2:]}."
+                        f"{self.artifact.root}: SGLang's KV pool has heads and dimension "
+                        f"{list(buffer.shape[-2:])}, the graphs want {wanted}."
                     )
                 paged = buffer.view(-1, graphs.page, *buffer.shape[-2:])
                 on_cpu = paged.device.type == "cpu"  # where DLPack takes 0.5 ms a megabyte, for the same memory
@@ -148,12 +151,12 @@ def _ints(tensor: Any) -> Ints:
     return np.array(tensor.cpu().numpy(), np.int32)  # a copy: SGLang goes on with its tensor
 
 
-def check_pool(root: Path, cache: GraphInput, page: int, kv_dtype: str | None) -> None:
+def check_pool(root: Path, target: Target, cache: GraphInput, page: int, kv_dtype: str | None) -> None:
     """Raises EnvironmentProblem, before a byte of the weights is read, if the KV pool that SGLang will make for an
     NPU cannot be the graphs' input `cache`."""
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 
-    problems = pool_problems(cache, page, kv_dtype or "auto")
+    problems = pool_problems(target, cache, page, kv_dtype or "auto")
     if not hasattr(KVCacheConfigurator, "_build_ascend_mla_kv_pool"):
         problems.append("this SGLang makes its pools elsewhere: 0.5.23 is what msconv was tried with")
     if problems:
@@ -163,9 +166,9 @@ def check_pool(root: Path, cache: GraphInput, page: int, kv_dtype: str | None) -
         )
 
 
-def check_parallel(manifest: Manifest, root: Path) -> int:
+def check_parallel(artifact: Artifact) -> int:
     """This process's rank.  Raises EnvironmentProblem if the server's layout is not the artifact's."""
-    server, wanted = get_parallel(), manifest.parallel
+    server, wanted = get_parallel(), artifact.manifest.parallel
     layout = {
         "--tp-size": (server.tp_size, wanted.tp),
         "--ep-size": (server.moe_ep_size, wanted.ep),
@@ -177,7 +180,8 @@ def check_parallel(manifest: Manifest, root: Path) -> int:
     wrong = [f"{name} {found}, not {right}" for name, (found, right) in layout.items() if found != right]
     if wrong:
         raise EnvironmentProblem(
-            f"{root}: was converted for tp {wanted.tp}, ep {wanted.ep}; the server runs {'; '.join(wrong)}.",
+            f"{artifact.root}: was converted for tp {wanted.tp}, ep {wanted.ep}; the server runs "
+            f"{'; '.join(wrong)}.",
             "`msconv serve` gives the right flags; `msconv reshard` makes an artifact for another layout.",
         )
     return int(server.tp_rank)

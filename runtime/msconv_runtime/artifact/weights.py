@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact import Manifest, Weights
-from .errors import ArtifactError
+from ..errors import ArtifactError
+from .opened import Artifact
 
 LoadMode = Literal["mmap", "read"]
 
@@ -21,10 +21,11 @@ class RankWeights:
     """The tensors of one rank.  `mode`: `mmap` touches pages as they are used; `read` copies the files into
     memory first (some driver stacks hang on mapped sources)."""
 
-    def __init__(self, root: Path, manifest: Manifest, rank: int, mode: LoadMode = "mmap") -> None:
-        self.weights = required(root, manifest)
-        if not 0 <= rank < manifest.parallel.tp:
-            raise ArtifactError(f"{root}: has ranks 0 to {manifest.parallel.tp - 1}, not {rank}.")
+    def __init__(self, artifact: Artifact, rank: int, mode: LoadMode = "mmap") -> None:
+        root = artifact.root
+        self.weights = artifact.weights
+        if not 0 <= rank < artifact.tp:
+            raise ArtifactError(f"{root}: has ranks 0 to {artifact.tp - 1}, not {rank}.")
         self.rank = rank
         self.tensors = {t.name: t for t in self.weights.tensors}
         self._files = []
@@ -64,16 +65,6 @@ def _values(dtype: str) -> Any:
     from ml_dtypes import bfloat16
 
     return bfloat16 if dtype == "bfloat16" else np.dtype(_STORED[dtype])
-
-
-def required(root: Path, manifest: Manifest) -> Weights:
-    """The weights section.  Raises ArtifactError if the artifact has graphs only."""
-    if manifest.weights is None:
-        raise ArtifactError(
-            f"{root}: holds graphs and no weights.",
-            f"`msconv convert --model <dir> --output {root}` adds them.",
-        )
-    return manifest.weights
 
 
 def check_size(path: Path, size: int) -> None:

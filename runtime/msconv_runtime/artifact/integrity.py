@@ -9,11 +9,13 @@ from pathlib import Path
 
 import xxhash
 
-from .artifact import Manifest, TensorEntry, WeightFile, Weights, digest_bytes, digest_of
-from .errors import ArtifactError
+from ..errors import ArtifactError, MsconvError
+from .manifest import TensorEntry, WeightFile, Weights, digest_bytes, digest_of
+from .opened import Artifact
 from .weights import check_size
 
 _BLOCK = 8 << 20
+SOME = 20  # places that a message names
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,23 @@ class Damage:
 
 
 def check_artifact(
-    root: Path, manifest: Manifest, progress: Callable[[int], None] = lambda n: None, rank: int | None = None
+    artifact: Artifact, progress: Callable[[int], None] = lambda n: None, rank: int | None = None
 ) -> list[Damage]:
     """Read every byte of weights and graphs (of one rank, if given).  Empty: all is well."""
     damage: list[Damage] = []
+    manifest = artifact.manifest
     if manifest.weights is not None:
         for file in manifest.weights.files:
             if rank in (None, file.rank):
-                damage += check_file(root, manifest.weights, file, progress)
+                damage += check_file(artifact.root, manifest.weights, file, progress)
     seen = {d.path for d in damage}
-    return damage + [d for d in check_graphs(root, manifest) if d.path not in seen]
+    return damage + [d for d in check_graphs(artifact) if d.path not in seen]
 
 
-def check_graphs(root: Path, manifest: Manifest) -> list[Damage]:
+def check_graphs(artifact: Artifact) -> list[Damage]:
     """Sizes of all files and the bytes of the graphs: little to read, enough to doubt a proof by."""
     damage: list[Damage] = []
+    root, manifest = artifact.root, artifact.manifest
     for file in manifest.weights.files if manifest.weights else ():
         try:
             check_size(root / file.path, file.size)
@@ -101,3 +105,13 @@ def tensor_digest(fd: int, entry: TensorEntry, buffer: bytearray) -> str:
         digests.append("xxh3:" + hasher.hexdigest())
         offset = end
     return digest_of(digests)
+
+
+def refuse_damage(artifact: Artifact, kind: type[MsconvError] = ArtifactError, rank: int | None = None) -> None:
+    """Raises `kind`, with the first places, if any byte (of one rank, if given) is not what the manifest says."""
+    if damage := check_artifact(artifact, rank=rank):
+        places = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:SOME])
+        raise kind(
+            f"{artifact.root}: its bytes are not those the manifest describes:\n{places}",
+            "Copy the artifact again, or convert again with --force.",
+        )

@@ -1,0 +1,81 @@
+"""An artifact's directory, opened once: manifest, configuration, weights, graphs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import ArtifactError
+from ..roles import can_serve, of_variant
+from .directory import read_manifest, write_manifest
+from .manifest import Graph, Manifest, Weights, digest_bytes
+
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 16 << 20
+
+
+class Artifact:
+    """A finished artifact at `root`."""
+
+    def __init__(self, root: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
+        """`manifest`: what was read from there already.  Raises ArtifactError as `read_manifest` does."""
+        self.root = Path(root)
+        self.manifest = read_manifest(self.root) if manifest is None else manifest
+
+    @property
+    def tp(self) -> int:
+        return self.manifest.parallel.tp
+
+    @property
+    def ep(self) -> int:
+        return self.manifest.parallel.ep
+
+    @property
+    def weights(self) -> Weights:
+        """Raises ArtifactError if the artifact has graphs only."""
+        if self.manifest.weights is None:
+            raise ArtifactError(
+                f"{self.root}: holds graphs and no weights.",
+                f"`msconv convert --model <dir> --output {self.root}` adds them.",
+            )
+        return self.manifest.weights
+
+    @property
+    def targets(self) -> list[str]:
+        """Those it has graphs for, sorted."""
+        return sorted({g.target for g in self.manifest.graphs})
+
+    def graphs(self, target: str) -> list[Graph]:
+        """Raises ArtifactError unless a batch can be prefilled and decoded on the target."""
+        graphs = self.manifest.graphs_for(target)
+        if not can_serve(of_variant(graphs, "")):
+            have = f" (only for {', '.join(self.targets)})." if self.targets else "."
+            raise ArtifactError(
+                f"{self.root}: has no graphs for {target}{have}",
+                f"Run `msconv compile {self.root} --target {target}`.",
+            )
+        return graphs
+
+    def config_bytes(self) -> bytes:
+        """The model's config.json.  Raises ArtifactError if it is not the one that the artifact was made from."""
+        path = self.root / CONFIG
+        try:
+            if path.stat().st_size > MAX_CONFIG_BYTES:
+                raise ArtifactError(f"{path}: {path.stat().st_size} bytes is too large for this file.")
+            data = path.read_bytes()
+        except OSError as e:
+            raise ArtifactError(f"{path}: cannot be read: {e.strerror}.", "Copy the artifact again.") from None
+        if digest_bytes(data) != self.manifest.model.config_digest:
+            raise ArtifactError(
+                f"{path}: is not the configuration this artifact was made from.", "Convert again with --force."
+            )
+        return data
+
+    def changed(self, **fields: Any) -> Artifact:
+        """The artifact with other fields of its manifest, written down.  Hold the directory's lock."""
+        manifest = msgspec.structs.replace(self.manifest, **fields)
+        write_manifest(self.root, manifest)
+        return Artifact(self.root, manifest)

@@ -1,0 +1,139 @@
+"""From files to bound graphs: weights as MindSpore tensors, MindIR checked against the manifest, compiled once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from .artifact import ITEM_BYTES, Artifact, Graph, digest_bytes
+from .artifact.integrity import refuse_damage
+from .artifact.weights import LoadMode, RankWeights, check_size
+from .errors import ArtifactError
+from .native import LIBRARY, Library
+from .targets import TARGETS
+
+TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other
+NZ = 29  # CANN's number of the FRACTAL_NZ format
+
+
+def load_weights(
+    artifact: Artifact, graphs: list[Graph], rank: int, mode: LoadMode, check: bool
+) -> dict[str, Any]:
+    """Tensors by name, in the types that these graphs of one target take.  Zero copy where nothing is cast.
+
+    Sizes are always checked; `check` reads the rank's files first and compares every digest."""
+    if check:
+        refuse_damage(artifact, rank=rank)
+    weights = RankWeights(artifact, rank, mode)
+    wanted = {p.name: p for g in graphs for p in g.reads}
+    target = TARGETS[graphs[0].target]
+    missing = sorted(wanted.keys() - weights.tensors.keys())
+    wrong = [n for n in wanted if n not in missing and wanted[n].shape != weights.tensors[n].shape]
+    if not target.rounds_weights:
+        wrong += [n for n in wanted if n not in missing and _rounds(weights.tensors[n].dtype, wanted[n].dtype)]
+    if missing or wrong:
+        raise ArtifactError(
+            f"{artifact.root}: the weights do not fit the {target.name} graphs: "
+            f"missing {missing[:5]}, of another shape or type {wrong[:5]}.",
+            f"Run `msconv compile {artifact.root} --target {target.name}` again.",
+        )
+    return {n: tensor(weights.array(n, p.dtype)[0], p.dtype) for n, p in wanted.items()}
+
+
+def tensor(array: NDArray[Any], dtype: str) -> Any:
+    """A MindSpore tensor over the same memory.  bfloat16 comes as its bits."""
+    from mindspore import Tensor
+    from mindspore.common.np_dtype import bfloat16
+
+    return Tensor.from_numpy(array.view(bfloat16) if dtype == "bfloat16" else array)
+
+
+def _rounds(stored: str, wanted: str) -> bool:
+    return stored != wanted and wanted != "float32" and "int32" not in (stored, wanted)
+
+
+def element_type(dtype: str) -> Any:
+    """MindSpore's type of this name.  Raises ArtifactError for a name that no graph may have."""
+    import mindspore
+
+    if dtype not in ITEM_BYTES:
+        raise ArtifactError(f"a graph takes elements of type {dtype[:40]}, which is not known.")
+    return getattr(mindspore, dtype)
+
+
+def as_nz(matrix: Any) -> Any:
+    """A matrix in the NZ format, on the device: what a 310P multiplies fastest.  Has not run on a device."""
+    from mindspore.ops.auto_generate import format_cast
+
+    return format_cast(matrix, NZ)
+
+
+def check_version(path: Path, graph: Graph) -> None:
+    """Raises ArtifactError if the graph is from a MindSpore that was never tried with this code."""
+    if not graph.mindspore.startswith(TESTED_MINDSPORE):
+        raise ArtifactError(
+            f"{path}: was compiled with mindspore {graph.mindspore}; tested are "
+            f"{', '.join(v + 'x' for v in TESTED_MINDSPORE)}.",
+            f"Run `msconv compile` again with one of them (target {graph.target}).",
+        )
+
+
+def _load(path: Path, kernels: Library, groups: Mapping[str, str]) -> Any:
+    """MindSpore's graph of a file.  Where it names compiled kernels, those of this machine take their place, and
+    groups get the names that they have here."""
+    import mindspore as ms
+
+    if kernels.path is None and not groups:
+        return ms.load(str(path))
+    from mindspore.train import mind_ir_pb2
+
+    model = mind_ir_pb2.ModelProto.FromString(path.read_bytes())
+    for attribute in (a for p in model.primitives for a in p.attribute if a.name == "group"):
+        attribute.s = groups.get(attribute.s.decode(), attribute.s.decode()).encode()
+    customs = (p for p in model.primitives if p.op_type == "Custom" and kernels.path is not None)
+    for attribute in (a for p in customs for a in p.attribute):
+        if attribute.name == "func_name":
+            name, _, function = attribute.s.decode().partition(":")
+            if name != LIBRARY:
+                raise ArtifactError(
+                    f"{path}: wants the kernels {name}; these are {LIBRARY}.",
+                    "Compile it again with this version: `msconv compile`.",
+                )
+            attribute.s = f"{kernels.path}:{function}".encode()
+    with tempfile.NamedTemporaryFile(suffix=".mindir") as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        return ms.load(file.name)
+
+
+def bind(
+    artifact: Artifact, graph: Graph, tensors: dict[str, Any], kernels: Library, groups: Mapping[str, str]
+) -> Any:
+    """A GraphCell with its weights, compiled once for all shapes."""
+    from mindspore import Tensor, nn
+
+    root = artifact.root
+    path = root / graph.path
+    check_version(path, graph)
+    check_size(path, graph.size)
+    if digest_bytes(path.read_bytes()) != graph.digest:
+        raise ArtifactError(
+            f"{path}: was altered: its digest is not the manifest's.",
+            f"Run `msconv compile {root} --target {graph.target}` again.",
+        )
+    cell = nn.GraphCell(_load(path, kernels, groups))
+    wanted = {p.name: p for p in graph.reads}
+    if set(cell._params) != set(wanted):
+        odd = sorted(set(cell._params) ^ set(wanted))
+        raise ArtifactError(f"{path}: its parameters are not the manifest's: {odd[:5]}.")
+    for name, param in cell._params.items():
+        if list(param.shape) != wanted[name].shape:
+            raise ArtifactError(f"{path}: {name} has shape {list(param.shape)}, not {wanted[name].shape}.")
+        param.assign_value(as_nz(tensors[name]) if name in graph.nz else tensors[name])
+    # without this every new block-table width compiles again
+    cell.set_inputs(*(Tensor(shape=list(i.shape), dtype=element_type(i.dtype)) for i in graph.inputs))
+    return cell
