@@ -40,11 +40,11 @@ LOAD = """
 import json, sys, time
 from pathlib import Path
 import mindspore
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact, read_manifest
 from msconv_runtime.graphs import Graphs
 root = Path(sys.argv[1])
 started = time.perf_counter()
-graphs = Graphs(root, read_manifest(root), "cpu", native=False)  # the two that are traced
+graphs = Graphs(Artifact(root), "cpu", native=False)  # the two that are traced
 graphs.warm_up()
 print(json.dumps(time.perf_counter() - started))
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -15,49 +14,59 @@ import msgspec
 
 from msconv_runtime.artifact import (
     FORMAT,
-    STATE_DIR,
+    Artifact,
     Graph,
     Manifest,
     Model,
     Parallel,
-    Phase,
     digest_bytes,
     is_artifact,
-    read_manifest,
     replace_file,
     write_manifest,
 )
-from msconv_runtime.errors import ArtifactError, EnvironmentProblem, ResourceError, UsageError
+from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
+from msconv_runtime.roles import DECODE, ROLES
+from msconv_runtime.targets import Target, target_named
 
-from .checkpoint.directory import AUXILIARY, read_small
-from .checkpoint.headers import parse_json
-from .checkpoint.reference import open_configuration
+from .checkpoint.directory import AUXILIARY
+from .checkpoint.reference import configuration, open_configuration
 from .convert import TOOL, peak_rss_bytes, recordable, refuse_foreign
-from .families import DecoderConfig, configure
+from .families import DecoderConfig
 from .graph.spec import Exported
+from .graph.toolchain import mindspore_version
+from .layout.coverage import misfits
 from .layout.cuts import Mesh, make_mesh
 from .layout.model import expected_sources
-from .layout.plan import RANK_CONSTANTS, make_plan
+from .layout.plan import make_plan
 from .stream.lock import exclusive
+from .workspace.timings import add_timings
 
 if TYPE_CHECKING:
     from .checkpoint.hub import Repository
 
-TIMINGS = "timings.json"
-LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a phase
-PHASES: dict[str, tuple[Phase, ...]] = {
-    "cpu": ("prefill", "decode", "native"),
-    "ascend910b": ("prefill", "decode", "decode_all"),
-    "ascend910c": ("prefill", "decode", "decode_all"),
-    "ascend310p": ("prefill", "decode", "decode_all"),
-}
+LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a graph
+SOME = 20  # weights that do not fit, named in a message
 
 
-class Timing(msgspec.Struct, frozen=True):
-    """What compiling a graph took on this machine.  `digest`: of the graph that it was."""
+@dataclass(frozen=True)
+class Job:
+    """A graph to make.  `stored`: what the weights are stored as, "" if there are none yet."""
 
-    digest: str
-    seconds: float
+    config: DecoderConfig
+    mesh: Mesh
+    target: Target
+    role: str
+    variant: str
+    stored: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What exporting gave: the graph, MindSpore's version, peak resident bytes."""
+
+    exported: Exported
+    mindspore: str
+    peak_rss_bytes: int
 
 
 @dataclass(frozen=True)
@@ -67,19 +76,6 @@ class Compiled:
     graph: Graph
     seconds: float
     peak_rss_bytes: int
-
-
-def configuration(root: Path, manifest: Manifest) -> DecoderConfig:
-    """The model's configuration, from the artifact's own config.json.  Raises ArtifactError if it changed."""
-    data = read_small(root / "config.json")
-    if digest_bytes(data) != manifest.model.config_digest:
-        raise ArtifactError(
-            f"{root / 'config.json'}: is not the configuration this artifact was made from.",
-            "Convert again with --force.",
-        )
-    raw = parse_json(data, str(root / "config.json"))
-    assert isinstance(raw, dict)
-    return configure(raw, str(root / "config.json"))[1]
 
 
 def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path) -> None:
@@ -96,7 +92,7 @@ def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path
     refuse_foreign(root, source.root)
     with exclusive(root):
         if is_artifact(root):
-            found = read_manifest(root)
+            found = Artifact(root).manifest
             if found.model.config_digest != source.config_digest or found.parallel != Parallel(tp, ep):
                 raise ArtifactError(
                     f"{root}: holds an artifact of another model or layout ({found.model.source}, "
@@ -117,89 +113,95 @@ def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path
         write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=Parallel(tp, ep)))
 
 
-def compile_graphs(root: Path, target: str) -> list[Compiled]:
-    """Make all phases for `target`, replacing what is there.  Proofs of other targets stay valid."""
-    if target not in PHASES:
-        raise UsageError(f"{target}: no such target.", f"Targets are: {', '.join(PHASES)}.")
-    manifest = read_manifest(root)
-    config = configuration(root, manifest)
+def compile_graphs(root: Path, target_name: str) -> list[Compiled]:
+    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid."""
+    target = target_named(target_name)
+    config = configuration(Artifact(root))
     _check_heads(config, target)
-    export = _export if config.layers <= LAYERS_AT_HOME else _export_apart
+    export = _export if config.layers <= LAYERS_AT_HOME else _export_in_a_process
     with exclusive(root):
-        manifest = read_manifest(root)
-        mesh = Mesh(manifest.parallel.tp, manifest.parallel.ep)
-        stored = manifest.weights.dtype if manifest.weights else ""  # unknown: float32, which any type becomes
+        artifact = Artifact(root)
+        mesh = Mesh(artifact.tp, artifact.ep)
+        weights = artifact.manifest.weights
         made: list[Compiled] = []
-        for phase in PHASES[target]:
+        exports: list[bytes] = []
+        for role, variant in target.graphs:
             started = time.monotonic()
-            exported, mindspore, peak = export(config, mesh, target, phase, stored)
-            graph = Graph(
-                target=target,
-                phase=phase,
-                path=f"graphs/{target}/{phase}.mindir",
-                size=len(exported.proto),
-                digest=digest_bytes(exported.proto),
-                mindspore=mindspore,
-                nodes=exported.nodes,
-                kinds=exported.kinds,
-                inputs=exported.inputs,
-                parameters=exported.parameters,
-                groups=exported.groups,
-                nz=exported.nz,
-            )
-            _check_weights(root, manifest, graph)
+            job = Job(config, mesh, target, role, variant, weights.dtype if weights else "")
+            result = export(job)
+            graph = _entry(job, result)
+            made.append(Compiled(graph, time.monotonic() - started, result.peak_rss_bytes))
+            exports.append(result.exported.proto)
+        graphs = [m.graph for m in made]
+        _check_weights(artifact, target, graphs)
+        for graph, proto in zip(graphs, exports, strict=True):
             path = root / graph.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, exported.proto)
-            made.append(Compiled(graph, time.monotonic() - started, peak))
-        others = [g for g in manifest.graphs if g.target != target]
-        graphs = sorted([*others, *(m.graph for m in made)], key=lambda g: (g.target, g.phase))
-        write_manifest(root, msgspec.structs.replace(manifest, graphs=graphs))
-        took = {m.graph.path: Timing(m.graph.digest, round(m.seconds, 3)) for m in made}
-        replace_file(root / STATE_DIR / TIMINGS, msgspec.json.encode({**timings(root), **took}))
+            replace_file(path, proto)
+        others = [g for g in artifact.manifest.graphs if g.target != target.name]
+        artifact.changed(graphs=sorted([*others, *graphs], key=lambda g: (g.target, g.name)))
+        add_timings(root, ((m.graph, m.seconds) for m in made))
+        _remove_others(root / "graphs" / target.name, graphs)
     return made
 
 
-def timings(root: Path) -> dict[str, Timing]:
-    """What compiling took, by the graph's path, where that is known.  No part of what the artifact promises."""
-    try:
-        return msgspec.json.decode((root / STATE_DIR / TIMINGS).read_bytes(), type=dict[str, Timing])
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return {}
+def _entry(job: Job, made: Made) -> Graph:
+    """The manifest's entry of a graph."""
+    exported, is_dense = made.exported, job.config.moe is None and job.config.mla is None
+    graph = Graph(
+        target=job.target.name,
+        role=job.role,
+        variant=job.variant,
+        path="",
+        size=len(exported.proto),
+        digest=digest_bytes(exported.proto),
+        mindspore=made.mindspore,
+        nodes=exported.nodes,
+        kinds=exported.kinds,
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        reads=exported.parameters,
+        min_sequences=job.target.decode_min_sequences if job.role == DECODE.name and is_dense else 0,
+        groups=exported.groups,
+        nz=exported.nz,
+    )
+    return msgspec.structs.replace(graph, path=f"graphs/{graph.target}/{graph.name}.mindir")
 
 
-def _export(
-    config: DecoderConfig, mesh: Mesh, target: str, phase: Phase, stored: str
-) -> tuple[Exported, str, int]:
-    """(the graph, MindSpore's version, peak resident bytes)."""
+def _remove_others(directory: Path, graphs: list[Graph]) -> None:
+    """Take away files of graphs that the manifest no longer has: those of an older format had other names."""
+    kept = {Path(g.path).name for g in graphs}
+    for path in directory.glob("*.mindir"):
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _export(job: Job) -> Made:
     mindspore = mindspore_version()
     from .graph.export import export
 
-    return export(config, mesh, target, phase, stored), mindspore, peak_rss_bytes()
+    exported = export(job.config, job.mesh, job.target, ROLES[job.role], job.variant, job.stored)
+    return Made(exported, mindspore, peak_rss_bytes())
 
 
-def _export_apart(
-    config: DecoderConfig, mesh: Mesh, target: str, phase: Phase, stored: str
-) -> tuple[Exported, str, int]:
-    """The same in a process of its own: MindSpore's front end keeps what it built, and three phases of a deep
-    model would add up."""
+def _export_in_a_process(job: Job) -> Made:
+    """The same in a process of its own: MindSpore's front end keeps what it built, and the graphs of a deep model
+    would add up."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(_export, config, mesh, target, phase, stored).result()
+            return pool.submit(_export, job).result()
         except BrokenProcessPool:
             raise ResourceError(
-                f"{target} {phase}: the process that compiled it was ended, most likely for want of memory.",
+                f"{job.target.name} {job.role}: the process that compiled it was ended, most likely for want of "
+                "memory.",
                 "A model of 61 layers needs 2 GiB.",
             ) from None
 
 
-def _check_heads(config: DecoderConfig, target: str) -> None:
-    """Raises UsageError for heads that Ascend's attention cannot take.
-
-    ATB's PagedAttention wants page size * head size <= 128 * 128 (hiascend.com, ascendtb_01_0075), which is a
-    head of 1024 with SGLang's smallest pages of 16; rows must be aligned to 16 bytes.
-    """
-    if target == "cpu":
+def _check_heads(config: DecoderConfig, target: Target) -> None:
+    """Raises UsageError for heads that the target's attention cannot take."""
+    multiple, limit = target.paging.head_multiple, target.paging.head_limit
+    if not limit:
         return
     widths = {"head_dim": config.head_dim}
     if mla := config.mla:
@@ -209,47 +211,25 @@ def _check_heads(config: DecoderConfig, target: str) -> None:
             "v_head_dim": mla.v_dim,
             "kv_lora_rank + qk_rope_head_dim": mla.latent,
         }
-    wrong = [f"{name} {width}" for name, width in widths.items() if width % 8 or width > 1024]
+    wrong = [f"{name} {width}" for name, width in widths.items() if width % multiple or width > limit]
     if wrong:
         raise UsageError(
-            f"{target}: its attention takes head sizes that are multiples of 8, up to 1024; this model has "
+            f"{target.name}: its attention takes head sizes that are multiples of {multiple}, up to {limit}; this "
+            "model has "
             f"{', '.join(wrong)}.",
             "Compile it for --target cpu.",
         )
 
 
-def mindspore_version() -> str:
-    """Raises EnvironmentProblem if mindspore is not installed."""
-    try:
-        import mindspore
-    except ImportError as e:
-        raise EnvironmentProblem(
-            f"mindspore cannot be imported ({e}).", 'Install it: pip install "msconv[compile]".'
-        ) from None
-    return str(mindspore.__version__)
-
-
-def unused_names(stored: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """Weights no graph reads, leaving out the rank constants that other targets need."""
-    return sorted(set(stored) - set(wanted) - set(RANK_CONSTANTS))
-
-
-def _check_weights(root: Path, manifest: Manifest, graph: Graph) -> None:
-    """The graph's parameters are exactly the weights' tensors, shape by shape."""
-    if manifest.weights is None:
+def _check_weights(artifact: Artifact, target: Target, graphs: list[Graph]) -> None:
+    """What the target's graphs read together is exactly what is stored, shape by shape."""
+    if artifact.manifest.weights is None:
         return
-    stored = {t.name: t.shape for t in manifest.weights.tensors}
-    wanted = {p.name: p.shape for p in graph.parameters}
-    problems = [f"  {n}: needed by the graph, not among the weights" for n in wanted.keys() - stored.keys()]
-    problems += [f"  {n}: among the weights, not used by the graph" for n in unused_names(stored, wanted)]
-    problems += [
-        f"  {n}: the graph wants {wanted[n]}, the weights have {stored[n]}"
-        for n in wanted.keys() & stored.keys()
-        if wanted[n] != stored[n]
-    ]
-    if problems:
+    stored = {t.name: t.shape for t in artifact.manifest.weights.tensors}
+    read = [(p.name, p.shape) for g in graphs for p in g.reads]
+    if problems := misfits(stored, read):
+        lines = "\n".join(f"  {p}" for p in problems[:SOME])
         raise ArtifactError(
-            f"{root}: weights and {graph.target} {graph.phase} graph do not fit:\n"
-            + "\n".join(sorted(problems)[:20]),
+            f"{artifact.root}: weights and {target.name} graphs do not fit:\n{lines}",
             "Convert again with --force.",
         )

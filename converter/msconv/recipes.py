@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from msconv_runtime.errors import MsconvError, UsageError
+from msconv_runtime.targets import TARGETS
 
 DIRECTORY = "MSCONV_RECIPES"  # the user's own, looked at before those that come with msconv
 MAX_BYTES = 64 << 10
@@ -21,7 +22,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SHIPPED = Path(__file__).parent / "recipe_files"
 NEWEST = "newest"
 
-Kind = Literal["cpu", "ascend910b", "ascend910c", "ascend310p"]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -29,7 +29,6 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,99}/[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 FLAG = re.compile(r"[a-z][a-z0-9-]*")
-ONLY: dict[Kind, Dtype] = {"ascend310p": "float16"}  # devices that compute in one type
 SET_ELSEWHERE = {
     "model-path": "model",
     "device": "devices.kind",
@@ -49,15 +48,22 @@ class RecipeError(MsconvError):
     exit_code = 2
 
 
+def _check_targets(key: str, *names: str) -> None:
+    for name in names:
+        if name not in TARGETS:
+            raise ValueError(f"{key} {name[:80]!r}: no such target, known are {', '.join(TARGETS)}")
+
+
 class Devices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`count` devices over `nodes` machines.  `memory_gib`: of each, as the driver reports it."""
 
-    kind: Kind
+    kind: str
     count: Count
     memory_gib: Count
     nodes: Count = 1
 
     def __post_init__(self) -> None:
+        _check_targets("kind", self.kind)
         if self.count % self.nodes:
             raise ValueError(f"{self.count} devices do not divide over {self.nodes} nodes")
 
@@ -66,9 +72,12 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Something that was really done: `what`, on which kind of device, on which day, with which versions."""
 
     what: str
-    device: Kind
+    device: str
     when: datetime.date
     versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        _check_targets("device", self.device)
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,7 +89,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     tp: Count
     dtype: Dtype
-    targets: Annotated[list[Kind], msgspec.Meta(min_length=1)]
+    targets: Annotated[list[str], msgspec.Meta(min_length=1)]
     devices: Devices
     context: Tokens
     requests: Count
@@ -90,6 +99,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verified_on: list[Run] = []
 
     def __post_init__(self) -> None:
+        _check_targets("targets", *self.targets)
         kind = self.devices.kind
         if not REPOSITORY.fullmatch(self.model):
             raise ValueError(f"model {self.model[:200]}: owner/name is needed")
@@ -101,8 +111,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"devices.count {self.devices.count}: tp {self.tp} takes one device a rank")
         if kind not in self.targets:
             raise ValueError(f"targets {', '.join(self.targets)}: devices.kind {kind} is not among them")
-        if self.dtype != ONLY.get(kind, self.dtype):
-            raise ValueError(f"dtype {self.dtype}: {kind} computes in {ONLY[kind]}")
+        only = TARGETS[kind].only_dtype
+        if only and self.dtype != only:
+            raise ValueError(f"dtype {self.dtype}: {kind} computes in {only}")
         for flag in self.serve:
             if flag in SET_ELSEWHERE:
                 raise ValueError(f"serve.{flag}: is given by {SET_ELSEWHERE[flag]}")
@@ -116,7 +127,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def device(self) -> Literal["cpu", "npu"]:
-        return "cpu" if self.devices.kind == "cpu" else "npu"
+        return TARGETS[self.devices.kind].kind
 
     def defaults(self) -> dict[str, Any]:
         """What the recipe says, by the names that the commands' options have."""
@@ -208,7 +219,7 @@ def _said(message: str) -> str:
     place = place.strip("`").rpartition("`$")[2].removeprefix("$").removeprefix(".")
     text = text.replace("`", "")
     if text.startswith("Invalid enum value"):
-        text += f", known are {', '.join(get_args(Dtype if place == 'dtype' else Kind))}"
+        text += f", known are {', '.join(get_args(Dtype))}"
     if found := re.fullmatch(r"Object contains unknown field (.*)", text):
         place, text = f"{place}.{found[1]}".lstrip("."), "unknown key"
     elif found := re.fullmatch(r"Object missing required field (.*)", text):

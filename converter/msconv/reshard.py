@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from msconv_runtime.weights import check_size, required
-
-from msconv_runtime.artifact import Manifest, read_manifest
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.artifact.weights import check_size
 from msconv_runtime.errors import ArtifactError
 
 from .checkpoint.directory import AUXILIARY
-from .compile import configuration
+from .checkpoint.reference import configuration
 from .convert import Conversion, default_name, identify, recordable
 from .families import FAMILIES
 from .layout.cuts import Mesh, make_mesh
@@ -21,34 +20,34 @@ from .stream.execute import plan_memory
 
 
 def prepare(
-    artifact: Path, tp: int, ep: int = 1, output: Path | None = None, jobs: int = 1, max_memory: int | None = None
+    root: Path, tp: int, ep: int = 1, output: Path | None = None, jobs: int = 1, max_memory: int | None = None
 ) -> Conversion:
-    """Plan to write `artifact` anew for another mesh.  The weight files become those of a direct conversion,
-    byte for byte.  `convert.run` carries it out."""
+    """Plan to write the artifact at `root` anew for another mesh.  The weight files become those of a direct
+    conversion, byte for byte.  `convert.run` carries it out."""
     mesh = make_mesh(tp, ep)
-    manifest = read_manifest(artifact)
-    weights = required(artifact, manifest)
+    artifact = Artifact(root)
+    manifest, weights = artifact.manifest, artifact.weights
     for file in weights.files:
-        check_size(artifact / file.path, file.size)
-    config = configuration(artifact, manifest)
+        check_size(root / file.path, file.size)
+    config = configuration(artifact)
     table = next(f for f in FAMILIES if f.name == manifest.model.family).table
-    old = _plan_of(artifact, manifest, Mesh(manifest.parallel.tp, manifest.parallel.ep))
+    old = _plan_of(artifact)
     plan = make_plan(table, config.sizes(), old.sources, mesh, weights.dtype)
     buffers, planned = plan_memory(plan, jobs, max_memory)
-    stats = ((f.path, (artifact / f.path).stat()) for f in weights.files)
+    stats = ((f.path, (root / f.path).stat()) for f in weights.files)
     return Conversion(
         name=manifest.model.source,
         family=manifest.model.family,
         plan=plan,
-        source=ArtifactSource(artifact, old, weights),
+        source=ArtifactSource(root, old, weights),
         identity=identify(
             [weights.digest, *(f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in stats)],
             manifest.model.config_digest,
             plan,
         ),
-        reads=artifact,
-        origin=_origin(artifact),
-        auxiliary=[artifact / n for n in AUXILIARY if (artifact / n).is_file()],
+        reads=root,
+        origin=_origin(root),
+        auxiliary=[root / n for n in AUXILIARY if (root / n).is_file()],
         describe=lambda moved: manifest.model,
         dropped=weights.dropped,
         source_dtype=weights.source_dtype,
@@ -59,10 +58,10 @@ def prepare(
     )
 
 
-def _plan_of(artifact: Path, manifest: Manifest, mesh: Mesh) -> Plan:
+def _plan_of(artifact: Artifact) -> Plan:
     """The plan the artifact was written by, made again and held against its manifest."""
-    weights = required(artifact, manifest)
-    config = configuration(artifact, manifest)
+    manifest, weights = artifact.manifest, artifact.weights
+    mesh, config = Mesh(artifact.tp, artifact.ep), configuration(artifact)
     table = next(f for f in FAMILIES if f.name == manifest.model.family).table
     own = {t.name: t.dtype for t in weights.tensors}
     sources = expected_sources(table, config.sizes(), weights.dtype, own)
@@ -73,7 +72,7 @@ def _plan_of(artifact: Path, manifest: Manifest, mesh: Mesh) -> Plan:
     ]
     if recorded != made:
         raise ArtifactError(
-            f"{artifact}: its weights are laid out by another version of msconv ({manifest.tool}).",
+            f"{artifact.root}: its weights are laid out by another version of msconv ({manifest.tool}).",
             "Convert the checkpoint again.",
         )
     # where each source lies in rank 0's files: what is read in one pass follows the disk
@@ -85,9 +84,9 @@ def _plan_of(artifact: Path, manifest: Manifest, mesh: Mesh) -> Plan:
     return Plan(**{**vars(plan), "sources": placed})
 
 
-def _origin(artifact: Path) -> str:
+def _origin(root: Path) -> str:
     """The checkpoint this all came from, so that `verify` finds it; the artifact itself if unknown."""
     try:
-        return (artifact / ".msconv" / "source").read_text().strip()
+        return (root / ".msconv" / "source").read_text().strip()
     except OSError:
-        return recordable(artifact)
+        return recordable(root)

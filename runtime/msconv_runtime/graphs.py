@@ -99,16 +99,18 @@ class Graphs:
 
     def run(self, asked: Role, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         """The outputs, by name, of the graph that answers `asked` for this batch."""
+        return self._call(graph_for(self.entries, asked, batch).role, batch, caches)
+
+    def _call(self, role: str, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         from mindspore import Tensor
 
-        graph = graph_for(self.entries, asked, batch)
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
         if self.target.mask is not None:
-            mask = attention_mask(graph.role == PREFILL.name, batch, self.target.mask)
+            mask = attention_mask(role == PREFILL.name, batch, self.target.mask)
             inputs.append(Tensor(mask, element_type(self.target.dtype)))
-        found = self.cells[graph.role](*inputs, *caches)
+        found = self.cells[role](*inputs, *caches)
         outputs = found if isinstance(found, tuple) else (found,)
-        names = [o.name for o in graph.outputs]
+        names = [o.name for o in self.entries[role].outputs]
         return {name: _on_host(out) for name, out in zip(names, outputs, strict=True)}
 
     @property

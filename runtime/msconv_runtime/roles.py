@@ -44,6 +44,12 @@ def of_variant(graphs: Iterable[Graph], variant: str) -> dict[str, Graph]:
     return {g.role: g for g in graphs if g.variant == variant}
 
 
+def best_variant(graphs: Iterable[Graph]) -> list[Graph]:
+    """The graphs of a target that serve where their kernels can be had: compiled ones if there are any."""
+    of_all = list(graphs)
+    return [g for g in of_all if g.variant == COMPILED] or of_all
+
+
 def graph_for(graphs: dict[str, Graph], asked: Role, batch: Batch) -> Graph:
     """The graph, of those by role, that answers `asked` for the batch.  Raises ArtifactError if there is none.
 

@@ -134,3 +134,8 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise UsageError(f"{name}: no such target.", f"Targets are: {', '.join(TARGETS)}.")
     return TARGETS[name]
+
+
+def is_for_npu(name: str) -> bool:
+    """Whether graphs of this target, which may be one that is not known here, run on an NPU."""
+    return name not in TARGETS or not TARGETS[name].is_cpu

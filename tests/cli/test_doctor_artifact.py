@@ -190,7 +190,7 @@ def test_an_artifact_for_an_npu_can_be_served_there(own_artifact: Path, tmp_path
 
 def test_damage_of_one_target_leaves_the_other(own_artifact: Path, tmp_path: Path) -> None:
     graphs = read_manifest(own_artifact).graphs
-    npu = [msgspec.structs.replace(g, target="ascend910b", path=f"graphs/npu/{g.phase}") for g in graphs]
+    npu = [msgspec.structs.replace(g, target="ascend910b", path=f"graphs/npu/{g.name}") for g in graphs]
     change(own_artifact, graphs=[*graphs, *npu])
     report = examine(machine(tmp_path), own_artifact)
     assert {f.found.split(":")[0] for f in report.findings if f.name == "file"} == {g.path for g in npu}
@@ -199,7 +199,7 @@ def test_damage_of_one_target_leaves_the_other(own_artifact: Path, tmp_path: Pat
 
 def test_a_cache_without_width_is_counted(own_artifact: Path, tmp_path: Path) -> None:
     graphs = read_manifest(own_artifact).graphs
-    caches = [GraphInput("k_cache.0", "float32", [None, None, None, 64])]
+    caches = [GraphInput("k_cache.0", "float32", [None, None, None, 64], "cache")]
     change(own_artifact, graphs=[msgspec.structs.replace(g, inputs=caches) for g in graphs])
     assert finding(examine(machine(tmp_path), own_artifact), "memory to serve").state == "ok"
 

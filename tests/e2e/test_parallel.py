@@ -50,7 +50,7 @@ def test_every_rank_runs_the_slot_and_the_graphs_own_collectives(server: Server)
     for rank in range(2):
         assert f"TP{rank}] msconv: rank {rank} of 2: mccl started" in log
         assert f"TP{rank}] msconv: groups ['msconv_tp'] created over ranks [0, 1]" in log
-    assert log.count("native warmed up") == 2
+    assert log.count("mixed_compiled warmed up") == 2
     assert process_of(server.processes(), "msconv_runtime.sglang.cpu").is_running()
 
 

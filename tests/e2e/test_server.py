@@ -26,7 +26,7 @@ def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return make_artifact(random_checkpoint, tmp_path_factory.mktemp("serve") / "artifact")
 
 
-GRAPHS = {"1": ["native"], "0": ["decode", "prefill"]}  # MSCONV_NATIVE: with compiled kernels, and without
+GRAPHS = {"1": ["mixed_compiled"], "0": ["decode", "prefill"]}  # MSCONV_NATIVE: with compiled kernels, and without
 
 
 @pytest.fixture(scope="module", params=GRAPHS)

@@ -21,13 +21,13 @@ CACHES = [f"{kind}_cache.{layer}" for layer in range(2) for kind in "kv"]
 Change = Callable[[Call], Call]
 
 
-def graph(phase: str, dtype: str = "bfloat16") -> Graph:
-    inputs = [GraphInput("attention_mask", dtype, [None, None])]
-    inputs += [GraphInput(name, dtype, [None, None, 2, WIDTH]) for name in CACHES]
-    return Graph("ascend910b", phase, "", 0, "", "", 0, inputs, [])  # type: ignore[arg-type]
+def graph(role: str, dtype: str = "bfloat16") -> Graph:
+    inputs = [GraphInput("attention_mask", dtype, [None, None], "mask")]
+    inputs += [GraphInput(name, dtype, [None, None, 2, WIDTH], "cache") for name in CACHES]
+    return Graph("ascend910b", role, "", 0, "", "", 0, inputs, [], [])
 
 
-def call(phase: str, cached: list[int], new: list[int], dtype: str = "bfloat16") -> Call:
+def call(role: str, cached: list[int], new: list[int], dtype: str = "bfloat16") -> Call:
     """A right call: sequences with so many cached tokens get so many new ones."""
     sequences = Sequences(len(new), PAGE)
     if any(cached):
@@ -35,7 +35,10 @@ def call(phase: str, cached: list[int], new: list[int], dtype: str = "bfloat16")
     batch = sequences.advance([[7] * n for n in new])
     names = ("input_ids", "positions", "slots", "block_tables", "context_lens", "q_lens")
     inputs = {name: torch.from_numpy(a.copy()) for name, a in zip(names, batch.arrays, strict=True)}
-    inputs["attention_mask"] = torch.from_numpy(attention_mask(phase, batch, dtype)).to(getattr(torch, dtype))
+    hides = 1.0 if dtype == "bfloat16" else -10000.0
+    inputs["attention_mask"] = torch.from_numpy(attention_mask(role == "prefill", batch, hides)).to(
+        getattr(torch, dtype)
+    )
     shape = (sequences.num_pages + 2, PAGE, 2, WIDTH)
     caches = [Cache(shape, 4096 * (i + 1), name.replace("_cache.", " ")) for i, name in enumerate(CACHES)]
     return Call(0, "", caches, inputs, torch.zeros(len(new), 5), {})
@@ -94,7 +97,7 @@ FAULTS: list[tuple[str, str, Call, Change, str]] = [
     ("a page twice", "decode", EXTEND, change("block_tables", lambda t: t[:, :1].expand_as(t)), "a page twice"),
     ("the prefill graph on a prefix", "prefill", EXTEND, lambda c: c, "graph: prefill for sequences with"),
     ("the decode graph without a prefix", "decode", FRESH, lambda c: c, "graph: decode for 2 sequences without"),
-    ("all tokens' logits", "decode_all", EXTEND, lambda c: c, "graph: decode_all, where no drafts are verified"),
+    ("all tokens' logits", "verify", EXTEND, lambda c: c, "graph: verify, where no drafts are verified"),
     ("a copy of the pool", "decode", DECODE, copied_pool, "k_cache.0: is SGLang's buffer `none`, not `k 0`"),
     ("a part of the pool", "decode", DECODE, cut_pool, "k_cache.0: is SGLang's buffer `part of k 0`"),
     (

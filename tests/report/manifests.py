@@ -14,6 +14,7 @@ from msconv_runtime.artifact import (
     Dropped,
     Graph,
     GraphInput,
+    GraphOutput,
     GraphParameter,
     Manifest,
     Model,
@@ -70,14 +71,18 @@ def manifest_of(
     graphs = [
         Graph(
             target=target,
-            phase=phase,
-            path=f"graphs/{target}/{phase}.mindir",
+            role=role,
+            path=f"graphs/{target}/{role}.mindir",
             size=2_345_678,
-            digest=invented(target + phase),
+            digest=invented(target + role),
             mindspore="2.10.0",
             nodes=sum(KINDS.values()),
-            inputs=[GraphInput("input_ids", "int32", [None])],
-            parameters=[
+            inputs=[
+                GraphInput("input_ids", "int32", [None]),
+                GraphInput("k_cache.0", dtype, [None, None, 8, 128], "cache"),
+            ],
+            outputs=[GraphOutput("logits", "float32", [None, config.vocab])],
+            reads=[
                 GraphParameter(t.name, t.dtype if t.dtype != "bfloat16" else dtype, list(t.shape))
                 for t in plan.tensors
                 if t.name != "rank_onehot"
@@ -86,7 +91,7 @@ def manifest_of(
         )
         for target in targets
         for dtype in ["float32" if target == "cpu" else "bfloat16"]
-        for phase in ("prefill", "decode")
+        for role in ("prefill", "decode")
     ]
     norms = {"model.norm": 2.2e-6} | {
         f"model.layers.{i}.{kind}": (i + 1) * 3.5e-8

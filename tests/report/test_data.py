@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from msconv.compile import Timing
-from msconv.layout.memory import DEVICES
 from msconv.report.data import describe
 from msconv.report.groups import group_of
+from msconv.workspace.timings import Timing
 from msconv_runtime.artifact import Manifest
+from msconv_runtime.targets import TARGETS
 from tests.report.manifests import manifest_of
 
 GIB = 1 << 30
@@ -74,7 +74,7 @@ def test_devices_are_those_of_the_target_and_all_if_there_is_none() -> None:
     assert [d["memory_bytes"] for d in target["devices"]] == [42 * GIB]
     _, stored = described("Qwen3-0.6B", 1, 1, ("cpu",))["memory"]["targets"]
     assert stored["target"] == "as stored"
-    assert [d["name"] for d in stored["devices"]] == [d.name for d in DEVICES]
+    assert [d["name"] for d in stored["devices"]] == [d.name for t in TARGETS.values() for d in t.devices]
     assert stored["dtype"] == "bfloat16"
 
 

@@ -14,12 +14,11 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from msconv_runtime.integrity import Damage, check_artifact
-from msconv_runtime.weights import RankWeights
 
 import msconv_runtime.artifact as format_
 from msconv.convert import prepare, run
 from msconv_runtime.artifact import (
+    Artifact,
     Graph,
     Manifest,
     decode_manifest,
@@ -29,6 +28,8 @@ from msconv_runtime.artifact import (
     read_manifest,
     write_manifest,
 )
+from msconv_runtime.artifact.integrity import Damage, check_artifact
+from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError
 from tests.conftest import Checkpoints
 
@@ -79,7 +80,7 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
 
 
 def damage_of(root: Path) -> list[Damage]:
-    return check_artifact(root, read_manifest(root))
+    return check_artifact(Artifact(root))
 
 
 def test_a_finished_artifact_is_read_and_intact(finished: Path) -> None:
@@ -217,7 +218,7 @@ def test_loading_by_a_manifest_that_contradicts_itself_fails_in_words_if_at_all(
     rewrite(root, change)
     with suppress(ArtifactError):
         for rank in range(TP):
-            weights = RankWeights(root, read_manifest(root), rank)
+            weights = RankWeights(Artifact(root), rank)
             for name in weights.tensors:
                 weights.raw(name)
 

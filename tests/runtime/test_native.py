@@ -208,7 +208,7 @@ def test_both_ways_give_the_same_logits(artifact: Path) -> None:
 
     prompts = [[1, 2, 3], list(range(5, 75)), [9]]
     found = []
-    for session in (Session(artifact), Session(artifact, native=False)):
+    for session in (Session(artifact), Session(artifact, compiled=False)):
         steps = [
             session.prefill(prompts),
             session.decode([4, 5, 6]),
@@ -240,11 +240,11 @@ def test_matrices_are_mapped_as_they_are_stored(artifact: Path) -> None:
 
 
 def test_a_graph_of_other_kernels_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from msconv_runtime.artifact import read_manifest
+    from msconv_runtime.artifact import Artifact
 
-    monkeypatch.setattr("msconv_runtime.graphs.LIBRARY", "msconv-native-2")
+    monkeypatch.setattr("msconv_runtime.binding.LIBRARY", "msconv-native-2")
     with pytest.raises(ArtifactError, match="wants the kernels msconv-native-1; these are msconv-native-2"):
-        Graphs(artifact, read_manifest(artifact), "cpu")
+        Graphs(Artifact(artifact), "cpu")
 
 
 def test_weights_that_would_be_rounded_are_refused(
@@ -253,7 +253,7 @@ def test_weights_that_would_be_rounded_are_refused(
     """A native graph that was compiled for bfloat16, beside weights converted to float32 since."""
     from msgspec.structs import replace
 
-    from msconv_runtime.artifact import read_manifest, write_manifest
+    from msconv_runtime.artifact import Artifact, read_manifest, write_manifest
 
     root = tmp_path / "wider"
     convert(checkpoint("bfloat16_shards"), root, dtype="float32")
@@ -261,7 +261,7 @@ def test_weights_that_would_be_rounded_are_refused(
     manifest = replace(read_manifest(root), graphs=read_manifest(artifact).graphs)
     write_manifest(root, manifest)
     with pytest.raises(ArtifactError, match="of another shape or type"):
-        Graphs(root, manifest, "cpu")
+        Graphs(Artifact(root, manifest), "cpu")
 
 
 def test_threads_are_the_share_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:

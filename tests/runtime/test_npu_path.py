@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
-from msconv_runtime import graphs as runtime
-from msconv_runtime.artifact import GraphInput, read_manifest
+from msconv_runtime import binding
+from msconv_runtime.artifact import Artifact, GraphInput
 from msconv_runtime.errors import ArtifactError
-from msconv_runtime.graphs import Graphs, graphs_of
+from msconv_runtime.graphs import Graphs, Place
 from msconv_runtime.native import Library
 from msconv_runtime.paging import Batch
 from msconv_runtime.sglang.collectives import find_groups
 from msconv_runtime.sglang.launch import plan_launch, pool_problems
+from msconv_runtime.targets import ASCEND910B
 from tests.commands import run_msconv
 from tests.conftest import Checkpoints
 
@@ -41,20 +43,21 @@ def test_the_warm_up_stays_within_its_caches(
     """Pages are the server's: Ascend's graphs leave them free."""
     calls: list[tuple[str, int, int, tuple[int, ...]]] = []
 
-    def call(self: Any, phase: str, batch: Batch, caches: Any) -> None:
+    def call(self: Any, role: str, batch: Batch, caches: Any) -> dict[str, Any]:
         shape = tuple(caches[0].shape)
-        calls.append((phase, int(batch.slots.max()), int(batch.block_tables.max()), shape))
+        calls.append((role, int(batch.slots.max()), int(batch.block_tables.max()), shape))
+        return {"logits": np.zeros(0)}
 
-    monkeypatch.setattr(runtime, "_bind", lambda *args: type("Cell", (), {"compile_cache": {}})())
+    monkeypatch.setattr("msconv_runtime.graphs.bind", lambda *args: type("Cell", (), {"compile_cache": {}})())
     monkeypatch.setattr(Graphs, "_call", call)
-    graphs = Graphs(ascend, read_manifest(ascend), "ascend910b", page=page)
+    graphs = Graphs(Artifact(ascend), "ascend910b", Place(page=page))
     graphs.warm_up(strict)
     assert graphs.page == page
     assert len(calls) == (4 if strict else 2)
-    for phase, slot, table, (pages, slots, heads, width) in calls:
-        assert (slots, heads, width) == (page, 1, 32), phase
-        assert slot < pages * slots, f"{phase}: slot {slot} of {pages * slots}"
-        assert table < pages, f"{phase}: page {table} of {pages}"
+    for role, slot, table, (pages, slots, heads, width) in calls:
+        assert (slots, heads, width) == (page, 1, 32), role
+        assert slot < pages * slots, f"{role}: slot {slot} of {pages * slots}"
+        assert table < pages, f"{role}: page {table} of {pages}"
 
 
 def test_collectives_get_the_name_that_the_server_gave_its_group(
@@ -67,7 +70,7 @@ def test_collectives_get_the_name_that_the_server_gave_its_group(
     loaded: list[bytes] = []
     monkeypatch.setattr(mindspore, "load", lambda path: loaded.append(Path(path).read_bytes()))
     path = ascend / "graphs/ascend910b/decode.mindir"
-    runtime._load(path, Library(None), {"msconv_tp": "tp:0"})
+    binding._load(path, Library(None), {"msconv_tp": "tp:0"})
     before, after = (mind_ir_pb2.ModelProto.FromString(data) for data in (path.read_bytes(), loaded[0]))
 
     def groups(model: Any) -> list[str]:
@@ -78,7 +81,7 @@ def test_collectives_get_the_name_that_the_server_gave_its_group(
     for attribute in (a for p in after.primitives for a in p.attribute if a.name == "group"):
         attribute.s = b"msconv_tp"
     assert before == after
-    runtime._load(path, Library(None), {})
+    binding._load(path, Library(None), {})
     assert loaded[1] is None or loaded[1] == path.read_bytes()
 
 
@@ -90,9 +93,9 @@ def test_on_an_npu_no_second_group_is_made(ascend: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(communication, "create_group", create)
     group = type("Group", (), {"world_size": 2, "unique_name": "tp:3", "ranks": [0, 1]})()
-    assert find_groups(ascend, read_manifest(ascend), "ascend910b", group) == {"msconv_tp": "tp:3"}
+    assert find_groups(Artifact(ascend), ASCEND910B, group) == {"msconv_tp": "tp:3"}
     group.world_size = 1
-    assert find_groups(ascend, read_manifest(ascend), "ascend910b", group) == {}
+    assert find_groups(Artifact(ascend), ASCEND910B, group) == {}
 
 
 def test_a_server_that_loses_a_process_does_not_wait_for_cuda(ascend: Path) -> None:
@@ -100,13 +103,15 @@ def test_a_server_that_loses_a_process_does_not_wait_for_cuda(ascend: Path) -> N
     assert found.environment["SGLANG_CUDA_COREDUMP_BEFORE_CRASH"] == "0"
 
 
-@pytest.mark.parametrize("phases", [{"prefill", "native"}, {"native"}, {"decode_all"}, {"decode"}, set()])
-def test_a_set_of_graphs_that_could_not_serve_is_refused(compiled: Path, phases: set[str]) -> None:
-    manifest = read_manifest(compiled)
-    some = [g for g in manifest.graphs if g.phase in phases]
+@pytest.mark.parametrize(
+    "names", [{"prefill", "mixed_compiled"}, {"mixed_compiled"}, {"verify"}, {"decode"}, set()]
+)
+def test_a_set_of_graphs_that_could_not_serve_is_refused(compiled: Path, names: set[str]) -> None:
+    manifest = Artifact(compiled).manifest
+    some = [g for g in manifest.graphs if g.name in names]
     with pytest.raises(ArtifactError, match="has no graphs for cpu"):
-        graphs_of(compiled, msgspec.structs.replace(manifest, graphs=some), "cpu")
-    assert len(graphs_of(compiled, manifest, "cpu")) == 3
+        Artifact(compiled, msgspec.structs.replace(manifest, graphs=some)).graphs("cpu")
+    assert len(Artifact(compiled).graphs("cpu")) == 3
 
 
 @pytest.mark.parametrize(
@@ -125,5 +130,5 @@ def test_a_set_of_graphs_that_could_not_serve_is_refused(compiled: Path, phases:
 )
 def test_pools_that_the_graphs_cannot_take(width: int, page: int, kv_dtype: str, told: str) -> None:
     cache = GraphInput("k_cache.0", "bfloat16", [None, None, 1, width])
-    assert bool(pool_problems(cache, page, kv_dtype)) == bool(told)
-    assert told in "".join(pool_problems(cache, page, kv_dtype))
+    assert bool(pool_problems(ASCEND910B, cache, page, kv_dtype)) == bool(told)
+    assert told in "".join(pool_problems(ASCEND910B, cache, page, kv_dtype))

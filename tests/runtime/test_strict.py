@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact
 from msconv_runtime.errors import EnvironmentProblem
 from msconv_runtime.graphs import Graphs
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_no_shape_compiles_after_the_warm_up(compiled: Path, native: bool) -> None:
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_no_shape_compiles_after_the_warm_up(compiled: Path, is_compiled: bool) -> None:
     from msconv_runtime import Session
 
-    session = Session(compiled, native=native)
+    session = Session(compiled, compiled=is_compiled)
     for lengths in ([1], [3, 70, 1], [600, 2], [5] * 9):
         session.prefill([[1] * n for n in lengths])
         session.decode([2] * len(lengths))
-    assert session.graphs.compiles == (1 if native else 2)
+    assert session.graphs.compiles == (1 if is_compiled else 2)
     assert session.graphs.compiles_since_ready == 0
 
 
@@ -30,10 +30,10 @@ def test_a_strict_start_is_refused_if_other_shapes_compile(
     from mindspore import nn
 
     monkeypatch.setattr(nn.GraphCell, "set_inputs", lambda *_: None)
-    graphs = Graphs(compiled, read_manifest(compiled), "cpu")
+    graphs = Graphs(Artifact(compiled), "cpu")
     with pytest.raises(EnvironmentProblem, match="times more for a batch") as e:
         graphs.warm_up(strict=True)
     assert "--no-strict-aot" in e.value.hint
-    loose = Graphs(compiled, read_manifest(compiled), "cpu")
+    loose = Graphs(Artifact(compiled), "cpu")
     loose.warm_up()
     assert loose.compiles_since_ready == 0

@@ -7,10 +7,10 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from msconv_runtime.weights import LoadMode, RankWeights
 
 from msconv.convert import prepare, run
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.artifact.weights import LoadMode, RankWeights
 from msconv_runtime.errors import ArtifactError
 from tests.checkpoints import read_rank
 from tests.conftest import Checkpoints
@@ -19,7 +19,7 @@ from tests.conftest import Checkpoints
 def weights_of(model: Path, output: Path, rank: int = 0, mode: LoadMode = "mmap") -> RankWeights:
     if not output.exists():
         run(prepare(model, 2, output=output))
-    return RankWeights(output, read_manifest(output), rank, mode)
+    return RankWeights(Artifact(output), rank, mode)
 
 
 @pytest.mark.parametrize("mode", get_args(LoadMode))

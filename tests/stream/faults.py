@@ -270,13 +270,12 @@ def sweep(
 
 def pretends(root: Path) -> list[Any]:
     """What is wrong with an artifact that says it is finished."""
-    from msconv_runtime.integrity import check_artifact
-
-    from msconv_runtime.artifact import read_manifest
+    from msconv_runtime.artifact import Artifact
+    from msconv_runtime.artifact.integrity import check_artifact
     from msconv_runtime.errors import ArtifactError
 
     try:
-        return check_artifact(root, read_manifest(root))
+        return check_artifact(Artifact(root))
     except ArtifactError:
         return []  # it says itself that it is unfinished
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from msconv_runtime.integrity import check_artifact
 
 from msconv.convert import Converted, run
 from msconv.reshard import prepare as prepare_reshard
-from msconv_runtime.artifact import Weights, read_manifest
+from msconv_runtime.artifact import Artifact, Weights, read_manifest
+from msconv_runtime.artifact.integrity import check_artifact
 from tests.checkpoints import (
     BITS,
     Bits,
@@ -287,4 +287,4 @@ def check(out: Path, model: Path, tp: int, ep: int, dtype: str, block: Block = B
             assert np.array_equal(found[name].bits, tensor.bits), f"{name} of rank {rank}"
     manifest = read_manifest(out)
     assert (manifest.parallel.tp, manifest.parallel.ep) == (tp, ep)
-    assert check_artifact(out, manifest) == []
+    assert check_artifact(Artifact(out)) == []

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from msconv_runtime.integrity import check_artifact
 
 from msconv.convert import prepare, run
 from msconv.stream.blocks import BufferSizes
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact, read_manifest
+from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import (
     ArtifactError,
     BusyError,
@@ -133,7 +133,7 @@ def test_the_artifact_is_a_model_directory_too(own_checkpoint: Checkpoints, tmp_
 def test_the_finished_bytes_are_what_the_manifest_says(checkpoint: Checkpoints, tmp_path: Path) -> None:
     convert(checkpoint("tied"), tmp_path / "out", 4)
     manifest = read_manifest(tmp_path / "out")
-    assert check_artifact(tmp_path / "out", manifest) == []
+    assert check_artifact(Artifact(tmp_path / "out")) == []
     assert manifest.model.source == "tied"
     assert manifest.parallel.tp == 4
     assert manifest.weights is not None

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msconv_runtime.integrity import check_artifact
 
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import ArtifactError
 from tests.commands import run_command, run_msconv
 from tests.stream.crashes import FAULTS, faulty
@@ -140,7 +140,7 @@ def end(process: subprocess.Popen[str], moment: float, how: signal.Signals) -> t
 def pretends(out: Path) -> bool:
     """It looks finished and is not."""
     try:
-        return bool(check_artifact(out, read_manifest(out)))
+        return bool(check_artifact(Artifact(out)))
     except ArtifactError:
         return False
 

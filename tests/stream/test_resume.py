@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msconv_runtime.integrity import check_artifact
 
 import msconv.stream.execute as streaming
 from msconv.convert import prepare, run
 from msconv.stream.journal import Journal
-from msconv_runtime.artifact import Graph, read_manifest, write_manifest
+from msconv_runtime.artifact import Artifact, Graph, read_manifest, write_manifest
+from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import (
     ArtifactError,
     CheckpointError,
@@ -149,11 +149,11 @@ def test_ready_is_never_there_while_weights_are_not(
         with suppress(Crash):
             convert(model, out, 2)
     try:
-        manifest = read_manifest(out)
+        artifact = Artifact(out)
     except ArtifactError:
         pass  # unfinished, and says so
     else:
-        assert check_artifact(out, manifest) == []
+        assert check_artifact(artifact) == []
     convert(model, out, 2)
     convert(model, tmp_path / "whole", 2)
     assert read_tree(out) == read_tree(tmp_path / "whole")
@@ -171,7 +171,7 @@ def test_graphs_survive_a_crash_between_ready_and_the_end(
         patch.setattr(Journal, "remove", die)
         with pytest.raises(Crash):
             convert(model, out)
-    graph = Graph("cpu", "decode", "graphs/cpu/decode.mindir", 1, "xxh3:0", "2.10.0", 1, [], [])
+    graph = Graph("cpu", "decode", "graphs/cpu/decode.mindir", 1, "xxh3:0", "2.10.0", 1, [], [], [])
     manifest = read_manifest(out)
     write_manifest(
         out, type(manifest)(**{**{f: getattr(manifest, f) for f in manifest.__struct_fields__}, "graphs": [graph]})

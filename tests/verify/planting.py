@@ -15,8 +15,8 @@ from msconv_runtime.artifact import digest_bytes, digest_of, read_manifest, writ
 from tests.checkpoints import Bits, read_rank
 
 Ranks = list[dict[str, Bits]]
-ALL = ("prefill", "decode", "decode_all")
-CACHED = ("decode", "decode_all")
+ALL = ("prefill", "decode", "verify")
+CACHED = ("decode", "verify")
 FLOAT32, FLOAT16 = 1, 10  # TensorProto.DataType
 
 
@@ -30,7 +30,7 @@ class Fault:
     place: str
     weights: Callable[[Ranks], None] | None = None
     graph: Callable[[GraphEdit], None] | None = None
-    phases: tuple[str, ...] = ALL
+    names: tuple[str, ...] = ALL
     refused: bool = False
 
     def plant(self, root: Path) -> None:
@@ -72,12 +72,12 @@ def edit_weights(root: Path, change: Callable[[Ranks], None]) -> None:
     write_manifest(root, msgspec.structs.replace(manifest, weights=weights))
 
 
-def edit_graphs(root: Path, target: str, phases: tuple[str, ...], change: Callable[[GraphEdit], None]) -> None:
-    """Change the graphs of some phases, and seal the manifest."""
+def edit_graphs(root: Path, target: str, names: tuple[str, ...], change: Callable[[GraphEdit], None]) -> None:
+    """Change the graphs of some names, and seal the manifest."""
     manifest = read_manifest(root)
     graphs = list(manifest.graphs)
     for i, graph in enumerate(graphs):
-        if graph.target == target and graph.phase in phases:
+        if graph.target == target and graph.name in names:
             edit = GraphEdit((root / graph.path).read_bytes())
             change(edit)
             data = edit.save()

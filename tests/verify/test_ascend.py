@@ -99,13 +99,13 @@ def test_every_variant_is_proven_on_all_ranks(
         assert proven(tmp_path / "out", target).ranks == tp
 
 
-def test_one_file_a_phase_serves_every_rank_and_knows_none(by_command: Path) -> None:
+def test_one_file_a_role_serves_every_rank_and_knows_none(by_command: Path) -> None:
     manifest = read_manifest(by_command)
     for target in TARGETS:
         files = sorted((by_command / "graphs" / target).iterdir())
-        assert [f.stem for f in files] == sorted(g.phase for g in manifest.graphs_for(target))
-        phases = {"prefill", "decode", "native" if target == "cpu" else "decode_all"}
-        assert {f.stem for f in files} == phases
+        assert [f.stem for f in files] == sorted(g.name for g in manifest.graphs_for(target))
+        names = {"prefill", "decode", "mixed_compiled" if target == "cpu" else "verify"}
+        assert {f.stem for f in files} == names
         for file in files:
             assert b"rank_id" not in file.read_bytes()
 

@@ -122,7 +122,7 @@ def test_without_a_fault_the_same_edits_leave_a_proof(
 ) -> None:
     root = own(family)
     edit_weights(root, lambda ranks: None)
-    edit_graphs(root, target, ("prefill", "decode", "decode_all"), lambda edit: None)
+    edit_graphs(root, target, ("prefill", "decode", "verify"), lambda edit: None)
     proof = prove(root, target, None)
     assert proof.ok, proof.comparison
     assert proof.comparison.undecided == 0

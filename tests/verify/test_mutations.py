@@ -102,7 +102,7 @@ def test_there_are_faults_enough_and_each_has_its_own_name() -> None:
 def test_without_a_fault_the_same_edits_leave_a_proof(own: Callable[[], Path], target: str) -> None:
     root = own()
     edit_weights(root, lambda ranks: None)
-    edit_graphs(root, target, ("prefill", "decode", "decode_all"), lambda edit: None)
+    edit_graphs(root, target, ("prefill", "decode", "verify"), lambda edit: None)
     proof = prove(root, target, None)
     assert proof.ok, proof.comparison
     assert proof.comparison.max_abs_logit_error < 1e-4

@@ -244,15 +244,15 @@ def test_a_fault_in_the_native_graph_is_caught(
     change, place = FAULTS[name]
     monkeypatch.setattr("msconv.verify.prove.compare", lambda *a, **k: compare(*a, **{**k, "steps": 2}))
     root = Path(shutil.copytree(sound, tmp_path / "own"))
-    edit_graphs(root, "cpu", ("native",), change)
+    edit_graphs(root, "cpu", ("mixed_compiled",), change)
     try:
         proof = prove(root, "cpu", None)
     except VerificationFailed as e:
         assert re.search(place, e.message), e.message
         return
     assert not proof.ok
-    assert re.search(place + ".* in native prefill", proof.comparison.first), proof.comparison.first
-    assert all(e < 1e-4 for phase, e in proof.comparison.by_phase.items() if not phase.startswith("native"))
+    assert re.search(place + ".* in compiled prefill", proof.comparison.first), proof.comparison.first
+    assert all(e < 1e-4 for phase, e in proof.comparison.by_phase.items() if not phase.startswith("compiled"))
     assert read_manifest(root).proof_for("cpu") is None
 
 
@@ -261,7 +261,7 @@ def test_without_a_fault_all_phases_are_proven(sound: Path, tmp_path: Path) -> N
     proof = prove(root, "cpu", None)
     assert proof.ok
     phases = ["prefill", "decode", "prefill on a cached prefix", "decode after it"]
-    assert list(proof.comparison.by_phase) == [*phases, *(f"native {p}" for p in phases)]
+    assert list(proof.comparison.by_phase) == [*phases, *(f"compiled {p}" for p in phases)]
 
 
 def test_the_graph_takes_matrices_as_they_are_stored(checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_the_graph_takes_matrices_as_they_are_stored(checkpoint: Checkpoints, tm
     stored = {"bfloat16_shards": "bfloat16", "float16": "float32", "untied": "float32"}
     for name, dtype in stored.items():
         convert(checkpoint(name), tmp_path / name, tp=1)
-        (native,) = [m.graph for m in compile_graphs(tmp_path / name, "cpu") if m.graph.phase == "native"]
-        types = {p.name: p.dtype for p in native.parameters}
+        (native,) = [m.graph for m in compile_graphs(tmp_path / name, "cpu") if m.graph.variant == "compiled"]
+        types = {p.name: p.dtype for p in native.reads}
         assert types[name_of(0, "mlp.down_proj.weight")] == dtype
         assert types[name_of(0, "input_layernorm.weight")] == "float32"

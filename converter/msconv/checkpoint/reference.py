@@ -6,8 +6,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from msconv_runtime.artifact import Artifact
+
+from ..families import DecoderConfig, configure
 from . import directory
 from .directory import Checkpoint
+from .headers import parse_json
 
 if TYPE_CHECKING:
     from .hub import Repository  # imported when there is one: the hub's client takes a while
@@ -51,6 +55,14 @@ def open_configuration(model: Path | Repository) -> Checkpoint:
     from . import hub
 
     return hub.open_configuration(model)
+
+
+def configuration(artifact: Artifact) -> DecoderConfig:
+    """The model's configuration, from the artifact's own config.json.  Raises ArtifactError if it changed."""
+    where = str(artifact.root / "config.json")
+    raw = parse_json(artifact.config_bytes(), where)
+    assert isinstance(raw, dict)
+    return configure(raw, where)[1]
 
 
 def bring(model: Path | Repository) -> Path:

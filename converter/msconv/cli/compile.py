@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.targets import CPU, TARGETS
 
 from ..checkpoint.reference import Hub, open_reference
 from .command import Command
@@ -31,7 +32,7 @@ from .report import refresh
     "targets",
     multiple=True,
     shell_complete=complete_targets,
-    help="cpu, ascend910b, ascend910c or ascend310p.  Repeatable.  [default: cpu]",
+    help=f"{', '.join(list(TARGETS)[:-1])} or {list(TARGETS)[-1]}.  Repeatable.  [default: {CPU.name}]",
 )
 @model_option(False, "Without weights: a directory with config.json, owner/name[@revision], or a recipe's name.")
 @recipe_option
@@ -71,9 +72,9 @@ def command(
         raise click.UsageError("--tp and --output go with --model; an artifact has its own.")
     else:
         root = find_artifact(artifact)
-        compare_layout(read_manifest(root))
+        compare_layout(Artifact(root).manifest)
     made = []
-    for target in dict.fromkeys(targets or ("cpu",)):
+    for target in dict.fromkeys(targets or (CPU.name,)):
         with step(f"compiling for {target}"):
             done = compiler.compile_graphs(root, target)
         for m in done:
@@ -91,6 +92,8 @@ def command(
                     {
                         "target": m.graph.target,
                         "phase": m.graph.phase,
+                        "role": m.graph.role,
+                        "variant": m.graph.variant,
                         "path": str(root / m.graph.path),
                         "nodes": m.graph.nodes,
                         "seconds": round(m.seconds, 3),
@@ -100,7 +103,7 @@ def command(
                 ],
             }
         )
-    if model is not None and read_manifest(root).weights is None:
+    if model is not None and Artifact(root).manifest.weights is None:
         assert tp is not None
         say(f"Next: {convert_command(tp, ep)} --output {root} adds the weights")
     else:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -270,9 +270,9 @@ def complete_artifacts(ctx: click.Context, param: click.Parameter, incomplete: s
 
 
 def complete_targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from ..recipes import Kind
+    from msconv_runtime.targets import TARGETS
 
-    return [CompletionItem(target) for target in get_args(Kind) if target.startswith(incomplete)]
+    return [CompletionItem(target) for target in TARGETS if target.startswith(incomplete)]
 
 
 artifact_argument = click.argument(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from msconv_runtime.artifact import is_artifact, read_manifest
+from msconv_runtime.artifact import Artifact, is_artifact
 from msconv_runtime.doctor import Machine, Report, examine
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
 
@@ -32,7 +32,7 @@ def command(artifact: Path | None, as_json: bool) -> None:
     """
     if artifact is not None and not is_artifact(artifact):
         try:
-            read_manifest(artifact)
+            Artifact(artifact)
         except ArtifactError as e:
             raise UsageError(e.message, e.hint) from None
     machine = Machine(output=artifact or ARTIFACTS)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from msconv_runtime.integrity import check_artifact, check_graphs
 
-from msconv_runtime.artifact import Manifest, read_manifest
+from msconv_runtime.artifact import Artifact, Manifest
+from msconv_runtime.artifact.integrity import check_artifact, check_graphs
 from msconv_runtime.errors import ArtifactError
 
 from ..layout.names import fold
@@ -29,13 +29,14 @@ def command(artifact: Path | None, check: bool, as_json: bool) -> None:
     msconv inspect artifacts/Qwen3-8B-tp4 --check
     """
     root = find_artifact(artifact)
-    manifest = read_manifest(root)
+    opened = Artifact(root)
+    manifest = opened.manifest
     data = summary(root, manifest)
-    damage = check_graphs(root, manifest)
+    damage = check_graphs(opened)
     if check:
         total = sum(f.size for f in manifest.weights.files) if manifest.weights else 0
         with byte_progress("checking", total) as advance:
-            damage = check_artifact(root, manifest, advance)
+            damage = check_artifact(opened, advance)
         data["check"] = {
             "ok": not damage,
             "damage": [{"path": d.path, "tensor": d.tensor, "problem": d.problem} for d in damage],
@@ -107,6 +108,8 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
             {
                 "target": g.target,
                 "phase": g.phase,
+                "role": g.role,
+                "variant": g.variant,
                 "nodes": g.nodes,
                 "bytes": g.size,
                 "mindspore": g.mindspore,
@@ -124,6 +127,10 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _named(graph: dict[str, Any]) -> str:
+    return " ".join(filter(None, (graph["role"], graph["variant"] and f"({graph['variant']})")))
+
+
 def _casts(manifest: Manifest, target: str) -> str:
     """What binding this target's graphs does to the stored type: "" if it copies nothing."""
     if manifest.weights is None:
@@ -132,7 +139,7 @@ def _casts(manifest: Manifest, target: str) -> str:
     pairs = {
         f"{stored[p.name]} -> {p.dtype}"
         for g in manifest.graphs_for(target)
-        for p in g.parameters
+        for p in g.reads
         if stored.get(p.name, p.dtype) != p.dtype
     }
     return ", ".join(sorted(pairs))
@@ -170,7 +177,7 @@ def describe(data: dict[str, Any]) -> str:
     for g in data["graphs"]:
         casts = f", binding casts {g['casts']}" if g["casts"] else ""
         lines.append(
-            f"graph: {g['target']} {g['phase']}: {g['nodes']} nodes, {human(g['bytes'])}, "
+            f"graph: {g['target']} {_named(g)}: {g['nodes']} nodes, {human(g['bytes'])}, "
             f"mindspore {g['mindspore']}{casts}"
         )
     for target, p in data["proven"].items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact
 
 from .command import Command
 from .console import artifact_argument, byte_progress, emit, find_artifact, human, json_option, say
@@ -36,10 +36,11 @@ def command(
 
     name = target(to)
     root = find_artifact(artifact)
-    manifest = read_manifest(root)
+    opened = Artifact(root)
+    manifest = opened.manifest
     weights = parts.weight_bytes(manifest)
     with byte_progress("checking", weights if check else 0) as advance:
-        parts.check(root, manifest, "Convert or compile again; nothing was uploaded.", check, advance)
+        parts.check(opened, "Convert or compile again; nothing was uploaded.", check, advance)
     with byte_progress("uploading", weights) as advance:
         done = push(root, manifest, name, revision or "", private, advance)
     if as_json:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from msconv_runtime.integrity import check_graphs
 
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.artifact.integrity import check_graphs
 from msconv_runtime.sglang.launch import Nodes, Settings, plan_launch, refuse_taken
+from msconv_runtime.targets import CPU, is_for_npu
 
 from .command import Command
 from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say, show
@@ -80,7 +81,8 @@ def command(
         extra.insert(0, str(artifact))  # `msconv serve -- --flag`: there was no artifact
         artifact = None
     root = find_artifact(artifact)
-    compare_layout(read_manifest(root))
+    opened = Artifact(root)
+    compare_layout(opened.manifest)
     settings = Settings(strict_aot, check_digests, load)
     nodes = Nodes(nnodes, node_rank, dist_init_addr)
     flags = with_serve_flags(device, extra)
@@ -92,11 +94,11 @@ def command(
             show(launch.shell())
         say("Next: the same without --print-command starts it.")
         return
-    manifest = read_manifest(root)
-    target = launch.environment.get("MSCONV_TARGET", "cpu")
-    if manifest.proof_for(target) is None or check_graphs(root, manifest):
+    manifest = opened.manifest
+    target = launch.environment.get("MSCONV_TARGET", CPU.name)
+    if manifest.proof_for(target) is None or check_graphs(opened):
         say(f"Warning: {root} is UNPROVEN for {target}; `msconv verify {root}` compares it with its source.")
-    if target != "cpu":
+    if is_for_npu(target):
         say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")
         if not manifest.rehearsals_for(target):
             say(f"`msconv rehearse {root}` tries this on a machine without NPUs.")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from msconv_runtime.errors import VerificationFailed
+from msconv_runtime.targets import CPU
 
 from .command import Command
 from .console import (
@@ -26,7 +27,7 @@ from .report import refresh
 @artifact_argument
 @click.option(
     "--target",
-    default="cpu",
+    default=CPU.name,
     show_default=True,
     shell_complete=complete_targets,
     help="Which target's graphs to prove.",

@@ -12,7 +12,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor
 
-from msconv_runtime.artifact import GraphInput, GraphParameter
+from msconv_runtime.artifact import GraphInput, GraphOutput, GraphParameter
 
 from ..families.config import DecoderConfig
 from ..layout.cuts import Mesh
@@ -34,7 +34,7 @@ DTYPES = {"float32": ms.float32, "bfloat16": ms.bfloat16, "float16": ms.float16,
 NAMES = {v: k for k, v in DTYPES.items()}
 
 
-def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any, stored: str = "") -> Exported:
+def export(config: DecoderConfig, mesh: Mesh, target: Any, role: Any, variant: str, stored: str = "") -> Exported:
     """Compile one phase for one target: front end and shape inference, on any machine.  `stored`: what matrices
     are stored as; native graphs read them so."""
     from mindspore.nn.utils import no_init_parameters
@@ -45,9 +45,10 @@ def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any, stored: s
         from mindspore.common.api import _cell_graph_executor as executor
 
     ms.set_context(mode=ms.GRAPH_MODE)
+    phase = "native" if variant else {"verify": "decode_all"}.get(role.name, role.name)
     local = Local(config, mesh, phase, stored)
     with no_init_parameters():
-        ops = NativeOps(local) if phase == "native" else OPS[target](local)
+        ops = NativeOps(local) if phase == "native" else OPS[target.name](local)
         net = Decoder(ops, local)
     parameters = restore_names(net)
     inputs = ops.inputs() + cache_inputs(ops, local)
@@ -59,6 +60,7 @@ def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any, stored: s
         nodes=sum(kinds.values()),
         kinds=kinds,
         inputs=inputs,
+        outputs=[GraphOutput("logits", "float32", [None, config.vocab])],
         parameters=[GraphParameter(p.name, NAMES[p.dtype], list(p.shape)) for p in parameters],
         groups=[TP_GROUP] if mesh.tp > 1 else [],
         nz=ops.matrices if ops.wants_nz else [],
@@ -68,7 +70,7 @@ def export(config: DecoderConfig, mesh: Mesh, target: str, phase: Any, stored: s
 def cache_inputs(ops: Ops, local: Local) -> list[GraphInput]:
     """Each layer's caches: k0, v0, k1, v1, ... of [pages, page, K, D], or one latent of [pages, page, 1, R]."""
     return [
-        GraphInput(f"{kind}_cache.{layer}", NAMES[ops.dtype], [None, ops.page, heads, width])
+        GraphInput(f"{kind}_cache.{layer}", NAMES[ops.dtype], [None, ops.page, heads, width], "cache")
         for layer in range(local.config.layers)
         for kind, heads, width in ops.caches()
     ]

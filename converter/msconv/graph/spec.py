@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from msconv_runtime.artifact import GraphInput, GraphParameter, Phase
+from msconv_runtime.artifact import GraphInput, GraphOutput, GraphParameter
 
 from ..families.config import DecoderConfig, Mla, Moe
 from ..layout.cuts import Mesh
@@ -20,6 +20,7 @@ class Exported:
     nodes: int
     kinds: dict[str, int]
     inputs: list[GraphInput]
+    outputs: list[GraphOutput]
     parameters: list[GraphParameter]
     groups: list[str]
     nz: list[str]
@@ -31,7 +32,7 @@ class Local:
 
     config: DecoderConfig
     mesh: Mesh
-    phase: Phase
+    phase: str
     stored: str = ""
 
     @property

@@ -39,20 +39,3 @@ def kv_bytes_per_token(sizes: Sizes, mesh: Mesh, dtype: str) -> int:
         return sizes.layers * latent * SIZES[dtype]
     heads = max(1, sizes.dims["kv_heads"] // mesh.tp)
     return 2 * sizes.layers * heads * sizes.dims["head_dim"] * SIZES[dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A device that graphs of `target` run on.  `memory_bytes`: as the driver reports it, for one rank."""
-
-    target: str
-    name: str
-    memory_bytes: int
-
-
-DEVICES = (
-    Device("ascend910b", "910B, 32 GB", 32 << 30),
-    Device("ascend910b", "910B, 64 GB", 64 << 30),
-    Device("ascend910c", "910C, one of its two dies", 64 << 30),
-    Device("ascend310p", "310P of a 300I Duo", 42 << 30),  # of its 48 GB the driver leaves so much
-)

@@ -142,7 +142,7 @@ def bound_manifest(manifest: Manifest, target: str) -> Manifest:
     """The manifest with the types in which a server binds the weights: what the reference rounds to."""
     weights = manifest.weights
     assert weights is not None
-    declared = {p.name: p.dtype for g in manifest.graphs_for(target) for p in g.parameters}
+    declared = {p.name: p.dtype for g in manifest.graphs_for(target) for p in g.reads}
     tensors = [msgspec.structs.replace(t, dtype=declared.get(t.name, t.dtype)) for t in weights.tensors]
     halves = [d for d in declared.values() if d in ("bfloat16", "float16")]
     dtype = halves[0] if halves else weights.dtype

@@ -40,10 +40,10 @@ def call_problems(call: Call, graph: Graph, page: int) -> list[str]:
     found = list(_lengths(batch))
     if found:  # nothing else can be read
         return found
-    found += _caches(call.caches, [i for i in graph.inputs if "_cache." in i.name], page, call.is_warm_up)
+    found += _caches(call.caches, graph.caches, page, call.is_warm_up)
     found += islice(_positions(batch), SOME)
     found += islice(_slots(batch, page, call), SOME)
-    found += _choice(batch, graph.phase)
+    found += _choice(batch, graph.role)
     found += _mask(batch, graph, call.inputs["attention_mask"].float())
     return found
 
@@ -122,20 +122,20 @@ def _slots(batch: Batch, page: int, call: Call) -> Iterator[str]:
             )
 
 
-def _choice(batch: Batch, phase: str) -> Iterator[str]:
+def _choice(batch: Batch, role: str) -> Iterator[str]:
     """The prefill graph's attention sees new tokens only; it is the one for batches without cached tokens.  All
     tokens' logits are for the verification of drafts."""
     cached = batch.context_lens - batch.q_lens
-    if phase == "prefill" and cached.any():
+    if role == "prefill" and cached.any():
         yield f"graph: prefill for sequences with {cached.tolist()} cached tokens, which it does not see"
-    if phase == "decode" and not cached.any():
+    if role == "decode" and not cached.any():
         yield f"graph: decode for {len(cached)} sequences without a cached token, for which prefill is"
-    if phase == "decode_all":
-        yield "graph: decode_all, where no drafts are verified"
+    if role == "verify":
+        yield "graph: verify, where no drafts are verified"
 
 
 def _mask(batch: Batch, graph: Graph, found: torch.Tensor) -> Iterator[str]:
-    if graph.phase == "prefill":
+    if graph.role == "prefill":
         dtype = next(i.dtype for i in graph.inputs if i.name == "attention_mask")
         expected = torch.triu(torch.full((TILE, TILE), 1.0 if dtype == "bfloat16" else HIDDEN), 1)
         meaning = f"the strict upper triangle of {TILE} x {TILE}"

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msconv_runtime.weights import required
-
 from msconv_runtime.artifact import Graph
 from msconv_runtime.errors import VerificationFailed
 
@@ -52,10 +50,10 @@ def compare(plan: Plan, result: Rehearsal, work: Path, failure: VerificationFail
     """Find every problem.  `failure`: the server did not get to its end; raised again if no call says why."""
     import torch
 
-    if sum(f.size for f in required(plan.root, plan.manifest).files) < SMALL_WORK:
+    if sum(f.size for f in plan.artifact.weights.files) < SMALL_WORK:
         torch.set_num_threads(1)  # handing small work to threads costs more than the work
     in_order = failure is None and plan.options.end == "term"
-    reference = make_reference(plan.source, plan.manifest, plan.target)
+    reference = make_reference(plan.source, plan.artifact.manifest, plan.target.name)
     expected = Expected(result.conversations, reference, plan.config.vocab, in_order)
     if plan.exact:
         result.bound = FLOAT32_BOUND
@@ -86,7 +84,7 @@ def _copies_problems(
     plan: Plan, result: Rehearsal, work: Path, expected: Expected, in_order: bool
 ) -> Iterator[str]:
     """What is wrong in each copy of the model (`--dp-size`), by its ranks' records."""
-    replayer = Replayer(plan.root, plan.manifest, plan.target, plan.exact, FLOAT32_BOUND)
+    replayer = Replayer(plan.artifact, plan.target, plan.exact, FLOAT32_BOUND)
     replicas = read_replicas(work / CALLS)
     if in_order and len(replicas) != plan.options.copies:
         yield f"{len(replicas)} copies of the model ran, of {plan.options.copies}"
@@ -105,8 +103,8 @@ def _info_problems(info: dict[str, Any], plan: Plan) -> Iterator[str]:
         "attention_backend": "ascend",
         "page_size": plan.scenario.page,
         "model_impl": "mindspore",
-        "tp_size": plan.manifest.parallel.tp,
-        "ep_size": plan.manifest.parallel.ep,
+        "tp_size": plan.artifact.tp,
+        "ep_size": plan.artifact.ep,
         "dp_size": plan.options.copies,
     }
     for name, value in wanted.items():
@@ -124,20 +122,20 @@ def _replay(
 ) -> list[str]:
     """The problems of one copy of the model: of what its ranks loaded, then of their calls.  `in_order`: it was
     ended by SIGTERM, so all ranks must have made the same calls."""
-    if [r.rank for r in ranks] != list(range(plan.manifest.parallel.tp)):
-        return [] if not in_order else [f"ranks {[r.rank for r in ranks]} ran, of {plan.manifest.parallel.tp}"]
+    if [r.rank for r in ranks] != list(range(plan.artifact.tp)):
+        return [] if not in_order else [f"ranks {[r.rank for r in ranks]} ran, of {plan.artifact.tp}"]
     graphs: dict[str, Graph] = {}
     problems = []
     for rank in ranks:
         for event in rank.of("graph"):
-            phase = replayer.phase_of(rank, event["identity"])
-            if phase is None:
+            role = replayer.role_of(rank, event["identity"])
+            if role is None:
                 problems.append(
-                    f"rank {rank.rank} loaded a graph that is none of the artifact's for {plan.target}"
+                    f"rank {rank.rank} loaded a graph that is none of the artifact's for {plan.target.name}"
                 )
             else:
-                graphs[event["identity"]] = replayer.graphs[phase]
-    problems += loading_problems(plan.root, plan.manifest, graphs, ranks)
+                graphs[event["identity"]] = replayer.graphs[role]
+    problems += loading_problems(plan.artifact, graphs, ranks)
     expected.begin_copy()
     found = replayer.run(ranks, plan.scenario.page, expected.compare, in_order)
     result.replay.add(found)

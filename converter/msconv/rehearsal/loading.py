@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msconv_runtime.weights import required
 from safetensors import safe_open
 
-from msconv_runtime.artifact import Graph, Manifest, digest_bytes
+from msconv_runtime.artifact import Artifact, Graph, digest_bytes
 
 from .records import Rank
 
@@ -21,11 +20,12 @@ SOME = 3  # names that are told
 class Stored:
     """The weights of all ranks, as files."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, artifact: Artifact) -> None:
         self._files: dict[tuple[int, str], Path] = {}
-        for file in required(root, manifest).files:
-            with safe_open(root / file.path, framework="pt") as opened:
-                self._files |= {(file.rank, name): root / file.path for name in opened.keys()}  # noqa: SIM118
+        for file in artifact.weights.files:
+            path = artifact.root / file.path
+            with safe_open(path, framework="pt") as opened:
+                self._files |= {(file.rank, name): path for name in opened.keys()}  # noqa: SIM118
 
     def digest(self, rank: int, name: str, dtype: str) -> str:
         """Of the values of one tensor as `dtype`; "" if there is none."""
@@ -37,16 +37,16 @@ class Stored:
         return digest_bytes(values.flatten().view(torch.uint8).numpy().data)
 
 
-def loading_problems(root: Path, manifest: Manifest, graphs: dict[str, Graph], ranks: list[Rank]) -> list[str]:
+def loading_problems(artifact: Artifact, graphs: dict[str, Graph], ranks: list[Rank]) -> list[str]:
     """`graphs`: by the digest of what was loaded, for each rank the same or with other names of groups."""
-    stored = Stored(root, manifest)
+    stored = Stored(artifact)
     found: list[str] = []
     for rank in ranks:
         for event in rank.of("graph"):
             graph = graphs.get(event["identity"])
             if graph is not None:
-                found += _weights(rank.rank, graph, event["parameters"], stored, manifest.parallel.tp)
-        found += _groups(rank, manifest.parallel.tp)
+                found += _weights(rank.rank, graph, event["parameters"], stored, artifact.tp)
+        found += _groups(rank, artifact.tp)
     return list(dict.fromkeys(found))
 
 

@@ -6,32 +6,30 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msconv_runtime.integrity import check_artifact
-from msconv_runtime.weights import required
-
-from msconv_runtime.artifact import Manifest, read_manifest
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.doctor import Machine
-from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
-from msconv_runtime.graphs import graphs_of
+from msconv_runtime.errors import ResourceError, UsageError
 from msconv_runtime.sglang.launch import (
     LOCALHOST,
     Launch,
     Nodes,
     Settings,
-    ascend_target,
     copies,
     given_flags,
     npu_flags,
+    npu_target,
     number,
     plan_launch,
     refuse_taken,
 )
+from msconv_runtime.targets import TARGETS, Target
 
-from ..compile import configuration
+from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
 from ..verify.reference import source_of
 from .scenario import Scenario, make_scenario
-from .server import CHIPS, free_port
+from .server import free_port
 
 SMALL_BYTES = 2 << 30  # of weights, of all ranks, up to which graphs compute in float32 unless told otherwise
 POOL_PAGES = 16  # of the KV pool, unless flags say otherwise: so few that the radix cache must give some back
@@ -49,7 +47,6 @@ OURS = {  # flags of SGLang that a rehearsal decides, and how
 }
 LONG_S = 1800  # of interpreting, from which on the number of prompts must be given
 SECONDS_A_VALUE = {True: 1.2e-9, False: 4e-9}  # of a weight in a call, exact or not: an estimate for 2 cores
-SOME = 20  # damaged places that are told
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,8 @@ class Options:
 class Plan:
     """`launches`: the command of each machine; the first one listens at `port`.  `source`: of the reference."""
 
-    root: Path
-    manifest: Manifest
-    target: str
+    artifact: Artifact
+    target: Target
     config: DecoderConfig
     scenario: Scenario
     exact: bool
@@ -90,7 +86,7 @@ class Plan:
     @property
     def devices(self) -> int:
         """How many each machine has."""
-        return self.manifest.parallel.tp * self.options.copies // self.options.machines
+        return self.artifact.tp * self.options.copies // self.options.machines
 
     @property
     def started(self) -> list[Launch]:
@@ -104,44 +100,39 @@ def make_plan(root: Path, options: Options) -> Plan:
     given = given_flags(list(options.extra))
     if wrong := [f"{name} ({OURS[name]})" for name in given if name in OURS]:
         raise UsageError(f"A rehearsal decides these itself: {', '.join(wrong)}.", "Leave them out behind --.")
-    manifest = read_manifest(root)
-    target = options.target or ascend_target(root, manifest)
-    if target not in CHIPS:
-        raise UsageError(
-            f"--target {target}: a rehearsal is of an NPU's graphs.", f"Targets are: {', '.join(CHIPS)}."
-        )
-    graphs_of(root, manifest, target)
-    required(root, manifest)
-    config = configuration(root, manifest)
-    _refuse_damage(root, manifest)
-    weights = sum(f.size for f in required(root, manifest).files)
+    artifact = Artifact(root)
+    target = _target_named(options.target) if options.target else npu_target(artifact)
+    artifact.graphs(target.name)
+    weights = sum(f.size for f in artifact.weights.files)
+    config = configuration(artifact)
+    refuse_damage(artifact)
     exact = options.exact if options.exact is not None else weights <= SMALL_BYTES
-    page = number(given, "--page-size") or int(npu_flags(manifest, target)["--page-size"])
+    page = number(given, "--page-size") or int(npu_flags(artifact, target)["--page-size"])
     scenario = make_scenario(config.vocab, config.max_positions, page, options.prompts)
     if options.copies > 1 or given.keys() & {"--disable-radix-cache", "--max-total-tokens"}:
         scenario = replace(scenario, expects_cache=False)
-    launches, port = _launches(root, target, scenario, options)
-    _refuse_size(manifest, config, scenario, exact, options)
+    launches, port = _launches(artifact, target, scenario, options)
+    _refuse_size(artifact, config, scenario, exact, options)
     source = source_of(root, options.reference)
-    return Plan(root, manifest, target, config, scenario, exact, launches, port, source, options)
+    return Plan(artifact, target, config, scenario, exact, launches, port, source, options)
 
 
-def _refuse_damage(root: Path, manifest: Manifest) -> None:
-    if damage := check_artifact(root, manifest):
-        places = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:SOME])
-        raise ArtifactError(
-            f"{root}: its bytes are not those the manifest describes:\n{places}",
-            "Copy the artifact again, or convert again with --force.",
+def _target_named(name: str) -> Target:
+    """Raises UsageError unless it is one for NPUs."""
+    known = {t.name: t for t in TARGETS.values() if t.chip}
+    if name not in known:
+        raise UsageError(
+            f"--target {name}: a rehearsal is of an NPU's graphs.", f"Targets are: {', '.join(known)}."
         )
+    return known[name]
 
 
 def _refuse_size(
-    manifest: Manifest, config: DecoderConfig, scenario: Scenario, exact: bool, options: Options
+    artifact: Artifact, config: DecoderConfig, scenario: Scenario, exact: bool, options: Options
 ) -> None:
     """Raises ResourceError if the interpreter would want more memory than there is, or very long for a scenario
     that nobody chose."""
-    values = sum(math.prod(t.shape) for t in manifest.weights.tensors) if manifest.weights else 0
-    values *= manifest.parallel.tp
+    values = artifact.tp * sum(math.prod(t.shape) for t in artifact.weights.tensors)
     need, free = values * (6 if exact else 4) * options.copies, Machine().memory()
     if free is not None and need > free:
         raise ResourceError(
@@ -162,7 +153,9 @@ def _refuse_size(
         )
 
 
-def _launches(root: Path, target: str, scenario: Scenario, options: Options) -> tuple[list[Launch], int]:
+def _launches(
+    artifact: Artifact, target: Target, scenario: Scenario, options: Options
+) -> tuple[list[Launch], int]:
     """The command of each machine, and the port of the first.  A few flags keep the server small, unless given."""
     port = options.port or free_port()
     refuse_taken(LOCALHOST, port)
@@ -178,15 +171,15 @@ def _launches(root: Path, target: str, scenario: Scenario, options: Options) -> 
     meeting = f"{LOCALHOST}:{free_port()}" if options.machines > 1 else None
     launches = [
         plan_launch(
-            root,
-            "npu",
+            artifact.root,
+            target.kind,
             LOCALHOST,
             port if machine == 0 else free_port(),
             [*added, *options.extra],
             Settings(),
             Nodes(options.machines, machine, meeting),
             elsewhere=True,
-            target=target,
+            target=target.name,
         )
         for machine in range(options.machines)
     ]

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import msgspec
-
 from msconv_runtime import __version__
-from msconv_runtime.artifact import Rehearsed, read_manifest, write_manifest
+from msconv_runtime.artifact import Artifact, Rehearsed
 from msconv_runtime.errors import UsageError, VerificationFailed
 
-from ..compile import mindspore_version
+from ..graph.toolchain import mindspore_version
 from ..stream.lock import exclusive
 from .build import build_device
 from .client import LONG, HttpClient
@@ -22,7 +20,7 @@ from .judgement import Rehearsal, compare
 from .plan import Options, Plan, make_plan
 from .protocol import Device
 from .scenario import run_scenario
-from .server import CHIPS, DEVICE_VERSION, FAILURES, Server, prepare, serving, sglang_version
+from .server import DEVICE_VERSION, FAILURES, Server, prepare, serving, sglang_version
 
 MEMORY = 64 << 30  # of each device, as SGLang sees it
 ANSWER_S = 1800  # for one answer
@@ -39,7 +37,7 @@ def rehearse(root: Path, options: Options, say: Say = lambda text: None) -> Rehe
     started = time.monotonic()
     sglang, mindspore = sglang_version(), mindspore_version()
     plan = make_plan(root.resolve(), options)
-    result = Rehearsal(plan.target, plan.exact, plan.launches[0].shell())
+    result = Rehearsal(plan.target.name, plan.exact, plan.launches[0].shell())
     try:
         with _directory(options.keep) as work:
             failure = _run(plan, result, work, say)
@@ -57,7 +55,8 @@ def rehearse(root: Path, options: Options, say: Say = lambda text: None) -> Rehe
 def running(plan: Plan, work: Path, say: Say = lambda text: None) -> Iterator[Server]:
     """The server of a plan on the rehearsal device, in an empty directory; it answers when the block begins."""
     say("preparing the rehearsal device (the first time it is built: half a minute)")
-    name, arch = CHIPS[plan.target]
+    assert plan.target.chip is not None
+    name, arch = plan.target.chip
     prepare(work, Device(str(build_device()), plan.devices, MEMORY, name, arch, plan.exact))
     say(f"starting SGLang: {plan.launches[0].shell()}")
     if plan.exact:
@@ -85,7 +84,7 @@ def _run(plan: Plan, result: Rehearsal, work: Path, say: Say) -> VerificationFai
 
 def _kill_rank(server: Server, client: HttpClient, plan: Plan) -> float:
     """Kill the last rank when an answer has begun: the server must end, and leave no process."""
-    last = plan.manifest.parallel.tp - 1
+    last = plan.artifact.tp - 1
     with suppress(*FAILURES), client.stream([1], max(1, min(LONG, plan.config.max_positions - 8))) as parts:
         next(parts, None)
         started = time.monotonic()
@@ -109,9 +108,9 @@ def _directory(keep: Path | None) -> Iterator[Path]:
 
 
 def _entry(plan: Plan, result: Rehearsal, sglang: str, mindspore: str) -> Rehearsed:
-    weights, graphs = plan.manifest.weights, plan.manifest.graphs_for(plan.target)
+    weights, graphs = plan.artifact.weights, plan.artifact.graphs(plan.target.name)
     return Rehearsed(
-        target=plan.target,
+        target=plan.target.name,
         weights_digest=weights.digest if weights else "",
         graph_digests=sorted(g.digest for g in graphs),
         sglang=sglang,
@@ -138,15 +137,16 @@ def _entry(plan: Plan, result: Rehearsal, sglang: str, mindspore: str) -> Rehear
 def _record(plan: Plan, entry: Rehearsed | None) -> None:
     """Put the rehearsal into the manifest, or take an earlier one of this target and layout out.  One that asked
     less than an earlier one, and agreed, does not take its place."""
-    layout = (plan.target, plan.options.machines, plan.options.copies, plan.options.end)
-    with exclusive(plan.root):
-        manifest = read_manifest(plan.root)
+    layout = (plan.target.name, plan.options.machines, plan.options.copies, plan.options.end)
+    with exclusive(plan.artifact.root):
+        artifact = Artifact(plan.artifact.root)
+        manifest = artifact.manifest
         kept = [r for r in manifest.rehearsed if _layout(r) != layout]
-        before = [r for r in manifest.rehearsals_for(plan.target) if _layout(r) == layout]
+        before = [r for r in manifest.rehearsals_for(plan.target.name) if _layout(r) == layout]
         best = max([entry, *before], key=_strength) if entry else None  # of equal ones the new one
         kept = sorted([*kept, *([best] if best else [])], key=_layout)
         if kept != manifest.rehearsed:
-            write_manifest(plan.root, msgspec.structs.replace(manifest, rehearsed=kept))
+            artifact.changed(rehearsed=kept)
 
 
 def _layout(entry: Rehearsed) -> tuple[str, int, int, str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msconv_runtime.artifact import Graph, Manifest, digest_bytes
-from msconv_runtime.graphs import graphs_of
+from msconv_runtime.artifact import Artifact, Graph, digest_bytes
+from msconv_runtime.roles import ROLES, of_variant
+from msconv_runtime.targets import Target
 
 from ..graph.spec import TP_GROUP
 from ..verify.compare import culprit, largest_error
@@ -59,36 +59,37 @@ class Replay:
         """Count another copy's calls with these; its problems are told elsewhere."""
         self.error = max(self.error, other.error)
         self.num_calls += other.num_calls
-        for phase, count in other.by_graph.items():
-            self.by_graph[phase] = self.by_graph.get(phase, 0) + count
+        for role, count in other.by_graph.items():
+            self.by_graph[role] = self.by_graph.get(role, 0) + count
 
 
 class Replayer:
     """The artifact's graphs and weights for one target, read anew."""
 
-    def __init__(self, root: Path, manifest: Manifest, target: str, exact: bool, bound: float) -> None:
+    def __init__(self, artifact: Artifact, target: Target, exact: bool, bound: float) -> None:
         """`bound`: of exact logits; in half precision the same kernels ran, and may differ by some ulp."""
         self.exact, self.bound = exact, bound
-        self.graphs: dict[str, Graph] = {g.phase: g for g in graphs_of(root, manifest, target)}
-        self.programs: dict[str, Program] = {p: parse(root / g.path) for p, g in self.graphs.items()}
+        self.graphs: dict[str, Graph] = of_variant(artifact.graphs(target.name), "")
+        paths = {role: artifact.root / g.path for role, g in self.graphs.items()}
+        self.programs: dict[str, Program] = {role: parse(path) for role, path in paths.items()}
         context = Context(exact, next(iter(self.programs.values())).dtype)
         self.dtype, self.keep = context.dtype, context.keep(context.dtype)
-        ranks = range(manifest.parallel.tp)
-        self.files = [RankFiles(root, manifest, r, context, keep=True, as_bound=True) for r in ranks]
+        ranks = range(artifact.tp)
+        self.files = [RankFiles(artifact, r, context, keep=True, as_bound=True) for r in ranks]
         self.interpreter = Interpreter(context, self.files, in_lockstep)
         self._digests = {
-            digest: phase
-            for phase, graph in self.graphs.items()
-            for digest in (graph.digest, _digest_of_any_groups((root / graph.path).read_bytes()))
+            digest: role
+            for role, graph in self.graphs.items()
+            for digest in (graph.digest, _digest_of_any_groups(paths[role].read_bytes()))
         }
 
-    def phase_of(self, rank: Rank, identity: str) -> str | None:
+    def role_of(self, rank: Rank, identity: str) -> str | None:
         """Which of the artifact's graphs it was that a rank loaded, None if none: but for the names of groups, it
         must be that file byte for byte."""
         if identity not in self._digests:
             data = (rank.directory / graph_file(identity)).read_bytes()
-            if phase := self._digests.get(_digest_of_any_groups(data)):
-                self._digests[identity] = phase
+            if role := self._digests.get(_digest_of_any_groups(data)):
+                self._digests[identity] = role
         return self._digests.get(identity)
 
     def run(
@@ -102,22 +103,22 @@ class Replayer:
         """All calls of one copy of the model, until there are `enough` problems.  `on_rows` gets which call it
         was, and rank 0's logits.  `whole`: all ranks must have made the same calls."""
         found = Replay()
-        known = {(r.rank, e["identity"]): self.phase_of(r, e["identity"]) for r in ranks for e in r.of("graph")}
+        known = {(r.rank, e["identity"]): self.role_of(r, e["identity"]) for r in ranks for e in r.of("graph")}
         memories: dict[int, Memory] = {}
         for calls in zip(*(r.calls() for r in ranks), strict=False):
             found.num_calls += 1
             first = calls[0]
-            phases = {known.get((r.rank, c.graph)) for r, c in zip(ranks, calls, strict=True)}
-            phase = known.get((ranks[0].rank, first.graph))
-            where = f"call {first.number} ({phase or 'unknown graph'}{', warm-up' * first.is_warm_up})"
-            if phase is None or len(phases) > 1:
-                found.problems.append(f"{where}: ranks ran {sorted(map(str, phases))}")
+            roles = {known.get((r.rank, c.graph)) for r, c in zip(ranks, calls, strict=True)}
+            role = known.get((ranks[0].rank, first.graph))
+            where = f"call {first.number} ({role or 'unknown graph'}{', warm-up' * first.is_warm_up})"
+            if role is None or len(roles) > 1:
+                found.problems.append(f"{where}: ranks ran {sorted(map(str, roles))}")
                 return found
-            found.by_graph[phase] = found.by_graph.get(phase, 0) + 1
+            found.by_graph[role] = found.by_graph.get(role, 0) + 1
             problems = list(_unlike(calls))
             for rank, call in zip(ranks, calls, strict=True):
                 slots = call.caches[0].shape[1] if call.is_warm_up else page
-                found_here = call_problems(call, self.graphs[phase], slots)
+                found_here = call_problems(call, self.graphs[role], slots)
                 problems += [f"rank {rank.rank}: {p}" if len(ranks) > 1 else p for p in found_here]
             if first.caches[0].at not in memories:
                 memories[first.caches[0].at] = self._blank(first)
@@ -126,8 +127,8 @@ class Replayer:
             failed = [c.error for c in calls if c.error]
             problems += [f"the graph cannot be run: {error}" for error in failed[:1]]
             if not failed and _can_run(first, memory):
-                problems += self._compare(calls, phase, memory, found)
-                rows = _rows(first, phase, memory, problems)
+                problems += self._compare(calls, role, memory, found)
+                rows = _rows(first, role, memory, problems)
             elif not problems:
                 problems.append("the call cannot be replayed: its inputs do not fit the caches")
             found.problems += [f"{where}: {p}" for p in problems]
@@ -149,11 +150,11 @@ class Replayer:
         slots = call.caches[0].shape[0] * call.caches[0].shape[1]
         return Memory(caches, np.full(slots, -1), np.full(slots, -1))
 
-    def _compare(self, calls: tuple[Call, ...], phase: str, memory: Memory, found: Replay) -> Iterator[str]:
+    def _compare(self, calls: tuple[Call, ...], role: str, memory: Memory, found: Replay) -> Iterator[str]:
         """Run the call again; where logits differ, the first norm that does is named."""
         first = calls[0]
         given = [t.to(self.keep) if n == "attention_mask" else t for n, t in first.inputs.items()]
-        step = self.interpreter.run(self.programs[phase], [[*given, *caches] for caches in memory.caches])
+        step = self.interpreter.run(self.programs[role], [[*given, *caches] for caches in memory.caches])
         batch = batch_of(first)
         memory.tokens[batch.slots], memory.positions[batch.slots] = batch.input_ids, batch.positions
         for rank, (call, expected) in enumerate(zip(calls, step.logits, strict=True)):
@@ -193,7 +194,7 @@ def _can_run(call: Call, memory: Memory) -> bool:
     return inside and 0 <= int(slots.min()) <= int(slots.max()) < len(memory.tokens)
 
 
-def _rows(call: Call, phase: str, memory: Memory, problems: list[str]) -> list[Row]:
+def _rows(call: Call, role: str, memory: Memory, problems: list[str]) -> list[Row]:
     """The logits of each sequence's last token, with the tokens that its pages hold.  A page that holds something
     else than its positions is a problem."""
     batch, page = batch_of(call), call.caches[0].shape[1]
@@ -210,7 +211,7 @@ def _rows(call: Call, phase: str, memory: Memory, problems: list[str]) -> list[R
                 f"position {memory.positions[slots[wrong]]}"
             )
             continue
-        row = int(batch.q_lens[: i + 1].sum()) - 1 if phase == "decode_all" else i
+        row = int(batch.q_lens[: i + 1].sum()) - 1 if ROLES[role].rows == "all" else i
         rows.append(Row(tuple(memory.tokens[slots].tolist()), call.logits[row].numpy()))
     return rows
 

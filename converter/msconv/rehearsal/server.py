@@ -34,11 +34,6 @@ END_S = 30  # from the signal to the last process's end
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
 FAILURES = (OSError, ValueError, KeyError, http.client.HTTPException)  # of a server that ends, or answers an error
 TAIL = 12  # lines of a log in a message
-CHIPS = {
-    "ascend910b": ("Ascend910B2", 2201),
-    "ascend910c": ("Ascend910_9391", 2201),
-    "ascend310p": ("Ascend310P3", 2002),
-}
 NOISE = re.compile(r"^\s*(\^+|~+|\[20.*(WARNING|INFO)|W0|I0)")
 
 

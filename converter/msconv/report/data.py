@@ -9,17 +9,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from msconv_runtime.artifact import Graph, Manifest, TensorEntry, Weights
+from msconv_runtime.roles import best_variant
+from msconv_runtime.targets import TARGETS, is_for_npu
 
-from ..compile import Timing, unused_names
 from ..convert import default_name
 from ..families import FAMILIES, DecoderConfig
+from ..layout.coverage import unused_names
 from ..layout.cuts import Mesh
 from ..layout.dtypes import SIZES
-from ..layout.memory import DEVICES, RESERVED, DeviceMemory, kv_bytes_per_token
+from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
 from ..layout.model import expand
 from ..layout.names import fold
 from ..layout.plan import RANK_CONSTANTS
 from ..standing import standings
+from ..workspace.timings import Timing
 from .groups import KV_CACHE, ORDER, folded, group_of
 from .verification import verification
 
@@ -138,12 +141,10 @@ def _memory(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list
     context = min(CONTEXT, config.max_positions)
     entries = []
     for target in targets:
-        graphs = manifest.graphs_for(target)
-        parameters = {p.name: p for g in graphs for p in g.parameters}
-        sizes = {n: _nbytes(p.shape, p.dtype) for n, p in parameters.items()}
-        dtype = Counter(p.dtype for p in parameters.values()).most_common(1)[0][0] if parameters else "float32"
-        entries.append(_memory_of(target, dtype, sizes, config, mesh, context))
-    if manifest.weights and not any(t.startswith("ascend") for t in targets):
+        graphs = best_variant(manifest.graphs_for(target))
+        sizes = {p.name: _nbytes(p.shape, p.dtype) for g in graphs for p in g.reads}
+        entries.append(_memory_of(target, graphs[0].caches[0].dtype, sizes, config, mesh, context))
+    if manifest.weights and not any(map(is_for_npu, targets)):
         w = manifest.weights
         entries.append(
             _memory_of(AS_STORED, w.dtype, {t.name: t.nbytes for t in w.tensors}, config, mesh, context)
@@ -154,7 +155,8 @@ def _memory(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list
 def _memory_of(
     target: str, dtype: str, sizes: Mapping[str, int], config: DecoderConfig, mesh: Mesh, context: int
 ) -> Data:
-    """One rank's memory for a target, by group, and the devices it could be.  All ranks need the same."""
+    """One rank's memory for a target, by group, with a cache of `dtype`, and the devices it could be.  All ranks
+    need the same."""
     per_token = kv_bytes_per_token(config.sizes(), mesh, dtype)
     need = DeviceMemory(sum(sizes.values()), per_token, context, 1)
     by_group: dict[str, int] = {KV_CACHE: need.kv_bytes}
@@ -173,8 +175,9 @@ def _memory_of(
             "fits": need.fits(d.memory_bytes),
             "tokens": max(0, int(d.memory_bytes * (1 - RESERVED)) - need.weight_bytes) // per_token,
         }
-        for d in DEVICES
-        if target in (d.target, AS_STORED)
+        for t in TARGETS.values()
+        for d in t.devices
+        if target in (t.name, AS_STORED)
     ]
     return {
         "target": target,
@@ -238,7 +241,7 @@ def _coverage(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: li
 
 
 def _coverage_of(manifest: Manifest, target: str, stored: set[str]) -> Data:
-    read = {p.name for g in manifest.graphs_for(target) for p in g.parameters}
+    read = {p.name for g in manifest.graphs_for(target) for p in g.reads}
     return {
         "target": target,
         "read": len(read),
@@ -267,7 +270,7 @@ def _kept(tensors: Iterable[TensorEntry]) -> list[Data]:
 def _graphs(manifest: Manifest, target: str, timings: Mapping[str, Timing]) -> Data:
     graphs = manifest.graphs_for(target)
     stored = {t.name: t.dtype for t in manifest.weights.tensors} if manifest.weights else {}
-    parameters = {p.name: p.dtype for g in graphs for p in g.parameters}
+    parameters = {p.name: p.dtype for g in graphs for p in g.reads}
     casts = {f"{stored[n]} to {dtype}" for n, dtype in parameters.items() if stored.get(n, dtype) != dtype}
     kinds = Counter[str]()
     for g in graphs:
@@ -286,11 +289,13 @@ def _graphs(manifest: Manifest, target: str, timings: Mapping[str, Timing]) -> D
 def _phase(g: Graph, timing: Timing | None) -> Data:
     return {
         "phase": g.phase,
+        "role": g.role,
+        "variant": g.variant,
         "path": g.path,
         "bytes": g.size,
         "nodes": g.nodes,
         "inputs": len(g.inputs),
-        "parameters": len(g.parameters),
+        "parameters": len(g.reads),
         "nz": len(g.nz),
         "groups": g.groups,
         "mindspore": g.mindspore,

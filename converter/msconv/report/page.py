@@ -6,17 +6,18 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from msconv_runtime.artifact import Manifest, read_manifest, replace_file
+from msconv_runtime.artifact import Artifact, Manifest, replace_file
 
-from ..compile import configuration, timings
+from ..checkpoint.reference import configuration
 from ..convert import REPORT
+from ..workspace.timings import read_timings
 from .data import describe
 
 
 def facts(root: Path, manifest: Manifest | None = None) -> dict[str, Any]:
     """What the report says, as data.  `manifest`: one that is about to be written."""
-    manifest = manifest or read_manifest(root)
-    return describe(manifest, configuration(root, manifest), timings(root))
+    artifact = Artifact(root, manifest)
+    return describe(artifact.manifest, configuration(artifact), read_timings(root))
 
 
 def write_report(root: Path, manifest: Manifest | None = None, output: Path | None = None) -> Path:

@@ -8,9 +8,8 @@ import re
 import threading
 from pathlib import Path
 
-from msconv_runtime.integrity import check_artifact, check_graphs
-
-from msconv_runtime.artifact import MANIFEST, READY, Manifest
+from msconv_runtime.artifact import MANIFEST, READY, Artifact, Manifest
+from msconv_runtime.artifact.integrity import check_artifact, check_graphs
 from msconv_runtime.errors import ArtifactError, UsageError
 
 from ..checkpoint.directory import AUXILIARY
@@ -38,14 +37,12 @@ def parts(manifest: Manifest) -> dict[str, int]:
     return sizes
 
 
-def check(
-    root: Path, manifest: Manifest, hint: str, every_byte: bool, progress: Progress = lambda n: None
-) -> None:
+def check(artifact: Artifact, hint: str, every_byte: bool, progress: Progress = lambda n: None) -> None:
     """Raises ArtifactError with `hint` if sizes or graphs are not the manifest's; `every_byte`: or weights."""
-    damage = check_artifact(root, manifest, progress) if every_byte else check_graphs(root, manifest)
+    damage = check_artifact(artifact, progress) if every_byte else check_graphs(artifact)
     if damage:
         lines = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:50])
-        raise ArtifactError(f"{root}: {len(damage)} places differ from the manifest:\n{lines}", hint)
+        raise ArtifactError(f"{artifact.root}: {len(damage)} places differ from the manifest:\n{lines}", hint)
 
 
 def split_reference(reference: str) -> tuple[str, str]:

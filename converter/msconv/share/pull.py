@@ -21,16 +21,16 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from msconv_runtime.artifact import (
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     READY,
     STATE_DIR,
+    Artifact,
     Manifest,
     decode_manifest,
     digest_bytes,
     is_artifact,
-    read_manifest,
     replace_file,
 )
+from msconv_runtime.artifact.directory import MAX_MANIFEST_BYTES
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 
 from ..checkpoint.hub import Repository, resolve
@@ -67,7 +67,7 @@ class Pull:
         try:
             return (
                 digest_bytes((self.output / MANIFEST).read_bytes()) == digest_bytes(self.data)
-                and read_manifest(self.output) == self.manifest
+                and Artifact(self.output).manifest == self.manifest
                 and all((self.output / f.name).stat().st_size == f.size for f in self.files)
                 and all(has_digest(self.output / f.name, f) for f in self.files if f.name in NAMES)
             )
@@ -149,14 +149,14 @@ def run(
             if need > free:
                 raise out_of_space(root, need, free)
             _each(pull.files, lambda file, cancelled: _bring(repository, file, root, came.add, cancelled))
-            check(root, pull.manifest, CHANGED, True, checking)
+            check(Artifact(root, pull.manifest), CHANGED, True, checking)
             model = pull.manifest.model
             if REPOSITORY.fullmatch(source := f"{model.source}@{model.commit}"):
                 replace_file(root / STATE_DIR / "source", f"{source}\n".encode())
             publish(root, pull.manifest)
             replace_file(root / MANIFEST, pull.data)
             replace_file(root / READY, f"{digest_bytes(pull.data)}\n".encode())
-            read_manifest(root)
+            Artifact(root)  # raises, were it not one
     seconds = time.monotonic() - started
     return Pulled(root, repository.name, repository.commit, came.total, len(pull.files) + 2, seconds)
 

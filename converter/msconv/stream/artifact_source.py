@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from msconv_runtime.integrity import tensor_digest
 from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Weights, digest_of
+from msconv_runtime.artifact.integrity import tensor_digest
 from msconv_runtime.errors import ArtifactError
 
 from ..layout import dtypes

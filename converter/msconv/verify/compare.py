@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from msconv_runtime.targets import Target
+
 from .reference import Logits, Reference, Trace
 
 FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random models, a fault is 1e-2 and up
@@ -139,12 +141,11 @@ class Comparison:
         self.agreeing += int(found.shape == expected.shape and found.argmax() == expected.argmax())
 
 
-def half_precision_bound(target: str, largest: float, layers: int) -> float:
+def half_precision_bound(target: Target, largest: float, layers: int) -> float:
     """What rounding in the target's own precision is expected to do to logits, whose largest value is `largest`.
 
     Each layer adds some roundings of half an ulp to the residual stream, which random walks add up."""
-    eps = 2**-8 if "310p" not in target else 2**-11
-    return 8 * eps * largest * layers**0.5
+    return 8 * target.epsilon * largest * layers**0.5
 
 
 def largest_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from msconv_runtime.weights import required
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from msconv_runtime.artifact import Graph, GraphInput, Manifest
+from msconv_runtime.artifact import Artifact, Graph, GraphInput
 from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.graphs import graphs_of
 from msconv_runtime.paging import Sequences, attention_mask
+from msconv_runtime.roles import DECODE, PREFILL, VERIFY, Role, graph_for, of_variant
+from msconv_runtime.targets import target_named
 
 from ..graph.spec import TP_GROUP
 from .interpreter import Interpreter, join
@@ -33,16 +33,17 @@ class RankFiles:
     """One rank's weights by name, in the type this mode computes in."""
 
     def __init__(
-        self, root: Path, manifest: Manifest, rank: int, context: Context, keep: bool, as_bound: bool = False
+        self, artifact: Artifact, rank: int, context: Context, keep: bool, as_bound: bool = False
     ) -> None:
         """`as_bound`: values are rounded to the type that the graph declares, as a server binds them."""
         self.context, self.keep, self.as_bound = context, keep, as_bound
         self._cache: dict[str, torch.Tensor] = {}
         self._where: dict[str, Path] = {}
-        for file in required(root, manifest).files:
+        for file in artifact.weights.files:
             if file.rank == rank:
-                with safe_open(root / file.path, framework="pt") as opened:
-                    self._where |= dict.fromkeys(opened.keys(), root / file.path)
+                path = artifact.root / file.path
+                with safe_open(path, framework="pt") as opened:
+                    self._where |= dict.fromkeys(opened.keys(), path)
 
     def get(self, name: str, declared: torch.dtype | None) -> torch.Tensor:
         """In exact mode stored values widened to float32; else cast to the type the graph declares."""
@@ -63,74 +64,71 @@ class RankFiles:
 
 
 class Lockstep:
-    """Ranks of one target as a candidate for `compare`.  `native`: by the graph of compiled kernels."""
+    """Ranks of one target as a candidate for `compare`.  `variant`: of its graphs."""
 
     def __init__(
         self,
-        root: Path,
-        manifest: Manifest,
+        artifact: Artifact,
         target: str,
         exact: bool = True,
         layers: int = 0,
-        native: bool = False,
+        variant: str = "",
     ) -> None:
-        self.target, self.tp = target, manifest.parallel.tp
-        self.layers, self.native = layers, native
-        graphs = {g.phase: g for g in graphs_of(root, manifest, target) if (g.phase == "native") is native}
-        self.graphs = graphs
-        self.programs = {phase: parse(root / g.path) for phase, g in graphs.items()}
-        for phase, program in self.programs.items():
-            check_declared(root, manifest, graphs[phase], program)
+        self.target, self.tp, self.layers = target_named(target), artifact.tp, layers
+        self.graphs = of_variant(artifact.graphs(target), variant)
+        self.programs = {role: parse(artifact.root / g.path) for role, g in self.graphs.items()}
+        for role, program in self.programs.items():
+            check_declared(artifact, self.graphs[role], program)
         self.context = Context(exact, next(iter(self.programs.values())).dtype)
-        size = sum(t.nbytes for t in required(root, manifest).tensors) * self.tp
+        size = sum(t.nbytes for t in artifact.weights.tensors) * self.tp
         if size < SMALL_BYTES:
             torch.set_num_threads(1)  # handing small work to threads costs more than the work
-        self.ranks = [RankFiles(root, manifest, r, self.context, size <= KEEP_BYTES) for r in range(self.tp)]
+        self.ranks = [RankFiles(artifact, r, self.context, size <= KEEP_BYTES) for r in range(self.tp)]
         self.interpreter = Interpreter(self.context, self.ranks, in_lockstep)
         self.caches: list[list[torch.Tensor]] = []
         self.probes: dict[str, NDArray[np.float32]] = {}
         self.apart = 0.0
-        self.page = next(i.shape[1] or PAGE for i in self._inputs if "_cache." in i.name)
+        self.page = self._cache_inputs[0].shape[1] or PAGE
         self.sequences = Sequences(0, self.page)
 
     @property
-    def _inputs(self) -> list[GraphInput]:
-        return next(iter(self.graphs.values())).inputs
+    def _cache_inputs(self) -> list[GraphInput]:
+        return next(iter(self.graphs.values())).caches
 
     @property
     def has_all_tokens(self) -> bool:
-        return "decode_all" in self.programs
+        return VERIFY.name in self.programs
 
     def prefill(self, prompts: list[list[int]]) -> NDArray[np.float32]:
         self.sequences = Sequences(len(prompts), self.page)
         self.caches = []
-        return self._step("prefill", prompts)
+        return self._step(PREFILL, prompts)
 
     def extend(self, tokens: list[list[int]]) -> NDArray[np.float32]:
-        return self._step("prefill" if self.target == "cpu" else "decode", tokens)
+        return self._step(PREFILL, tokens)
 
     def decode(self, tokens: list[int]) -> NDArray[np.float32]:
-        return self._step("decode", [[t] for t in tokens])
+        return self._step(DECODE, [[t] for t in tokens])
 
     def extend_all(self, tokens: list[list[int]]) -> NDArray[np.float32]:
         """Logits of every new token, [T, V]: verification of drafts."""
-        return self._step("decode_all", tokens)
+        return self._step(VERIFY, tokens)
 
-    def _step(self, phase: str, tokens: list[list[int]]) -> NDArray[np.float32]:
-        phase = "native" if self.native else phase
+    def _step(self, asked: Role, tokens: list[list[int]]) -> NDArray[np.float32]:
         batch = self.sequences.advance(tokens)
         self._reserve(self.sequences.num_pages)
         inputs: list[torch.Tensor] = [torch.from_numpy(a.copy()) for a in batch.arrays]
-        if self.target != "cpu":
-            mask = attention_mask(phase, batch, str(self.context.dtype).removeprefix("torch."))
+        role = graph_for(self.graphs, asked, batch).role
+        if self.target.mask is not None:
+            mask = attention_mask(role == PREFILL.name, batch, self.target.mask)
             inputs.append(torch.from_numpy(mask).to(self.context.keep(self.context.dtype)))
         stop = f"model.layers.{self.layers}.input_layernorm.weight" if self.layers else ""
-        out = self.interpreter.run(self.programs[phase], [[*inputs, *caches] for caches in self.caches], stop)
+        out = self.interpreter.run(self.programs[role], [[*inputs, *caches] for caches in self.caches], stop)
         self.probes, self.apart = out.probes, max(self.apart, out.apart)
         return out.logits[0] if out.logits else np.zeros((0, 0), np.float32)
 
     def _reserve(self, pages: int) -> None:
-        shapes = [i.shape for i in self._inputs if "_cache." in i.name]
+        shapes = [i.shape for i in self._cache_inputs]
         have = len(self.caches[0][0]) if self.caches else 0
         if have >= pages:
             return
@@ -147,21 +145,22 @@ class Lockstep:
                 self.caches.append(grown)
 
 
-def check_declared(root: Path, manifest: Manifest, graph: Graph, program: Program) -> None:
+def check_declared(artifact: Artifact, graph: Graph, program: Program) -> None:
     """The parameters of the file are those of its manifest entry, and have the shapes of the stored weights."""
-    stored = {t.name: tuple(t.shape) for t in required(root, manifest).tensors}
-    listed = {p.name: (p.dtype, tuple(p.shape)) for p in graph.parameters}
+    path = artifact.root / graph.path
+    stored = {t.name: tuple(t.shape) for t in artifact.weights.tensors}
+    listed = {p.name: (p.dtype, tuple(p.shape)) for p in graph.reads}
     for name, (dtype, shape) in program.declared.items():
         expected = listed.get(name)
         found = str(dtype).removeprefix("torch.")
         if expected != (found, shape) or stored.get(name, shape) != shape:
             raise VerificationFailed(
-                f"{root / graph.path}: its parameter {name} is {found} {list(shape)}; the manifest says "
+                f"{path}: its parameter {name} is {found} {list(shape)}; the manifest says "
                 f"{expected}, the weights {stored.get(name)}."
             )
     if set(program.declared) != set(listed):
         odd = sorted(set(program.declared) ^ set(listed))
-        raise VerificationFailed(f"{root / graph.path}: its parameters are not the manifest's: {odd[:5]}.")
+        raise VerificationFailed(f"{path}: its parameters are not the manifest's: {odd[:5]}.")
 
 
 def in_lockstep(node: Node, parts: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
-from msconv_runtime.integrity import check_artifact
-from msconv_runtime.weights import required
-
-from msconv_runtime.artifact import Graph, Manifest, Verified, read_manifest, write_manifest
+from msconv_runtime.artifact import Artifact, Verified
+from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.graphs import graphs_of
 from msconv_runtime.native import library
+from msconv_runtime.roles import COMPILED, of_variant
+from msconv_runtime.targets import Target, target_named
 
-from ..compile import configuration, mindspore_version, unused_names
+from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
+from ..graph.toolchain import mindspore_version
+from ..layout.coverage import unused_names
 from ..stream.lock import exclusive
 from .compare import DECODE_STEPS, Candidate, Comparison, compare, half_precision_bound
 from .reference import Reference, source_of
@@ -43,7 +44,7 @@ class Proof:
         return self.comparison.ok and not self.missing and not self.unused
 
 
-def prove(root: Path, target: str, reference: str | Path | None, layers: int = 0) -> Proof:
+def prove(root: Path, target_name: str, reference: str | Path | None, layers: int = 0) -> Proof:
     """Compare the artifact's graphs and bytes with transformers.  A failed proof removes an earlier one.
 
     Weights that do not stay in memory are read anew at each step: of those models few decode steps are compared.
@@ -51,65 +52,70 @@ def prove(root: Path, target: str, reference: str | Path | None, layers: int = 0
     not recorded as one.  Half-precision targets are also run in their own precision, and that is reported.
     """
     started = time.monotonic()
-    manifest = read_manifest(root)
-    config = configuration(root, manifest)
-    graphs = graphs_of(root, manifest, target)
+    artifact = Artifact(root)
+    config = configuration(artifact)
+    artifact.graphs(target_name)
+    target = target_named(target_name)
     source = source_of(root, reference)
     mindspore_version()
-    damage = check_artifact(root, manifest)
-    if damage:
+    try:
+        refuse_damage(artifact, VerificationFailed)
+    except VerificationFailed:
         _record(root, target, None)
-        where = "\n".join(f"  {d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:20])
-        raise VerificationFailed(
-            f"{root}: its bytes are not those the manifest describes:\n{where}",
-            "Copy the artifact again, or convert again with --force.",
-        )
-    missing, unused = _coverage(root, manifest, target)
+        raise
+    missing, unused = _coverage(artifact, target)
     layers = layers if layers < config.layers else 0
-    model = Reference(source, manifest, layers)
-    candidate = _candidate(root, manifest, target, layers)
-    large = sum(f.size for f in required(root, manifest).files) > LARGE_BYTES
-    steps = FEW_STEPS if large else DECODE_STEPS
-    others = {"native": lambda: _native(root, manifest, target, layers)} if _has_native(graphs) else {}
-    comparison = compare(candidate, model, config.vocab, config.max_positions, steps=steps, others=others)
+    model = Reference(source, artifact.manifest, layers)
+    is_large = sum(f.size for f in artifact.weights.files) > LARGE_BYTES
+    comparison = compare(
+        _candidate(artifact, target, layers),
+        model,
+        config.vocab,
+        config.max_positions,
+        steps=FEW_STEPS if is_large else DECODE_STEPS,
+        others=_others(artifact, target, layers),
+    )
     ok = comparison.ok and not missing and not unused
-    half = _half_precision(root, manifest, target, model, config) if ok and not layers and not large else {}
+    half = _half_precision(artifact, target, model, config) if ok and not layers and not is_large else {}
     seconds = time.monotonic() - started
-    proof = Proof(target, manifest.parallel.tp, comparison, missing, unused, seconds, layers, half)
-    if layers:
-        return proof
-    weights = required(root, manifest)
-    entry = Verified(
-        target=target,
+    proof = Proof(target.name, artifact.tp, comparison, missing, unused, seconds, layers, half)
+    if not layers:
+        _record(root, target, _entry(artifact, proof) if proof.ok else None)
+    return proof
+
+
+def _entry(artifact: Artifact, proof: Proof) -> Verified:
+    """What the manifest keeps of a proof."""
+    weights, comparison = artifact.weights, proof.comparison
+    rounded = f", weights rounded to {weights.dtype}" if weights.source_dtype != weights.dtype else ""
+    return Verified(
+        target=proof.target,
         weights_digest=weights.digest,
-        graph_digests=sorted(g.digest for g in graphs),
-        reference=f"transformers on {manifest.model.source}"
-        + (f", weights rounded to {weights.dtype}" if weights.source_dtype != weights.dtype else ""),
+        graph_digests=sorted(g.digest for g in artifact.graphs(proof.target)),
+        reference=f"transformers on {artifact.manifest.model.source}{rounded}",
         mode="float32",
         bound=comparison.bound,
         max_abs_logit_error=comparison.max_abs_logit_error,
         argmax_agreement=comparison.argmax_agreement,
-        ranks=manifest.parallel.tp,
+        ranks=artifact.tp,
         logits_compared=comparison.rows,
-        settings={**comparison.by_phase, **half},
+        settings={**comparison.by_phase, **proof.half_precision},
         norms=comparison.probes,
     )
-    _record(root, target, entry if proof.ok else None)
-    return proof
 
 
 def _half_precision(
-    root: Path, manifest: Manifest, target: str, model: Reference, config: DecoderConfig
+    artifact: Artifact, target: Target, model: Reference, config: DecoderConfig
 ) -> dict[str, float]:
     """The same graphs with the target's own rounding, short: reported with a bound of its own, no gate.
 
     With experts there is no bound: half precision takes other ones.
     """
-    if target == "cpu":
+    if target.dtype == "float32":
         return {}
     from .lockstep import Lockstep
 
-    candidate = Lockstep(root, manifest, target, exact=False)
+    candidate = Lockstep(artifact, target.name, exact=False)
     result = compare(candidate, model, config.vocab, config.max_positions, bound=float("inf"), steps=FEW_STEPS)
     found = {
         "half_precision_max_abs_logit_error": result.max_abs_logit_error,
@@ -120,44 +126,38 @@ def _half_precision(
     return found
 
 
-def _candidate(root: Path, manifest: Manifest, target: str, layers: int) -> Candidate:
-    """One CPU rank runs for real, in MindSpore; several ranks, and Ascend's graphs, in the interpreter."""
-    if target == "cpu" and manifest.parallel.tp == 1 and not layers:
+def _candidate(artifact: Artifact, target: Target, layers: int, variant: str = "") -> Candidate:
+    """One CPU rank runs for real, in MindSpore, where it has what the variant needs; several ranks, and Ascend's
+    graphs, in the interpreter."""
+    runs_here = target.is_cpu and artifact.tp == 1 and not layers
+    if runs_here and (variant != COMPILED or library().path is not None):
         from msconv_runtime import Session
 
-        return Session(root, target, native=False)
+        return Session(artifact.root, target.name, compiled=variant == COMPILED)
     from .lockstep import Lockstep
 
-    return Lockstep(root, manifest, target, layers=layers)
+    return Lockstep(artifact, target.name, layers=layers, variant=variant)
 
 
-def _has_native(graphs: list[Graph]) -> bool:
-    return any(g.phase == "native" for g in graphs)
+def _others(artifact: Artifact, target: Target, layers: int) -> dict[str, Callable[[], Candidate]]:
+    """Graphs of compiled kernels, if there are any: proved after those of MindSpore's operations."""
+    if not of_variant(artifact.graphs(target.name), COMPILED):
+        return {}
+    return {COMPILED: lambda: _candidate(artifact, target, layers, COMPILED)}
 
 
-def _native(root: Path, manifest: Manifest, target: str, layers: int) -> Candidate:
-    """The native graph: with its compiled kernels where one rank can run and this machine has them."""
-    if manifest.parallel.tp == 1 and not layers and library().path is not None:
-        from msconv_runtime import Session
-
-        return Session(root, target)
-    from .lockstep import Lockstep
-
-    return Lockstep(root, manifest, target, layers=layers, native=True)
-
-
-def _record(root: Path, target: str, entry: Verified | None) -> None:
+def _record(root: Path, target: Target, entry: Verified | None) -> None:
     """Put the target's proof into the manifest, or take an earlier one out."""
     with exclusive(root):
-        manifest = read_manifest(root)
-        kept = [v for v in manifest.verified if v.target != target] + ([entry] if entry else [])
-        changed = msgspec.structs.replace(manifest, verified=sorted(kept, key=lambda v: v.target))
-        if changed != manifest:
-            write_manifest(root, changed)
+        artifact = Artifact(root)
+        before = artifact.manifest.verified
+        kept = [v for v in before if v.target != target.name] + ([entry] if entry else [])
+        if sorted(kept, key=lambda v: v.target) != before:
+            artifact.changed(verified=sorted(kept, key=lambda v: v.target))
 
 
-def _coverage(root: Path, manifest: Manifest, target: str) -> tuple[list[str], list[str]]:
-    """Names that a graph wants and that are not stored; stored ones that not every graph reads."""
-    stored = {t.name for t in required(root, manifest).tensors}
-    used = [{p.name for p in g.parameters} for g in graphs_of(root, manifest, target)]
-    return sorted(set.union(*used) - stored), unused_names(stored, set.intersection(*used))
+def _coverage(artifact: Artifact, target: Target) -> tuple[list[str], list[str]]:
+    """Names that a graph reads and that are not stored; stored ones that no graph reads."""
+    stored = {t.name for t in artifact.weights.tensors}
+    read = {p.name for g in artifact.graphs(target.name) for p in g.reads}
+    return sorted(read - stored), unused_names(stored, read)

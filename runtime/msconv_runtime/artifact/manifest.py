@@ -137,8 +137,8 @@ class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def name(self) -> str:
-        """The role, and the variant if there are several: `prefill`, `mixed-compiled`."""
-        return f"{self.role}-{self.variant}" if self.variant else self.role
+        """The role, and the variant if there are several: `prefill`, `mixed_compiled`."""
+        return f"{self.role}_{self.variant}" if self.variant else self.role
 
     @property
     def phase(self) -> str:

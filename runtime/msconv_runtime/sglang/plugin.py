@@ -123,6 +123,7 @@ def _load_beside(
     original: Callable[..., Any], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
 ) -> None:
     """An artifact of one rank loads while SGLang makes its pools; the server is not ready before both are done."""
+    from ..graphs import Place
     from . import cpu, preload
 
     root = Path(server_args.model_path)
@@ -130,7 +131,7 @@ def _load_beside(
         preload.begin(root)
     original(scheduler, server_args, *args, **kwargs)
     if preload.has_begun(root):
-        preload.finish(Artifact(root), preload.Place())
+        preload.finish(Artifact(root), Place())
     cpu.populate_reserved()
 
 

@@ -27,12 +27,12 @@ def activate() -> None:
 
     call, mask = graphs.Graphs._call, paging.attention_mask
 
-    def planted_call(self: Any, phase: str, batch: Any, caches: Any) -> Any:
+    def planted_call(self: Any, role: str, batch: Any, caches: Any) -> Any:
         fault = CALLS.get(fault_now()) if getattr(caches[0], "torch", None) is not None else None
-        return fault(self, call, phase, batch, list(caches)) if fault else call(self, phase, batch, caches)
+        return fault(self, call, role, batch, list(caches)) if fault else call(self, role, batch, caches)
 
-    def planted_mask(phase: str, batch: Any, dtype: str) -> Any:
-        right = mask(phase, batch, dtype)
+    def planted_mask(is_prefill: bool, batch: Any, hides: float) -> Any:
+        right = mask(is_prefill, batch, hides)
         if fault_now() == "mask of zeros" and right.shape != (128, 128):
             return np.zeros_like(right)
         if fault_now() == "mask of one" and right.shape == (128, 128):
@@ -45,59 +45,59 @@ def activate() -> None:
 
 
 def edit(change: Callable[[Any], Any]) -> Callable[..., Any]:
-    return lambda self, call, phase, batch, caches: call(self, phase, change(batch), caches)
+    return lambda self, call, role, batch, caches: call(self, role, change(batch), caches)
 
 
 def exchange(a: int, b: int) -> Callable[..., Any]:
-    def planted(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
+    def planted(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
         caches[a], caches[b] = caches[b], caches[a]
-        return call(self, phase, batch, caches)
+        return call(self, role, batch, caches)
 
     return planted
 
 
-def contexts_of_cached(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
+def contexts_of_cached(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
     """In decode: in prefill the graph itself refuses it."""
-    wrong = replace(batch, context_lens=batch.context_lens - (phase == "decode"))
-    return call(self, phase, wrong, caches)
+    wrong = replace(batch, context_lens=batch.context_lens - (role == "decode"))
+    return call(self, role, wrong, caches)
 
 
-def pages_of_16(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
+def pages_of_16(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
     """As if SGLang's page had never reached the graphs."""
     parts = caches[0].shape[1] // 16
     tables = (batch.block_tables[:, :, None] * parts + np.arange(parts)).reshape(len(batch.q_lens), -1)
     small = [type(c)(c.torch.view(-1, 16, *c.torch.shape[2:])) for c in caches]
-    return call(self, phase, replace(batch, block_tables=tables.astype(np.int32)), small)
+    return call(self, role, replace(batch, block_tables=tables.astype(np.int32)), small)
 
 
-def always_prefill(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
-    return call(self, "prefill" if int(batch.q_lens.max()) > 1 else phase, batch, caches)
+def always_prefill(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
+    return call(self, "prefill" if int(batch.q_lens.max()) > 1 else role, batch, caches)
 
 
-def always_decode(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
+def always_decode(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
     return call(self, "decode", batch, caches)
 
 
-def copied_pool(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
+def copied_pool(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
     """The same copies at each call: tokens and logits are right."""
     if not COPIES:
         COPIES[:] = [type(c)(c.torch.clone()) for c in caches]
-    return call(self, phase, batch, COPIES)
+    return call(self, role, batch, COPIES)
 
 
 COPIES: list[Any] = []
 
 
-def on_rank_1(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
+def on_rank_1(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
     from sglang.srt.runtime_context import get_parallel
 
     wrong = replace(batch, input_ids=batch.input_ids[::-1].copy())
-    return call(self, phase, wrong if get_parallel().tp_rank == 1 else batch, caches)
+    return call(self, role, wrong if get_parallel().tp_rank == 1 else batch, caches)
 
 
-def logits_exchanged(self: Any, call: Any, phase: str, batch: Any, caches: list[Any]) -> Any:
+def logits_exchanged(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
     """After the graph: nothing that was recorded is wrong."""
-    return np.roll(call(self, phase, batch, caches), 1, axis=-1)
+    return np.roll(call(self, role, batch, caches), 1, axis=-1)
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -121,21 +121,21 @@ def others_weights(*names: str) -> Callable[[], None]:
     """On the last rank these are the first rank's; without names, all of them."""
 
     def plant() -> None:
-        from msconv_runtime import graphs
+        from msconv_runtime import binding
 
-        real = graphs.RankWeights
+        real = binding.RankWeights
 
         class Planted(real):  # type: ignore[misc, valid-type]
             def array(self, name: str, dtype: str) -> Any:
                 wrong = self.rank > 0 and (not names or name in names)
-                source = real(ROOT[0], ROOT[1], 0, "mmap") if wrong else self
+                source = real(ROOT[0], 0, "mmap") if wrong else self
                 return real.array(source, name, dtype)
 
-            def __init__(self, root: Any, manifest: Any, rank: int, mode: Any = "mmap") -> None:
-                ROOT[:] = [root, manifest]
-                super().__init__(root, manifest, rank, mode)
+            def __init__(self, artifact: Any, rank: int, mode: Any = "mmap") -> None:
+                ROOT[:] = [artifact]
+                super().__init__(artifact, rank, mode)
 
-        graphs.RankWeights = Planted
+        binding.RankWeights = Planted
 
     return plant
 
@@ -160,13 +160,13 @@ def cast_too_much() -> None:
 
     from msconv_runtime import graphs
 
-    real = graphs._bind
+    real = graphs.bind
 
     def planted(root: Any, graph: Any, *args: Any) -> Any:
         more = [*graph.nz, "model.embed_tokens.weight"]
         return real(root, msgspec.structs.replace(graph, nz=more), *args)
 
-    graphs._bind = planted
+    graphs.bind = planted
 
 
 def split_latent() -> None:
@@ -187,10 +187,10 @@ def host_read() -> None:
 
     real = graphs.Graphs._call
 
-    def read_the_pool(self: Any, phase: str, batch: Any, caches: Any) -> Any:
+    def read_the_pool(self: Any, role: str, batch: Any, caches: Any) -> Any:
         if getattr(caches[0], "torch", None) is not None:
             ctypes.string_at(caches[0].torch.data_ptr(), 1)
-        return real(self, phase, batch, caches)
+        return real(self, role, batch, caches)
 
     graphs.Graphs._call = read_the_pool
 

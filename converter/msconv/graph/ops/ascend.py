@@ -35,7 +35,7 @@ class AscendOps(Ops):
     dtype_name = "bfloat16"
 
     def inputs(self) -> list[GraphInput]:
-        return [*super().inputs(), GraphInput("attention_mask", self.dtype_name, [None, None])]
+        return [*super().inputs(), GraphInput("attention_mask", self.dtype_name, [None, None], "mask")]
 
     def begin(self) -> nn.Cell:
         return Begin(self.local, self.dtype)

@@ -1,0 +1,26 @@
+"""Stored weights against those that graphs read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from .plan import RANK_CONSTANTS
+
+
+def unused_names(stored: Iterable[str], read: Iterable[str]) -> list[str]:
+    """Weights that no graph reads, leaving out the rank constants that other targets need."""
+    return sorted(set(stored) - set(read) - set(RANK_CONSTANTS))
+
+
+def misfits(stored: Mapping[str, Sequence[int]], read: Iterable[tuple[str, Sequence[int]]]) -> list[str]:
+    """One line for each weight that a target's graphs read and that is not stored, or in another shape; and for
+    each that is stored and that none of them reads.  Both sides are (name, shape)."""
+    wanted = {name: list(shape) for name, shape in read}
+    problems = [f"{n}: needed by a graph, not among the weights" for n in wanted.keys() - stored.keys()]
+    problems += [f"{n}: among the weights, not used by a graph" for n in unused_names(stored, wanted)]
+    problems += [
+        f"{n}: the graph wants {wanted[n]}, the weights have {list(stored[n])}"
+        for n in wanted.keys() & stored.keys()
+        if wanted[n] != list(stored[n])
+    ]
+    return sorted(problems)
