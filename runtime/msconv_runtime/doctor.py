@@ -392,7 +392,7 @@ def _memory(machine: Machine, artifact: Artifact, tokens: int) -> Iterator[Findi
 
     root, manifest, tp = artifact.root, artifact.manifest, artifact.tp
     graphs, free = manifest.graphs_for("cpu"), machine.memory()
-    if manifest.weights is None or not graphs:
+    if manifest.weights is None or not can_serve(of_variant(graphs, "")):
         return
     compiled = {} if machine.no_kernels() else of_variant(graphs, COMPILED)
     used = list((compiled or of_variant(graphs, "")).values())
