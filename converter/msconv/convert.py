@@ -57,8 +57,8 @@ DOWNLOADS = "downloads"  # in STATE_DIR: shards that are deleted as they have be
 @dataclass(frozen=True)
 class Conversion:
     """A planned conversion that has not started.  `describe` makes the manifest's model from what was read.
-    `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit; `notes`: what
-    people should know of it."""
+    `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit; `notes`:
+    what people should know of it."""
 
     name: str
     family: str
@@ -67,7 +67,6 @@ class Conversion:
     identity: Identity
     reads: Path
     origin: str
-    notes: tuple[str, ...]
     auxiliary: list[Path]
     describe: Callable[[dict[str, Moved]], Model]
     dropped: list[Dropped]
@@ -77,6 +76,7 @@ class Conversion:
     buffers: BufferSizes
     planned_memory_bytes: int
     download_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,9 @@ class Checkpoint:
     harmless: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def find(self, name: str) -> TensorInfo:
-        """A tensor, or several experts in one.  Raises CheckpointError if there is none of this name."""
-        info = self.tensors.get(name) or self.stacked.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.root}: {shorten(name)} is not in the checkpoint.")
-        return info
+    def find(self, name: str) -> TensorInfo | None:
+        """A tensor, or several experts in one; None if there is none of this name."""
+        return self.tensors.get(name) or self.stacked.get(name)
 
     @property
     def auxiliary(self) -> list[Path]:
@@ -276,7 +273,7 @@ def _unindexed(root: Path) -> list[str]:
     if (root / SINGLE).is_file():
         return [SINGLE]
     shards = sorted(p.name for p in root.glob("*.safetensors"))
-    if shards:
+    if shards and "adapter_config.json" not in _files(root):
         raise CheckpointError(
             f"{root}: {len(shards)} safetensors files and no {INDEX} to say which belong to the model.",
             f"Download {INDEX} too.",

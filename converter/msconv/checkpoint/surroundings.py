@@ -31,8 +31,8 @@ def tokenizer_note(files: Collection[str]) -> str:
             "No tokenizer is here: the artifact will have none, and serves token ids only (--skip-tokenizer-init)."
         )
     return (
-        f"The tokenizer is {', '.join(found)}: it needs code, which is never run or copied; the artifact will have "
-        "no tokenizer. Make a tokenizer.json of it and put it into the artifact, or serve token ids only "
+        f"The tokenizer is {', '.join(found)}: it needs code, which is never run or copied; the artifact will "
+        "have no tokenizer. Make a tokenizer.json of it and put it into the artifact, or serve token ids only "
         "(--skip-tokenizer-init)."
     )
 

@@ -185,7 +185,7 @@ class SourceWeights:
 
         if name == "lm_head.weight" and self.checkpoint.config.tied:
             name = "model.embed_tokens.weight"
-        if name in self.checkpoint.tensors or name in self.checkpoint.stacked:
+        if self.checkpoint.find(name):
             return self._one(name)
         if like is not None and not like.numel():  # no shared experts: an MLP of width 0
             return torch.empty(like.shape)
@@ -202,22 +202,26 @@ class SourceWeights:
     def _one(self, name: str) -> Any:
         import torch
 
-        value = self._read(name)
-        if self.checkpoint.find(name).dtype == FP8:
+        value, dtype = self._read(name)
+        if dtype == FP8:
             rows, columns = self.checkpoint.config.block
-            scale = self._read(name + SCALE).repeat_interleave(rows, 0)[: len(value)]
+            scale = self._read(name + SCALE)[0].repeat_interleave(rows, 0)[: len(value)]
             value *= scale.repeat_interleave(columns, 1)[:, : value.shape[1]]
         for by_name, default in self.types:
             value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
         return value
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str) -> tuple[Any, str]:
+        """A tensor in float32, and the type it is stored in."""
         import torch
         from safetensors import safe_open
 
         info = self.checkpoint.find(name)
+        if info is None:
+            raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
         with safe_open(self.checkpoint.files[info.file].path, framework="pt") as opened:  # kept open, pages stay
-            return opened.get_tensor(self.checkpoint.stored.get(name, name)).to(torch.float32, copy=True)
+            value = opened.get_tensor(self.checkpoint.stored.get(name, name))
+        return value.to(torch.float32, copy=True), info.dtype
 
 
 def _configuration(root: Path, family: Family) -> Any:
