@@ -248,4 +248,5 @@ def test_near_names_are_suggested() -> None:
 
 def test_names_are_in_the_order_of_sizes() -> None:
     plain = [n for n in SHIPPED if n in {m.partition("/")[2] for m in MODELS} and n.startswith("Qwen3")]
+    plain = [n for n in plain if not n.endswith("-2507")]
     assert plain == [f"Qwen3-{s}" for s in ("0.6B", "1.7B", "4B", "8B", "14B", "30B-A3B", "32B", "235B-A22B")]

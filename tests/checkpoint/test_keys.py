@@ -179,6 +179,20 @@ def test_another_model_type_than_the_architecture_has_is_refused() -> None:
         configure(base("qwen3", model_type="qwen3_next"), "config.json")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "word"),
+    [
+        ("Qwen3Model", "without a head"),
+        ("Qwen3ForSequenceClassification", "classes"),
+        ("DeepseekV3ForTokenClassification", "classes"),
+        ("KimiK25ForConditionalGeneration", "4 bits"),
+    ],
+)
+def test_an_architecture_without_next_tokens_is_told_so(architecture: str, word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        configure(base("qwen3", architectures=[architecture]), "config.json")
+
+
 # Said to be harmless
 
 

@@ -23,10 +23,19 @@ FAMILIES: tuple[Family, ...] = tuple(
     if isinstance(value, Family)
 )
 
+BODY = "it is a body without a head, which computes no logits"
+CLASSIFIER = "its head gives values or classes, and no next token"
+BODIES = ("Qwen3", "Qwen3Moe", "DeepseekV3")
+CLASSES = ("SequenceClassification", "TokenClassification", "RewardModel", "QuestionAnswering")
+
 NEIGHBOURS = {  # look alike, compute something else
     "DeepseekV2ForCausalLM": "DeepSeek-V2 routes by softmax without a correction bias, V3 by sigmoid with one",
     "DeepseekV32ForCausalLM": V32,
     "Qwen3NextForCausalLM": "Qwen3-Next has linear attention layers",
+    **dict.fromkeys(("Qwen3Model", "Qwen3MoeModel", "DeepseekV3Model"), BODY),
+    **dict.fromkeys((f"{name}For{kind}" for name in BODIES for kind in CLASSES), CLASSIFIER),
+    "AutoModelForCausalLMWithValueHead": CLASSIFIER,
+    "KimiK25ForConditionalGeneration": "Kimi-K2.5 is Kimi-K2 with experts of 4 bits, inside a model of images",
 }
 
 
