@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import Stored, make_qwen3, read_safetensors, write_safetensors
-from tests.commands import run_msconv
+from tests.commands import run_msconv, run_python
 from tests.moe_checkpoints import add_mtp, make_deepseek_v3, make_qwen3_moe, quantise_fp8
 from tests.stream.test_stored_names import renamed, stack
 
@@ -166,6 +166,22 @@ def test_the_same_graph_under_another_name_is_proven(tmp_path: Path, name: str) 
     prove(model, tmp_path / "artifact")
     served = json.loads((tmp_path / "artifact" / "config.json").read_text())
     assert served == json.loads((model / "config.json").read_text())
+
+
+SGLANG = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from sglang.srt.utils.hf_transformers_utils import get_config
+c = get_config(sys.argv[1], trust_remote_code=False)
+print("resolved", c.model_type, c.architectures[0], c.n_routed_experts, c.rope_parameters["factor"])
+"""
+STANDINS = Path(__file__).parents[2] / "runtime" / "msconv_runtime" / "sglang" / "standins"
+
+
+def test_sglang_knows_the_type_of_kimi_without_its_code(tmp_path: Path) -> None:
+    model = publish(CASES["Kimi-K2-Instruct"], tmp_path)
+    done = run_python(SGLANG, model, *STANDINS.glob("for_*"), timeout=300)
+    assert "resolved kimi_k2 DeepseekV3ForCausalLM 24 32.0" in done.stdout, done.stderr
 
 
 def test_stacked_experts_under_a_prefix_are_proven(tmp_path: Path) -> None:

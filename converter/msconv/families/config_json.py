@@ -142,15 +142,17 @@ def _check_windows(r: Reader, layers: int, max_positions: int, by_layer: bool) -
             r.problems.append(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
     elif kinds is not None:
         r.problems.append(f"layer_types = {show(kinds)}: a list is needed")
-    if not r.flag("use_sliding_window", False) or (by_layer and isinstance(kinds, list)):
-        return
-    window = r.raw.get("sliding_window", "absent")
+    used = r.raw.get("use_sliding_window")
+    window = r.raw.get("sliding_window", "absent" if used else None)
     if window is None or (type(window) is int and window >= max_positions):
+        return
+    # where the first key is absent, transformers takes it for false, vLLM for true
+    if (used is not None and not r.flag("use_sliding_window", False)) or (by_layer and isinstance(kinds, list)):
         return
     first = r.raw.get("max_window_layers", "absent") if by_layer else 0
     if type(first) is not int or first < layers:
         r.problems.append(
-            f"use_sliding_window is true, sliding_window {show(window)}, max_window_layers {show(first)} of "
+            f"use_sliding_window is {show(used)}, sliding_window {show(window)}, max_window_layers {show(first)} of "
             f"{layers} layers: sliding windows are not supported"
         )
 
