@@ -152,8 +152,8 @@ def _check_windows(r: Reader, layers: int, max_positions: int, by_layer: bool) -
     first = r.raw.get("max_window_layers", "absent") if by_layer else 0
     if type(first) is not int or first < layers:
         r.problems.append(
-            f"use_sliding_window is {show(used)}, sliding_window {show(window)}, max_window_layers {show(first)} of "
-            f"{layers} layers: sliding windows are not supported"
+            f"use_sliding_window is {show(used)}, sliding_window {show(window)}, max_window_layers "
+            f"{show(first)} of {layers} layers: sliding windows are not supported"
         )
 
 
