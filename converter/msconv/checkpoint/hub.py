@@ -336,7 +336,8 @@ def shards(repository: Repository) -> list[str]:
             f"{repository.reference}: has no {', '.join(missing[:5])}, named by {INDEX} ({len(missing)} files).",
             "Give another @revision, or tell the owner of the repository.",
         )
-    if any(SHARD_NAME.fullmatch(n) for n in repository.files):
+    adapter = "adapter_config.json" in repository.others
+    if not adapter and any(SHARD_NAME.fullmatch(n) for n in repository.files):
         raise CheckpointError(
             f"{repository.reference}: has safetensors files, and no {INDEX} to say which belong to the model.",
             "Give the repository that the model was published in.",
