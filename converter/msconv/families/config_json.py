@@ -188,8 +188,6 @@ def _rope(r: Reader, max_positions: int) -> Rope:
     p = Reader(values, "rope: ")
     kind = values.get("rope_type") or values.get("type") or "default"
     theta = p.real("rope_theta", 10000.0)
-    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
-        p.problems.append("rope: partial_rotary_factor other than 1 is not supported")
     rope = Rope(theta)
     if kind == "linear":
         rope = Rope(theta, "linear", factor=p.real("factor"))

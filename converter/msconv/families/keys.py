@@ -46,6 +46,7 @@ HARMLESS: Mapping[str, str] = {
 }
 
 Values = tuple[object, ...]
+PARTIAL = "a part of the head that is not rotated"
 NOTHING: Values = (None, False, 0)
 ONE: Values = (None, 1)
 
@@ -90,7 +91,7 @@ OFF: Mapping[str, Off] = {
     **_off("another norm", "use_qk_norm qk_layernorm add_qk_norm", (None, True)),
     **_off("attention to later tokens", "is_causal", (None, True)),
     **_off("attention to later tokens", "use_bidirectional_attention is_prefix_lm"),
-    **_off("a part of the head that is not rotated", "partial_rotary_factor rotary_pct", ONE),
+    **_off(PARTIAL, "partial_rotary_factor rotary_pct", ONE),
     **_off("layers without rotation", "use_mla_nope mla_nope no_rope_layers no_rope_layer_interval nope_layers"),
     **_off("another rotation in some layers", "rope_local_base_freq swa_rope_theta use_mrope mrope_section"),
     **_off("other layers than attention", "full_attention_interval layers_block_type linear_attn_config"),
@@ -163,7 +164,7 @@ ROPE_COMMON = "rope_type type rope_theta"
 YARN = """factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim
     truncate"""
 ROPE: Mapping[str, Keys] = {
-    kind: Keys(_names(f"{ROPE_COMMON} {names}"), {}, _off("", "partial_rotary_factor", ONE))
+    kind: Keys(_names(f"{ROPE_COMMON} {names}"), {}, _off(PARTIAL, "partial_rotary_factor", ONE))
     for kind, names in {"default": "", "linear": "factor", "yarn": YARN}.items()
 }
 ROPE_OTHERS: Mapping[str, str] = {
