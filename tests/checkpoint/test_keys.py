@@ -1,7 +1,7 @@
 """The keys of config.json: every published one is on a list, every other is refused by name.
 
-`published_keys.json` has the names of keys; those of models whose config.json was not at hand are put together from
-public descriptions of them.
+`published_keys.json` has the names of keys; those of models whose config.json was not at hand are put together
+from public descriptions of them.
 """
 
 from __future__ import annotations
