@@ -57,7 +57,8 @@ DOWNLOADS = "downloads"  # in STATE_DIR: shards that are deleted as they have be
 @dataclass(frozen=True)
 class Conversion:
     """A planned conversion that has not started.  `describe` makes the manifest's model from what was read.
-    `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit."""
+    `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit; `notes`:
+    what people should know of it."""
 
     name: str
     family: str
@@ -75,6 +76,7 @@ class Conversion:
     buffers: BufferSizes
     planned_memory_bytes: int
     download_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,16 @@ def prepare(
     jobs: int = 1,
     max_memory: int | None = None,
     delete_source: bool = False,
+    harmless: Iterable[str] = (),
 ) -> Conversion:
     """Read headers and plan.  Moves nothing; of a repository, only small files are downloaded.
     `delete_source`: its shards go to the output's own directory and are deleted as their bytes are in place.
+    `harmless`: keys of config.json, on no list, that a person says change nothing.
     Raises any MsconvError there is to raise beforehand."""
     mesh = make_mesh(tp, ep)
-    checkpoint = open_checkpoint(model) if isinstance(model, Path) else _open_repository(model)
+    checkpoint = (
+        open_checkpoint(model, harmless=harmless) if isinstance(model, Path) else _open_repository(model, harmless)
+    )
     origin = recordable(model) if isinstance(model, Path) else model.reference
     plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, mesh, dtype)
     buffers, planned = plan_memory(plan, jobs, max_memory)
@@ -118,6 +124,7 @@ def prepare(
         identity=identify((f.identity for f in checkpoint.files.values()), checkpoint.config_digest, plan),
         reads=checkpoint.root,
         origin=origin,
+        notes=checkpoint.notes,
         auxiliary=checkpoint.auxiliary,
         describe=lambda moved: _model(checkpoint, plan, moved),
         dropped=_dropped(plan),
@@ -143,11 +150,11 @@ def recordable(directory: Path) -> str:
     return path
 
 
-def _open_repository(repository: Repository) -> Checkpoint:
+def _open_repository(repository: Repository, harmless: Iterable[str]) -> Checkpoint:
     from .checkpoint import hub
 
     repository.download_small(AUXILIARY)
-    return hub.open_checkpoint(repository)
+    return hub.open_checkpoint(repository, harmless)
 
 
 def _into_own(model: Path | Repository, output: Path) -> Repository:
@@ -360,6 +367,7 @@ def _model(checkpoint: Checkpoint, plan: Plan, moved: dict[str, Moved]) -> Model
         commit=checkpoint.commit,
         parameters=plan.parameters,
         files=[SourceFile(n, f.size, digest_of(by_file[n])) for n, f in sorted(checkpoint.files.items())],
+        harmless=sorted(checkpoint.harmless),
     )
 
 

@@ -17,6 +17,7 @@ from msconv_runtime.errors import CheckpointError
 from ..layout import dtypes
 from ..layout.model import TensorInfo
 from ..layout.names import shorten
+from .unsupported import refuse_elements
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 16 << 20  # 92,000 tensors need 10 MB
@@ -138,6 +139,8 @@ def _tensor(name: str, entry: object, path: Path, base: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise bad("its entry is not an object")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if isinstance(code, str):
+        refuse_elements(str(path), name, code)
     if not isinstance(code, str) or code not in dtypes.NAMES:
         raise bad(f"unknown element type {shorten(reprlib.repr(code))}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(n) for n in shape):

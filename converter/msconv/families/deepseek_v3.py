@@ -8,6 +8,7 @@ from ..layout.cuts import COLS, COPY, HEAD_COLS, ROWS, Cut
 from ..layout.model import Table
 from ..layout.rules import Drop, Part, fuse, keep, only, take
 from .config import MAX_EXPERTS, Family, Mla, Moe, Reader
+from .keys import COMMON
 from .qwen3 import DENSE_MLP, DROPS, EMBEDDING, HEAD, A, L, M
 from .qwen3_moe import EXPERTS
 
@@ -59,6 +60,8 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
         r.problems.append(
             f"num_key_value_heads {kv_heads}: latent attention has one for each of its {heads} heads"
         )
+    r.same("n_routed_experts", "num_local_experts")
+    r.same("num_nextn_predict_layers", "num_mtp_layers")
     mla = Mla(
         q_lora=r.count("q_lora_rank"),
         kv_lora=r.whole("kv_lora_rank"),
@@ -69,6 +72,7 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
     )
     if mla.rope % 2:
         r.problems.append(f"qk_rope_head_dim {mla.rope} is odd: rotary embedding needs pairs")
+    _check_widths(r, mla)
     dense = r.count("first_k_dense_replace")
     ffn = r.whole("moe_intermediate_size")
     moe = Moe(
@@ -101,7 +105,24 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
     }
 
 
+def _check_widths(r: Reader, mla: Mla) -> None:
+    """Widths that follow from others: `head_dim` is that of rotation in what transformers saves."""
+    for key, values in (
+        ("qk_head_dim", (mla.nope + mla.rope,)),
+        ("head_dim", (mla.rope, mla.nope + mla.rope)),
+    ):
+        if r.raw.get(key) is not None and r.raw[key] not in values:
+            r.problems.append(f"{key} {r.raw[key]}: {' or '.join(map(str, values))} is what the other widths give")
+
+
 V32 = "index_topk, index_n_heads, index_head_dim: the sparse attention of DeepSeek-V3.2 is not supported"
+
+KEYS = COMMON.plus(
+    """q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim qk_head_dim v_head_dim rope_interleave
+    first_k_dense_replace moe_layer_freq n_routed_experts num_local_experts n_shared_experts num_experts_per_tok
+    moe_intermediate_size n_group topk_group topk_method scoring_func norm_topk_prob routed_scaling_factor
+    num_nextn_predict_layers num_mtp_layers index_topk index_n_heads index_head_dim"""
+)
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
@@ -118,4 +139,6 @@ DEEPSEEK_V3 = Family(
         (*DROPS, Drop("model.layers.{mtp}.*", "multi-token prediction layer, not part of the decoder", "mtp")),
     ),
     read=read,
+    keys=KEYS,
+    aliases=("kimi_k2",),
 )

@@ -58,4 +58,5 @@ QWEN3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
     table=Table((*EMBEDDING, *ATTENTION, *DENSE_MLP, *HEAD), DROPS),
+    windows_by_layer=True,
 )

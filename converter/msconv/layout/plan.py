@@ -173,7 +173,10 @@ def make_plan(
     source_dtype = _common_dtype(outputs, sources, dtype, errors)
     errors += _divisions(outputs, sizes, mesh)
     if errors:
-        hint = "Download the checkpoint again, or check that config.json belongs to these weights."
+        hint = (
+            "The files are whole: downloading them again gives the same.  Check that config.json belongs to these "
+            "weights, and that this model is one that msconv converts."
+        )
         raise PlanError("\n".join(errors), hint if damaged else _hint(outputs, sizes, mesh))
     dtype = dtype or source_dtype
 

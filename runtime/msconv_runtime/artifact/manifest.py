@@ -31,6 +31,7 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     commit: str = ""
     parameters: int = 0
     files: list[SourceFile] = []
+    harmless: list[str] = []  # keys of config.json that a person said change nothing
 
 
 class Parallel(msgspec.Struct, frozen=True, omit_defaults=True):
