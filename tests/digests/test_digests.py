@@ -1,0 +1,56 @@
+"""What is made of small checkpoints is, byte for byte, what the code of 07fe90e made of them.
+
+If a change of bytes is meant, people must convert or compile again: say so in CHANGELOG.md, and
+`python -m tests.digests.table > tests/digests/table.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.digests.models import MODELS
+from tests.digests.table import ALL, QUICK, Case, Entries, differences, digests_of
+
+TABLE: dict[str, Entries] = json.loads(Path(__file__).with_name("table.json").read_text())
+CASES = ALL if os.environ.get("MSCONV_EVERY_LAYOUT") else QUICK
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("digests")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_same_bytes_as_ever(case: Case, work: Path) -> None:
+    problems = differences(case, TABLE[case.name], digests_of(case, work))
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_each_run_takes_every_model_and_every_graph() -> None:
+    assert {case.model for case in QUICK} == set(MODELS)
+    graphs = {name.partition(" ")[2] for entries in TABLE.values() for name in entries if name.startswith("graph ")}
+    taken = {graph for graph in graphs if graph.startswith(tuple(t for case in QUICK for t in case.targets))}
+    assert taken == graphs
+    assert len(graphs) == 4 * 3
+
+
+def test_the_table_has_every_case() -> None:
+    assert {case.name for case in ALL} == TABLE.keys()
+    for case in ALL:
+        made = {name.split()[1].partition("/")[0] for name in TABLE[case.name] if name.startswith("graph ")}
+        assert set(case.targets) <= made
+
+
+def test_what_differs_is_named() -> None:
+    case = Case("qwen3", 2, targets=("cpu",))
+    name, table = "tensor model.norm.weight", TABLE[case.name]
+    first, second = table[name].split()
+    assert differences(case, table, {**table, name: f"{first} 0"})[0].startswith(
+        "qwen3 tp 2 ep 1: tensor model.norm.weight of rank 1: other bytes"
+    )
+    assert second != "0"
