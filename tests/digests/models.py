@@ -105,23 +105,28 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Tensors]]] = 
 }
 
 
-def write_model(directory: Path, name: str, shards: int = 2) -> Path:
+def write_model(directory: Path, name: str) -> Path:
     """The checkpoint of a model of the list, made in `directory`.  Returns it."""
     config, tensors_of = MODELS[name]
-    tensors = tensors_of(config)
+    return write_checkpoint(directory, config, tensors_of(config))
+
+
+def write_checkpoint(directory: Path, config: dict[str, Any], tensors: Tensors, shards: int = 2) -> Path:
+    """A checkpoint of random values.  A scale lies beside its tensor, or in another shard."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(20260)
     files: list[Tensors] = [{} for _ in range(shards)]
     for i, key in enumerate(sorted(tensors, key=lambda key: (-ITEM[tensors[key][0]], key))):
-        files[i % shards][key] = tensors[key]  # a scale lies beside its tensor or not
+        files[i % shards][key] = tensors[key]
     index: dict[str, str] = {}
     for number, file in enumerate(files, 1):
         path = directory / shard_name(number, shards)
         head, _ = header(file)
         path.write_bytes(head + b"".join(random_bytes(rng, key, *tensor) for key, tensor in file.items()))
         index |= dict.fromkeys(file, path.name)
-    write_index(directory, index, sum(math.prod(shape) * ITEM[code] for code, shape in tensors.values()))
+    if shards > 1:
+        write_index(directory, index, sum(math.prod(shape) * ITEM[code] for code, shape in tensors.values()))
     return directory
 
 

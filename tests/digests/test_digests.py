@@ -33,7 +33,9 @@ def test_the_same_bytes_as_ever(case: Case, work: Path) -> None:
 
 def test_each_run_takes_every_model_and_every_graph() -> None:
     assert {case.model for case in QUICK} == set(MODELS)
-    graphs = {name.partition(" ")[2] for entries in TABLE.values() for name in entries if name.startswith("graph ")}
+    graphs = {
+        name.partition(" ")[2] for entries in TABLE.values() for name in entries if name.startswith("graph ")
+    }
     taken = {graph for graph in graphs if graph.startswith(tuple(t for case in QUICK for t in case.targets))}
     assert taken == graphs
     assert len(graphs) == 4 * 3
