@@ -83,11 +83,12 @@ def digests_of(case: Case, work: Path) -> Entries:
 
 
 def msconv(*args: object) -> None:
-    """A command, in this process."""
+    """A command, in this process.  It must succeed."""
     from msconv.cli import cli
 
     with redirect_stdout(sys.stderr):
-        cli.main(["--quiet", *map(str, args)], prog_name="msconv", standalone_mode=False)
+        code = cli.main([*map(str, args)], prog_name="msconv", standalone_mode=False)
+    assert not code, f"{args}: exit code {code}"
 
 
 def weights(artifact: Path, tp: int) -> Entries:

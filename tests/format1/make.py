@@ -17,7 +17,6 @@ from tests.digests.models import DEEPSEEK_V3, qwen3, write_checkpoint
 from tests.published import deepseek_v3
 from tests.synthetic import qwen3_config
 
-WORDS = "<unk> <s> </s> the one who sees a graph of ranks and pages is happy today . , ?".split()
 VOCAB = 64
 QWEN3: dict[str, Any] = qwen3_config(
     num_hidden_layers=2, head_dim=8, max_position_embeddings=256, vocab_size=VOCAB
@@ -55,7 +54,7 @@ def make_checkpoints(directory: Path) -> None:
 
 def write_tokenizer(directory: Path) -> None:
     """A token a word; what is no word is <unk>."""
-    words = {word: i for i, word in enumerate([*WORDS, *(f"word{i}" for i in range(VOCAB - len(WORDS)))])}
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"word{i}": i for i in range(3, VOCAB)}
     tokenizer = {
         "version": "1.0",
         "added_tokens": [],
