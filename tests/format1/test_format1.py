@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from msconv_runtime import Session
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import FORMAT, digest_bytes, read_manifest
 from tests.checkpoints import read_rank, read_tree
 from tests.commands import Result, run_msconv
 from tests.digests.table import msconv
@@ -59,6 +59,19 @@ def test_they_are_of_the_first_format(name: str) -> None:
     assert {target for target, _ in phases} == set(TARGETS[name])
     read = {(g.target, g.name) for g in read_manifest(HERE / name).graphs}
     assert read == {(target, TODAY.get(phase, phase)) for target, phase in phases}
+
+
+def test_a_format_newer_than_todays_is_refused_with_both_numbers(old: Old) -> None:
+    root = old("qwen3-tp1")
+    path = root / "msconv.json"
+    path.write_text(path.read_text().replace('"format": 1', f'"format": {FORMAT + 1}'))
+    (root / "READY").write_text(digest_bytes(path.read_bytes()) + "\n")
+    for command in ("inspect", "verify", "serve"):
+        done = run_msconv(command, root)
+        assert done.code == 1
+        words = f"this artifact has format {FORMAT + 1}; this msconv reads formats up to {FORMAT}"
+        assert words in " ".join(done.stderr.split())
+        assert "Upgrade msconv" in done.stderr
 
 
 @pytest.mark.parametrize("name", TARGETS)
