@@ -96,6 +96,13 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert [page.name for page in PAGES if page not in linked and page.name != "README.md"] == []
 
 
+def test_the_glossary_has_each_word_once_and_in_order() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.+) \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(), re.M)
+    words = [word.casefold() for word, _, _ in rows if word != "word"]
+    assert len(words) > 40
+    assert words == sorted(set(words))
+
+
 @cache
 def raised() -> list[str]:
     """The constant text of each string in the packages, with an ellipsis for what is put in."""
