@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import mindspore as ms
 from mindspore import Parameter, nn
 from mindspore.common.initializer import initializer
+
+DTYPES = {
+    "float32": ms.float32,
+    "bfloat16": ms.bfloat16,
+    "float16": ms.float16,
+    "int32": ms.int32,
+    "int8": ms.int8,
+}
+NAMES = {v: k for k, v in DTYPES.items()}
 
 
 def parameter(name: str, shape: tuple[int, ...], dtype: Any) -> Parameter:
