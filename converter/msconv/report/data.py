@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from msconv_runtime.artifact import Graph, Manifest, TensorEntry, Weights
+from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.roles import best_variant
 from msconv_runtime.targets import TARGETS, is_for_npu
 
@@ -16,7 +17,6 @@ from ..convert import default_name
 from ..families import FAMILIES, DecoderConfig
 from ..layout.coverage import unused_names
 from ..layout.cuts import Mesh
-from ..layout.dtypes import SIZES
 from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
 from ..layout.model import expand
 from ..layout.names import fold
@@ -305,7 +305,7 @@ def _phase(g: Graph, timing: Timing | None) -> Data:
 
 
 def _nbytes(shape: list[int], dtype: str) -> int:
-    size = SIZES[dtype]
+    size = DTYPES[dtype].nbytes
     for n in shape:
         size *= n
     return size
