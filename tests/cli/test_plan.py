@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from msconv.layout.dtypes import SIZES
+
 from tests.commands import Result, run_msconv
 from tests.synthetic import qwen3_config, qwen3_shapes, write_synthetic
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msconv.layout.dtypes import NAMES
 
 from msconv.compile import begin_without_weights
 from msconv.convert import prepare
 from msconv.estimate import estimate
 from msconv.families import configure
 from msconv.layout.cuts import Mesh
-from msconv.layout.dtypes import NAMES
 from msconv.layout.memory import kv_bytes_per_token
 from msconv.layout.model import TensorInfo
 from msconv.layout.plan import Move, Plan, constant_bytes, make_plan

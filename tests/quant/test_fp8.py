@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msconv.quant.fp8 import Blocks, count_nan, dequantise
 from numpy.typing import NDArray
 
 from msconv.quant import kernels
-from msconv.quant.fp8 import Blocks, count_nan, dequantise
 from tests.commands import run_python
 from tests.moe_checkpoints import E4M3
 

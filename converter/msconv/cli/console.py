@@ -24,7 +24,6 @@ from msconv_runtime.artifact import is_artifact
 from msconv_runtime.dtypes import VALUE_DTYPES
 from msconv_runtime.errors import MsconvError, UsageError
 
-
 ARTIFACTS = Path("artifacts")
 INTERRUPTED = 130
 

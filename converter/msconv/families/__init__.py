@@ -21,6 +21,12 @@ FAMILIES: tuple[Family, ...] = tuple(
     if isinstance(value, Family)
 )
 
+
+def family_named(name: str) -> Family | None:
+    """The family of this `model_type`, which artifacts record."""
+    return next((f for f in FAMILIES if f.name == name), None)
+
+
 NEIGHBOURS = {  # look alike, compute something else
     "DeepseekV2ForCausalLM": "DeepSeek-V2 routes by softmax without a correction bias, V3 by sigmoid with one",
     "DeepseekV32ForCausalLM": V32,
@@ -54,4 +60,4 @@ def configure(raw: dict[str, object], where: str) -> tuple[Family, DecoderConfig
     return family, read_config(raw, family, where)
 
 
-__all__ = ["FAMILIES", "DecoderConfig", "Family", "configure", "family_of", "read_config"]
+__all__ = ["FAMILIES", "DecoderConfig", "Family", "configure", "family_named", "family_of", "read_config"]

@@ -15,6 +15,7 @@ from msconv_runtime.errors import CheckpointError
 
 from ..layout.model import Sizes, Table
 from ..layout.names import shorten
+from ..quant import WeightFormat, read_formats
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 65536
@@ -76,7 +77,7 @@ class Mla:
 class DecoderConfig:
     """A decoder-only model.  Counts and widths are those of the whole model, before any cut.
 
-    `head_dim`: of queries and keys.  `block`: rows and columns that share a scale in an FP8 checkpoint.
+    `head_dim`: of queries and keys.  `formats`: in which matrices may be stored besides plain.
     `mtp_layers`: layers after the last, for multi-token prediction.
     """
 
@@ -95,7 +96,7 @@ class DecoderConfig:
     dtype: str = ""
     moe: Moe | None = None
     mla: Mla | None = None
-    block: tuple[int, int] = (0, 0)
+    formats: tuple[WeightFormat, ...] = ()
     mtp_layers: int = 0
 
     @property
@@ -148,7 +149,7 @@ class DecoderConfig:
                 "pairs": mla.rope if mla.interleaved else 0,
             }
             traits.add("q_lora" if mla.q_lora else "no_q_lora")
-        return Sizes(dims, self.layers, frozenset(traits), kinds, self.block)
+        return Sizes(dims, self.layers, frozenset(traits), kinds, self.formats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +245,7 @@ def read_config(raw: dict[str, object], family: Family, where: str) -> DecoderCo
         attention_bias=r.flag("attention_bias", False),
         rope=_rope(raw, r, max_positions),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or ""),
-        block=_block(raw, r),
+        formats=read_formats(raw, r.problems),
     )
     if family.read is not None:
         config = replace(config, **family.read(r, layers))
@@ -254,28 +255,6 @@ def read_config(raw: dict[str, object], family: Family, where: str) -> DecoderCo
             + "\n".join(f"  {p}." for p in dict.fromkeys(r.problems))
         )
     return config
-
-
-def _block(raw: dict[str, object], r: Reader) -> tuple[int, int]:
-    """Rows and columns of a scale's block, (0, 0) if nothing is quantised."""
-    quant = raw.get("quantization_config")
-    if not quant:
-        return 0, 0
-    if not isinstance(quant, dict):
-        r.problems.append(f"quantization_config = {_show(quant)}: an object is needed")
-        return 0, 0
-    q = Reader(quant, "quantization_config: ")
-    q.one_of("quant_method", "fp8")
-    q.one_of("fmt", "e4m3")
-    block = quant.get("weight_block_size")
-    sizes = [n for n in block if type(n) is int and 1 <= n <= 1 << 20] if isinstance(block, list) else []
-    if not isinstance(block, list) or len(block) != 2 or len(sizes) != 2:
-        q.problems.append(
-            f"{q.prefix}weight_block_size = {_show(block)}: two sizes are needed, such as [128, 128]"
-        )
-        sizes = [1, 1]
-    r.problems += q.problems
-    return sizes[0], sizes[1]
 
 
 def _rope(raw: dict[str, object], r: Reader, max_positions: int) -> Rope:

@@ -1,7 +1,7 @@
 """The reference: transformers' model on the source checkpoint, float32, on the CPU, one layer in memory at a time.
 
 Weights are read here, apart from the family tables: by the names that transformers' modules have, experts and
-FP8 as published.  What a module wants and the checkpoint lacks is an error.
+quantised matrices as published.  What a module wants and the checkpoint lacks is an error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFa
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
 from ..checkpoint.reference import REPOSITORY, bring, open_reference
-from ..layout.dtypes import FP8
-from ..layout.model import SCALE
+from ..quant import format_of
 from .routing import closeness
 
 Logits = NDArray[np.float32]
@@ -75,7 +74,7 @@ class Reference:
         self.moe = checkpoint.config.moe
         config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
-            del config.quantization_config  # FP8 is widened by SourceWeights
+            del config.quantization_config  # codes are dequantised by SourceWeights
         if layers:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
@@ -169,7 +168,7 @@ class Reference:
 
 
 class SourceWeights:
-    """A checkpoint's tensors by the names of transformers' modules, widened to float32."""
+    """A checkpoint's tensors by the names of transformers' modules, in float32."""
 
     def __init__(self, checkpoint: Checkpoint, manifests: list[Manifest]) -> None:
         """Values are rounded to the types of each manifest in turn."""
@@ -200,14 +199,14 @@ class SourceWeights:
     def _one(self, name: str) -> Any:
         import torch
 
-        value = self._read(name)
-        if self.checkpoint.tensors[name].dtype == FP8:
-            rows, columns = self.checkpoint.config.block
-            scale = self._read(name + SCALE).repeat_interleave(rows, 0)[: len(value)]
-            value *= scale.repeat_interleave(columns, 1)[:, : value.shape[1]]
-        for by_name, default in self.types:
-            value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
-        return value
+        def rounds(value: Any) -> Any:
+            for by_name, default in self.types:
+                value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
+            return value
+
+        known = name in self.checkpoint.tensors
+        stored = format_of(name, self.checkpoint.tensors, self.checkpoint.config.formats) if known else None
+        return stored.reference(name, self._read, rounds) if stored else rounds(self._read(name))
 
     def _read(self, name: str) -> Any:
         import torch

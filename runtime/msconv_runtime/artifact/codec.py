@@ -68,7 +68,10 @@ def contradiction(manifest: Manifest) -> str:
             return f"{t.name} has {len(t.digests)} digests for {tp} ranks"
         if not 0 <= t.file < len(sizes[0]):
             return f"{t.name} is in file {t.file} of {len(sizes[0])}"
-        if min([*t.parts, *t.shape, t.begin], default=0) < 0 or math.prod(t.shape) * DTYPES[t.dtype].nbytes != t.nbytes:
+        if (
+            min([*t.parts, *t.shape, t.begin], default=0) < 0
+            or math.prod(t.shape) * DTYPES[t.dtype].nbytes != t.nbytes
+        ):
             return f"{t.name} has shape {t.shape} and {t.nbytes} bytes at {t.begin}"
         if t.begin + t.nbytes > min(s[t.file] for s in sizes):
             return f"{t.name} ends at byte {t.begin + t.nbytes}, past the end of its file"
