@@ -63,7 +63,7 @@ def _table(artifact: Artifact) -> Table:
     family = family_named(artifact.manifest.model.family)
     if family is None:
         raise ArtifactError(
-            f"{artifact.root}: is of the family {artifact.manifest.model.family}, which this version does not know.",
+            f"{artifact.root}: this version has no family {artifact.manifest.model.family}.",
             "Reshard it with the version that converted it, or convert the checkpoint again.",
         )
     return family.table

@@ -59,9 +59,11 @@ def _rounds(stored: str, wanted: str) -> bool:
 
 def element_type(dtype: str) -> Any:
     """MindSpore's type of this name.  Raises ArtifactError for a name that no graph may have."""
+    import mindspore
+
     if dtype not in DTYPES or not DTYPES[dtype].storable:
         raise ArtifactError(f"a graph takes elements of type {dtype[:40]}, which is not known.")
-    return DTYPES[dtype].of_mindspore
+    return getattr(mindspore, DTYPES[dtype].mindspore)
 
 
 def as_nz(matrix: Any) -> Any:

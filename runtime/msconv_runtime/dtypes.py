@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class ElementType:
-    """`name`: ours, which is also numpy's, torch's and MindSpore's (but for what `mindspore` says).  `code`: in a
+    """`name`: ours, which is also numpy's, torch's and MindSpore's (but for `other_name`).  `code`: in a
     safetensors header.  `largest`: largest finite value of a float, as text for people; "" for whole numbers.
     `storable`: tensors of an artifact may have it."""
 
@@ -19,7 +19,12 @@ class ElementType:
     code: str
     largest: str = ""
     storable: bool = False
-    mindspore: str = ""
+    other_name: str = ""
+
+    @property
+    def mindspore(self) -> str:
+        """The name of MindSpore's attribute."""
+        return self.other_name or self.name
 
     @property
     def bits(self) -> np.dtype[Any]:
@@ -39,13 +44,6 @@ class ElementType:
         import ml_dtypes
 
         return np.dtype(getattr(ml_dtypes, self.name))
-
-    @property
-    def of_mindspore(self) -> Any:
-        """MindSpore's type; loads MindSpore."""
-        import mindspore
-
-        return getattr(mindspore, self.mindspore or self.name)
 
 
 OF_ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -67,7 +65,7 @@ DTYPES = {
         ElementType("uint32", 4, "U32"),
         ElementType("int64", 8, "I64"),
         ElementType("uint64", 8, "U64"),
-        ElementType("bool", 1, "BOOL", mindspore="bool_"),
+        ElementType("bool", 1, "BOOL", other_name="bool_"),
     )
 }
 BY_CODE = {t.code: t for t in DTYPES.values()}

@@ -10,7 +10,7 @@ ATTN, MLP = LAYER + "self_attn.", LAYER + "mlp."
 
 
 def qkv(kind: str, *inner: str, when: str = "") -> Rule:
-    """Queries, keys and values of all heads, their matrices or their biases, as one.  `inner`: the inputs' size."""
+    """Queries, keys and values of all heads, matrices or biases, as one.  `inner`: the size of the input."""
     return fuse(
         f"{ATTN}qkv_proj.{kind}",
         Part(f"{ATTN}q_proj.{kind}", ("q", *inner), HEADS),

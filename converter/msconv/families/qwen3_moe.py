@@ -8,7 +8,6 @@ from ..layout.model import Table
 from ..layout.rules import only
 from .blocks import ATTENTION, DENSE_MLP, DROPS, EMBEDDING, EXPERTS, HEAD
 from .config import MAX_EXPERTS, Family, Moe, Reader
-from .qwen3 import ATTENTION, DENSE_MLP, DROPS, EMBEDDING, HEAD
 
 
 def read(r: Reader, layers: int) -> dict[str, Any]:

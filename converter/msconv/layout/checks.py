@@ -1,4 +1,4 @@
-"""What is wrong between a weight table, a checkpoint's headers and a layout: problems are collected, for people."""
+"""What does not fit between a weight table, a checkpoint's headers and a layout, collected as text."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def common_dtype(
     dtype: str | None,
     errors: list[str],
 ) -> str:
-    """The element type that most values have.  What is no value or code of its format goes to `errors`, and so does
-    a mixture, unless `dtype` says what all shall become."""
+    """The element type that most values have.  What is no value or code of its format goes to `errors`, and so
+    does a mixture, unless `dtype` says what all shall become."""
     seen: dict[str, list[str]] = {}
     odd: dict[str, list[str]] = {}
     for output in outputs:

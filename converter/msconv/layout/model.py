@@ -96,9 +96,9 @@ def expected_sources(
 ) -> dict[str, TensorInfo]:
     """Every source tensor that the configuration promises, with its shape: headers without a checkpoint.
 
-    `own`: element types of an artifact's tensors by name, for rules that keep the checkpoint's and for what is kept
-    as codes.  `quantised`: the matrices of all layers are stored in the first of the configuration's formats, as
-    published checkpoints do it."""
+    `own`: element types of an artifact's tensors by name, for rules that keep the checkpoint's and for what is
+    kept as codes.  `quantised`: the matrices of all layers are stored in the first of the configuration's
+    formats, as published checkpoints do it."""
     out: dict[str, TensorInfo] = {}
     stored = own or {}
     for output in expand(table, sizes):

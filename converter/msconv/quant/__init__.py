@@ -27,8 +27,8 @@ FORMATS: tuple[type[WeightFormat], ...] = tuple(
 
 
 def read_formats(raw: Mapping[str, object], problems: list[str]) -> tuple[WeightFormat, ...]:
-    """The formats in which a config.json says that matrices are stored, besides plain; () if it says nothing.  What
-    cannot be obeyed is added to `problems`."""
+    """The formats in which a config.json says that matrices are stored, besides plain; () if it says nothing.
+    What cannot be obeyed is added to `problems`."""
     config = raw.get("quantization_config")
     if not config:
         return ()
@@ -43,8 +43,8 @@ def read_formats(raw: Mapping[str, object], problems: list[str]) -> tuple[Weight
 
 
 def format_of(matrix: str, headers: Mapping[str, Header], formats: Sequence[WeightFormat]) -> WeightFormat | None:
-    """The format in which a checkpoint stores the matrix of this name: one of `formats`, or plain.  None if none of
-    them has such element types."""
+    """The format in which a checkpoint stores the matrix of this name: one of `formats`, or plain.  None if none
+    of them has such element types."""
     return next((f for f in (*formats, PLAIN) if f.claims(matrix, headers)), None)
 
 

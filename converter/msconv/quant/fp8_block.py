@@ -90,8 +90,8 @@ class Fp8Block(WeightFormat):
 
 
 class Blocks:
-    """A matrix's scales, [ceil(rows/b0), ceil(cols/b1)] float32: a Decoder.  Tables are made for the blocks that are
-    asked for, so that small blocks cost no more memory than their values."""
+    """A matrix's scales, [ceil(rows/b0), ceil(cols/b1)] float32: a Decoder.  Tables are made for the blocks that
+    are asked for, so that small blocks cost no more memory than their values."""
 
     def __init__(
         self, scales: NDArray[np.float32], block: tuple[int, int], dtype: np.dtype[Any], matrix: str = ""

@@ -1,8 +1,8 @@
-"""The record of a weight format: how a matrix is stored in a checkpoint and in an artifact, and what is done with it.
+"""The record of a weight format: how a matrix is stored in a checkpoint and in an artifact, and what is done with
+it.
 
-A format is one file in this directory with a class of its own.  Nothing here knows a model, a rank or a disk, and no
-framework is imported before a method that needs it is called.
-"""
+A format is one file in this directory with a class of its own.  Nothing here knows a model, a rank or a disk, and
+no framework is imported before a method that needs it is called. """
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Stored:
     """One of the tensors that a matrix is stored as.
 
     `name`: with `{matrix}` for the matrix's own name (`...q_proj.weight`), or `{module}` for what comes before its
-    last dot.  `shape`: from the matrix's rows and columns.  `dtype`: its element type, "" for that of the artifact's
-    values.  `along`: what its entries belong to, and so how they are cut: `matrix`, as the matrix is; `rows`, one
-    entry or row of entries for each row of the matrix, in the same order; `whole`, all of them on every rank.
-    """
+    last dot.  `shape`: from the matrix's rows and columns.  `dtype`: its element type, "" for that of the
+    artifact's values.  `along`: what its entries belong to, and so how they are cut: `matrix`, as the matrix is;
+    `rows`, one entry or row of entries for each row of the matrix, in the same order; `whole`, all of them on
+    every rank. """
 
     name: str
     shape: Callable[[int, int], tuple[int, ...]]
@@ -65,13 +65,13 @@ class Kept:
         return [(t.of(name), t.local_shape(shape), t.dtype) for t in self.stored]
 
     def multiply(self, ops: Any) -> Any:
-        """What a graph calls as (x [T, inner], *tensors of a matrix [out, inner]) -> [T, out].  Called once for each
-        matrix, while the graph is built; `ops` are the operations of a target."""
+        """What a graph calls as (x [T, inner], *tensors of a matrix [out, inner]) -> [T, out].  Called once for
+        each matrix, while the graph is built; `ops` are the operations of a target."""
         return ops.product()
 
     def values(self, ops: Any) -> Any | None:
-        """What a graph calls as (*tensors) -> the matrix, or the experts' matrices, in `ops.dtype`: for products of
-        another form than `multiply`'s (experts, latent attention).  None: the first tensor has the values."""
+        """What a graph calls as (*tensors) -> the matrix, or the experts' matrices, in `ops.dtype`: for products
+        of another form than `multiply`'s (experts, latent attention).  None: the first tensor has the values."""
         return None
 
 
@@ -95,8 +95,8 @@ class Decoder(Protocol):
         """Raises CheckpointError if a code stands for no number."""
 
     def rows(self, codes: NDArray[np.uint8], first: int, out: Array) -> int:
-        """Rows of the matrix from `first` on: codes [R, C] -> [R, C].  Returns how many of them are numbers that the
-        output's type cannot hold."""
+        """Rows of the matrix from `first` on: codes [R, C] -> [R, C].  Returns how many of them are numbers that
+        the output's type cannot hold."""
 
     def transposed(self, codes: NDArray[np.uint8], top: int, left: int, out: Array) -> int:
         """The rectangle that begins at (top, left), transposed: codes [R, C] -> [C, R].  Returns as `rows`."""
@@ -137,7 +137,7 @@ class WeightFormat(Kept, ABC):
 
     @property
     def is_kept(self) -> bool:
-        """Whether its codes are in the artifact as they are; else matrices are decoded while they are converted."""
+        """Whether an artifact has its codes as they are; else they are decoded while they are converted."""
         return self.stored[0].dtype == self.element
 
     def companions(self, matrix: str) -> tuple[str, ...]:

@@ -73,8 +73,7 @@ def move_unit(work: Work, unit: tuple[str, ...]) -> list[Moved]:
 
 
 def _decoder(work: Work, name: str, digests: dict[str, str]) -> Decoder | None:
-    """What makes values of this source's codes, from its companions, which are read whole; None if it is moved as it
-    is."""
+    """What makes values of this source's codes; its companions are read whole.  None: it is moved as it is."""
     plan = work.plan
     if not plan.is_decoded(name):
         return None

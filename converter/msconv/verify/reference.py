@@ -204,16 +204,19 @@ class SourceWeights:
                 value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
             return value
 
-        known = name in self.checkpoint.tensors
-        stored = format_of(name, self.checkpoint.tensors, self.checkpoint.config.formats) if known else None
+        self._require(name)
+        stored = format_of(name, self.checkpoint.tensors, self.checkpoint.config.formats)
         return stored.reference(name, self._read, rounds) if stored else rounds(self._read(name))
+
+    def _require(self, name: str) -> None:
+        if name not in self.checkpoint.tensors:
+            raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
 
     def _read(self, name: str) -> Any:
         import torch
         from safetensors import safe_open
 
-        if name not in self.checkpoint.tensors:
-            raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
+        self._require(name)
         path = self.checkpoint.files[self.checkpoint.tensors[name].file].path
         with safe_open(path, framework="pt") as opened:  # kept open, its pages stay in memory
             return opened.get_tensor(name).to(torch.float32, copy=True)
