@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from msconv.stream.blocks import BufferSizes
 
 from msconv.convert import prepare, run
+from msconv.stream.buffers import BufferSizes
 from msconv_runtime.artifact import Artifact, read_manifest
 from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import (

@@ -1,8 +1,7 @@
-"""The record of a weight format: how a matrix is stored in a checkpoint and in an artifact, and what is done with
-it.
+"""The record of a weight format: how a matrix is stored, in a checkpoint and in an artifact, and multiplied by.
 
 A format is one file in this directory with a class of its own.  Nothing here knows a model, a rank or a disk, and
-no framework is imported before a method that needs it is called. """
+no framework is imported before a method that needs it is called."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ class Stored:
     last dot.  `shape`: from the matrix's rows and columns.  `dtype`: its element type, "" for that of the
     artifact's values.  `along`: what its entries belong to, and so how they are cut: `matrix`, as the matrix is;
     `rows`, one entry or row of entries for each row of the matrix, in the same order; `whole`, all of them on
-    every rank. """
+    every rank."""
 
     name: str
     shape: Callable[[int, int], tuple[int, ...]]
