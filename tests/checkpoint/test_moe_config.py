@@ -304,7 +304,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         moe_layer_freq=2,
         index_topk=2048,
         num_key_value_heads=1,
-        quantization_config={"quant_method": "gptq"},
+        quantization_config={"fmt": "e5m2"},
         hidden_act="gelu",
         norm_topk_prob="yes",
     )
@@ -313,7 +313,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         *(
             "index_topk",
             "num_key_value_heads",
-            "quant_method",
+            "fmt = ",
             "weight_block_size",
             "hidden_act",
             "norm_topk_prob",

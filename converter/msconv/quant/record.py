@@ -137,7 +137,7 @@ class WeightFormat(Kept, ABC):
     @property
     def is_kept(self) -> bool:
         """Whether an artifact has its codes as they are; else they are decoded while they are converted."""
-        return self.stored[0].dtype == self.element
+        return self.stored[0].dtype != ""
 
     def companions(self, matrix: str) -> tuple[str, ...]:
         """Names of a checkpoint's other tensors of the matrix."""
