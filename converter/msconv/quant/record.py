@@ -132,7 +132,7 @@ class WeightFormat(Kept, ABC):
     @property
     def needs(self) -> str:
         """What wants the other tensors, for messages: "blocks of 128x128"."""
-        return self.title
+        return f"{self.title} codes"
 
     @property
     def is_kept(self) -> bool:
