@@ -212,5 +212,5 @@ def test_what_does_not_fit_is_refused(
 def test_codes_without_a_configuration_are_refused(model: Model, tmp_path: Path) -> None:
     save(model("qwen3"), tmp_path / "model", read_checkpoint(model("qwen3")))
     edit_json(tmp_path / "model" / "config.json", quantization_config=None)
-    with pytest.raises(PlanError, match="is int8, and config.json has no"):
+    with pytest.raises(PlanError, match="is int8, and config"):
         prepare(tmp_path / "model", 1)
