@@ -14,7 +14,7 @@ from .artifact.integrity import refuse_damage
 from .artifact.weights import LoadMode, RankWeights, check_size
 from .dtypes import DTYPES, is_float
 from .errors import ArtifactError
-from .native import LIBRARY, Library
+from .kernels import LIBRARY, Library
 from .targets import TARGETS
 
 TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other

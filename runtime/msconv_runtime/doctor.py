@@ -122,7 +122,7 @@ def usable_cores() -> int:
 def no_kernels() -> str:
     """Why the CPU's compiled kernels cannot be had here, or "".  Builds them if that was never done."""
     try:
-        from .native import library
+        from .kernels import library
     except ImportError as e:
         return f"{e.name} is not installed"
     return library().why

@@ -14,9 +14,9 @@ from .artifact import Artifact, Graph, GraphInput
 from .artifact.weights import LoadMode
 from .binding import TESTED_MINDSPORE, bind, element_type, load_weights
 from .errors import EnvironmentProblem
-from .native import Library, library, use_threads
+from .kernels import Library, library, use_threads
 from .paging import Batch, Sequences, attention_mask, chunks
-from .roles import COMPILED, DECODE, LOGITS, MIXED, PREFILL, Role, graph_for, of_variant
+from .roles import COMPILED, DECODE, LOGITS, MIXED, PREFILL, ROLES, Role, graph_for, of_variant
 from .targets import target_named
 
 FREE_PAGE = 16
@@ -99,18 +99,18 @@ class Graphs:
 
     def run(self, asked: Role, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         """The outputs, by name, of the graph that answers `asked` for this batch."""
-        return self._call(graph_for(self.entries, asked, batch).role, batch, caches)
+        return self._call(graph_for(self.entries, asked, batch), batch, caches)
 
-    def _call(self, role: str, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
+    def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         from mindspore import Tensor
 
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
         if self.target.mask is not None:
-            mask = attention_mask(role == PREFILL.name, batch, self.target.mask)
+            mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(Tensor(mask, element_type(self.target.dtype)))
-        found = self.cells[role](*inputs, *caches)
+        found = self.cells[graph.role](*inputs, *caches)
         outputs = found if isinstance(found, tuple) else (found,)
-        names = [o.name for o in self.entries[role].outputs]
+        names = [o.name for o in graph.outputs]
         return {name: _on_host(out) for name, out in zip(names, outputs, strict=True)}
 
     @property

@@ -13,7 +13,7 @@ from msconv_runtime import binding
 from msconv_runtime.artifact import Artifact, GraphInput
 from msconv_runtime.errors import ArtifactError
 from msconv_runtime.graphs import Graphs, Place
-from msconv_runtime.native import Library
+from msconv_runtime.kernels import Library
 from msconv_runtime.paging import Batch
 from msconv_runtime.sglang.collectives import find_groups
 from msconv_runtime.sglang.launch import plan_launch, pool_problems

@@ -16,6 +16,7 @@ from msconv_runtime.errors import CheckpointError
 from ..layout.model import Sizes, Table
 from ..layout.names import shorten
 from ..quant import WeightFormat, read_formats
+from .attention import Attention
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 65536
@@ -78,7 +79,8 @@ class DecoderConfig:
     """A decoder-only model.  Counts and widths are those of the whole model, before any cut.
 
     `head_dim`: of queries and keys.  `formats`: in which matrices may be stored besides plain.
-    `mtp_layers`: layers after the last, for multi-token prediction.
+    `mtp_layers`: layers after the last, for multi-token prediction.  `windows`: of each layer's attention, () for
+    none.  `output_bias`: of attention; None if it is there where `attention_bias` is.
     """
 
     hidden: int
@@ -98,6 +100,9 @@ class DecoderConfig:
     mla: Mla | None = None
     formats: tuple[WeightFormat, ...] = ()
     mtp_layers: int = 0
+    qk_norm: bool = True
+    windows: tuple[int | None, ...] = ()
+    output_bias: bool | None = None
 
     @property
     def rope_dim(self) -> int:
@@ -110,6 +115,20 @@ class DecoderConfig:
         if self.mla and self.rope.mscale_all_dim and self.rope.factor > 1:
             scale *= (0.1 * self.rope.mscale_all_dim * math.log(self.rope.factor) + 1.0) ** 2
         return scale
+
+    def attention(self, layer: int) -> Attention:
+        """What a layer's attention computes, all ranks together."""
+        return Attention(
+            kind="heads" if self.mla is None else "latent",
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.softmax_scale,
+            window=self.windows[layer] if self.windows else None,
+            qk_norm=self.qk_norm and self.mla is None,
+            bias=self.attention_bias,
+            output_bias=self.attention_bias if self.output_bias is None else self.output_bias,
+        )
 
     def has_experts(self, layer: int) -> bool:
         return self.moe is not None and self.moe.layers[layer]

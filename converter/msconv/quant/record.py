@@ -74,9 +74,6 @@ class Kept:
         return None
 
 
-AS_VALUES = Kept()
-
-
 class Header(Protocol):
     """What a safetensors header says of a tensor."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from msconv_runtime.artifact import Artifact, Verified
 from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.native import library
+from msconv_runtime.kernels import library
 from msconv_runtime.roles import COMPILED, of_variant
 from msconv_runtime.targets import Target, target_named
 

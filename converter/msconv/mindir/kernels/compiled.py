@@ -1,4 +1,4 @@
-"""Compiled kernels of CPU graphs, by what they promise: msconv_runtime/native/kernels.cc."""
+"""Compiled kernels of CPU graphs, by what they promise: msconv_runtime/kernels/kernels.cc."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msconv_runtime.native import LIBRARY
+from msconv_runtime.kernels import LIBRARY
 
 from .table import Context, kernel
 
@@ -16,7 +16,7 @@ Attributes = dict[str, Any]
 EXPECTED = {"func_type": "aot", "cpp_infer_shape": True, "cpp_infer_type": True, "primitive_target": "CPU"}
 
 
-def native(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         def checked(c: Context, a: Attributes, *inputs: Any) -> Any:
             if a != EXPECTED:
@@ -29,36 +29,36 @@ def native(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-@native("Product")
+@compiled("Product")
 def product(x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.float().T
 
 
-@native("Rows")
+@compiled("Rows")
 def rows(table: Tensor, ids: Tensor) -> Tensor:
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(table)):
         raise IndexError(f"ids from {int(ids.min())} to {int(ids.max())} of {len(table)} rows")
     return table[ids.long()].float()
 
 
-@native("Norm")
+@compiled("Norm")
 def norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-@native("AddNorm")
+@compiled("AddNorm")
 def add_norm(delta: Tensor, x: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     total = x + delta
     return norm(total, weight, eps), total
 
 
-@native("Swiglu")
+@compiled("Swiglu")
 def swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
 
 
-@native("SplitHeads")
+@compiled("SplitHeads")
 def split_heads(
     qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, factors: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +73,7 @@ def split_heads(
     return x[:, :heads], x[:, None, heads:], parts[:, None, len(factors) :]
 
 
-@native("Attend")
+@compiled("Attend")
 def attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, contexts: Tensor, counts: Tensor
 ) -> Tensor:
@@ -93,7 +93,7 @@ def attend(
     return out.reshape(len(q), -1)
 
 
-@native("Experts")
+@compiled("Experts")
 def experts(h: Tensor, weights: Tensor, ids: Tensor, start: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     out = torch.zeros_like(h)
     for expert in range(len(gate_up)):

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msconv_runtime import native
+from msconv_runtime import kernels
 from msconv_runtime.errors import ArtifactError, UsageError
 from msconv_runtime.graphs import Graphs
-from msconv_runtime.native import Library, check, library
-from msconv_runtime.native.compiler import Compiler
+from msconv_runtime.kernels import Library, check, library
+from msconv_runtime.kernels.compiler import Compiler
 from tests.commands import run_python
 from tests.conftest import Checkpoints
 from tests.conversions import convert
@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("built")
     code = """
 from concurrent.futures import ThreadPoolExecutor
-from msconv_runtime.native import library
+from msconv_runtime.kernels import library
 with ThreadPoolExecutor(2) as pool:
     print({str(pool.submit(library).result().path) for _ in range(2)})
 """
@@ -73,8 +73,8 @@ def artifact(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) 
 
 def sources(to: Path, old: str, new: str) -> Path:
     """The kernels' sources with something changed."""
-    for name in native.SOURCES:
-        text = (Path(native.__file__).parent / name).read_text()
+    for name in kernels.SOURCES:
+        text = (Path(kernels.__file__).parent / name).read_text()
         assert name != "kernels.cc" or old in text
         (to / name).write_text(text.replace(old, new))
     return to
@@ -89,7 +89,7 @@ def test_kernels_are_built_once_and_kept(kept: Path, monkeypatch: pytest.MonkeyP
 def test_a_truncated_library_is_built_again(kept: Path) -> None:
     """Whoever loads its first half is ended by SIGBUS."""
     os.truncate(kept, kept.stat().st_size // 2)
-    done = run_python("from msconv_runtime.native import library; print(library().path)")  # it stays loaded
+    done = run_python("from msconv_runtime.kernels import library; print(library().path)")  # it stays loaded
     assert (done.code, done.stdout.strip()) == (0, str(kept)), done.stderr
     assert f"msconv: {kept} is built again: its digest differs" in done.stderr
 
@@ -109,7 +109,7 @@ def test_nothing_of_the_current_directory_is_run(
     changed = sources(tmp_path, "#include <cmath>", "#if 0\n#include <cmath>")
     (changed / "kernels.cc").write_text('extern "C" int none;')
     (tmp_path / "numpy.py").write_text("raise SystemExit('of the current directory')")
-    monkeypatch.setattr(native, "__file__", str(changed / "__init__.py"))
+    monkeypatch.setattr(kernels, "__file__", str(changed / "__init__.py"))
     monkeypatch.chdir(tmp_path)
     assert library().path is None
     assert "undefined symbol: Threads" in library().why
@@ -119,7 +119,7 @@ def test_what_computes_something_else_is_not_used(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     changed = sources(tmp_path, "a.best[r] = best;", "a.best[r] = best + 1;")
-    monkeypatch.setattr(native, "__file__", str(changed / "__init__.py"))
+    monkeypatch.setattr(kernels, "__file__", str(changed / "__init__.py"))
     found = library()
     assert found.path is None
     assert "do not work: Attend of 20 is off by" in found.why
@@ -128,7 +128,7 @@ def test_what_computes_something_else_is_not_used(
 
 def test_what_does_not_build_says_why(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     changed = sources(tmp_path, "#include <cmath>", "#error an old compiler")
-    monkeypatch.setattr(native, "__file__", str(changed / "__init__.py"))
+    monkeypatch.setattr(kernels, "__file__", str(changed / "__init__.py"))
     assert library().path is None
     assert "an old compiler" in library().why
 
@@ -159,7 +159,7 @@ def test_memory_that_runs_out_is_an_answer(kept: Path) -> None:
     code = """
 import resource, sys
 import numpy as np
-from msconv_runtime.native import check, library
+from msconv_runtime.kernels import check, library
 path = library().path
 x, weight = np.ones((2048, 4096), np.float32), np.ones((64, 4096), np.float32)
 check.call(path, "Product", [x, weight], (2048, 64))  # with its copy of x, 32 MB
@@ -197,7 +197,7 @@ int main() {
   }
 }
 """)
-    made, here = tmp_path / "parts", str(Path(native.__file__).parent)
+    made, here = tmp_path / "parts", str(Path(kernels.__file__).parent)
     subprocess.run(["g++", "-std=c++17", "-O2", "-pthread", f"-I{here}", "-o", made, program], check=True)
     done = subprocess.run([made], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
@@ -271,11 +271,11 @@ def test_threads_are_the_share_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> Non
         def Threads(self, count: Any) -> None:
             told.append(count.value)
 
-    monkeypatch.setattr(native, "library", lambda: Library(Path("x"), handle=Handle()))  # type: ignore[arg-type]
-    monkeypatch.setattr(native, "processors_allowed", lambda: 8)
+    monkeypatch.setattr(kernels, "library", lambda: Library(Path("x"), handle=Handle()))  # type: ignore[arg-type]
+    monkeypatch.setattr(kernels, "processors_allowed", lambda: 8)
     for ranks, limit in ((1, ""), (3, ""), (16, ""), (1, "4"), (4, "4"), (1, "0"), (1, "many")):
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
-        native.use_threads(ranks)
+        kernels.use_threads(ranks)
     assert told == [8, 2, 1, 4, 2, 8, 8]
 
 
@@ -293,16 +293,16 @@ def test_threads_are_the_share_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_containers_quota_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], allowed: int
 ) -> None:
-    monkeypatch.setattr(native, "CGROUP", tmp_path)
+    monkeypatch.setattr(kernels, "CGROUP", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    assert native.processors_allowed() == allowed
+    assert kernels.processors_allowed() == allowed
 
 
 def test_the_check_covers_every_operation() -> None:
-    text = (Path(native.__file__).parent / "kernels.cc").read_text()
+    text = (Path(kernels.__file__).parent / "kernels.cc").read_text()
     operations = {line.split("(")[1].split(")")[0] for line in text.splitlines() if line.startswith("OPERATION(")}
     tried = {name.partition(" ")[0] for name in check.examples(np.random.default_rng(0))}
     assert operations == tried != set()

@@ -8,9 +8,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from ..matrix import Matrix
+from ..operations import alike
 from ..parameters import parameter
 from ..spec import Local
-from .base import alike
 
 LEFT_OUT = -1e30  # score of an expert whose group was not chosen
 
@@ -68,28 +69,27 @@ class RouteSigmoid(nn.Cell):
 
 
 class _Experts(nn.Cell):
-    """`mine` turns ids of all experts into this rank's, [T*k], and says which are here at all (1.0 or 0.0)."""
+    """`mine` turns ids of all experts into this rank's, [T*k], and says which are on it at all (1.0 or 0.0)."""
 
-    def __init__(self, local: Local, prefix: str, start: Any | None) -> None:
+    def __init__(self, local: Local, matrices: tuple[Matrix, Matrix], start: Any | None) -> None:
         super().__init__()
         hidden = local.config.hidden
         self.count, self.ffn, self.top_k, self.hidden = local.experts, local.expert_ffn, local.moe.top_k, hidden
-        self.some = start is not None
-        self.gate_up = parameter(prefix + "gate_up_proj.weight", (self.count, hidden, 2 * self.ffn), ms.float32)
-        self.down = parameter(prefix + "down_proj.weight", (self.count, self.ffn, hidden), ms.float32)
-        if self.some:
+        self.has_ep = start is not None
+        self.gate_up, self.down = matrices
+        if self.has_ep:
             self.start = start
         self.matmul = ops.BatchMatMul()
 
     def mine(self, ids: Any, weights: Any) -> Any:
         ids = ids.reshape(-1)
-        if not self.some:
+        if not self.has_ep:
             return ids, None, weights
         ids = ids - self.start
-        here = ops.logical_and(ids >= 0, ids < self.count)
-        share = ops.cast(here, ms.float32)
+        is_mine = ops.logical_and(ids >= 0, ids < self.count)
+        share = ops.cast(is_mine, ms.float32)
         weights = weights * share.reshape(-1, self.top_k)
-        return ops.select(here, ids, ops.zeros_like(ids)), share.reshape(-1, 1), weights
+        return ops.select(is_mine, ids, ops.zeros_like(ids)), share.reshape(-1, 1), weights
 
     def compute(self, x: Any, gate_up: Any, down: Any) -> Any:
         gate, up = ops.split(self.matmul(x, gate_up), self.ffn, -1)
@@ -107,9 +107,7 @@ class ExpertsGathered(_Experts):
         tokens = ops.shape(h)[0]
         ids, _, weights = self.mine(ids, weights)
         x = ops.broadcast_to(h.reshape(tokens, 1, 1, self.hidden), (tokens, self.top_k, 1, self.hidden))
-        y = self.compute(
-            x.reshape(-1, 1, self.hidden), ops.gather(self.gate_up, ids, 0), ops.gather(self.down, ids, 0)
-        )
+        y = self.compute(x.reshape(-1, 1, self.hidden), self.gate_up.chosen(ids), self.down.chosen(ids))
         return self.sum_up(y, weights)
 
 
@@ -117,8 +115,8 @@ class ExpertsGrouped(_Experts):
     """Tokens gathered by expert into [E, C, hidden], C the most that any expert has: computed here, so that it
     always suffices."""
 
-    def __init__(self, local: Local, prefix: str, start: Any | None) -> None:
-        super().__init__(local, prefix, start)
+    def __init__(self, local: Local, matrices: tuple[Matrix, Matrix], start: Any | None) -> None:
+        super().__init__(local, matrices, start)
         self.numbers = Tensor(np.arange(self.count, dtype=np.int32))
         self.most = ops.ReduceMax()
         self.range = ops.Range()
@@ -132,12 +130,12 @@ class ExpertsGrouped(_Experts):
         same = ops.broadcast_to(ids.reshape(-1, 1), shape) == ops.broadcast_to(self.numbers, shape)
         chosen = ops.cast(same, ms.float32)
         x = ops.broadcast_to(h.expand_dims(1), (tokens, self.top_k, self.hidden)).reshape(-1, self.hidden)
-        if self.some:  # others' tokens count for nothing: their rows are zeros, added to the first place
+        if self.has_ep:  # others' tokens count for nothing: their rows are zeros, added to the first place
             chosen, x = chosen * alike(share, chosen), x * alike(share, x)
         most = ops.maximum(ops.cast(self.most(ops.sum(chosen, 0)), ms.int32), self.one)
         capacity = ops.shape(self.range(self.zero, most, self.one))[0]
         order = ops.cast(ops.sum(ops.cumsum(chosen, 0) * chosen, -1), ms.int32)
         place = ids * capacity + ops.maximum(order - 1, self.zero)
         x = self.scatter(place.reshape(-1, 1), x, (self.count * capacity, self.hidden))
-        y = self.compute(x.reshape(self.count, capacity, self.hidden), self.gate_up, self.down)
+        y = self.compute(x.reshape(self.count, capacity, self.hidden), self.gate_up.values(), self.down.values())
         return self.sum_up(ops.gather(y.reshape(-1, self.hidden), place, 0), weights)

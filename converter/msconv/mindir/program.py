@@ -53,13 +53,14 @@ class Program:
     declared: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # weight name -> type and shape
     inputs: list[str]
     nodes: list[Node]
-    output: str
+    output: str  # one value, or the tuple of several
     dtype: torch.dtype
+    num_outputs: int = 1
     last_use: dict[str, int] = field(default_factory=dict)
 
 
 def parse(path: Path) -> Program:
-    """Raises VerificationFailed if the file is no flat MindIR with one output."""
+    """Raises VerificationFailed if the file is no flat MindIR."""
     return parse_bytes(path.read_bytes(), str(path))
 
 
@@ -73,7 +74,7 @@ def parse_bytes(data: bytes, path: str) -> Program:
         raise VerificationFailed(f"{path}: not a MindIR: {e}") from None
     graph = model.graph
     if model.functions or len(graph.output) != 1:
-        raise VerificationFailed(f"{path}: has sub-graphs or several outputs: not one of ours.")
+        raise VerificationFailed(f"{path}: has sub-graphs, or outputs that are no tuple: not one of ours.")
     primitives = {p.name: p for p in model.primitives}
     parameters = {p.name: p.name.rpartition(":")[2] for p in graph.parameter}
     loaded = dict(parameters)  # values that are a weight, through Load
@@ -102,7 +103,13 @@ def parse_bytes(data: bytes, path: str) -> Program:
     last_use = {name: i for i, n in enumerate(nodes) for name in n.inputs}
     declared = {parameters[p.name]: (DATA_TYPES.get(p.data_type), tuple(p.dims)) for p in graph.parameter}
     given = [i.name for i in graph.input]
-    return Program(parameters, declared, given, nodes, graph.output[0].name, dtype, last_use)
+    count = _num_outputs(graph.output[0])
+    return Program(parameters, declared, given, nodes, graph.output[0].name, dtype, count, last_use)
+
+
+def _num_outputs(output: Any) -> int:
+    """How many values the graph returns: several are one tuple."""
+    return len(output.attr_info.values) if output.HasField("attr_info") else 1
 
 
 def _on_demand(nodes: list[Node], output: str) -> list[Node]:

@@ -1,42 +1,33 @@
-"""Graph roles: what a compiled graph is for, and which graph runs a batch.
+"""Graph roles: what a compiled graph is for, a record each, and which graph runs a batch.
 
-Every Role that this file makes is one; `targets` says which of them a target has graphs for.
+Every Role that a file in this directory makes is one: a new role is a new file, and no line here.  A target's
+record says which roles it has graphs for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
-from .errors import ArtifactError
-from .paging import Batch
-from .targets import TARGETS
+from ..errors import ArtifactError
+from ..targets import TARGETS
+from .record import HIDDEN, LOGITS, Role
+from .serving import DECODE, MIXED, PREFILL, VERIFY
 
 if TYPE_CHECKING:
-    from .artifact import Graph
+    from ..artifact import Graph
+    from ..paging import Batch
 
 COMPILED = "compiled"  # the variant whose operations are compiled kernels; "" has MindSpore's own
-LOGITS = "logits"  # the output that every graph for sampling has
 
-
-@dataclass(frozen=True)
-class Role:
-    """`rows` of its outputs: of each sequence's last token [B, ...], or of all new tokens [T, ...].  `outputs`:
-    their names, in order.  `network`: the module of msconv.graph that builds it."""
-
-    name: str
-    rows: Literal["last", "all"] = "last"
-    outputs: tuple[str, ...] = (LOGITS,)
-    network: str = "decoder"
-
-
-PREFILL = Role("prefill")  # any number of new tokens a sequence; on Ascend without a cached prefix
-DECODE = Role("decode")  # one new token a sequence; on Ascend any number, after any prefix
-VERIFY = Role("verify", rows="all")  # logits of every new token, for drafts
-MIXED = Role("mixed")  # any batch: new tokens and prefixes of any length
-
-ROLES = {role.name: role for role in list(vars().values()) if isinstance(role, Role)}
+ROLES: dict[str, Role] = {
+    value.name: value
+    for name in sorted(module.name for module in iter_modules(__path__))
+    for value in vars(import_module(f"{__name__}.{name}")).values()
+    if isinstance(value, Role)
+}
 
 
 def of_variant(graphs: Iterable[Graph], variant: str) -> dict[str, Graph]:
@@ -81,3 +72,22 @@ def has_prefix(batch: Batch) -> bool:
 def reads_cache(prefill: Graph) -> bool:
     """Whether a prefill graph attends to what earlier calls cached."""
     return TARGETS[prefill.target].prefill_reads_cache
+
+
+__all__ = [
+    "COMPILED",
+    "DECODE",
+    "HIDDEN",
+    "LOGITS",
+    "MIXED",
+    "PREFILL",
+    "ROLES",
+    "VERIFY",
+    "Role",
+    "best_variant",
+    "can_serve",
+    "graph_for",
+    "has_prefix",
+    "of_variant",
+    "reads_cache",
+]

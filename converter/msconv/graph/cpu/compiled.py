@@ -1,6 +1,6 @@
 """CPU operations as compiled kernels: one graph for prompts and for decoding, matrices in their stored type.
 
-The kernels' C++ is in msconv_runtime.native, and is built where the graph runs.  Here a kernel is a name and the
+The kernels' C++ is in msconv_runtime.kernels, and is built where the graph runs.  Here a kernel is a name and the
 shape of its result: exporting needs no compiler.  Routing, rotations and the writing of caches stay MindSpore's.
 """
 
@@ -13,14 +13,17 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
-from msconv_runtime.native import LIBRARY
+from msconv_runtime.kernels import LIBRARY
 
-from ..parameters import parameter
+from ...families.attention import Attention
+from ..matrix import Matrix
+from ..parameters import DTYPES, parameter
 from ..spec import Local
-from .cpu import Angles, CpuOps, Rotation, WriteKv
-from .cpu_latent import Absorbed
+from .latent import Absorbed
+from .plain import Angles, PlainOperations, Rotation
+from .steps import CompiledStep
 
-STORED = {"float32": ms.float32, "bfloat16": ms.bfloat16}  # what kernels multiply with as it is stored
+STORED = ("float32", "bfloat16")  # what kernels multiply with as it is stored; all else is read as float32
 
 
 def kernel(name: str, shape: Callable[..., Any], inputs: int, outputs: int = 1) -> Any:
@@ -35,13 +38,15 @@ def kernel(name: str, shape: Callable[..., Any], inputs: int, outputs: int = 1) 
     return ops.Custom(f"{LIBRARY}:{name}", shape, dtype, "aot", reg_info=info.get_op_info())
 
 
-class NativeOps(CpuOps):
-    def __init__(self, local: Local) -> None:
-        super().__init__(local)
-        self.stored = STORED.get(local.stored, ms.float32)
+class CompiledOperations(PlainOperations):
+    """Ragged sequences, in kernels."""
 
     def begin(self) -> nn.Cell:
         return Begin(self.local)
+
+    def stored_type(self, name: str) -> Any:
+        stored = self.local.types.get(name, "")
+        return DTYPES[stored] if stored in STORED else self.dtype
 
     def product(self) -> Any:
         return kernel("Product", lambda x, weight: [x[0], weight[0]], 2)
@@ -58,27 +63,24 @@ class NativeOps(CpuOps):
     def swiglu(self, width: int) -> nn.Cell:
         return Swiglu(width)
 
-    def split_heads(self, prefix: str) -> nn.Cell:
-        return SplitHeads(self.local, prefix)
+    def split_heads(self, prefix: str, spec: Attention) -> nn.Cell:
+        return SplitHeads(prefix, spec, self.local.config.eps)
 
-    def write_kv(self) -> nn.Cell:
-        return WriteKv()
-
-    def attend(self) -> nn.Cell:
+    def attend(self, spec: Attention) -> nn.Cell:
         return Attend()
 
-    def attend_latent(self, prefix: str) -> nn.Cell:
-        return AttendLatent(self.local, prefix)
+    def attend_latent(self, prefix: str, spec: Attention) -> nn.Cell:
+        return AttendLatent(self.local, spec, self.latent_matrices(prefix))
 
     def experts(self, prefix: str) -> nn.Cell:
-        return Experts(self.local, prefix, self.stored, self.expert_start)
+        return Experts(self.expert_matrices(prefix), self.expert_start)
 
     def last_tokens(self) -> nn.Cell:
         return LastTokens()
 
 
 class Begin(nn.Cell):
-    """step = cos, sin, slots, tables, context_lens, q_lens, last [B]."""
+    """Gives a step as CompiledStep names it."""
 
     def __init__(self, local: Local) -> None:
         super().__init__()
@@ -125,22 +127,24 @@ class Swiglu(nn.Cell):
 class SplitHeads(nn.Cell):
     """q [T, H, D], scaled for the softmax; k and v as rows of the cache, [T, 1, K, D]."""
 
-    def __init__(self, local: Local, prefix: str) -> None:
+    def __init__(self, prefix: str, spec: Attention, eps: float) -> None:
         super().__init__()
-        c, heads, kv_heads = local.config, local.heads, local.kv_heads
-        self.q_norm = parameter(prefix + "q_norm.weight", (c.head_dim,), ms.float32)
-        self.k_norm = parameter(prefix + "k_norm.weight", (c.head_dim,), ms.float32)
-        self.factors = Tensor([c.softmax_scale] * heads + [1.0] * kv_heads, ms.float32)
-        self.eps = Tensor([c.eps], ms.float32)
+        heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
+        self.q_norm = parameter(prefix + "q_norm.weight", (dim,), ms.float32)
+        self.k_norm = parameter(prefix + "k_norm.weight", (dim,), ms.float32)
+        self.factors = Tensor([spec.scale] * heads + [1.0] * kv_heads, ms.float32)
+        self.eps = Tensor([eps], ms.float32)
 
         def shapes(qkv: Any, *_: Any) -> Any:
-            rows = [qkv[0], 1, kv_heads, c.head_dim]
-            return [qkv[0], heads, c.head_dim], rows, rows
+            rows = [qkv[0], 1, kv_heads, dim]
+            return [qkv[0], heads, dim], rows, rows
 
         self.run = kernel("SplitHeads", shapes, 7, 3)
 
     def construct(self, qkv: Any, step: Any) -> Any:
-        return self.run(qkv, self.q_norm, self.k_norm, step[0], step[1], self.factors, self.eps)
+        return self.run(
+            qkv, self.q_norm, self.k_norm, step[CompiledStep.COS], step[CompiledStep.SIN], self.factors, self.eps
+        )
 
 
 class Attend(nn.Cell):
@@ -151,14 +155,21 @@ class Attend(nn.Cell):
         self.run = kernel("Attend", lambda q, *_: [q[0], q[1] * q[2]], 6)
 
     def construct(self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, step: Any) -> Any:
-        return self.run(q, k_cache, v_cache, step[3], step[4], step[5])
+        return self.run(
+            q,
+            k_cache,
+            v_cache,
+            step[CompiledStep.TABLES],
+            step[CompiledStep.CONTEXT_LENS],
+            step[CompiledStep.Q_LENS],
+        )
 
 
 class AttendLatent(Absorbed):
     """All heads read the cache of latents as their keys and as their values."""
 
-    def __init__(self, local: Local, prefix: str) -> None:
-        super().__init__(local, prefix)
+    def __init__(self, local: Local, spec: Attention, matrices: tuple[Matrix, Matrix]) -> None:
+        super().__init__(local, spec, matrices)
         self.attend = Attend()
 
     def construct(self, q_nope: Any, q_rope: Any, latent: Any, k_rope: Any, cache: Any, step: Any) -> Any:
@@ -170,18 +181,16 @@ class AttendLatent(Absorbed):
 class Experts(nn.Cell):
     """Each expert's tokens gathered and multiplied; experts of other ranks are passed over."""
 
-    def __init__(self, local: Local, prefix: str, stored: Any, start: Any | None) -> None:
+    def __init__(self, matrices: tuple[Matrix, Matrix], start: Any | None) -> None:
         super().__init__()
-        hidden, count, ffn = local.config.hidden, local.experts, local.expert_ffn
-        self.gate_up = parameter(prefix + "gate_up_proj.weight", (count, hidden, 2 * ffn), stored)
-        self.down = parameter(prefix + "down_proj.weight", (count, ffn, hidden), stored)
+        self.gate_up, self.down = matrices
         self.start = Tensor([0], ms.int32) if start is None else start
         self.run = kernel("Experts", lambda h, *_: h, 6)
 
     def construct(self, h: Any, weights: Any, ids: Any) -> Any:
-        return self.run(h, weights, ids, self.start, self.gate_up, self.down)
+        return self.run(h, weights, ids, self.start, self.gate_up.values(), self.down.values())
 
 
 class LastTokens(nn.Cell):
     def construct(self, h: Any, step: Any) -> Any:
-        return ops.gather(h, step[6], 0)
+        return ops.gather(h, step[CompiledStep.LAST], 0)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from msconv_runtime.errors import VerificationFailed
 
 from .kernels import KERNELS, Context
-from .mindir import Node, Program
+from .program import Node, Program
 
 COLLECTIVES = {"AllReduce": {"group", "op", "index", "fusion", "no_eliminate"}}
 COLLECTIVES["AllGather"] = {"group", "rank_size", "index", "fusion", "no_eliminate"}
@@ -35,10 +35,10 @@ Collective = Callable[
 
 @dataclass
 class Step:
-    """What a run gave.  `logits[rank]`; `probes[name]` = the output of that norm, rank 0, [T, hidden];
-    `apart`: how far ranks differ where they must be the same."""
+    """What a run gave.  `outputs[rank]`: the graph's, in order; none if it was stopped.  `probes[name]`: the
+    output of that norm, rank 0, [T, hidden].  `apart`: how far ranks differ where they must be the same."""
 
-    logits: list[NDArray[np.float32]]
+    outputs: list[list[NDArray[np.float32]]]
     probes: dict[str, NDArray[np.float32]]
     apart: float
 
@@ -64,18 +64,19 @@ class Interpreter:
             for env, result in zip(values, results, strict=True):
                 env[node.output] = result
             if _is_probe(node):
-                found = [_first(r).float() for r in results]
-                probes[node.parameter.removesuffix(".weight")] = found[0].numpy()
-                apart = max(apart, _apart(found))
+                normed = [_first(r).float() for r in results]
+                probes[node.parameter.removesuffix(".weight")] = normed[0].numpy()
+                apart = max(apart, _apart(normed))
                 if node.parameter == stop:
                     return Step([], probes, apart)
             for name in node.inputs:
                 if program.last_use[name] == i and name != program.output:
                     for env in values:
                         env.pop(name, None)
-        logits = [env[program.output].float().numpy() for env in values]
-        apart = max(apart, _apart([torch.from_numpy(x) for x in logits]))
-        return Step(logits, probes, apart)
+        found = [_all(env[program.output]) for env in values]
+        for of_ranks in zip(*found, strict=True):
+            apart = max(apart, _apart(list(of_ranks)))
+        return Step([[value.numpy() for value in of_rank] for of_rank in found], probes, apart)
 
     def _node(self, node: Node, program: Program, values: list[dict[str, Any]]) -> list[Any]:
         if node.kind == "Constant":
@@ -141,6 +142,11 @@ def _is_probe(node: Node) -> bool:
     return node.parameter.endswith(
         ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
     )
+
+
+def _all(value: Any) -> list[torch.Tensor]:
+    """The outputs, in float32."""
+    return [v.float() for v in (value if isinstance(value, tuple) else (value,))]
 
 
 def _first(value: Any) -> torch.Tensor:

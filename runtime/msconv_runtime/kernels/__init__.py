@@ -1,4 +1,4 @@
-"""Compiled kernels of the CPU's native graphs: their C++ is built where it runs, once a machine and version.
+"""Compiled kernels of the CPU's graphs: their C++ is built where it runs, once a machine and version.
 
 Without a C++ compiler, or where the result does not compute what it should, there is no library: the graphs of
 MindSpore's own operations run in its place.
@@ -22,7 +22,7 @@ from .compiler import BUILD_S, Compiler, find_compiler, problem
 LIBRARY = "msconv-native-1"  # what graphs call it: another number for another set of kernels
 SOURCES = ("kernels.cc", "pool.h", "vector.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
-OFF = "MSCONV_NATIVE"  # 0: do without
+SWITCHES = ("MSCONV_COMPILED", "MSCONV_NATIVE")  # 0: do without; the second is its name before
 CGROUP = Path("/sys/fs/cgroup")
 QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # versions 2 and 1
 
@@ -39,8 +39,9 @@ class Library:
 @functools.cache
 def library() -> Library:
     """The kernels for this machine, built now (some seconds) if they are not in the cache directory."""
-    if os.environ.get(OFF) == "0":
-        return Library(None, f"{OFF}=0")
+    for switch in SWITCHES:
+        if os.environ.get(switch) == "0":
+            return Library(None, f"{switch}=0")
     here = Path(__file__).parent
     try:
         compiler = find_compiler()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import ascend, ascend_moe, native, plain
+from . import ascend, ascend_moe, compiled, plain
 from .table import KERNELS, Context, Kernel
 
-__all__ = ["KERNELS", "Context", "Kernel", "ascend", "ascend_moe", "native", "plain"]
+__all__ = ["KERNELS", "Context", "Kernel", "ascend", "ascend_moe", "compiled", "plain"]

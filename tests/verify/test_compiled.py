@@ -14,14 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msconv.mindir.kernels import KERNELS, Context
+from msconv.mindir.kernels.compiled import EXPECTED
 from msconv.verify.compare import compare
-from msconv.verify.kernels import KERNELS, Context
-from msconv.verify.kernels.native import EXPECTED
 from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.native import LIBRARY, library
-from msconv_runtime.native.check import call, narrow, widened
+from msconv_runtime.kernels import LIBRARY, library
+from msconv_runtime.kernels.check import call, narrow, widened
 from tests.conftest import Checkpoints
 from tests.conversions import convert
 from tests.verify.faults import attention, mlp, name_of

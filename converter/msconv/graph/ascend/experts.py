@@ -12,12 +12,13 @@ import mindspore as ms
 from mindspore import mint, nn, ops
 from mindspore.ops import auto_generate as fused
 
+from ..matrix import Matrix
 from ..parameters import parameter
 from ..spec import Local
 
 SIGMOID = 0  # FusedAddTopKDiv's activation
 BEST_OF_GROUP = 2  # a group's score is the sum of its best two
-COUNTS, CUMULATIVE = 2, 1  # MoeInitRoutingV2: what it says of each expert's tokens
+COUNTS, CUMULATIVE = 2, 1  # MoeInitRoutingV2: what it gives of each expert's tokens
 
 
 class RouteSoftmax(nn.Cell):
@@ -71,30 +72,28 @@ class RouteSigmoid(nn.Cell):
 
 
 class Experts(nn.Cell):
-    """Sort tokens by expert, two grouped products, unsort and sum.  `plain`, for 310P: the sort says where each
-    expert's tokens end, not how many they are, and there is no NanToNum."""
+    """Sort tokens by expert, two grouped products, unsort and sum."""
 
-    def __init__(self, local: Local, prefix: str, dtype: Any, start: Any | None, plain: bool) -> None:
+    def __init__(self, local: Local, matrices: tuple[Matrix, Matrix], start: Any | None) -> None:
         super().__init__()
-        hidden = local.config.hidden
-        self.count, self.ffn, self.all, self.hidden = local.experts, local.expert_ffn, local.moe.experts, hidden
-        self.gate_up = parameter(prefix + "gate_up_proj.weight", (self.count, hidden, 2 * self.ffn), dtype)
-        self.down = parameter(prefix + "down_proj.weight", (self.count, self.ffn, hidden), dtype)
-        self.some = start is not None
-        if self.some:
+        self.count, self.ffn, self.all = local.experts, local.expert_ffn, local.moe.experts
+        self.gate_up, self.down = matrices
+        self.has_ep = start is not None
+        if self.has_ep:
             self.start = start
-        self.plain = plain
-        self.said = CUMULATIVE if plain else COUNTS
+        self.has_cumulative_counts = local.target.cumulative_counts
+        self.counts = CUMULATIVE if self.has_cumulative_counts else COUNTS
+        self.group_list_type = 0 if self.has_cumulative_counts else 1
         self.sort = fused.MoeInitRoutingV2()
         self.product = fused.GroupedMatmulV4()
         self.unsort = fused.MoeTokenUnpermute()
 
     def construct(self, h: Any, weights: Any, ids: Any) -> Any:
-        if self.some:
+        if self.has_ep:
             ids = ids - self.start
-            here = ops.logical_and(ids >= 0, ids < self.count)
-            ids = ops.select(here, ids, ops.zeros_like(ids) + (self.all - 1))
-            weights = weights * ops.cast(here, weights.dtype)
+            is_mine = ops.logical_and(ids >= 0, ids < self.count)
+            ids = ops.select(is_mine, ids, ops.zeros_like(ids) + (self.all - 1))
+            weights = weights * ops.cast(is_mine, weights.dtype)
         x, places, groups, _ = self.sort(
             h,
             ids,
@@ -102,15 +101,15 @@ class Experts(nn.Cell):
             expert_capacity=0,
             expert_num=self.all,
             drop_pad_mode=0,
-            expert_tokens_count_or_cumsum_flag=self.said,
+            expert_tokens_count_or_cumsum_flag=self.counts,
             expert_tokens_before_capacity_flag=True,
         )
-        if self.some:
+        if self.has_ep:
             groups = groups[: self.count]
         groups = ops.cast(groups, ms.int64)
-        gate, up = ops.split(self.grouped(x, self.gate_up, groups), self.ffn, -1)
-        y = self.grouped(ops.silu(gate) * up, self.down, groups)
-        if self.some:
+        gate, up = ops.split(self.grouped(x, self.gate_up.values(), groups), self.ffn, -1)
+        y = self.grouped(ops.silu(gate) * up, self.down.values(), groups)
+        if self.has_ep:
             y = self.without_rest(y, groups)
         return self.unsort(
             permuted_tokens=y, sorted_indices=places, probs=weights, padded_mode=False, restore_shape=None
@@ -129,12 +128,12 @@ class Experts(nn.Cell):
             groups,
             split_item=3,
             group_type=0,
-            group_list_type=0 if self.plain else 1,
+            group_list_type=self.group_list_type,
         )[0]
 
     def without_rest(self, y: Any, groups: Any) -> Any:
         """Rows behind the last group hold what was in memory: whatever it is, it must not become NaN."""
-        if not self.plain:
+        if not self.has_cumulative_counts:  # a device without counts has no NanToNum either
             return mint.nan_to_num(y, 0.0, 0.0, 0.0)
         row = ops.arange(0, ops.shape(y)[0]).reshape(-1, 1)
         return ops.select((row < groups[self.count - 1 :]).broadcast_to(y.shape), y, ops.zeros_like(y))
