@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "adding-a-model.md"
 
 @pytest.mark.slow
 def test_the_page_adds_a_family_that_is_proven(tmp_path: Path) -> None:
-    ran = follow(PAGE, tmp_path)
+    _, _, ran = follow(PAGE, tmp_path)
     assert sum(line.startswith("msconv verify") for line in ran) == 2
     assert ran[-1] == "python generate.py"
 

@@ -22,7 +22,7 @@ from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import PlanError
 from tests.checkpoints import Stored, edit_json, make_qwen3, read_checkpoint, read_rank, write_safetensors
 from tests.conversions import convert
-from tests.docs.following import written
+from tests.docs.following import text_of
 from tests.docs.test_adding_a_weight_format import PAGE
 from tests.moe_checkpoints import QUANTISED, make_deepseek_v3, make_qwen3_moe, widen
 
@@ -45,7 +45,7 @@ LAYOUTS = [
 def int8_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The page's format, as if its file were there."""
     path = tmp_path_factory.mktemp("format") / "int8_rows.py"
-    path.write_text(written(PAGE, FILE))
+    path.write_text(text_of(PAGE, FILE))
     name = "msconv.quant.int8_rows"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -147,7 +147,7 @@ def test_the_parameters_are_those_of_the_model_without_scales(model: Model, tmp_
     plans = [prepare(path, 2).plan for path in (model("qwen3"), model("qwen3").with_name("values"))]
     assert plans[0].parameters == plans[1].parameters
     assert plans[0].output_bytes < 0.6 * plans[1].output_bytes  # embeddings and head keep their four bytes
-    assert (plans[0].source_dtype, plans[0].dtype) == ("int8", "float32")
+    assert (plans[0].source_dtype, plans[0].dtype) == ("float32", "float32")  # of what is values
 
 
 def test_what_is_plain_is_cast_and_what_is_kept_is_not(model: Model, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def make_plan(
         mesh=mesh,
         sizes=sizes,
         dtype=draft.dtype,
-        source_dtype=next((f.element for f in formats.values()), source_dtype),
+        source_dtype=next((f.element for f in formats.values() if not f.is_kept), source_dtype),
         tensors=placed,
         files=files,
         moves={name: tuple(moves) for name, moves in draft.moves.items()},

@@ -63,15 +63,17 @@ class Kept:
         matrices in."""
         return [(t.of(name), t.local_shape(shape), t.dtype) for t in self.stored]
 
-    def multiply(self, ops: Any) -> Any:
-        """What a graph calls as (x [T, inner], *tensors of a matrix [out, inner]) -> [T, out].  Called once for
-        each matrix, while the graph is built; `ops` are the operations of a target."""
-        return ops.product()
-
     def values(self, ops: Any) -> Any | None:
-        """What a graph calls as (*tensors) -> the matrix, or the experts' matrices, in `ops.dtype`: for products
-        of another form than `multiply`'s (experts, latent attention).  None: the first tensor has the values."""
+        """What a graph calls as (*tensors) -> the matrix, or the experts' matrices, in `ops.dtype`.  Called once
+        for each matrix, while the graph is built; `ops` are the operations of a target.  None: the first tensor
+        has the values."""
         return None
+
+    def multiply(self, ops: Any) -> Any:
+        """What a graph calls as (x [T, inner], *tensors of a matrix [out, inner]) -> [T, out]; called as `values`
+        is.  Where a target has no product of its own for codes, their values are multiplied."""
+        decode = self.values(ops)
+        return ops.product() if decode is None else ops.product_with(decode)
 
 
 class Header(Protocol):
