@@ -16,7 +16,7 @@ from .binding import TESTED_MINDSPORE, bind, element_type, load_weights
 from .errors import EnvironmentProblem
 from .kernels import Library, library, use_threads
 from .paging import Batch, Sequences, attention_mask, chunks
-from .roles import COMPILED, DECODE, LOGITS, MIXED, PREFILL, ROLES, Role, graph_for, of_variant
+from .roles import COMPILED, DECODE, LOGITS, PREFILL, ROLES, Role, graph_for, of_variant
 from .targets import target_named
 
 FREE_PAGE = 16
@@ -87,7 +87,7 @@ class Graphs:
         if not self.target.prefill_reads_cache:
             return self.run(PREFILL, batch, caches)[LOGITS]
         out: NDArray[np.float32] | None = None
-        for members, last, part in chunks(batch, self.page, ragged=MIXED.name in self.entries):
+        for members, last, part in chunks(batch, self.page, ragged=self.is_compiled):
             logits = self.run(PREFILL, part, caches)[LOGITS]
             if out is None:
                 out = np.empty((len(batch.q_lens), logits.shape[1]), np.float32)

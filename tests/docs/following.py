@@ -18,8 +18,8 @@ PROGRAMS = {"python": [sys.executable], "msconv": [sys.executable, "-m", "msconv
 
 
 def follow(page: Path, directory: Path) -> tuple[list[str], list[str], list[str]]:
-    """Do what a page says.  Gives the files that it wrote in the packages, those that it edited there, and the
-    lines that it ran: each must succeed."""
+    """Do what a page says.  Gives the files that it wrote in the packages, those that it edited there, and what it
+    ran: each line must succeed."""
     for package in ("converter", "runtime"):
         shutil.copytree(ROOT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     written, edited, ran = [], [], []

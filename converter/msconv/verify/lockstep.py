@@ -99,9 +99,13 @@ class Lockstep:
     def has_all_tokens(self) -> bool:
         return VERIFY.name in self.programs
 
-    def prefill(self, prompts: list[list[int]]) -> NDArray[np.float32]:
-        self.sequences = Sequences(len(prompts), self.page)
+    def begin(self, count: int) -> None:
+        """Start over with so many empty sequences."""
+        self.sequences = Sequences(count, self.page)
         self.caches = []
+
+    def prefill(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+        self.begin(len(prompts))
         return self._logits(PREFILL, prompts)
 
     def extend(self, tokens: list[list[int]]) -> NDArray[np.float32]:
