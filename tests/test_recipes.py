@@ -15,7 +15,7 @@ from msconv.families import configure
 from msconv.layout.cuts import make_mesh
 from msconv.layout.memory import DeviceMemory, kv_bytes_per_token
 from msconv.layout.model import Sizes, Table, TensorInfo, expected_sources
-from msconv.layout.plan import make_plan
+from msconv.layout.planning import make_plan
 from msconv.recipes import (
     DIRECTORY,
     MAX_BYTES,

@@ -38,7 +38,7 @@ from .graph.toolchain import mindspore_version
 from .layout.coverage import misfits
 from .layout.cuts import Mesh, make_mesh
 from .layout.model import expected_sources
-from .layout.plan import make_plan
+from .layout.planning import make_plan
 from .stream.lock import exclusive
 from .workspace.timings import add_timings
 

@@ -37,13 +37,15 @@ from . import __version__
 from .checkpoint.directory import AUXILIARY, Checkpoint, open_checkpoint
 from .layout.cuts import make_mesh
 from .layout.names import fold
-from .layout.plan import Plan, make_plan
-from .stream.blocks import BufferSizes, Moved
+from .layout.plan import Plan
+from .layout.planning import make_plan
+from .stream.buffers import BufferSizes
 from .stream.execute import describe, execute, plan_memory
 from .stream.journal import JOURNAL, Identity, Journal
 from .stream.lock import exclusive
 from .stream.outputs import disk_error, whole
 from .stream.source import DirectorySource, Progress, Source
+from .stream.transform import Moved
 
 if TYPE_CHECKING:
     from .checkpoint.hub import Repository  # imported when there is one: the hub's client takes a while
@@ -176,8 +178,7 @@ def _open_source(model: Path | Repository, checkpoint: Checkpoint) -> Source:
 
 def missing_bytes(repository: Repository, plan: Plan) -> int:
     """Of the shards that a conversion reads, what is not on this machine yet."""
-    names = (*plan.moves, *plan.scales.values())
-    return repository.missing_bytes({plan.sources[n].file for n in names})
+    return repository.missing_bytes({plan.sources[n].file for n in plan.read_names})
 
 
 def identify(files: Iterable[str], config_digest: str, plan: Plan) -> Identity:
@@ -357,7 +358,7 @@ def _check_twins(plan: Plan, source: Source, downloading: Progress) -> None:
 
 def _model(checkpoint: Checkpoint, plan: Plan, moved: dict[str, Moved]) -> Model:
     by_file: dict[str, list[str]] = {n: [f.header_digest] for n, f in checkpoint.files.items()}
-    for name in sorted((*plan.moves, *plan.scales.values()), key=lambda n: plan.sources[n].offset):
+    for name in sorted(plan.read_names, key=lambda n: plan.sources[n].offset):
         by_file[plan.sources[name].file].append(moved[name].source_digest)
     return Model(
         family=checkpoint.family.name,
@@ -377,6 +378,7 @@ def _manifest(conversion: Conversion, moved: dict[str, Moved], previous: Manifes
     weights = Weights(
         dtype=plan.dtype,
         source_dtype=conversion.source_dtype,
+        quant=plan.quant,
         digest=digest_of(f.digest for f in files),
         files=files,
         tensors=tensors,

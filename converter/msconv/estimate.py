@@ -15,10 +15,12 @@ from msconv_runtime.errors import PlanError
 from .checkpoint.directory import Checkpoint, has_weights, open_checkpoint
 from .checkpoint.reference import open_configuration
 from .convert import default_name, missing_bytes
+from .layout.checks import TP_CHOICES
 from .layout.cuts import Mesh, make_mesh
 from .layout.memory import DeviceMemory, kv_bytes_per_token
 from .layout.model import expected_sources
-from .layout.plan import TP_CHOICES, Plan, make_plan
+from .layout.plan import Plan
+from .layout.planning import make_plan
 from .stream.execute import plan_memory
 
 if TYPE_CHECKING:

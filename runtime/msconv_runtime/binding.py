@@ -9,9 +9,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .artifact import ITEM_BYTES, Artifact, Graph, digest_bytes
+from .artifact import Artifact, Graph, digest_bytes
 from .artifact.integrity import refuse_damage
 from .artifact.weights import LoadMode, RankWeights, check_size
+from .dtypes import DTYPES, is_float
 from .errors import ArtifactError
 from .kernels import LIBRARY, Library
 from .targets import TARGETS
@@ -53,16 +54,16 @@ def tensor(array: NDArray[Any], dtype: str) -> Any:
 
 
 def _rounds(stored: str, wanted: str) -> bool:
-    return stored != wanted and wanted != "float32" and "int32" not in (stored, wanted)
+    return stored != wanted and wanted != "float32" and is_float(stored) and is_float(wanted)
 
 
 def element_type(dtype: str) -> Any:
     """MindSpore's type of this name.  Raises ArtifactError for a name that no graph may have."""
     import mindspore
 
-    if dtype not in ITEM_BYTES:
+    if dtype not in DTYPES or not DTYPES[dtype].storable:
         raise ArtifactError(f"a graph takes elements of type {dtype[:40]}, which is not known.")
-    return getattr(mindspore, dtype)
+    return getattr(mindspore, DTYPES[dtype].mindspore)
 
 
 def as_nz(matrix: Any) -> Any:

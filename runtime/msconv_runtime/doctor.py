@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from . import __version__
-from .artifact import ITEM_BYTES, Artifact, Manifest
+from .artifact import Artifact, GraphParameter, Manifest
+from .dtypes import DTYPES
 from .errors import MsconvError
 from .roles import COMPILED, can_serve, of_variant
 from .sglang.plugin import PACKAGE
@@ -396,7 +397,7 @@ def _memory(machine: Machine, artifact: Artifact, tokens: int) -> Iterator[Findi
         return
     compiled = {} if machine.no_kernels() else of_variant(graphs, COMPILED)
     used = list((compiled or of_variant(graphs, "")).values())
-    parameters = {p.name: math.prod(p.shape) * ITEM_BYTES.get(p.dtype, 4) for g in used for p in g.reads}
+    parameters = {p.name: _nbytes(p) for g in used for p in g.reads}
     token = sum(4 * math.prod(n or 1 for n in i.shape[2:]) for i in used[0].caches)
     pools = (tokens or POOL_TOKENS[0], tokens or pool_tokens(artifact))
     least, usual = (tp * (sum(parameters.values()) + count * token) for count in pools)
@@ -407,3 +408,8 @@ def _memory(machine: Machine, artifact: Artifact, tokens: int) -> Iterator[Findi
         hint += ", or give a smaller --max-total-tokens" * (tokens > POOL_TOKENS[0])
     needed = f"{gib(usual)}: weights and KV cache of {tp} ranks on a CPU"
     yield Finding("memory to serve", state, gib(free), needed, hint, SERVE[:1])
+
+
+def _nbytes(parameter: GraphParameter) -> int:
+    item = DTYPES[parameter.dtype].nbytes if parameter.dtype in DTYPES else 4
+    return math.prod(parameter.shape) * item

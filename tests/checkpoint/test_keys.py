@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msconv.families import FAMILIES, configure
-from msconv.families.keys import QUANTIZATION, ROPE, Keys
+from msconv.families.keys import ROPE, Keys
+from msconv.quant.fp8_block import Fp8Block
 from msconv_runtime.errors import CheckpointError, UsageError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -28,6 +29,8 @@ INVENTED = [
     for stem in ("attention", "rope", "router", "expert", "layer", "logits", "head", "norm", "residual", "window")
     for end in ("gain", "offset", "warp", "gate_power", "phase")
 ]
+
+QUANTIZATION = Keys(Fp8Block.keys, Fp8Block.harmless, {})
 
 
 def base(family: str, **changes: Any) -> dict[str, Any]:

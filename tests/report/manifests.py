@@ -7,8 +7,9 @@ from pathlib import Path
 
 from msconv.families import DecoderConfig, configure
 from msconv.layout.cuts import make_mesh
+from msconv.layout.files import file_name
 from msconv.layout.model import expected_sources
-from msconv.layout.plan import file_name, make_plan
+from msconv.layout.planning import make_plan
 from msconv_runtime.artifact import (
     FORMAT,
     Dropped,

@@ -8,8 +8,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from msconv_runtime.dtypes import DTYPES
+
 from ..families import DecoderConfig
-from ..layout.dtypes import SIZES
 from ..layout.model import TensorInfo
 from ..layout.names import listing, shorten
 from .unsupported import WHOLE, UnsupportedCheckpoint, refuse_untied
@@ -119,7 +120,7 @@ def _split(
             out[name] = info
             continue
         kind = match["kind"]
-        if info.shape != wanted[kind] or SIZES[info.dtype] < 2:
+        if info.shape != wanted[kind] or DTYPES[info.dtype].nbytes < 2:
             raise UnsupportedCheckpoint(
                 f"{where}: {shorten(name)}: stacked experts of shape {list(info.shape)}, {info.dtype}; "
                 f"transformers 5 saves {list(wanted[kind])}, not quantised.",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from msconv_runtime.errors import CheckpointError
 
-from ..families.quantised import INSTEAD
 from ..layout.names import fold, shorten
+from ..quant.unsupported import INSTEAD
 
 WHOLE = "The files are whole: downloading them again gives the same."
 UNQUANTISED = f"{WHOLE}  Instead, {INSTEAD}."

@@ -28,6 +28,12 @@ CLASSIFIER = "its head gives values or classes, and no next token"
 BODIES = ("Qwen3", "Qwen3Moe", "DeepseekV3")
 CLASSES = ("SequenceClassification", "TokenClassification", "RewardModel", "QuestionAnswering")
 
+
+def family_named(name: str) -> Family | None:
+    """The family of this `model_type`, which artifacts record."""
+    return next((f for f in FAMILIES if f.name == name), None)
+
+
 NEIGHBOURS = {  # look alike, compute something else
     "DeepseekV2ForCausalLM": "DeepSeek-V2 routes by softmax without a correction bias, V3 by sigmoid with one",
     "DeepseekV32ForCausalLM": V32,
@@ -73,4 +79,4 @@ def configure(raw: dict[str, object], where: str, harmless: Iterable[str] = ()) 
     return family, read_config(raw, family, where, harmless)
 
 
-__all__ = ["FAMILIES", "DecoderConfig", "Family", "configure", "family_of", "read_config"]
+__all__ = ["FAMILIES", "DecoderConfig", "Family", "configure", "family_named", "family_of", "read_config"]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..layout.model import Sizes, Table
 from ..layout.names import shorten
+from ..quant import WeightFormat
 from .attention import Attention
 from .keys import COMMON, Keys
 
@@ -73,7 +74,7 @@ class Mla:
 class DecoderConfig:
     """A decoder-only model.  Counts and widths are those of the whole model, before any cut.
 
-    `head_dim`: of queries and keys.  `block`: rows and columns that share a scale in an FP8 checkpoint.
+    `head_dim`: of queries and keys.  `formats`: in which matrices may be stored besides plain.
     `mtp_layers`: layers after the last, for multi-token prediction.  `windows`: of each layer's attention, () for
     none.  `output_bias`: of attention; None if it is there where `attention_bias` is.
     """
@@ -93,7 +94,7 @@ class DecoderConfig:
     dtype: str = ""
     moe: Moe | None = None
     mla: Mla | None = None
-    block: tuple[int, int] = (0, 0)
+    formats: tuple[WeightFormat, ...] = ()
     mtp_layers: int = 0
     qk_norm: bool = True
     windows: tuple[int | None, ...] = ()
@@ -163,7 +164,7 @@ class DecoderConfig:
                 "pairs": mla.rope if mla.interleaved else 0,
             }
             traits.add("q_lora" if mla.q_lora else "no_q_lora")
-        return Sizes(dims, self.layers, frozenset(traits), kinds, self.block)
+        return Sizes(dims, self.layers, frozenset(traits), kinds, self.formats)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from dataclasses import replace
 from msconv_runtime.errors import CheckpointError, UsageError
 
 from ..layout.names import shorten
+from ..quant import WeightFormat, read_formats
 from .config import MAX_LAYERS, DecoderConfig, Family, Reader, Rope, show
-from .keys import QUANTIZATION, ROPE, ROPE_OTHERS, Keys, Unknown, check, joined
-from .quantised import unsupported_method
+from .keys import ROPE, ROPE_OTHERS, Keys, Unknown, check, joined
 
 KEYS_NAMED = 60  # in one message
 
@@ -48,11 +48,11 @@ def read_config(raw: dict[str, object], family: Family, where: str, harmless: It
         attention_bias=r.flag("attention_bias", False),
         rope=_rope(r, max_positions),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or ""),
-        block=_block(raw, r),
+        formats=read_formats(raw, r.problems),
     )
     if family.read is not None:
         config = replace(config, **family.read(r, layers))
-    hint = _check_keys(r, family.keys, where, tuple(harmless))
+    hint = _check_keys(r, family.keys, config.formats, where, tuple(harmless))
     if r.problems:
         raise CheckpointError(
             f"{where}: this {family.name} configuration cannot be used:\n"
@@ -62,9 +62,11 @@ def read_config(raw: dict[str, object], family: Family, where: str, harmless: It
     return config
 
 
-def _check_keys(r: Reader, keys: Keys, where: str, harmless: tuple[str, ...]) -> str:
+def _check_keys(
+    r: Reader, keys: Keys, formats: tuple[WeightFormat, ...], where: str, harmless: tuple[str, ...]
+) -> str:
     """Add a problem for every key on no list, nested objects included.  Returns what to do about it."""
-    found = [check(r.raw, keys), *(check(o, k, f"{name}.") for name, o, k in _nested(r.raw))]
+    found = [check(r.raw, keys), *(check(o, k, f"{name}.") for name, o, k in _nested(r.raw, formats))]
     unknown = joined(found)
     _check_claims(r.raw, where, harmless, unknown)
     active = [(name, what) for name, what in unknown.active if name not in harmless]
@@ -108,7 +110,9 @@ def _check_claims(raw: Mapping[str, object], where: str, harmless: tuple[str, ..
         )
 
 
-def _nested(raw: Mapping[str, object]) -> list[tuple[str, Mapping[str, object], Keys]]:
+def _nested(
+    raw: Mapping[str, object], formats: tuple[WeightFormat, ...]
+) -> list[tuple[str, Mapping[str, object], Keys]]:
     """The objects in a configuration whose keys are checked too: (name, object, its lists)."""
     out: list[tuple[str, Mapping[str, object], Keys]] = []
     for name in ("rope_scaling", "rope_parameters"):
@@ -118,8 +122,10 @@ def _nested(raw: Mapping[str, object]) -> list[tuple[str, Mapping[str, object], 
             if isinstance(kind, str) and kind in ROPE:  # another kind is refused as a whole
                 out.append((name, value, ROPE[kind]))
     quant = raw.get("quantization_config")
-    if isinstance(quant, dict) and not unsupported_method(quant):
-        out.append(("quantization_config", quant, QUANTIZATION))
+    if isinstance(quant, dict) and formats:  # another method is refused as a whole
+        obeyed = frozenset().union(*(f.keys for f in formats))
+        harmless = {key: reason for f in formats for key, reason in f.harmless.items()}
+        out.append(("quantization_config", quant, Keys(obeyed, harmless, {})))
     return out
 
 
@@ -155,32 +161,6 @@ def _check_windows(r: Reader, layers: int, max_positions: int, by_layer: bool) -
             f"use_sliding_window is {show(used)}, sliding_window {show(window)}, max_window_layers "
             f"{show(first)} of {layers} layers: sliding windows are not supported"
         )
-
-
-def _block(raw: dict[str, object], r: Reader) -> tuple[int, int]:
-    """Rows and columns of a scale's block, (0, 0) if nothing is quantised."""
-    quant = raw.get("quantization_config")
-    if not quant:
-        return 0, 0
-    if not isinstance(quant, dict):
-        r.problems.append(f"quantization_config = {show(quant)}: an object is needed")
-        return 0, 0
-    q = Reader(quant, "quantization_config: ")
-    if problem := unsupported_method(quant):
-        r.problems.append(f"{q.prefix}{problem}")
-        return 0, 0
-    q.one_of("fmt", "e4m3")
-    q.one_of("activation_scheme", "dynamic")
-    block = quant.get("weight_block_size")
-    sizes = [n for n in block if type(n) is int and 1 <= n <= 1 << 20] if isinstance(block, list) else []
-    if not isinstance(block, list) or len(block) != 2 or len(sizes) != 2:
-        tensor = ", and FP8 with one scale a tensor is not supported" if block is None else ""
-        q.problems.append(
-            f"{q.prefix}weight_block_size = {show(block)}: two sizes are needed, such as [128, 128]{tensor}"
-        )
-        sizes = [1, 1]
-    r.problems += q.problems
-    return sizes[0], sizes[1]
 
 
 def _rope(r: Reader, max_positions: int) -> Rope:

@@ -4,42 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..layout.cuts import COLS, COPY, HEAD_COLS, ROWS, Cut
+from ..layout.cuts import COPY, HEAD_COLS, Cut
 from ..layout.model import Table
-from ..layout.rules import Drop, Part, fuse, keep, only, take
+from ..layout.rules import Drop, keep, only, take
+from .blocks import ATTN, DENSE_MLP, DROPS, EMBEDDING, EXPERTS, HEAD, LAYER, ROUTER_BIAS, SHARED_EXPERT
 from .config import MAX_EXPERTS, Family, Mla, Moe, Reader
 from .keys import COMMON
-from .qwen3 import DENSE_MLP, DROPS, EMBEDDING, HEAD, A, L, M
-from .qwen3_moe import EXPERTS
 
 LATENT = Cut("latent", head="latent", pairs="pairs")  # the rotated rows at its end in halves
 QUERY_HEADS = Cut("query_heads", 0, unit="heads", head="head_dim", pairs="pairs")
 KEY_HEADS = Cut("key_heads", 0, unit="heads", head="kv_b_head", rows="nope")
 VALUE_HEADS = Cut("value_heads", 0, unit="heads", head="kv_b_head", first="nope", rows="v_dim")
 
-ATTENTION = (
-    keep(L + "input_layernorm.weight", ("hidden",), COPY),
-    keep(A + "q_a_proj.weight", ("q_lora", "hidden"), COPY, when="q_lora"),
-    keep(A + "q_a_layernorm.weight", ("q_lora",), COPY, when="q_lora"),
-    keep(A + "q_b_proj.weight", ("q", "q_lora"), QUERY_HEADS, when="q_lora"),
-    keep(A + "q_proj.weight", ("q", "hidden"), QUERY_HEADS, when="no_q_lora"),
-    keep(A + "kv_a_proj_with_mqa.weight", ("latent", "hidden"), LATENT),
-    keep(A + "kv_a_layernorm.weight", ("kv_lora",), COPY),
-    take(A + "kv_b_proj_k.weight", A + "kv_b_proj.weight", ("kv_b", "kv_lora"), KEY_HEADS),
-    take(A + "kv_b_proj_v.weight", A + "kv_b_proj.weight", ("kv_b", "kv_lora"), VALUE_HEADS),
-    keep(A + "o_proj.weight", ("hidden", "o"), HEAD_COLS),
-    keep(L + "post_attention_layernorm.weight", ("hidden",), COPY),
-)
-
-BIAS = (keep(M + "gate.e_score_correction_bias", ("experts",), COPY, dtype="float32"),)
-
-SHARED_EXPERT = (
-    fuse(
-        M + "shared_experts.gate_up_proj.weight",
-        Part(M + "shared_experts.gate_proj.weight", ("shared_ffn", "hidden"), ROWS),
-        Part(M + "shared_experts.up_proj.weight", ("shared_ffn", "hidden"), ROWS),
-    ),
-    keep(M + "shared_experts.down_proj.weight", ("hidden", "shared_ffn"), COLS),
+LATENT_ATTENTION = (
+    keep(LAYER + "input_layernorm.weight", ("hidden",), COPY),
+    keep(ATTN + "q_a_proj.weight", ("q_lora", "hidden"), COPY, when="q_lora"),
+    keep(ATTN + "q_a_layernorm.weight", ("q_lora",), COPY, when="q_lora"),
+    keep(ATTN + "q_b_proj.weight", ("q", "q_lora"), QUERY_HEADS, when="q_lora"),
+    keep(ATTN + "q_proj.weight", ("q", "hidden"), QUERY_HEADS, when="no_q_lora"),
+    keep(ATTN + "kv_a_proj_with_mqa.weight", ("latent", "hidden"), LATENT),
+    keep(ATTN + "kv_a_layernorm.weight", ("kv_lora",), COPY),
+    take(ATTN + "kv_b_proj_k.weight", ATTN + "kv_b_proj.weight", ("kv_b", "kv_lora"), KEY_HEADS),
+    take(ATTN + "kv_b_proj_v.weight", ATTN + "kv_b_proj.weight", ("kv_b", "kv_lora"), VALUE_HEADS),
+    keep(ATTN + "o_proj.weight", ("hidden", "o"), HEAD_COLS),
+    keep(LAYER + "post_attention_layernorm.weight", ("hidden",), COPY),
 )
 
 
@@ -130,9 +118,9 @@ DEEPSEEK_V3 = Family(
     table=Table(
         (
             *EMBEDDING,
-            *ATTENTION,
+            *LATENT_ATTENTION,
             *only("dense_layer", DENSE_MLP),
-            *only("moe_layer", (*EXPERTS, *BIAS)),
+            *only("moe_layer", (*EXPERTS, *ROUTER_BIAS)),
             *only("shared_expert", SHARED_EXPERT),
             *HEAD,
         ),

@@ -174,15 +174,3 @@ ROPE_OTHERS: Mapping[str, str] = {
     "sliding_attention": "rope parameters by layer type are not supported",
     "mrope_section": "rotation along several axes is not supported",
 }
-
-FP8_SERVER = "how a server rounds activations when it multiplies in FP8; weights are dequantised here"
-FP8_WHICH = "the element types in the files say which tensors are quantised"
-QUANTIZATION = Keys(
-    _names("quant_method fmt weight_block_size activation_scheme"),
-    {
-        "scale_fmt": FP8_SERVER,
-        "dequantize": FP8_SERVER,
-        **dict.fromkeys(("modules_to_not_convert", "ignored_layers", "modules_to_convert"), FP8_WHICH),
-    },
-    {},
-)

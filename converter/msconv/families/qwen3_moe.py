@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..layout.cuts import COPY, EXPERT_COLS, EXPERT_ROWS
 from ..layout.model import Table
-from ..layout.rules import OWN, Part, keep, only, stack
+from ..layout.rules import only
+from .blocks import ATTENTION, DENSE_MLP, DROPS, EMBEDDING, EXPERTS, HEAD
 from .config import MAX_EXPERTS, Family, Moe, Reader
 from .keys import COMMON
-from .qwen3 import ATTENTION, DENSE_MLP, DROPS, EMBEDDING, HEAD, M
-
-EXPERTS = (
-    keep(M + "gate.weight", ("experts", "hidden"), COPY, dtype=OWN),
-    stack(
-        M + "experts.gate_up_proj.weight",
-        Part(M + "experts.{expert}.gate_proj.weight", ("expert_ffn", "hidden"), EXPERT_ROWS),
-        Part(M + "experts.{expert}.up_proj.weight", ("expert_ffn", "hidden"), EXPERT_ROWS),
-    ),
-    stack(
-        M + "experts.down_proj.weight",
-        Part(M + "experts.{expert}.down_proj.weight", ("hidden", "expert_ffn"), EXPERT_COLS),
-    ),
-)
 
 
 def read(r: Reader, layers: int) -> dict[str, Any]:

@@ -9,18 +9,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from msconv_runtime.artifact import Graph, Manifest, TensorEntry, Weights
+from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.roles import best_variant
 from msconv_runtime.targets import TARGETS, is_for_npu
 
 from ..convert import default_name
-from ..families import FAMILIES, DecoderConfig
+from ..families import DecoderConfig, family_named
+from ..layout.constants import RANK_CONSTANTS
 from ..layout.coverage import unused_names
 from ..layout.cuts import Mesh
-from ..layout.dtypes import SIZES
 from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
 from ..layout.model import expand
 from ..layout.names import fold
-from ..layout.plan import RANK_CONSTANTS
 from ..standing import standings
 from ..workspace.timings import Timing
 from .groups import KV_CACHE, ORDER, folded, group_of
@@ -221,7 +221,8 @@ def _ranks(manifest: Manifest, config: DecoderConfig, mesh: Mesh) -> list[Data]:
 
 def _coverage(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list[str]) -> Data:
     """The artifact's tensors against the family's table, and each target's graphs against the tensors."""
-    table = next((f.table for f in FAMILIES if f.name == manifest.model.family), None)
+    family = family_named(manifest.model.family)
+    table = family.table if family else None
     expected = {o.name for o in expand(table, config.sizes())} if table else set[str]()
     expected |= {n for n in RANK_CONSTANTS if mesh.ep > 1 or (mesh.tp > 1 and n != "expert_start")}
     w = manifest.weights
@@ -305,7 +306,7 @@ def _phase(g: Graph, timing: Timing | None) -> Data:
 
 
 def _nbytes(shape: list[int], dtype: str) -> int:
-    size = SIZES[dtype]
+    size = DTYPES[dtype].nbytes
     for n in shape:
         size *= n
     return size

@@ -1,7 +1,7 @@
 """The reference: transformers' model on the source checkpoint, float32, on the CPU, one layer in memory at a time.
 
 Weights are read here, apart from the family tables: by the names that transformers' modules have, experts and
-FP8 as published.  What a module wants and the checkpoint lacks is an error.
+quantised matrices as published.  What a module wants and the checkpoint lacks is an error.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFa
 from ..checkpoint.directory import Checkpoint, open_checkpoint
 from ..checkpoint.reference import REPOSITORY, bring, open_reference
 from ..families import Family
-from ..layout.dtypes import FP8
-from ..layout.model import SCALE
+from ..quant import format_of
 from .routing import closeness
 
 Logits = NDArray[np.float32]
@@ -77,7 +76,7 @@ class Reference:
         self.moe = checkpoint.config.moe
         config = _configuration(root, checkpoint.family)
         if getattr(config, "quantization_config", None):
-            del config.quantization_config  # FP8 is widened by SourceWeights
+            del config.quantization_config  # codes are dequantised by SourceWeights
         if layers:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
@@ -171,7 +170,7 @@ class Reference:
 
 
 class SourceWeights:
-    """A checkpoint's tensors by the names of transformers' modules, widened to float32."""
+    """A checkpoint's tensors by the names of transformers' modules, in float32."""
 
     def __init__(self, checkpoint: Checkpoint, manifests: list[Manifest]) -> None:
         """Values are rounded to the types of each manifest in turn."""
@@ -202,26 +201,29 @@ class SourceWeights:
     def _one(self, name: str) -> Any:
         import torch
 
-        value, dtype = self._read(name)
-        if dtype == FP8:
-            rows, columns = self.checkpoint.config.block
-            scale = self._read(name + SCALE)[0].repeat_interleave(rows, 0)[: len(value)]
-            value *= scale.repeat_interleave(columns, 1)[:, : value.shape[1]]
-        for by_name, default in self.types:
-            value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
-        return value
+        def rounds(value: Any) -> Any:
+            for by_name, default in self.types:
+                value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
+            return value
 
-    def _read(self, name: str) -> tuple[Any, str]:
-        """A tensor in float32, and the type it is stored in."""
-        import torch
-        from safetensors import safe_open
+        self._require(name)
+        stored = format_of(name, self.checkpoint.tensors, self.checkpoint.config.formats)
+        return stored.reference(name, self._read, rounds) if stored else rounds(self._read(name))
 
+    def _require(self, name: str) -> Any:
         info = self.checkpoint.find(name)
         if info is None:
             raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
+        return info
+
+    def _read(self, name: str) -> Any:
+        """A tensor in float32."""
+        import torch
+        from safetensors import safe_open
+
+        info = self._require(name)
         with safe_open(self.checkpoint.files[info.file].path, framework="pt") as opened:  # kept open, pages stay
-            value = opened.get_tensor(self.checkpoint.stored.get(name, name))
-        return value.to(torch.float32, copy=True), info.dtype
+            return opened.get_tensor(self.checkpoint.stored.get(name, name)).to(torch.float32, copy=True)
 
 
 def _configuration(root: Path, family: Family) -> Any:

@@ -16,7 +16,6 @@ from .directory import (
 )
 from .manifest import (
     FORMAT,
-    ITEM_BYTES,
     Dropped,
     Graph,
     GraphInput,
@@ -39,7 +38,6 @@ from .opened import Artifact
 
 __all__ = [
     "FORMAT",
-    "ITEM_BYTES",
     "MANIFEST",
     "READY",
     "STATE_DIR",

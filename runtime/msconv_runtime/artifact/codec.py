@@ -7,9 +7,10 @@ from pathlib import PurePosixPath
 
 import msgspec
 
+from ..dtypes import DTYPES
 from ..errors import ArtifactError
 from . import format1
-from .manifest import FORMAT, ITEM_BYTES, Manifest
+from .manifest import FORMAT, Manifest
 
 
 class _Version(msgspec.Struct):
@@ -61,14 +62,16 @@ def contradiction(manifest: Manifest) -> str:
     if not sizes[0] or any(len(s) != len(sizes[0]) for s in sizes):
         return "ranks have different numbers of files"
     for t in w.tensors:
-        item = ITEM_BYTES.get(t.dtype, 0)
-        if not item:
+        if t.dtype not in DTYPES or not DTYPES[t.dtype].storable:
             return f"{t.name} has unknown element type {t.dtype[:40]}"
         if len(t.digests) != tp:
             return f"{t.name} has {len(t.digests)} digests for {tp} ranks"
         if not 0 <= t.file < len(sizes[0]):
             return f"{t.name} is in file {t.file} of {len(sizes[0])}"
-        if min([*t.parts, *t.shape, t.begin], default=0) < 0 or math.prod(t.shape) * item != t.nbytes:
+        if (
+            min([*t.parts, *t.shape, t.begin], default=0) < 0
+            or math.prod(t.shape) * DTYPES[t.dtype].nbytes != t.nbytes
+        ):
             return f"{t.name} has shape {t.shape} and {t.nbytes} bytes at {t.begin}"
         if t.begin + t.nbytes > min(s[t.file] for s in sizes):
             return f"{t.name} ends at byte {t.begin + t.nbytes}, past the end of its file"

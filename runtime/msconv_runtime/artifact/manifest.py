@@ -10,8 +10,6 @@ import xxhash
 
 FORMAT = 2
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}  # what weights may be stored as
-
 InputKind = Literal["batch", "mask", "cache"]
 
 

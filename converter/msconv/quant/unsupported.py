@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from ..layout.names import shorten
+from .record import shown
 
 METHODS: Mapping[str, str] = {
     "awq": "AWQ, 4 bits",
@@ -30,13 +29,12 @@ METHODS: Mapping[str, str] = {
 INSTEAD = "take the original checkpoint in bfloat16, or one in FP8 with block scales (quant_method fp8)"
 
 
-def unsupported_method(quant: Mapping[str, object]) -> str:
-    """What is wrong with the method that a `quantization_config` names, "" if it is fp8."""
-    method = quant.get("quant_method", "fp8" if "weight_block_size" in quant or "fmt" in quant else None)
-    if method == "fp8":
-        return ""
-    if method is None and {"group_size", "bits"} <= quant.keys():
+def unsupported_method(config: Mapping[str, object], supported: Collection[str]) -> str:
+    """Why the method that a `quantization_config` names is not one of the supported ones."""
+    method = config.get("quant_method")
+    if method is None and {"group_size", "bits"} <= config.keys():
         return f"group_size and bits without quant_method: weights quantised by MLX are not supported; {INSTEAD}"
     known = METHODS.get(method.replace("_", "-").lower(), METHODS.get(method)) if isinstance(method, str) else None
     named = f" ({known})" if known else ""
-    return f"quant_method = {shorten(reprlib.repr(method), 80)}{named}: only fp8 is supported; {INSTEAD}"
+    only = " and ".join(supported)
+    return f"quant_method = {shown(method)}{named}: only {only} is supported; {INSTEAD}"
