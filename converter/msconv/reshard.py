@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from msconv_runtime.artifact import Artifact
-from msconv_runtime.artifact.weights import check_size
+from msconv_runtime.artifact.files import check_size
 from msconv_runtime.errors import ArtifactError
 
 from .checkpoint.directory import AUXILIARY

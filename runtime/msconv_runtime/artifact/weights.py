@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArtifactError
+from .files import check_size
 from .opened import Artifact
 
 LoadMode = Literal["mmap", "read"]
@@ -65,19 +66,6 @@ def _values(dtype: str) -> Any:
     from ml_dtypes import bfloat16
 
     return bfloat16 if dtype == "bfloat16" else np.dtype(_STORED[dtype])
-
-
-def check_size(path: Path, size: int) -> None:
-    """Raises ArtifactError if a file is missing or has another size than the manifest says."""
-    try:
-        found = path.stat().st_size
-    except OSError as e:
-        raise ArtifactError(f"{path}: {e.strerror}.", "Copy the artifact again, or convert again.") from None
-    if found != size:
-        raise ArtifactError(
-            f"{path}: has {found} bytes, the manifest says {size}.",
-            "Copy the artifact again, or convert again with --force.",
-        )
 
 
 def _load(path: Path, mode: LoadMode) -> NDArray[np.uint8]:

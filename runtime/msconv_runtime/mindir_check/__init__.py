@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
 from . import schema
-from .allowed import ALLOWED, GRAPH_ATTRIBUTES, GROUP, KERNELS, LIBRARY, RANKS, TP_GROUP, Primitive, Value
+from .allowed import (
+    ALLOWED,
+    GRAPH_ATTRIBUTES,
+    GROUP,
+    KERNELS,
+    LIBRARY,
+    RANKS,
+    TP_GROUP,
+    Attributes,
+    Primitive,
+    Value,
+)
 from .schema import DTYPES
 from .wire import Malformed, read
 
@@ -37,13 +48,20 @@ CHECKPOINT: dict[str, Value] = {"checkpoint": True}
 def check_mindir(path: Path | str, data: bytes, graph: Graph, ranks: int) -> None:
     """Raises ArtifactError unless these bytes of `path` are a graph that msconv exports, with the inputs, outputs
     and weights of its manifest entry, for so many ranks."""
+    if problem := refusal(data, graph, ranks):
+        raise ArtifactError(
+            f"{path}: {problem}.",
+            "Compile it again: `msconv compile`.  If the artifact came from elsewhere, do not trust that place.",
+        )
+
+
+def refusal(data: bytes, graph: Graph, ranks: int) -> str:
+    """Why `check_mindir` refuses these bytes, or ""."""
     try:
         _Check(graph, ranks).model(data)
     except Malformed as e:
-        raise ArtifactError(
-            f"{path}: is not a graph that msconv makes, and was not loaded: {e}.",
-            "Compile it again: `msconv compile`.  If the artifact came from elsewhere, do not trust that place.",
-        ) from None
+        return f"is not a graph that msconv makes, and was not loaded: {e}"
+    return ""
 
 
 def kind_of(target: str, variant: str) -> str:
@@ -59,6 +77,8 @@ class _Check:
         self.allowed = ALLOWED[kind_of(graph.target, graph.variant)]
         self.primitives: dict[bytes, tuple[Primitive, str]] = {}
         self.results: dict[bytes, str] = {}  # attributes that were read: the same come again and again
+        self.constants: set[bytes] = set()
+        self.node_attributes: set[bytes] = set()
         self.kinds: Counter[str] = Counter()
 
     def model(self, data: bytes) -> None:
@@ -95,8 +115,8 @@ class _Check:
             raise Malformed(f"{what}: is there twice")
         self.primitives[reference] = (known, title)
 
-    def _same(self, found: dict[str, Value], wanted: Any) -> bool:
-        filled = {GROUP: TP_GROUP, RANKS: self.ranks}
+    def _same(self, found: dict[str, Value], wanted: Attributes) -> bool:
+        filled: dict[str, Value] = {GROUP: TP_GROUP, RANKS: self.ranks}
         expected = {n: filled.get(v, v) if isinstance(v, str) else v for n, v in wanted.items()}
         return found.keys() == expected.keys() and all(_equal(found[n], v) for n, v in expected.items())
 
@@ -180,7 +200,9 @@ class _Check:
         if kind == b"Constant":
             if found["input"] or found["node_attr"]:
                 raise Malformed(f"{what}: is a constant with inputs")
-            schema.constant(attribute, what)
+            if attribute not in self.constants:
+                schema.constant(attribute, what)
+                self.constants.add(attribute)
             self.kinds["Constant"] += 1
             return name
         if kind not in self.primitives:
@@ -193,8 +215,11 @@ class _Check:
             self.results[attribute] = schema.result(attribute, what)
         if self.results[attribute] not in primitive.results:
             raise Malformed(f"{what}: a {title} that gives a {self.results[attribute]}")
-        if found["node_attr"] and schema.attributes(found["node_attr"], what) != CHECKPOINT:
-            raise Malformed(f"{what}: has node attributes that no graph has")
+        marks = found["node_attr"]
+        if len(marks) > 1 or (marks and marks[0] not in self.node_attributes):
+            if schema.attributes(marks, what) != CHECKPOINT:
+                raise Malformed(f"{what}: has node attributes that no graph has")
+            self.node_attributes.update(marks)
         self.kinds[title] += 1
         return name
 

@@ -1,8 +1,8 @@
-"""What a graph may hold: the primitives, attributes and results that the exporter writes, and no other.  Data only.
+"""What a graph may hold: the primitives, attributes and results that the exporter writes, and no other.  Data.
 
-Each table is what the graphs of all families have on that kind of target: a test exports them, and fails for what is
-missing here and for what no graph uses.  A primitive that reads or writes files, prints, calls Python, or loads a
-library is in none of them.
+Each table is what the graphs of all families have on that kind of target: a test exports them, and fails for what
+is missing here and for what no graph uses.  A primitive that reads or writes files, prints, calls Python, or loads
+a library is in none of them.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ PRIMITIVES = {
 }
 EVERYWHERE = """
     Add AllReduce BatchMatMul BroadcastTo Cast Concat Cos CumSum Depend Div Gather GreaterEqual LessScalar Load
-    LogicalAnd MakeTuple MatMul Mul Muls Reshape Select Shape Sin Softmax Split StridedSlice Sub SumExt TensorToScalar
-    Transpose TupleGetItem UpdateState ZerosLike
+    LogicalAnd MakeTuple MatMul Mul Muls Reshape Select Shape Sin Softmax Split StridedSlice Sub SumExt
+    TensorToScalar Transpose TupleGetItem UpdateState ZerosLike
 """
 KINDS = {  # of graphs: what they may have besides
     "cpu": """

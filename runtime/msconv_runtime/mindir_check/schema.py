@@ -146,7 +146,7 @@ def _sequence(data: bytes | None, what: str) -> None:
 
 
 def constant(data: bytes, what: str) -> None:
-    """Raises Malformed unless it is a value that exported graphs have: numbers, tensors of them, tuples of integers."""
+    """Raises Malformed unless it is a value that exported graphs have: numbers, tensors, tuples of integers."""
     found = _attribute(data, what, "value")
     kind = found.get("type")
     if kind not in _CONSTANTS:
