@@ -58,11 +58,8 @@ def check_graphs(artifact: Artifact) -> list[Damage]:
         except ArtifactError as e:
             damage.append(Damage(graph.path, "", e.message))
             continue
-        if (
-            problem := "digest differs"
-            if digest_bytes(data) != graph.digest
-            else refusal(data, graph, artifact.tp)
-        ):
+        same = digest_bytes(data) == graph.digest
+        if problem := refusal(data, graph, artifact.tp) if same else "digest differs":
             damage.append(Damage(graph.path, "", problem))
     return damage
 
