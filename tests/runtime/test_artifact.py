@@ -46,7 +46,7 @@ def finished(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) 
     path.parent.mkdir(parents=True)
     path.write_bytes(GRAPH)
     relative = str(path.relative_to(root))
-    graph = Graph("cpu", "decode", relative, len(GRAPH), digest_bytes(GRAPH), "2.10.0", 1, [], [])
+    graph = Graph("cpu", "decode", relative, len(GRAPH), digest_bytes(GRAPH), "2.10.0", 1, [], [], [])
     write_manifest(root, msgspec.structs.replace(read_manifest(root), graphs=[graph]))
     return root
 

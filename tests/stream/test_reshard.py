@@ -340,7 +340,7 @@ def test_graphs_are_not_copied_and_the_message_says_how_to_compile_them(own: Any
     plain = digests(artifact)
     (artifact / "graphs" / "cpu").mkdir(parents=True)
     (artifact / "graphs" / "cpu" / "decode.mindir").write_bytes(b"graph")
-    graph = Graph("cpu", "decode", "graphs/cpu/decode.mindir", 5, "xxh3:0", "2.10.0", 1, [], [])
+    graph = Graph("cpu", "decode", "graphs/cpu/decode.mindir", 5, "xxh3:0", "2.10.0", 1, [], [], [])
     write_manifest(artifact, msgspec.structs.replace(read_manifest(artifact), graphs=[graph]))
     done = run_msconv("reshard", artifact, "--tp", 8, "--output", tmp_path / "out", "--json")
     assert done.code == 0, done.stderr

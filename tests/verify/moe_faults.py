@@ -424,10 +424,10 @@ DEEPSEEK_GRAPHS = [
         "ascend910b",
         attention(1) + ".* in prefill",
         graph=flash(1, 12, WHOLE_SCALE),
-        phases=("prefill",),
+        graph_names=("prefill",),
     ),
     *(
-        Fault(name, "ascend910b", place, graph=change, phases=CACHED)
+        Fault(name, "ascend910b", place, graph=change, graph_names=CACHED)
         for name, place, change in (
             ("paged attention has no mscale", attention(1) + ".* in decode", paged(1, 11, WHOLE_SCALE)),
             ("values are a column short", attention(1) + "|Reshape", paged(1, 15, 31)),
@@ -446,14 +446,14 @@ DEEPSEEK_GRAPHS = [
         "ascend910b",
         attention(1) + ".* in decode",
         graph=written_before_the_norm,
-        phases=("prefill",),
+        graph_names=("prefill",),
     ),
     Fault(
         "the prompt's latents are not written",
         "ascend910b",
         attention(1) + "|ReshapeAndCache",
         graph=write_is_dead,
-        phases=("prefill",),
+        graph_names=("prefill",),
     ),
 ]
 
@@ -531,7 +531,7 @@ def scale_without_mscale_cpu(edit: GraphEdit) -> None:
 
 
 DEEPSEEK_GRAPHS += [
-    Fault(name, "cpu", place, graph=change, phases=phases)
+    Fault(name, "cpu", place, graph=change, graph_names=phases)
     for name, place, change, phases in (
         ("the bias takes part in the weights", mlp(1), bias_weighs, ("prefill", "decode")),
         ("the bias is forgotten, on cpu", mlp(1), bias_forgotten_cpu, ("prefill",)),

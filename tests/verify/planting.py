@@ -30,14 +30,14 @@ class Fault:
     place: str
     weights: Callable[[Ranks], None] | None = None
     graph: Callable[[GraphEdit], None] | None = None
-    names: tuple[str, ...] = ALL
+    graph_names: tuple[str, ...] = ALL
     refused: bool = False
 
     def plant(self, root: Path) -> None:
         if self.weights is not None:
             edit_weights(root, self.weights)
         if self.graph is not None:
-            edit_graphs(root, self.target, self.phases, self.graph)
+            edit_graphs(root, self.target, self.graph_names, self.graph)
 
 
 def edit_weights(root: Path, change: Callable[[Ranks], None]) -> None:
