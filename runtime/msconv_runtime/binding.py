@@ -15,7 +15,7 @@ from .artifact.integrity import refuse_damage
 from .artifact.weights import LoadMode, RankWeights
 from .errors import ArtifactError
 from .mindir_check import check_mindir
-from .native import LIBRARY, Library
+from .native import Library
 from .targets import TARGETS
 
 TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other
@@ -84,23 +84,23 @@ def check_version(path: Path, graph: Graph) -> None:
         )
 
 
-def _load(path: Path, data: bytes, kernels: Library, groups: Mapping[str, str]) -> Any:
-    """MindSpore's graph of bytes that were checked; `path` is for messages.  Where it names compiled kernels,
-    those of this machine take their place, and groups get the names that they have here.
+def _load(data: bytes, kernels: Library, groups: Mapping[str, str]) -> Any:
+    """MindSpore's graph of bytes that were checked.  Where it names compiled kernels, those of this machine take
+    their place, and groups get the names that they have here.
 
     What MindSpore reads is a copy in a directory of this user alone: nobody can change it after the check, and
     there is no other file beside it."""
     import mindspore as ms
 
     if kernels.path is not None or groups:
-        data = _with_names_of_here(path, data, kernels, groups)
+        data = _with_names_of_here(data, kernels, groups)
     with tempfile.TemporaryDirectory(prefix="msconv-") as private:
         copy = Path(private, "graph.mindir")
         copy.write_bytes(data)
         return ms.load(str(copy))
 
 
-def _with_names_of_here(path: Path, data: bytes, kernels: Library, groups: Mapping[str, str]) -> bytes:
+def _with_names_of_here(data: bytes, kernels: Library, groups: Mapping[str, str]) -> bytes:
     from mindspore.train import mind_ir_pb2
 
     model = mind_ir_pb2.ModelProto.FromString(data)
@@ -109,12 +109,7 @@ def _with_names_of_here(path: Path, data: bytes, kernels: Library, groups: Mappi
     customs = (p for p in model.primitives if p.op_type == "Custom" and kernels.path is not None)
     for attribute in (a for p in customs for a in p.attribute):
         if attribute.name == "func_name":
-            name, _, function = attribute.s.decode().partition(":")
-            if name != LIBRARY:
-                raise ArtifactError(
-                    f"{path}: wants the kernels {name}; these are {LIBRARY}.",
-                    "Compile it again with this version: `msconv compile`.",
-                )
+            _, _, function = attribute.s.decode().partition(":")
             attribute.s = f"{kernels.path}:{function}".encode()
     changed: bytes = model.SerializeToString()
     return changed
@@ -136,7 +131,7 @@ def bind(
             f"Run `msconv compile {root} --target {graph.target}` again.",
         )
     check_mindir(path, data, graph, artifact.tp)
-    cell = nn.GraphCell(_load(path, data, kernels, groups))
+    cell = nn.GraphCell(_load(data, kernels, groups))
     wanted = {p.name: p for p in graph.reads}
     if set(cell._params) != set(wanted):
         odd = sorted(set(cell._params) ^ set(wanted))
