@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from ..artifact.manifest import Graph
 
 MODEL = {
-    "ir_version": "1.1",
-    "producer_name": "MindSpore",
-    "little_endian": 1,
-    "mind_ir_version": 3,
+    "ir_version": ("1.0", "1.1"),  # of MindSpore 2.8 and 2.10
+    "producer_name": ("MindSpore",),
+    "little_endian": (1,),
+    "mind_ir_version": (3,),
 }
 VERSION = re.compile(r"\d+\.\d+\.\d+[\w.+-]{0,40}", re.ASCII)
 NAME = re.compile(r"\w{0,64}", re.ASCII)
@@ -83,9 +83,9 @@ class _Check:
 
     def model(self, data: bytes) -> None:
         found = read(data, schema.MODEL, "the file")
-        for name, value in MODEL.items():
-            if found.get(name) != value:
-                raise Malformed(f"the file: {name} is {found.get(name)!r:.60}, not {value!r}")
+        for name, values in MODEL.items():
+            if found.get(name) not in values:
+                raise Malformed(f"the file: {name} is {found.get(name)!r:.60}, not {values[-1]!r}")
         if not VERSION.fullmatch(found.get("model_version", "")) or "graph" not in found:
             raise Malformed("the file: has no graph, or none of a version of MindSpore")
         for primitive in found["primitives"]:

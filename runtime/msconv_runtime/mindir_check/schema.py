@@ -6,6 +6,7 @@ What is not named here is refused: functions, sub-graphs, preprocessors, externa
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,7 @@ FLOAT, INT64, STRING, BOOL = 1, 7, 8, 9  # AttributeType
 TENSORS, TUPLE, LIST, UMONAD, NONE, SCALAR = 19, 20, 21, 23, 25, 39
 ITEM_BYTES = {1: 4, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 16: 2}  # TensorProto.DataType of exported graphs: its size
 DTYPES = {"float32": 1, "int8": 3, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+KEY, VALUE_NAME = re.compile(r"[\w.]{0,200}", re.ASCII), re.compile("value[0-9]{1,6}")
 MOST_DIMENSIONS, MOST_SIZE = 8, 1 << 48
 
 
@@ -92,6 +94,8 @@ def tensor(data: bytes, what: str, *optional: str) -> dict[str, Any]:
     found = read(data, TENSOR, what)
     if found.get("data_type") not in ITEM_BYTES or found.keys() - {"dims", "data_type", *optional}:
         raise Malformed(f"{what}: has a tensor of type {found.get('data_type')} with {sorted(found)}")
+    if not KEY.fullmatch(found.get("ref_key", "0")):
+        raise Malformed(f"{what}: has a key that no exporter gives")
     dims(found, what)
     return found
 
@@ -172,6 +176,8 @@ def _values(found: dict[str, Any], what: str) -> None:
     _only(found, what, "name", "tensors")
     data = _single(found["tensors"], what)
     held = tensor(data, what, "name", "raw_data")
+    if not VALUE_NAME.fullmatch(held.get("name", "")):
+        raise Malformed(f"{what}: has a name that no exporter gives")
     begin, end = held.get("raw_data", (0, 0))
     size = math.prod(held["dims"]) * ITEM_BYTES[held["data_type"]]
     if min(held["dims"], default=0) < 0 or end - begin != size or not size:
