@@ -16,6 +16,8 @@ MOST_RANKS = 4096
 MOST_GRAPH_BYTES = 256 << 20
 MOST_SIZE = 1 << 31  # of a dimension
 GROUP = "msconv_tp"
+FILE = re.compile(r"[A-Za-z0-9][\w-]{0,90}\.(?:json|jinja|model|txt|tiktoken)", re.ASCII)
+NOT_FILES = {"msconv.json"}
 HALF = "half_precision_"  # settings that a proof reports without a gate
 
 
@@ -24,7 +26,7 @@ def contradiction(manifest: Manifest) -> str:
     tp = manifest.parallel.tp
     if not 1 <= tp <= MOST_RANKS or not 1 <= manifest.parallel.ep <= tp:
         return f"tp {tp}, ep {manifest.parallel.ep}"
-    return _weights(manifest) or _graphs(manifest) or _claims(manifest)
+    return _weights(manifest) or _graphs(manifest) or _files(manifest) or _claims(manifest)
 
 
 def _weights(manifest: Manifest) -> str:
@@ -92,6 +94,16 @@ def _graph(g: Graph) -> str:
 def _is_shape(shape: Iterable[int | None]) -> bool:
     dims = [1 if n is None else n for n in shape]
     return len(dims) <= 8 and all(0 <= n < MOST_SIZE for n in dims)
+
+
+def _files(manifest: Manifest) -> str:
+    """Of files beside: plain names of data that a model's directory has."""
+    for file in manifest.files:
+        if not FILE.fullmatch(file.name) or file.name in NOT_FILES or not 0 <= file.size <= MOST_GRAPH_BYTES:
+            return f"the file {file.name[:80]!r} of {file.size} bytes is none that a model has"
+    if double := _twice(f.name for f in manifest.files):
+        return f"the file {double} is there twice"
+    return ""
 
 
 def _claims(manifest: Manifest) -> str:

@@ -14,6 +14,7 @@ from ..mindir_check import refusal
 from .files import check_size, read_sized
 from .manifest import TensorEntry, WeightFile, Weights, digest_bytes, digest_of
 from .opened import Artifact
+from .served import wrong_files
 
 _BLOCK = 8 << 20
 SOME = 20  # places that a message names
@@ -43,8 +44,8 @@ def check_artifact(
 
 
 def check_graphs(artifact: Artifact) -> list[Damage]:
-    """Sizes of all files, the bytes of the graphs, and whether they are graphs of ours: little to read, enough to
-    doubt a proof by."""
+    """Sizes of all files, the bytes of the graphs, whether they are graphs of ours, and the bytes of what a server
+    reads besides: little to read, enough to doubt a proof by."""
     damage: list[Damage] = []
     root, manifest = artifact.root, artifact.manifest
     for file in manifest.weights.files if manifest.weights else ():
@@ -61,7 +62,7 @@ def check_graphs(artifact: Artifact) -> list[Damage]:
         same = digest_bytes(data) == graph.digest
         if problem := refusal(data, graph, artifact.tp) if same else "digest differs":
             damage.append(Damage(graph.path, "", problem))
-    return damage
+    return damage + [Damage(name, "", problem) for name, problem in wrong_files(artifact)]
 
 
 def check_file(
