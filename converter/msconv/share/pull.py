@@ -30,6 +30,7 @@ from msconv_runtime.artifact import (
     is_artifact,
     replace_file,
 )
+from msconv_runtime.artifact.consistency import contradiction
 from msconv_runtime.artifact.directory import MAX_MANIFEST_BYTES
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 
@@ -115,6 +116,8 @@ def prepare(reference: str, output: Path | None = None) -> Pull:
     manifest = decode_manifest(data, f"{reference}: {MANIFEST}")
     if digest_bytes(data) not in ready.decode("utf-8", "replace").split():
         raise ArtifactError(f"{reference}: {MANIFEST} is not the one that {READY} vouches for.", "Push it again.")
+    if problem := contradiction(manifest):
+        raise ArtifactError(f"{reference}: {MANIFEST} contradicts itself: {problem}.", CHANGED)
     needed = parts(manifest) | {f.name: f.size for f in manifest.files}
     found = {n: f.size for n, f in repository.files.items()}
     if wrong := [n for n, size in needed.items() if found.get(n) != size]:
