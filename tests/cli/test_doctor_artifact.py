@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from msconv_runtime import claims
 from msconv_runtime.artifact import GraphInput, Manifest, Verified, read_manifest, write_manifest
 from msconv_runtime.doctor import examine
 from tests.cli.machines import cannot, finding, machine, with_npu, write
@@ -57,7 +58,11 @@ def test_a_proof_is_seen_and_next_is_serve(own_artifact: Path) -> None:
     )
     change(own_artifact, verified=[proof])
     done = run_msconv("doctor", own_artifact)
-    assert "largest logit error 2.00e-06" in done.stdout
+    assert "largest logit error 2.00e-06 (claimed by its author, not checked here)" in done.stdout
+    assert done.stderr.splitlines()[-1] == f"Next: msconv verify {own_artifact}"
+    claims.note(proof)
+    done = run_msconv("doctor", own_artifact)
+    assert "largest logit error 2.00e-06;" in done.stdout or "largest logit error 2.00e-06\n" in done.stdout
     assert done.stderr.splitlines()[-1] == f"Next: msconv serve {own_artifact}"
     (own_artifact / "graphs/cpu/decode.mindir").write_bytes(b"x")
     done = run_msconv("doctor", own_artifact, "--json")

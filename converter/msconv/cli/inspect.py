@@ -10,6 +10,7 @@ import click
 from msconv_runtime.artifact import Artifact, Manifest
 from msconv_runtime.artifact.integrity import check_artifact, check_graphs
 from msconv_runtime.artifact.served import other_files
+from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.errors import ArtifactError
 
 from ..layout.names import fold
@@ -121,7 +122,12 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
         "proven": {
             t: None
             if p is None
-            else {"max_abs_logit_error": p.max_abs_logit_error, "bound": p.bound, "reference": p.reference}
+            else {
+                "max_abs_logit_error": p.max_abs_logit_error,
+                "bound": p.bound,
+                "reference": p.reference,
+                "checked_here": is_checked_here(p),
+            }
             for t, p in proofs.items()
         },
         "standing": {s.target: s.data for s in standings(manifest)},
@@ -197,8 +203,9 @@ def describe(data: dict[str, Any]) -> str:
         if p is None:
             lines.append(f"{target}: UNPROVEN.  Run `msconv verify {data['artifact']} --target {target}`.")
         else:
+            claim = "" if p["checked_here"] else f"{CLAIMED}, not checked here: "
             lines.append(
-                f"{target}: proven against {p['reference']}, largest logit error "
+                f"{target}: {claim}proven against {p['reference']}, largest logit error "
                 f"{p['max_abs_logit_error']:.2e} (bound {p['bound']:.0e})"
             )
         if target in data["standing"]:
