@@ -19,6 +19,7 @@ GROUP = "msconv_tp"
 FILE = re.compile(r"[A-Za-z0-9][\w-]{0,90}\.(?:json|jinja|model|txt|tiktoken)", re.ASCII)
 NOT_FILES = {"msconv.json"}
 HALF = "half_precision_"  # settings that a proof reports without a gate
+HALVES = {"max_abs_logit_error", "argmax_agreement", "bound"}
 
 
 def contradiction(manifest: Manifest) -> str:
@@ -133,6 +134,11 @@ def _proof(v: Verified, tp: int) -> str:
             f"compared {v.logits_compared} rows of logits of {v.ranks} ranks, of {tp}, and their argmax agreed in "
             f"{v.argmax_agreement:.1%}"
         )
+    half = {n.removeprefix(HALF) for n in v.settings if n.startswith(HALF)}
+    if half and not {"max_abs_logit_error", "argmax_agreement"} <= half <= HALVES:
+        return f"has half precision's {', '.join(sorted(half))[:80]}"
+    if any(isinstance(n, str) or not math.isfinite(n) for n in v.settings.values()):
+        return "has a setting that is no number"
     if not v.graph_digests or _twice(v.graph_digests):
         return "is of no graphs, or of one twice"
     return ""
