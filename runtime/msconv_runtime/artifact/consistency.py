@@ -10,7 +10,17 @@ from collections.abc import Iterable
 
 from ..roles import ROLES
 from ..targets import TARGETS
-from .manifest import ITEM_BYTES, Graph, GraphInput, GraphOutput, GraphParameter, Manifest, Rehearsed, Verified
+from .manifest import (
+    ITEM_BYTES,
+    Graph,
+    GraphInput,
+    GraphOutput,
+    GraphParameter,
+    Manifest,
+    Rehearsed,
+    Verified,
+    digest_of,
+)
 
 MOST_RANKS = 4096
 MOST_GRAPH_BYTES = 256 << 20
@@ -41,6 +51,8 @@ def _weights(manifest: Manifest) -> str:
         sizes[f.rank].append(f.size)
     if not sizes[0] or any(len(s) != len(sizes[0]) for s in sizes):
         return "ranks have different numbers of files"
+    if w.digest != digest_of(f.digest for f in w.files):
+        return "the digest of the weights is not that of their files"
     if double := _twice(f.path for f in w.files) or _twice(t.name for t in w.tensors):
         return f"{double} is there twice"
     for t in w.tensors:
@@ -89,6 +101,8 @@ def _graph(g: Graph) -> str:
         return f"{named} gives {[o.name[:40] for o in g.outputs][:5]}"
     if set(g.groups) - {GROUP} or set(g.nz) - {p.name for p in g.reads}:
         return f"{named} names a group or a weight that it has not"
+    if g.nz and not TARGETS[g.target].nz:
+        return f"{named} wants weights in a format that its target has not"
     return ""
 
 
