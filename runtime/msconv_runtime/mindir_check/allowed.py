@@ -154,19 +154,19 @@ PRIMITIVES = {
 EVERYWHERE = """
     Add AllReduce BatchMatMul BroadcastTo Cast Concat Cos CumSum Depend Div Gather GreaterEqual LessScalar Load
     LogicalAnd MakeTuple MatMul Mul Muls Reshape Select Shape Sin Softmax Split StridedSlice Sub SumExt
-    TensorToScalar Transpose TupleGetItem UpdateState ZerosLike
+    Transpose TupleGetItem UpdateState ZerosLike
 """
 KINDS = {  # of graphs: what they may have besides
     "cpu": """
         Equal ExpandDims GatherD Greater Maximum Minimum Range ReLU ReduceMax ReduceMean Rsqrt ScalarMul ScalarSub
-        ScalarToTensor ScatterNd ScatterUpdate SiLU Sigmoid Tile TopK
+        ScalarToTensor ScatterNd ScatterUpdate SiLU Sigmoid TensorToScalar Tile TopK
     """,
     "compiled": "Equal ExpandDims GatherD Greater ScatterUpdate Sigmoid TopK "
     + " ".join(f"{LIBRARY}:{name}" for name in KERNELS),
     "ascend": """
         AddRmsNorm AllGather ApplyRotaryPosEmb FlashAttentionScore FusedAddTopKDiv GroupedMatmulV4
         InnerMoeTokenUnpermute Less MoeInitRoutingV2 NanToNum PagedAttention Range ReshapeAndCache RmsNorm
-        ScalarToTensor SiLU TensorToTuple Tile TopkExt
+        ScalarToTensor SiLU TensorToScalar TensorToTuple Tile TopkExt
     """,
 }
 OF_MINDSPORE_28 = {"cpu": " Less", "compiled": " Less", "ascend": ""}  # what only that version writes
