@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from msconv_runtime.artifact import (
     READY,
     STATE_DIR,
     Dropped,
+    File,
     Manifest,
     Model,
     Padding,
@@ -31,6 +32,7 @@ from msconv_runtime.artifact import (
     replace_file,
     write_manifest,
 )
+from msconv_runtime.artifact.served import describe_file
 from msconv_runtime.errors import ArtifactError, CheckpointError, UsageError
 
 from . import __version__
@@ -244,14 +246,23 @@ def run(
 def _finish(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None, publish: Publish) -> None:
     """Everything but the weights; the manifest and READY last."""
     root = conversion.output
-    for path in conversion.auxiliary:
-        replace_file(root / path.name, path.read_bytes())
+    files = copy_files(conversion.auxiliary, root)
     state = root / STATE_DIR
     replace_file(state / "source", f"{conversion.origin}\n".encode())
     replace_file(state / "identity", conversion.identity.digest().encode())
-    manifest = _manifest(conversion, moved, previous)
+    manifest = _manifest(conversion, moved, previous, files)
     publish(root, manifest)
     write_manifest(root, manifest)
+
+
+def copy_files(paths: Sequence[Path], root: Path) -> list[File]:
+    """Copy what a server reads besides weights and graphs, and describe each for the manifest."""
+    files = []
+    for path in paths:
+        entry, data = describe_file(path)
+        replace_file(root / path.name, data)
+        files.append(entry)
+    return files
 
 
 def _bytes_besides(conversion: Conversion) -> int:
@@ -372,7 +383,9 @@ def _model(checkpoint: Checkpoint, plan: Plan, moved: dict[str, Moved]) -> Model
     )
 
 
-def _manifest(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None) -> Manifest:
+def _manifest(
+    conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None, copied: list[File]
+) -> Manifest:
     plan = conversion.plan
     files, tensors = describe(plan, moved)
     weights = Weights(
@@ -392,6 +405,7 @@ def _manifest(conversion: Conversion, moved: dict[str, Moved], previous: Manifes
         parallel=Parallel(plan.mesh.tp, plan.mesh.ep),
         weights=weights,
         graphs=previous.graphs if previous else [],
+        files=copied,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from msconv_runtime.artifact import Artifact
-from msconv_runtime.artifact.weights import check_size
+from msconv_runtime.artifact.files import check_size
+from msconv_runtime.artifact.served import refuse_wrong_files
 from msconv_runtime.errors import ArtifactError
 
 from .checkpoint.directory import AUXILIARY
@@ -34,6 +35,8 @@ def prepare(
     table = _table(artifact)
     old = _plan_of(artifact)
     plan = make_plan(table, config.sizes(), old.sources, mesh, weights.dtype)
+    refuse_wrong_files(artifact)
+    recorded = [f.name for f in manifest.files]
     buffers, planned = plan_memory(plan, jobs, max_memory)
     stats = ((f.path, (root / f.path).stat()) for f in weights.files)
     return Conversion(
@@ -48,7 +51,7 @@ def prepare(
         ),
         reads=root,
         origin=_origin(root),
-        auxiliary=[root / n for n in AUXILIARY if (root / n).is_file()],
+        auxiliary=[root / n for n in recorded or AUXILIARY if (root / n).is_file()],
         describe=lambda moved: manifest.model,
         dropped=weights.dropped,
         source_dtype=weights.source_dtype,

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from . import __version__
 from .artifact import Artifact, GraphParameter, Manifest
+from .claims import CLAIMED, is_checked_here
 from .dtypes import DTYPES
 from .errors import MsconvError
 from .roles import COMPILED, can_serve, of_variant
@@ -381,10 +382,12 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
     if graphs:
         proof = manifest.proof_for(target) if intact else None
         found = f"largest logit error {proof.max_abs_logit_error:.2e}" if proof else "UNPROVEN"
+        checked = proof is not None and is_checked_here(proof)
+        found += f" ({CLAIMED}, not checked here)" * (proof is not None and not checked)
         if target != "cpu":
             found += ", interpreted" * bool(proof) + "; has run on no device"
         hint = f"`msconv verify {root} --target {target}`"
-        yield Finding(f"proof {target}", "ok" if proof else "untested", found, "a proof of these bytes", hint)
+        yield Finding(f"proof {target}", "ok" if checked else "untested", found, "a proof of these bytes", hint)
 
 
 def _memory(machine: Machine, artifact: Artifact, tokens: int) -> Iterator[Finding]:

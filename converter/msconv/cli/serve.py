@@ -11,6 +11,7 @@ import click
 
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.integrity import check_graphs
+from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.sglang.launch import Nodes, Settings, plan_launch, refuse_taken
 from msconv_runtime.targets import CPU, is_for_npu
 
@@ -96,8 +97,11 @@ def command(
         return
     manifest = opened.manifest
     target = launch.environment.get("MSCONV_TARGET", CPU.name)
-    if manifest.proof_for(target) is None or check_graphs(opened):
+    proof = manifest.proof_for(target)
+    if proof is None or check_graphs(opened):
         say(f"Warning: {root} is UNPROVEN for {target}; `msconv verify {root}` compares it with its source.")
+    elif not is_checked_here(proof):
+        say(f"The proof for {target} is {CLAIMED}; `msconv verify {root}` checks it here.")
     if is_for_npu(target):
         say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")
         if not manifest.rehearsals_for(target):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from msconv_runtime.artifact import Graph, Manifest, TensorEntry, Weights
+from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.roles import best_variant
 from msconv_runtime.targets import TARGETS, is_for_npu
@@ -60,7 +61,7 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
 
 
 def _verdict(manifest: Manifest, targets: list[str]) -> Data:
-    """`state`: proven, partly proven, unproven, no graphs or no weights."""
+    """`state`: proven, claimed, partly proven, unproven, no graphs or no weights."""
     proofs = {t: manifest.proof_for(t) for t in targets}
     proven = [t for t, p in proofs.items() if p]
     unproven = [t for t, p in proofs.items() if not p]
@@ -72,6 +73,12 @@ def _verdict(manifest: Manifest, targets: list[str]) -> Data:
         state, meaning = (
             "no graphs",
             "There are weights only: without graphs nothing can be run or proven.",
+        )
+    elif not unproven and not all(is_checked_here(p) for p in proofs.values() if p):
+        state = "claimed"
+        meaning = (
+            f"That the graphs compute on these weights what transformers computes is {CLAIMED}; "
+            "`msconv verify` checks it here."
         )
     elif not unproven:
         state = "proven"

@@ -17,6 +17,7 @@ from .directory import (
 from .manifest import (
     FORMAT,
     Dropped,
+    File,
     Graph,
     GraphInput,
     GraphOutput,
@@ -43,6 +44,7 @@ __all__ = [
     "STATE_DIR",
     "Artifact",
     "Dropped",
+    "File",
     "Graph",
     "GraphInput",
     "GraphOutput",

@@ -201,7 +201,17 @@ class Rehearsed(msgspec.Struct, frozen=True, omit_defaults=True):
     msconv: str = ""
 
 
+class File(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A file beside weights and graphs that a server reads: configuration, tokenizer, chat template."""
+
+    name: str
+    size: int
+    digest: str
+
+
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`files`: empty in artifacts of before files had digests."""
+
     format: int
     tool: str
     model: Model
@@ -210,6 +220,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     graphs: list[Graph] = []
     verified: list[Verified] = []
     rehearsed: list[Rehearsed] = []
+    files: list[File] = []
 
     def graphs_for(self, target: str) -> list[Graph]:
         return [g for g in self.graphs if g.target == target]

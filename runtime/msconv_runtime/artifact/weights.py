@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, is_float
 from ..errors import ArtifactError
+from .files import check_size
 from .opened import Artifact
 
 LoadMode = Literal["mmap", "read"]
@@ -58,19 +59,6 @@ class RankWeights:
             )
         cast = raw.view(DTYPES[entry.dtype].numpy).astype(DTYPES[dtype].numpy)
         return cast.view(DTYPES[dtype].array), True
-
-
-def check_size(path: Path, size: int) -> None:
-    """Raises ArtifactError if a file is missing or has another size than the manifest says."""
-    try:
-        found = path.stat().st_size
-    except OSError as e:
-        raise ArtifactError(f"{path}: {e.strerror}.", "Copy the artifact again, or convert again.") from None
-    if found != size:
-        raise ArtifactError(
-            f"{path}: has {found} bytes, the manifest says {size}.",
-            "Copy the artifact again, or convert again with --force.",
-        )
 
 
 def _load(path: Path, mode: LoadMode) -> NDArray[np.uint8]:
