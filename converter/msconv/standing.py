@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msconv_runtime.artifact import Manifest, Rehearsed
-from msconv_runtime.targets import is_for_npu
+from msconv_runtime.targets import device_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Standing:
 
 def standings(manifest: Manifest) -> list[Standing]:
     """Of each target for NPUs that the artifact has graphs for."""
-    targets = dict.fromkeys(g.target for g in manifest.graphs if is_for_npu(g.target))
+    targets = dict.fromkeys(g.target for g in manifest.graphs if not device_of(g.target).has_run)
     return [Standing(t, manifest.proof_for(t) is not None, manifest.rehearsals_for(t)) for t in targets]
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from msconv_runtime.sglang.launch import cores_by_rank, cpu_environment, plan_launch
 
 from msconv_runtime.errors import EnvironmentProblem
 from msconv_runtime.sglang import cpu
-from msconv_runtime.sglang.launch import cores_by_rank, cpu_environment, plan_launch
 from tests.e2e.servers import NEW_TOKENS, Server, expected, left_after, make_artifact, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]

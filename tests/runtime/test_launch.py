@@ -6,11 +6,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from msconv_runtime.sglang.launch import Nodes, Settings, given_flags, plan_launch, refuse_taken
 from msgspec.structs import replace
 
 from msconv_runtime.artifact import Parallel, read_manifest, write_manifest
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
-from msconv_runtime.sglang.launch import Nodes, Settings, given_flags, plan_launch, refuse_taken
 from tests.commands import run_msconv
 
 
