@@ -25,9 +25,9 @@ NO_KERNELS = Library(None, "the artifact has no graph of compiled kernels, or it
 
 @dataclass(frozen=True)
 class Place:
-    """Where graphs run.  `page`: slots a page of the caches, where the graphs leave it free; 0 for the smallest that
-    the target takes.  `groups`: other names for the groups that the graphs name, those under which MindSpore knows
-    them here.  `ranks_here`: how many share this machine's processors, 0 for all of the artifact's."""
+    """Where graphs run.  `page`: slots a page of the caches, where the graphs leave it free; 0 for the smallest
+    that the target takes.  `groups`: other names for the groups that the graphs name, those under which MindSpore
+    knows them here.  `ranks_here`: how many share this machine's processors, 0 for all of the artifact's."""
 
     rank: int = 0
     page: int = 0

@@ -16,7 +16,7 @@ AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # 0: torch imports no package of a d
 CANN = ("8.2", "8.3", "8.5", "9.0", "9.1")  # what MindSpore 2.10 itself looks for; 2.8 stops at 8.5
 
 
-def ascend(machine: Machine) -> Iterator[Finding]:
+def ascend_findings(machine: Machine) -> Iterator[Finding]:
     """CANN, driver and devices: for serving on an NPU only."""
     base = machine.root / "usr/local/Ascend"
     named = [Path(h) for n in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME") if (h := machine.environ.get(n))]

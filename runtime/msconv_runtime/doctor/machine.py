@@ -108,7 +108,7 @@ def in_series(version: str, series: tuple[str, ...]) -> bool:
     return any(re.match(re.escape(s) + r"(?!\d)", version) for s in series)
 
 
-def system(machine: Machine) -> Iterator[Finding]:
+def system_findings(machine: Machine) -> Iterator[Finding]:
     """Findings about Python, platform, processors, memory and disk."""
     state: State = "ok" if in_series(machine.python, PYTHON) else "wrong"
     hint = "`make setup PYTHON=/path/to/python3.11`"

@@ -76,7 +76,7 @@ VARIABLES = {
 }
 
 
-def package(machine: Machine, name: str, needs: Needs) -> Finding:
+def package_finding(machine: Machine, name: str, needs: Needs) -> Finding:
     """Whether a package is there, in a version that was tried."""
     tested, stops, hint = needs.all_packages[name]
     needed = " or ".join(t if t.count(".") > 1 else f"{t}.x" for t in tested) or "any: none was tested"
@@ -94,15 +94,15 @@ def package(machine: Machine, name: str, needs: Needs) -> Finding:
     return Finding(name, state, version, needed, hint, stops)
 
 
-def variables(machine: Machine, needs: Needs) -> Iterator[Finding]:
+def variable_findings(machine: Machine, needs: Needs) -> Iterator[Finding]:
     """Variables that are set, and directories of PYTHONPATH that hide an installed package."""
     for name, (harmless, otherwise, needed, stops) in {**needs.variables, **VARIABLES}.items():
         if (value := machine.environ.get(name)) is not None:
             state = "ok" if re.fullmatch(harmless, value) else otherwise
             yield Finding(name, state, value or "empty", needed, f"`unset {name}`", stops)
     for place in filter(None, machine.environ.get("PYTHONPATH", "").split(os.pathsep)):
-        for name, needed_package in needs.all_packages.items():
+        for name, hidden in needs.all_packages.items():
             at = next((p for p in (Path(place, name), Path(place, f"{name}.py")) if exists(p)), None)
             if at and name != "msconv" and not any(Path(place).glob(f"{name}*-info")):  # else installed there
                 found, hint = f"{at} hides {name}", f"take {place} out of PYTHONPATH"
-                yield Finding("PYTHONPATH", "wrong", found, "no such name", hint, needed_package.stops)
+                yield Finding("PYTHONPATH", "wrong", found, "no such name", hint, hidden.stops)

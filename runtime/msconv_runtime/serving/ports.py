@@ -9,7 +9,7 @@ from ..errors import EnvironmentProblem
 
 
 def refuse_taken(host: str, port: int) -> None:
-    """Raises EnvironmentProblem if no server can listen there: engines find out after they have loaded the model."""
+    """Raises EnvironmentProblem if no server can listen there: engines find out after loading the model."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as s:

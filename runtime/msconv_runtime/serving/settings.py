@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from ..artifact.weights import LoadMode
 from ..errors import UsageError
 from ..targets import CPU
+
+if TYPE_CHECKING:
+    from ..artifact.weights import LoadMode  # its module needs numpy
 
 LOCALHOST = "127.0.0.1"
 TARGET = "MSCONV_TARGET"  # whose graphs
