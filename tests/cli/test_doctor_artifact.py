@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from msconv_runtime.artifact import GraphInput, Manifest, Verified, read_manifest, write_manifest
+from msconv_runtime.artifact import FORMAT, GraphInput, Manifest, Verified, read_manifest, write_manifest
 from tests.cli.machines import cannot, examine, finding, machine, with_npu, write
 from tests.commands import run_msconv, run_python
 
@@ -30,7 +31,7 @@ def test_an_artifact_is_told_in_short(compiled: Path) -> None:
     done = run_msconv("doctor", compiled, "--json")
     assert done.code == 0
     rank = sum(p.stat().st_size for p in (compiled / "weights").iterdir())
-    short = {"format": 1, "tp": 1, "ep": 1, "rank_bytes": rank, "proven": {"cpu": False}}
+    short = {"format": FORMAT, "tp": 1, "ep": 1, "rank_bytes": rank, "proven": {"cpu": False}}
     assert done.json["artifact"] == {"path": str(compiled), "ready": True, **short}
     states = {f["name"]: f["state"] for f in done.json["findings"]}
     assert states["graphs cpu"] == "ok"
@@ -74,7 +75,7 @@ def damage_ready_kind(root: Path) -> None:
 
 def damage_format(root: Path) -> None:
     path = root / "msconv.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    path.write_text(re.sub('"format": [0-9]+', '"format": 99', path.read_text()))
 
 
 def damage_manifest(root: Path) -> None:

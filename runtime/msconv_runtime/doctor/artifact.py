@@ -105,7 +105,9 @@ def _ranks(machine: Machine, root: Path, tp: int) -> Iterator[Finding]:
 def _memory(machine: Machine, artifact: Artifact, tokens: int, needs: Needs) -> Iterator[Finding]:
     """Free memory against all ranks on a CPU: weights as the graphs take them, and the KV cache."""
     root, manifest, tp = artifact.root, artifact.manifest, artifact.tp
-    here = [t for t in TARGETS.values() if t.device.is_host and manifest.graphs_for(t.name)]
+    here = [
+        t for t in TARGETS.values() if t.device.is_host and can_serve(of_variant(manifest.graphs_for(t.name), ""))
+    ]
     if manifest.weights is None or not here:
         return
     target, free = here[0], machine.memory()
