@@ -27,6 +27,7 @@ from tests.conversions import convert
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache directory, and nothing remembered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MSCONV_COMPILED", raising=False)
     monkeypatch.delenv("MSCONV_NATIVE", raising=False)
     library.cache_clear()
     yield tmp_path
@@ -44,7 +45,7 @@ from msconv_runtime.kernels import library
 with ThreadPoolExecutor(2) as pool:
     print({str(pool.submit(library).result().path) for _ in range(2)})
 """
-    environment = {**os.environ, "XDG_CACHE_HOME": str(root), "MSCONV_NATIVE": "1"}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(root), "MSCONV_COMPILED": "1"}
     command = [sys.executable, "-c", code]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(2)]
     said = {process.communicate(timeout=300)[0].strip() for process in running}
@@ -65,7 +66,7 @@ def kept(built: Path, fresh: Path) -> Path:
 def artifact(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from msconv.compile import compile_graphs
 
-    root = tmp_path_factory.mktemp("native") / "artifact"
+    root = tmp_path_factory.mktemp("compiled") / "artifact"
     convert(checkpoint("bfloat16_shards"), root)
     compile_graphs(root, "cpu")
     return root
@@ -136,7 +137,8 @@ def test_what_does_not_build_says_why(fresh: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("MSCONV_NATIVE", "0", "MSCONV_NATIVE=0"),
+        ("MSCONV_COMPILED", "0", "MSCONV_COMPILED=0"),
+        ("MSCONV_NATIVE", "0", "MSCONV_NATIVE=0"),  # its name before
         (
             "CXX",
             "/no/such/compiler",
@@ -250,7 +252,7 @@ def test_a_graph_of_other_kernels_is_refused(artifact: Path, monkeypatch: pytest
 def test_weights_that_would_be_rounded_are_refused(
     checkpoint: Checkpoints, artifact: Path, tmp_path: Path
 ) -> None:
-    """A native graph that was compiled for bfloat16, beside weights converted to float32 since."""
+    """A graph of kernels that was compiled for bfloat16, beside weights converted to float32 since."""
     from msgspec.structs import replace
 
     from msconv_runtime.artifact import Artifact, read_manifest, write_manifest

@@ -18,7 +18,7 @@ from msconv_runtime.paging import Batch
 from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.sglang.flags import pool_problems
 from msconv_runtime.sglang.groups import find_groups
-from msconv_runtime.targets import ASCEND910B
+from msconv_runtime.targets.ascend import ASCEND910B
 from tests.commands import run_msconv
 from tests.conftest import Checkpoints
 

@@ -1,4 +1,4 @@
-"""Native graphs: their compiled kernels against the interpreter's, and faults planted in the graph."""
+"""Graphs of compiled kernels: these against the interpreter's, and faults planted in the graph."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_what_is_out_of_range_is_refused_before_memory_is_touched(name: str, inp
 def sound(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from msconv.compile import compile_graphs
 
-    root = tmp_path_factory.mktemp("native") / "sound"
+    root = tmp_path_factory.mktemp("compiled") / "sound"
     convert(checkpoint("untied"), root, tp=2)
     compile_graphs(root, "cpu")
     return root
@@ -238,7 +238,7 @@ FAULTS: dict[str, tuple[Callable[[GraphEdit], None], str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_in_the_native_graph_is_caught(
+def test_a_fault_in_the_compiled_graph_is_caught(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     change, place = FAULTS[name]
@@ -270,7 +270,7 @@ def test_the_graph_takes_matrices_as_they_are_stored(checkpoint: Checkpoints, tm
     stored = {"bfloat16_shards": "bfloat16", "float16": "float32", "untied": "float32"}
     for name, dtype in stored.items():
         convert(checkpoint(name), tmp_path / name, tp=1)
-        (native,) = [m.graph for m in compile_graphs(tmp_path / name, "cpu") if m.graph.variant == "compiled"]
-        types = {p.name: p.dtype for p in native.reads}
+        (compiled,) = [m.graph for m in compile_graphs(tmp_path / name, "cpu") if m.graph.variant == "compiled"]
+        types = {p.name: p.dtype for p in compiled.reads}
         assert types[name_of(0, "mlp.down_proj.weight")] == dtype
         assert types[name_of(0, "input_layernorm.weight")] == "float32"

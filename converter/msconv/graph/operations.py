@@ -220,19 +220,10 @@ class Linear(nn.Cell):
     def __init__(self, matrix: Matrix, bias: Any) -> None:
         super().__init__()
         self.matrix = matrix
-        self.add = AddBias(bias)  # a cell of its own: manifests list the weight first
-
-    def construct(self, x: Any) -> Any:
-        return self.add(self.matrix(x))
-
-
-class AddBias(nn.Cell):
-    def __init__(self, bias: Any) -> None:
-        super().__init__()
         self.bias = bias
 
     def construct(self, x: Any) -> Any:
-        return x + self.bias
+        return self.matrix(x) + self.bias
 
 
 class Swiglu(nn.Cell):

@@ -46,7 +46,7 @@ class RankFiles:
                     self._where |= dict.fromkeys(opened.keys(), path)
 
     def get(self, name: str, declared: torch.dtype | None) -> torch.Tensor:
-        """In exact mode stored values widened to float32; else cast to the type the graph declares."""
+        """In exact mode stored values in float32; else cast to the type the graph declares."""
         if name in self._cache:
             return self._cache[name]
         if name not in self._where:

@@ -1,4 +1,4 @@
-// The operations of the CPU's native graphs.  MindSpore calls them as custom operations: pointers, ranks, shapes and
+// The operations of the CPU's compiled graphs.  MindSpore calls them as custom operations: pointers, ranks, shapes and
 // type names of all inputs, then of all outputs; a non-zero return fails the step.
 //
 // Shape legend: T tokens, B sequences, S positions a row of the block table, H heads, K kv heads, D head_dim.

@@ -19,8 +19,9 @@ from ...families.attention import Attention
 from ..matrix import Matrix
 from ..parameters import DTYPES, parameter
 from ..spec import Local
+from .attention import Angles, Rotation
 from .latent import Absorbed
-from .plain import Angles, PlainOperations, Rotation
+from .plain import PlainOperations
 from .steps import CompiledStep
 
 STORED = ("float32", "bfloat16")  # what kernels multiply with as it is stored; all else is read as float32

@@ -69,7 +69,7 @@ class RouteSigmoid(nn.Cell):
 
 
 class _Experts(nn.Cell):
-    """`mine` turns ids of all experts into this rank's, [T*k], and says which are on it at all (1.0 or 0.0)."""
+    """`mine` makes ids of all experts this rank's, [T*k], with a share: 1.0 if it has the expert, else 0.0."""
 
     def __init__(self, local: Local, matrices: tuple[Matrix, Matrix], start: Any | None) -> None:
         super().__init__()

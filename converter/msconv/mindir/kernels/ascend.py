@@ -1,7 +1,8 @@
 """Ascend's fused primitives, as SGLang's and vLLM's MindSpore models use them.
 
 The contracts are from mindspore.ops' documentation and from the callers sgl-mindspore and vllm-mindspore; where
-they leave something open, the reading taken here is said.  Only a device can show that its kernels agree.
+they leave something open, each reading taken here is written down.  Only a device can show that its kernels
+agree.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .table import Context, kernel, wide
+from .table import Context, kernel, upcast
 
 Attributes = dict[str, Any]
 TILE = 128  # the mask of FlashAttentionScore in layout TH is one tile of this size
@@ -54,8 +55,8 @@ def apply_rotary(
     def rotate(x: torch.Tensor) -> torch.Tensor:
         heads = x.reshape(tokens, -1, dim).float()
         first, second = heads.chunk(2, -1)
-        turned = torch.cat((-second, first), -1)
-        out = heads * cos[:, None].float() + turned * sin[:, None].float()
+        swapped = torch.cat((-second, first), -1)
+        out = heads * cos[:, None].float() + swapped * sin[:, None].float()
         return out.reshape(tokens, -1).to(x.dtype)
 
     return rotate(q), rotate(k)
@@ -159,7 +160,7 @@ def paged_attention(c: Context, a: Attributes, *inputs: Any) -> torch.Tensor:
 
 def _attend(query: Any, key: Any, value: Any, shared: int, scale: float, bias: Any) -> torch.Tensor:
     """[q, H, D], [k, K, D], [k, K, D] -> [q, H*D]; `shared` query heads take one key head."""
-    q, k, v = (wide(x).transpose(0, 1) for x in (query, key, value))
+    q, k, v = (upcast(x).transpose(0, 1) for x in (query, key, value))
     k, v = k.repeat_interleave(shared, 0), v.repeat_interleave(shared, 0)
     shares = torch.softmax(q @ k.mT * scale + bias, -1)
     return (shares @ v).transpose(0, 1).reshape(len(query), -1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .table import Context, kernel, wide
+from .table import Context, kernel, upcast
 
 Attributes = dict[str, Any]
 CUMULATIVE, COUNTS = 1, 2  # MoeInitRoutingV2's third output
@@ -41,7 +41,7 @@ def fused_add_top_k_div(c: Context, a: Attributes, logits: Any, bias: Any, *sett
 def moe_init_routing(c: Context, a: Attributes, x: torch.Tensor, ids: Any, *settings: Any) -> Any:
     """Rows of x [T, H] by expert, stable: (rows [T*k, H], place of (token, choice) [T*k], tokens of each expert
     or, cumulative, where they end [E], the same)."""
-    active, capacity, experts, mode, said, before = settings
+    active, capacity, experts, mode, counts_flag, before = settings
     if int(active) or int(capacity) or int(mode) or not before:
         raise ValueError("MoeInitRoutingV2: dropping and padding are not known here")
     flat = ids.reshape(-1).long()
@@ -51,10 +51,10 @@ def moe_init_routing(c: Context, a: Attributes, x: torch.Tensor, ids: Any, *sett
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     counts = torch.bincount(flat, minlength=int(experts))
-    if int(said) == CUMULATIVE:
+    if int(counts_flag) == CUMULATIVE:
         counts = counts.cumsum(0)
-    elif int(said) != COUNTS:
-        raise ValueError(f"MoeInitRoutingV2: flag {said} is not known here")
+    elif int(counts_flag) != COUNTS:
+        raise ValueError(f"MoeInitRoutingV2: flag {counts_flag} is not known here")
     return x[order // ids.shape[1]], places.int(), counts.int(), counts.int()
 
 
@@ -76,7 +76,7 @@ def grouped_matmul(c: Context, a: Attributes, xs: Any, weights: Any, *rest: Any)
     begin = 0
     for expert, end in enumerate(int(e) for e in ends):
         if end > begin:
-            out[begin:end] = (wide(x[begin:end]) @ wide(weight[expert])).to(x.dtype)
+            out[begin:end] = (upcast(x[begin:end]) @ upcast(weight[expert])).to(x.dtype)
         begin = end
     return (out,)
 
@@ -90,4 +90,4 @@ def moe_token_unpermute(c: Context, a: Attributes, y: Any, places: Any, weights:
     if places.numel() and (int(places.min()) < 0 or int(places.max()) >= len(y)):
         raise IndexError(f"MoeTokenUnpermute: places {int(places.min())}..{int(places.max())} of {len(y)}")
     rows = y[places.long()].reshape(tokens, count, -1)
-    return (wide(rows) * wide(weights)[:, :, None]).sum(1).to(y.dtype)
+    return (upcast(rows) * upcast(weights)[:, :, None]).sum(1).to(y.dtype)

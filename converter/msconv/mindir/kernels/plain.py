@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .table import Context, kernel, wide
+from .table import Context, kernel, upcast
 
 TYPE_IDS = {  # mindspore/core/include/mindapi/base/type_id.h
     30: torch.bool,
@@ -179,22 +179,22 @@ def zeros_like(c: Context, a: Attributes, x: Tensor) -> Tensor:
 
 @kernel("Cos")
 def cos(c: Context, a: Attributes, x: Tensor) -> Tensor:
-    return wide(x).cos().to(x.dtype)
+    return upcast(x).cos().to(x.dtype)
 
 
 @kernel("Sin")
 def sin(c: Context, a: Attributes, x: Tensor) -> Tensor:
-    return wide(x).sin().to(x.dtype)
+    return upcast(x).sin().to(x.dtype)
 
 
 @kernel("Rsqrt")
 def rsqrt(c: Context, a: Attributes, x: Tensor) -> Tensor:
-    return wide(x).rsqrt().to(x.dtype)
+    return upcast(x).rsqrt().to(x.dtype)
 
 
 @kernel("Sigmoid")
 def sigmoid(c: Context, a: Attributes, x: Tensor) -> Tensor:
-    return wide(x).sigmoid().to(x.dtype)
+    return upcast(x).sigmoid().to(x.dtype)
 
 
 @kernel("ReLU")
@@ -204,23 +204,23 @@ def relu(c: Context, a: Attributes, x: Tensor) -> Tensor:
 
 @kernel("SiLU")
 def silu(c: Context, a: Attributes, x: Tensor) -> Tensor:
-    return torch.nn.functional.silu(wide(x)).to(x.dtype)
+    return torch.nn.functional.silu(upcast(x)).to(x.dtype)
 
 
 @kernel("Softmax")
 def softmax(c: Context, a: Attributes, x: Tensor, axis: Any) -> Tensor:
-    return torch.softmax(wide(x), _ints(axis)[0]).to(x.dtype)
+    return torch.softmax(upcast(x), _ints(axis)[0]).to(x.dtype)
 
 
 @kernel("SumExt")
 def sum_ext(c: Context, a: Attributes, x: Tensor, axis: Any, keep: Any, dtype: Any) -> Tensor:
-    out = wide(x).sum(_ints(axis), keepdim=bool(keep)) if axis is not None else wide(x).sum()
+    out = upcast(x).sum(_ints(axis), keepdim=bool(keep)) if axis is not None else upcast(x).sum()
     return out.to(x.dtype if dtype is None else c.keep(TYPE_IDS[int(dtype)]))
 
 
 @kernel("ReduceMean")
 def reduce_mean(c: Context, a: Attributes, x: Tensor, axis: Any, keep: Any) -> Tensor:
-    return wide(x).mean(_ints(axis), keepdim=bool(keep)).to(x.dtype)
+    return upcast(x).mean(_ints(axis), keepdim=bool(keep)).to(x.dtype)
 
 
 @kernel("ReduceMax")
@@ -351,7 +351,7 @@ def scatter_nd(c: Context, a: Attributes, index: Tensor, rows: Tensor, to: Any) 
 @kernel("MatMul", "BatchMatMul")
 def matmul(c: Context, a: Attributes, x: Tensor, y: Tensor, tx: Any, ty: Any) -> Tensor:
     x2, y2 = (x.mT if tx else x), (y.mT if ty else y)
-    return (wide(x2) @ wide(y2)).to(x.dtype)
+    return (upcast(x2) @ upcast(y2)).to(x.dtype)
 
 
 @kernel("ScatterUpdate")

@@ -43,6 +43,6 @@ def kernel(*names: str, attributes: tuple[str, ...] = ()) -> Callable[[Callable[
     return register
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """Half types are computed in float32 and rounded once, as accelerators accumulate."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
