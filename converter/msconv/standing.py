@@ -11,7 +11,7 @@ from typing import Any
 
 from msconv_runtime.artifact import Manifest, Rehearsed
 from msconv_runtime.claims import CLAIMED, is_checked_here
-from msconv_runtime.targets import is_for_npu
+from msconv_runtime.targets import device_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Standing:
 
 def standings(manifest: Manifest) -> list[Standing]:
     """Of each target for NPUs that the artifact has graphs for."""
-    targets = dict.fromkeys(g.target for g in manifest.graphs if is_for_npu(g.target))
+    targets = dict.fromkeys(g.target for g in manifest.graphs if not device_of(g.target).has_run)
     proofs = {t: manifest.proof_for(t) for t in targets}
     return [
         Standing(t, p is not None, p is not None and not is_checked_here(p), manifest.rehearsals_for(t))

@@ -19,19 +19,18 @@ from .paging import Batch, Sequences, attention_mask, chunks
 from .roles import COMPILED, DECODE, LOGITS, PREFILL, ROLES, Role, graph_for, of_variant
 from .targets import target_named
 
-FREE_PAGE = 16
 WARM_UP_SEQUENCES = 3  # so many that each graph of a set is asked for
 NO_KERNELS = Library(None, "the artifact has no graph of compiled kernels, or it was not asked for")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where graphs run.  `page`: slots a page of the caches, where the graphs leave it free.  `groups`: other
-    names for the groups that the graphs name, those under which MindSpore knows them here.  `ranks_here`: how
-    many share this machine's processors, 0 for all of the artifact's."""
+    """Where graphs run.  `page`: slots a page of the caches, where the graphs leave it free; 0 for the smallest
+    that the target takes.  `groups`: other names for the groups that the graphs name, those under which MindSpore
+    knows them here.  `ranks_here`: how many share this machine's processors, 0 for all of the artifact's."""
 
     rank: int = 0
-    page: int = FREE_PAGE
+    page: int = 0
     groups: Mapping[str, str] = field(default_factory=dict)
     ranks_here: int = 0
 
@@ -75,7 +74,7 @@ class Graphs:
     @property
     def page(self) -> int:
         """Slots a page of the caches: the graphs', or the place's where they leave it free."""
-        return self.caches[0].shape[1] or self.place.page
+        return self.caches[0].shape[1] or self.place.page or self.target.paging.pages[-1]
 
     def decode(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
         """One new token a sequence.  Logits [B, V] float32."""

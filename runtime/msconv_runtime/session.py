@@ -60,7 +60,7 @@ class Session:
         opened = Artifact(artifact)
         if load not in get_args(LoadMode):
             raise UsageError(f"load is {load!r}; it may be 'mmap' or 'read'.")
-        if not target_named(target).is_cpu:
+        if not target_named(target).device.is_host:
             raise EnvironmentProblem(
                 f"{target} graphs run on an NPU inside SGLang only.", "Use target='cpu' here."
             )

@@ -21,8 +21,7 @@ from msconv_runtime.artifact import (
     read_manifest,
     write_manifest,
 )
-from msconv_runtime.doctor import examine
-from tests.cli.machines import cannot, finding, machine, with_npu, write
+from tests.cli.machines import cannot, examine, finding, machine, with_npu, write
 from tests.commands import run_msconv, run_python
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msconv_runtime.sglang.launch import cpu_environment
+from msconv_runtime.sglang.environment import cpu_environment
 from tests.e2e.servers import NEW_TOKENS, Server, expected, make_artifact, run, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]

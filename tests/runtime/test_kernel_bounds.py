@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from msconv_runtime.kernels import library
 from msconv_runtime.kernels.check import call, examples
 

@@ -15,8 +15,9 @@ from msconv_runtime.errors import ArtifactError
 from msconv_runtime.graphs import Graphs, Place
 from msconv_runtime.kernels import Library
 from msconv_runtime.paging import Batch
-from msconv_runtime.sglang.collectives import find_groups
-from msconv_runtime.sglang.launch import plan_launch, pool_problems
+from msconv_runtime.serving.launch import plan_launch
+from msconv_runtime.sglang.flags import pool_problems
+from msconv_runtime.sglang.groups import find_groups
 from msconv_runtime.targets.ascend import ASCEND910B
 from tests.commands import run_msconv
 from tests.conftest import Checkpoints

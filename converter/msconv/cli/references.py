@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import UsageError
-from msconv_runtime.sglang.launch import given_flags
+from msconv_runtime.serving.flags import given_flags
 
 from ..checkpoint.reference import HUBS
 from ..recipes import NAME, Recipe, all_recipes, find_recipe, near_names

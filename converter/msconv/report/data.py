@@ -12,7 +12,7 @@ from msconv_runtime.artifact import Graph, Manifest, TensorEntry, Weights
 from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.roles import best_variant
-from msconv_runtime.targets import TARGETS, is_for_npu
+from msconv_runtime.targets import TARGETS, device_of
 
 from ..convert import default_name
 from ..families import DecoderConfig, family_named
@@ -151,7 +151,7 @@ def _memory(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list
         graphs = best_variant(manifest.graphs_for(target))
         sizes = {p.name: _nbytes(p.shape, p.dtype) for g in graphs for p in g.reads}
         entries.append(_memory_of(target, graphs[0].caches[0].dtype, sizes, config, mesh, context))
-    if manifest.weights and not any(map(is_for_npu, targets)):
+    if manifest.weights and all(device_of(t).is_host for t in targets):
         w = manifest.weights
         entries.append(
             _memory_of(AS_STORED, w.dtype, {t.name: t.nbytes for t in w.tensors}, config, mesh, context)

@@ -130,7 +130,7 @@ def _half_precision(
 def _candidate(artifact: Artifact, target: Target, layers: int, variant: str = "") -> Candidate:
     """One CPU rank runs for real, in MindSpore, where it has what the variant needs; several ranks, and Ascend's
     graphs, in the interpreter."""
-    runs_here = target.is_cpu and artifact.tp == 1 and not layers
+    runs_here = target.device.is_host and artifact.tp == 1 and not layers
     if runs_here and (variant != COMPILED or library().path is not None):
         from msconv_runtime import Session
 

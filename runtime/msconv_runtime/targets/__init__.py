@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 
 from ..errors import UsageError
 from .cpu import CPU
-from .record import DeviceModel, Paging, Target
+from .record import DEVICES, Device, DeviceModel, Paging, Target
 
 TARGETS: dict[str, Target] = {
     value.name: value
@@ -27,9 +27,9 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def is_for_npu(name: str) -> bool:
-    """Whether graphs of this target, which may be one that is not known here, run on an NPU."""
-    return name not in TARGETS or not TARGETS[name].is_cpu
+def device_of(name: str) -> Device:
+    """What graphs of this target run on; of one that is not known here, an NPU."""
+    return TARGETS[name].device if name in TARGETS else DEVICES["npu"]
 
 
-__all__ = ["CPU", "TARGETS", "DeviceModel", "Paging", "Target", "is_for_npu", "target_named"]
+__all__ = ["CPU", "DEVICES", "TARGETS", "Device", "DeviceModel", "Paging", "Target", "device_of", "target_named"]

@@ -7,6 +7,23 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class Device:
+    """A kind of device.  `words`: in a sentence.  `is_host`: graphs run on this machine's own processors, in
+    its memory, in any process.  `has_run`: graphs of msconv have run on one."""
+
+    kind: Literal["cpu", "npu"]
+    words: str
+    is_host: bool
+    has_run: bool
+
+
+DEVICES = {
+    "cpu": Device("cpu", "a CPU", is_host=True, has_run=True),
+    "npu": Device("npu", "an NPU", is_host=False, has_run=False),
+}
+
+
+@dataclass(frozen=True)
 class DeviceModel:
     """A device that a target's graphs run on.  `memory_bytes`: as the driver reports it, for one rank."""
 
@@ -61,5 +78,5 @@ class Target:
     devices: tuple[DeviceModel, ...] = ()
 
     @property
-    def is_cpu(self) -> bool:
-        return self.kind == "cpu"
+    def device(self) -> Device:
+        return DEVICES[self.kind]

@@ -1,16 +1,12 @@
-"""What only a CPU needs: names upstream imports on an NPU, and MindSpore's own communication between ranks (mccl).
+"""MindSpore's own communication between ranks on CPUs (mccl).
 
 Run as a program, this file is MindSpore's scheduler: the process through which the ranks find each other.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import errno
 import logging
-import math
-import mmap
 import os
 import signal
 import socket
@@ -19,117 +15,22 @@ import sys
 import tempfile
 import threading
 import time
-import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import numpy as np
-
-from ..errors import EnvironmentProblem
-from .launch import LOCALHOST, Settings
+from .errors import EnvironmentProblem
 
 LISTEN_S = 60  # until MindSpore's scheduler must listen
 MEET_S = 300  # until the ranks must have found each other
 STALL_S = 3600  # a process that stood still for less is not taken for dead: we watch the processes ourselves
 PR_SET_PDEATHSIG = 1
-MADV_POPULATE_WRITE = 23
-RESERVE = 16 << 20  # bytes of a tensor from which on its memory is reserved
-AT_ONCE = 1 << 30  # bytes that are given their pages before the server is ready
-POPULATE = 2 << 20  # bytes a call
-PAUSE_S = 0.001  # between calls, which keep other threads from running Python
-IDLE_S = 0.1  # without a step, until the server counts as idle
-_reserved: list[mmap.mmap] = []
-_idle_from = 0.0  # on the monotonic clock
 logger = logging.getLogger(__name__)
 
 
-class NoMask:
-    """In place of upstream's LowerTriangularMask, which allocates 512 MB: the graphs' masks are made elsewhere."""
-
-    def __init__(self, dtype: Any, max_model_len: int) -> None:
-        from mindspore import mint
-
-        self.mask = mint.zeros((1, 1), dtype=dtype)
-
-    def gen_attention_mask(self, *args: Any) -> Any:
-        return self.mask
-
-
-def complete(upstream: Any) -> None:
-    """Give upstream's module the names it imports only on an NPU.  Idempotent."""
-    if hasattr(upstream, "ms"):
-        return
-    import mindspore
-
-    upstream.ms, upstream.np, upstream.Tensor = mindspore, np, mindspore.Tensor
-    upstream.mint, upstream.mutable = mindspore.mint, mindspore.mutable
-    upstream.torch_npu = types.SimpleNamespace(npu=types.SimpleNamespace(synchronize=lambda: None))
-    upstream.LowerTriangularMask = NoMask
-
-
-@contextlib.contextmanager
-def reserved_zeros() -> Iterator[None]:
-    """In here torch.zeros takes large CPU tensors from memory that is zero until it is touched."""
-    import torch
-
-    zeros = torch.zeros
-
-    def reserved(*size: Any, **options: Any) -> Any:
-        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-        dtype, device = options.get("dtype") or torch.get_default_dtype(), options.get("device")
-        nbytes = math.prod(shape) * dtype.itemsize
-        if not size or nbytes < RESERVE or str(device) != "cpu" or options.keys() - {"dtype", "device"}:
-            return zeros(*size, **options)
-        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        _reserved.append(memory)
-        return torch.frombuffer(memory, dtype=dtype).reshape(shape)
-
-    torch.zeros = reserved
-    try:
-        yield
-    finally:
-        torch.zeros = zeros
-
-
-@contextlib.contextmanager
-def at_work() -> Iterator[None]:
-    """In here and shortly after, no pages are given to reserved memory: the memory's speed bounds a step's."""
-    global _idle_from
-    _idle_from = math.inf
-    try:
-        yield
-    finally:
-        _idle_from = time.monotonic() + IDLE_S
-
-
-def populate_reserved() -> None:
-    """Give the reserved memory its pages: from then on the server's memory does not grow with its use.  Little is
-    done at once, more in a thread, as soon as and as long as the server is idle.  A kernel that cannot (before
-    Linux 5.14) gives them when they are touched."""
-    memories = list(_reserved)
-    _reserved.clear()
-    if sum(map(len, memories)) <= AT_ONCE:
-        _populate(memories, 0.0)
-    else:
-        threading.Thread(target=_populate, args=(memories, PAUSE_S), name="msconv-pool", daemon=True).start()
-
-
-def _populate(memories: list[mmap.mmap], pause_s: float) -> None:
-    try:
-        for memory in memories:
-            for begin in range(0, len(memory), POPULATE):
-                while time.monotonic() < _idle_from:
-                    time.sleep(IDLE_S)
-                memory.madvise(MADV_POPULATE_WRITE, begin, min(POPULATE, len(memory) - begin))
-                time.sleep(pause_s)
-    except OSError as e:
-        if e.errno == errno.ENOMEM:
-            logger.warning("msconv: no memory for all of the KV pool: give SGLang a smaller --max-total-tokens")
-
-
-def start_communication(tp_group: Any) -> None:
-    """Start MindSpore's collectives among the ranks of SGLang's tensor-parallel group; each rank calls this.
+def start_communication(rank: int, size: int, host: str, broadcast: Callable[[int | None], int]) -> None:
+    """Start MindSpore's collectives among `size` ranks; each rank calls this.  They meet at `host`; `broadcast`
+    hands rank 0's value to every rank.
 
     Takes 4 to 20 s (4 ranks on 2 busy cores: 40 s), mostly pauses inside MindSpore, in which no other thread of
     this process runs Python.
@@ -137,9 +38,7 @@ def start_communication(tp_group: Any) -> None:
     from mindspore.communication import get_group_size, get_rank, init
 
     started = time.monotonic()
-    rank, size = tp_group.rank_in_group, tp_group.world_size
-    host = Settings.read().meeting_host
-    port = tp_group.broadcast_object(start_scheduler(size, host) if rank == 0 else None)
+    port = broadcast(start_scheduler(size, host) if rank == 0 else None)
     os.environ.update(cluster_environment("MS_WORKER", str(rank), size, host, port))
     try:
         init("mccl")
@@ -157,7 +56,7 @@ def start_communication(tp_group: Any) -> None:
     logger.info("msconv: rank %d of %d: mccl started in %.1f s", rank, size, time.monotonic() - started)
 
 
-def start_scheduler(size: int, host: str = LOCALHOST) -> int:
+def start_scheduler(size: int, host: str) -> int:
     """Start MindSpore's scheduler for `size` ranks; its port, once it listens.  It ends when this thread does."""
     with socket.socket() as s:
         s.bind((host, 0))
@@ -171,7 +70,7 @@ def start_scheduler(size: int, host: str = LOCALHOST) -> int:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C is for SGLang, which ends its processes in order
+        start_new_session=True,  # Ctrl-C is for the engine, which ends its processes in order
     )
     deadline = time.monotonic() + LISTEN_S
     while not listens(port):
@@ -222,7 +121,7 @@ def tail(output: IO[bytes], size: int = 2000) -> str:
 
 
 def _watch(process: subprocess.Popen[bytes], output: IO[bytes], parent: int) -> None:
-    """Wait for the scheduler's end, which ends the server: SGLang's ranks tell their parent in the same way."""
+    """Wait for the scheduler's end, which ends the server: an engine's ranks tell their parent in the same way."""
     code = process.wait()
     logger.error(
         "msconv: MindSpore's scheduler (process %d) ended with %d: the ranks have lost each other and this server "

@@ -1,6 +1,6 @@
-"""Loading while SGLang starts: a thread binds this process's rank and warms it up while SGLang makes its pools.
+"""Loading while a server starts: a thread binds this process's rank and warms it up while the engine makes pools.
 
-More ranks than one warm up together, when their groups exist: they load when SGLang asks.  So does an NPU.
+More ranks than one warm up together, when their groups exist: they load when the engine asks.  So does an NPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ..artifact import Artifact
 from ..graphs import Graphs, Place
 from ..targets import target_named
-from .launch import Settings
+from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _finished: dict[Path, Loaded] = {}
 def begin(root: Path) -> None:
     """Start to load the only rank of `root` in a thread, for a CPU.  An artifact of more ranks is left alone."""
     artifact, settings = Artifact(root), Settings.read()
-    if artifact.tp > 1 or root in _loading or not target_named(settings.target).is_cpu:
+    if artifact.tp > 1 or root in _loading or not target_named(settings.target).device.is_host:
         return
     future: Future[Loaded] = Future()
 
@@ -87,7 +87,7 @@ def finish(artifact: Artifact, place: Place) -> Graphs:
         len(loaded.graphs.tensors),
         " and ".join(g.name for g in loaded.graphs.entries.values()),
     )
-    if loaded.graphs.target.is_cpu and (why := loaded.graphs.library.why):
+    if loaded.graphs.target.device.is_host and (why := loaded.graphs.library.why):
         logger.info("msconv: MindSpore's own operations, slower on a CPU than compiled kernels: %s", why)
     logger.info("msconv: start, seconds: %s", json.dumps(seconds))
     _finished[root] = loaded
