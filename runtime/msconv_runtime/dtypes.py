@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +30,22 @@ class ElementType:
     @property
     def bits(self) -> np.dtype[Any]:
         """Unsigned words of its width."""
+        import numpy as np
+
         return np.dtype(f"<u{self.nbytes}")
 
     @property
     def array(self) -> np.dtype[Any]:
         """The type of an array that holds it where only numpy is there: its bits, if numpy does not know it."""
+        import numpy as np
+
         return self.bits if self.name in OF_ML_DTYPES else np.dtype(self.name)
 
     @property
     def numpy(self) -> np.dtype[Any]:
         """The type that computes with it; loads ml_dtypes for what numpy does not know."""
+        import numpy as np
+
         if self.name not in OF_ML_DTYPES:
             return np.dtype(self.name)
         import ml_dtypes
