@@ -10,10 +10,11 @@ from ..artifact import Artifact, Manifest
 from ..errors import MsconvError
 from ..kv_pool import POOL_TOKENS, token_bytes, usual_pool, weight_bytes
 from ..roles import COMPILED, can_serve, of_variant
-from ..targets import DEVICES, TARGETS, device_of
+from ..targets import DEVICES, TARGETS, device_of, usual_target
+from ..versions import MINDSPORE, in_series, named
 from .findings import NPU, SERVE, Finding, State, gib, to_serve
-from .machine import Machine, in_series
-from .packages import PACKAGES, Needs
+from .machine import Machine
+from .packages import Needs
 
 MAX_DAMAGE = 20  # files that are named
 
@@ -49,8 +50,8 @@ def artifact_findings(
 def _targets(manifest: Manifest) -> Iterator[str]:
     """For each kind of device: the targets that the artifact has graphs for, or else one that it could have."""
     for kind in DEVICES:
-        usual = next(name for name, target in TARGETS.items() if target.kind == kind)
-        yield from sorted({g.target for g in manifest.graphs if device_of(g.target).kind == kind}) or [usual]
+        there = {g.target for g in manifest.graphs if device_of(g.target).kind == kind}
+        yield from sorted(there) or [usual_target(kind).name]
 
 
 def _damage(artifact: Artifact) -> list[Finding]:
@@ -71,14 +72,13 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
     made = sorted({g.mindspore for g in graphs})
     have = ", ".join(g.name for g in graphs)
     here = machine.version("mindspore")
-    tested = PACKAGES["mindspore"].tested
-    state: State = "ok" if here and in_series(here, tested) else "untested"
+    state: State = "ok" if here and in_series(here, MINDSPORE) else "untested"
     if not can_serve(of_variant(graphs, "")):
         state = "missing"
-    elif not all(in_series(version, tested) for version in made):
+    elif not all(in_series(version, MINDSPORE) for version in made):
         state = "wrong"
     found = f"{have} of mindspore {', '.join(made)}; {here or 'none'} is installed" if graphs else "none"
-    needed = f"prefill and decode of mindspore {' or '.join(t + '.x' for t in tested)}"
+    needed = f"prefill and decode of mindspore {named(MINDSPORE, ' or ')}"
     hint = f"`msconv compile {root} --target {target}`"
     yield Finding(f"graphs {target}", state, found, needed, hint, (to_serve(device.kind),))
     if graphs:

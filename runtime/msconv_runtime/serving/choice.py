@@ -6,10 +6,8 @@ import os
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, UsageError
-from ..targets import CPU, DEVICES, TARGETS, Target
+from ..targets import DEVICES, TARGETS, Target, usual_target
 from .settings import TARGET
-
-EXAMPLES = {"cpu": "cpu", "npu": "ascend910b"}  # by kind of device: a target for hints
 
 
 def target_to_serve(artifact: Artifact, kind: str, named: str | None = None) -> Target:
@@ -40,13 +38,12 @@ def _nothing_for(artifact: Artifact, kind: str) -> ArtifactError:
     if not device.is_host:
         return ArtifactError(
             f"{root}: has no graphs for {device.words}.",
-            f"`msconv compile {root} --target {EXAMPLES[kind]}` makes them.",
+            f"`msconv compile {root} --target {usual_target(kind).name}` makes them.",
         )
-    compile_ = f"`msconv compile {root} --target {CPU.name}` makes them"
+    compile_ = f"`msconv compile {root} --target {usual_target(kind).name}` makes them"
     if not artifact.targets:
-        return ArtifactError(
-            f"{root}: has no graphs.", f"{compile_} for a CPU, --target {EXAMPLES['npu']} for an NPU."
-        )
+        others = (f"--target {usual_target(k).name} for {d.words}" for k, d in DEVICES.items() if k != kind)
+        return ArtifactError(f"{root}: has no graphs.", f"{compile_} for {device.words}, {', '.join(others)}.")
     return ArtifactError(
         f"{root}: has graphs for {', '.join(artifact.targets)}, none for {device.words}.",
         f"`msconv serve {root} --device npu` serves them on an NPU, `msconv rehearse {root}` here; {compile_}.",
