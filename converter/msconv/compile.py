@@ -31,14 +31,14 @@ from msconv_runtime.targets import Target, target_named
 
 from .checkpoint.directory import AUXILIARY
 from .checkpoint.reference import configuration, open_configuration
-from .convert import TOOL, peak_rss_bytes, recordable, refuse_foreign
+from .convert import TOOL, copy_files, peak_rss_bytes, recordable, refuse_foreign
 from .families import DecoderConfig
 from .graph.spec import CannotCompute, Exported, Local
 from .graph.toolchain import mindspore_version
 from .layout.coverage import misfits
 from .layout.cuts import Mesh, make_mesh
 from .layout.model import expected_sources
-from .layout.plan import make_plan
+from .layout.planning import make_plan
 from .stream.lock import exclusive
 from .workspace.timings import add_timings
 
@@ -89,8 +89,7 @@ def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path
                     "Give another --output.",
                 )
             return
-        for path in source.auxiliary:
-            replace_file(root / path.name, path.read_bytes())
+        files = copy_files(source.auxiliary, root)
         described = Model(
             family=source.family.name,
             architecture=source.family.architecture,
@@ -99,7 +98,8 @@ def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path
             commit=source.commit,
             parameters=plan.parameters,
         )
-        write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=Parallel(tp, ep)))
+        parallel = Parallel(tp, ep)
+        write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel, files=files))
 
 
 def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | None = None) -> list[Compiled]:

@@ -8,11 +8,12 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
 
+from msconv_runtime.dtypes import VALUE_DTYPES, ValueDtype
 from msconv_runtime.errors import MsconvError, UsageError
 from msconv_runtime.serving.engine import chosen_engine
 from msconv_runtime.targets import TARGETS
@@ -25,7 +26,6 @@ NEWEST = "newest"
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-Dtype = Literal["bfloat16", "float16", "float32"]
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,99}/[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
@@ -80,7 +80,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str
     model: str
     tp: Count
-    dtype: Dtype
+    dtype: ValueDtype
     targets: Annotated[list[str], msgspec.Meta(min_length=1)]
     devices: Devices
     context: Tokens
@@ -212,7 +212,7 @@ def _said(message: str) -> str:
     place = place.strip("`").rpartition("`$")[2].removeprefix("$").removeprefix(".")
     text = text.replace("`", "")
     if text.startswith("Invalid enum value"):
-        text += f", known are {', '.join(get_args(Dtype))}"
+        text += f", known are {', '.join(VALUE_DTYPES)}"
     if found := re.fullmatch(r"Object contains unknown field (.*)", text):
         place, text = f"{place}.{found[1]}".lstrip("."), "unknown key"
     elif found := re.fullmatch(r"Object missing required field (.*)", text):

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .artifact import ITEM_BYTES, Artifact, Graph, GraphInput
+from .artifact import Artifact, Graph, GraphInput
+from .dtypes import DTYPES
 from .targets import Target
 
 POOL_BYTES = 4 << 30  # most memory the KV pools of all ranks take by default, in a machine's own memory
@@ -24,12 +25,12 @@ class Pool:
 
 def token_bytes(caches: Iterable[GraphInput]) -> int:
     """Bytes of one token on one rank, in all caches of a graph."""
-    return sum(ITEM_BYTES.get(c.dtype, 4) * math.prod(n or 1 for n in c.shape[2:]) for c in caches)
+    return sum(DTYPES[c.dtype].nbytes * math.prod(n or 1 for n in c.shape[2:]) for c in caches)
 
 
 def weight_bytes(graphs: Iterable[Graph]) -> int:
     """Bytes of what these graphs read on one rank, in the types that they take."""
-    sizes = {p.name: math.prod(p.shape) * ITEM_BYTES.get(p.dtype, 4) for g in graphs for p in g.reads}
+    sizes = {p.name: math.prod(p.shape) * DTYPES[p.dtype].nbytes for g in graphs for p in g.reads}
     return sum(sizes.values())
 
 

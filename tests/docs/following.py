@@ -73,3 +73,10 @@ def run(line: str, directory: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def text_of(page: Path, name: str) -> str:
+    """What a page writes into the file of this name."""
+    found = [b.text for b in blocks(page.read_text()) if (m := FILE.search(b.before)) and m[1] == name]
+    assert len(found) == 1, f"{name} is written {len(found)} times"
+    return found[0]

@@ -244,7 +244,7 @@ def test_matrices_are_mapped_as_they_are_stored(artifact: Path) -> None:
 def test_a_graph_of_other_kernels_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from msconv_runtime.artifact import Artifact
 
-    monkeypatch.setattr("msconv_runtime.binding.LIBRARY", "msconv-native-2")
+    monkeypatch.setattr("msconv_runtime.mindir_check.LIBRARY", "msconv-native-2")
     with pytest.raises(ArtifactError, match="wants the kernels msconv-native-1; these are msconv-native-2"):
         Graphs(Artifact(artifact), "cpu")
 

@@ -11,6 +11,7 @@ import click
 
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.integrity import check_graphs
+from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.serving.nodes import Nodes
 from msconv_runtime.serving.ports import refuse_taken
@@ -99,8 +100,11 @@ def command(
         return
     manifest = opened.manifest
     served = launch.target
-    if manifest.proof_for(served.name) is None or check_graphs(opened):
+    proof = manifest.proof_for(served.name)
+    if proof is None or check_graphs(opened):
         say(f"Warning: {root} is UNPROVEN for {served.name}; `msconv verify {root}` compares it with its source.")
+    elif not is_checked_here(proof):
+        say(f"The proof for {served.name} is {CLAIMED}; `msconv verify {root}` checks it here.")
     if not served.device.has_run:
         say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")
         if not manifest.rehearsals_for(served.name):

@@ -38,3 +38,15 @@ class Matrix(nn.Cell):
     def chosen(self, ids: Any) -> Any:
         """Experts' matrices, one for each of these ids: [N, inner, out]."""
         return ops.gather(self.values(), ids, 0)
+
+
+class Decoded(nn.Cell):
+    """A product with the matrix that `decode` makes of the tensors."""
+
+    def __init__(self, product: Any, decode: Any) -> None:
+        super().__init__()
+        self.product = product
+        self.decode = decode
+
+    def construct(self, x: Any, *tensors: Any) -> Any:
+        return self.product(x, self.decode(*tensors))

@@ -16,7 +16,7 @@ from mindspore import Tensor, nn, ops
 from msconv_runtime.artifact import GraphInput
 
 from ..families.attention import Attention
-from .matrix import Matrix
+from .matrix import Decoded, Matrix
 from .parameters import DTYPES, parameter
 from .spec import TP_GROUP, Local
 
@@ -68,18 +68,22 @@ class Operations(ABC):
         """(rows [T, inner], weight [out, inner]) -> [T, out]."""
         return ops.MatMul(transpose_b=True)
 
+    def product_with(self, decode: Any) -> Any:
+        """(rows [T, inner], *tensors) -> [T, out], with the matrix that `decode` makes of the tensors."""
+        return Decoded(self.product(), decode)
+
     def matrix(self, name: str, shape: tuple[int, ...], dtype: Any | None = None, nz: bool = True) -> Matrix:
         """The matrix of that name, [out, inner] or [E, inner, out], as it is stored.  `dtype`: the type it is read
         in, if not `stored_type`.  `nz`: the device may keep it in the NZ format."""
         kept = self.local.kept(name)
-        tensors = kept.tensors(name, shape)
-        if nz and self.local.target.nz:
+        tensors, decode = kept.tensors(name, shape), kept.values(self)
+        if nz and self.local.target.nz and decode is None:
             self.nz += [tensor for tensor, _, _ in tensors if tensor == name]
         parameters = [
             parameter(tensor, size, DTYPES[stored] if stored else dtype or self.stored_type(tensor))
             for tensor, size, stored in tensors
         ]
-        return Matrix(parameters, kept.multiply(self), kept.values(self))
+        return Matrix(parameters, kept.multiply(self), decode)
 
     def linear(self, name: str, out: int, inner: int, bias: bool) -> nn.Cell:
         """[T, inner] -> [T, out] with weight [out, inner] and, if asked, bias [out]."""

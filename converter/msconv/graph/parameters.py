@@ -8,13 +8,9 @@ import mindspore as ms
 from mindspore import Parameter, nn
 from mindspore.common.initializer import initializer
 
-DTYPES = {
-    "float32": ms.float32,
-    "bfloat16": ms.bfloat16,
-    "float16": ms.float16,
-    "int32": ms.int32,
-    "int8": ms.int8,
-}
+from msconv_runtime import dtypes
+
+DTYPES = {name: getattr(ms, t.mindspore) for name, t in dtypes.DTYPES.items() if t.storable}
 NAMES = {v: k for k, v in DTYPES.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msconv_runtime.artifact import GraphInput, GraphOutput, GraphParameter
@@ -13,7 +13,8 @@ from msconv_runtime.targets import Target
 from ..families.attention import Attention
 from ..families.config import DecoderConfig, Mla, Moe
 from ..layout.cuts import Mesh
-from ..quant.record import AS_VALUES, Kept
+from ..quant import kept_format
+from ..quant.record import Kept
 
 TP_GROUP = "msconv_tp"  # the canonical group: whoever loads the graph creates it
 
@@ -36,17 +37,12 @@ class Exported:
     nz: list[str]
 
 
-def as_values(matrix: str) -> Kept:
-    """Every matrix is stored as its values."""
-    return AS_VALUES
-
-
 @dataclass(frozen=True, slots=True)
 class Local:
     """One rank of a graph to make: what is in it is the same on every rank.
 
     `variant`: of the target's operations, "" or "compiled".  `types`: the stored element type of each weight, {}
-    where none are stored yet.  `kept`: how each matrix is stored, by its name.
+    where none are stored yet.
     """
 
     config: DecoderConfig
@@ -55,12 +51,15 @@ class Local:
     role: Role
     variant: str = ""
     types: Mapping[str, str] = field(default_factory=dict)
-    kept: Callable[[str], Kept] = as_values
 
     @property
     def title(self) -> str:
         """The graph's name in messages."""
         return " ".join(part for part in (self.target.name, self.role.name, self.variant) if part)
+
+    def kept(self, matrix: str) -> Kept:
+        """How the matrix of this name is stored."""
+        return kept_format(self.types.get(matrix, ""), self.config.formats)
 
     def attention(self, layer: int) -> Attention:
         """One rank's share of a layer's attention."""

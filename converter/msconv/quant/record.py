@@ -63,18 +63,17 @@ class Kept:
         matrices in."""
         return [(t.of(name), t.local_shape(shape), t.dtype) for t in self.stored]
 
-    def multiply(self, ops: Any) -> Any:
-        """What a graph calls as (x [T, inner], *tensors of a matrix [out, inner]) -> [T, out].  Called once for
-        each matrix, while the graph is built; `ops` are the operations of a target."""
-        return ops.product()
-
     def values(self, ops: Any) -> Any | None:
-        """What a graph calls as (*tensors) -> the matrix, or the experts' matrices, in `ops.dtype`: for products
-        of another form than `multiply`'s (experts, latent attention).  None: the first tensor has the values."""
+        """What a graph calls as (*tensors) -> the matrix, or the experts' matrices, in `ops.dtype`.  Called once
+        for each matrix, while the graph is built; `ops` are the operations of a target.  None: the first tensor
+        has the values."""
         return None
 
-
-AS_VALUES = Kept()
+    def multiply(self, ops: Any) -> Any:
+        """What a graph calls as (x [T, inner], *tensors of a matrix [out, inner]) -> [T, out]; called as `values`
+        is.  Where a target has no product of its own for codes, their values are multiplied."""
+        decode = self.values(ops)
+        return ops.product() if decode is None else ops.product_with(decode)
 
 
 class Header(Protocol):
@@ -106,13 +105,16 @@ class WeightFormat(Kept, ABC):
     checkpoint whose configuration does not say more than its name.
 
     `name`: in the manifest.  `title`: for people.  `method`: what `quant_method` calls it.  `element`: the element
-    type of its codes.
+    type of its codes.  `keys` of a `quantization_config` that `read` obeys; those in `harmless` change nothing,
+    for the reason there.  Every other key is refused.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     method: ClassVar[str]
     element: ClassVar[str]
+    keys: ClassVar[frozenset[str]] = frozenset({"quant_method"})
+    harmless: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     @abstractmethod
@@ -132,12 +134,12 @@ class WeightFormat(Kept, ABC):
     @property
     def needs(self) -> str:
         """What wants the other tensors, for messages: "blocks of 128x128"."""
-        return self.title
+        return f"{self.title} codes"
 
     @property
     def is_kept(self) -> bool:
         """Whether an artifact has its codes as they are; else they are decoded while they are converted."""
-        return self.stored[0].dtype == self.element
+        return self.stored[0].dtype != ""
 
     def companions(self, matrix: str) -> tuple[str, ...]:
         """Names of a checkpoint's other tensors of the matrix."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msconv_runtime import claims
 from msconv_runtime.artifact import Artifact, Verified
 from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.errors import VerificationFailed
@@ -154,6 +155,8 @@ def _record(root: Path, target: Target, entry: Verified | None) -> None:
         kept = [v for v in before if v.target != target.name] + ([entry] if entry else [])
         if sorted(kept, key=lambda v: v.target) != before:
             artifact.changed(verified=sorted(kept, key=lambda v: v.target))
+        if entry:
+            claims.note(entry)
 
 
 def _coverage(artifact: Artifact, target: Target) -> tuple[list[str], list[str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, Manifest
+from ..claims import CLAIMED, is_checked_here
 from ..errors import MsconvError
 from ..kv_pool import POOL_TOKENS, token_bytes, usual_pool, weight_bytes
 from ..roles import COMPILED, can_serve, of_variant
@@ -84,10 +85,12 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
     if graphs:
         proof = manifest.proof_for(target) if intact else None
         found = f"largest logit error {proof.max_abs_logit_error:.2e}" if proof else "UNPROVEN"
+        checked = proof is not None and is_checked_here(proof)
+        found += f" ({CLAIMED}, not checked here)" * (proof is not None and not checked)
         if not device.has_run:
             found += ", interpreted" * bool(proof) + "; has run on no device"
         hint = f"`msconv verify {root} --target {target}`"
-        yield Finding(f"proof {target}", "ok" if proof else "untested", found, "a proof of these bytes", hint)
+        yield Finding(f"proof {target}", "ok" if checked else "untested", found, "a proof of these bytes", hint)
 
 
 def _ranks(machine: Machine, root: Path, tp: int) -> Iterator[Finding]:

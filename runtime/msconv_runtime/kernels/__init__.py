@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import MsconvError, ResourceError
+from ..mindir_check import allowed
 from .builds import cached_build
 from .compiler import BUILD_S, Compiler, find_compiler, problem
 
-LIBRARY = "msconv-native-1"  # what graphs call it: another number for another set of kernels
+LIBRARY = allowed.LIBRARY
 SOURCES = ("kernels.cc", "pool.h", "vector.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 SWITCHES = ("MSCONV_COMPILED", "MSCONV_NATIVE")  # 0: do without; the second is its name before

@@ -5,6 +5,7 @@
 // Activations and caches are float32; weights of products are float32 or bfloat16.
 #include <cmath>
 #include <cstdlib>
+#include <initializer_list>
 #include <new>
 #include <vector>
 
@@ -30,13 +31,32 @@ constexpr int64_t BLOCK = 512;           // columns of an expert's matrix at onc
 constexpr int64_t STEP = 32;             // rows of it
 constexpr int64_t EXPERT_TOKENS = 1024;  // at once through the experts: bounds their memory
 
-enum Failure { UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2, OUT_OF_MEMORY = 3 };  // what an operation returns
+enum Failure { UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2, OUT_OF_MEMORY = 3, WRONG_SHAPE = 4 };  // what an operation returns
+constexpr int64_t MOST = int64_t(1) << 48;  // elements of one tensor: their bytes can still be counted
+constexpr int64_t ANY = -1;
 
+// What a graph gives an operation.  Graphs come from strangers: nothing is read or written before it was checked.
 struct Arguments {
+  int count;
   void** data;
   int* ranks;
   int64_t** shapes;
   const char** types;
+  // Whether argument i is there, with this type ("" for float32 or bfloat16) and shape; ANY is any size.
+  bool has(int i, const char* type, std::initializer_list<int64_t> shape) const {
+    if (i >= count || !ranks || !shapes || !shapes[i] || !types || !types[i]) return false;
+    if (ranks[i] != int(shape.size())) return false;
+    int64_t most = MOST, axis = 0;
+    bool empty = false;
+    for (int64_t wanted : shape) {
+      const int64_t n = shapes[i][axis++];
+      if (n < 0 || n > most || (wanted != ANY && n != wanted)) return false;
+      most /= std::max(n, int64_t(1));
+      empty |= n == 0;
+    }
+    if (*type ? !is(i, type) : !is(i, "float32") && !is(i, "bfloat16")) return false;
+    return empty || (data && data[i]);
+  }
   template <class V>
   V* at(int i) const { return static_cast<V*>(data[i]); }
   int64_t size(int i, int axis) const { return shapes[i][axis < 0 ? ranks[i] + axis : axis]; }
@@ -310,7 +330,7 @@ int experts(const Arguments& a) {
     };
     std::vector<std::vector<int64_t>> chosen(count);  // places in `ids`
     for (int64_t i = first * top_k; i < last * top_k; i++)
-      if (const int64_t e = ids[i] - start; e >= 0 && e < count) chosen[e].push_back(i);
+      if (const int64_t e = int64_t(ids[i]) - start; e >= 0 && e < count) chosen[e].push_back(i);
     std::vector<Group> groups;
     std::vector<int64_t> row_of((last - first) * top_k, -1);
     int64_t rows = 0;
@@ -357,30 +377,36 @@ int experts(const Arguments& a) {
 }  // namespace
 
 #define OPERATION(name)                                                                                 \
-  static int run##name(void** data, int* ranks, int64_t** shapes, const char** types);                  \
-  extern "C" int name(int, void** data, int* ranks, int64_t** shapes, const char** types, void*, void*) { \
+  static int run##name(const Arguments& a);                                                             \
+  extern "C" int name(int count, void** data, int* ranks, int64_t** shapes, const char** types, void*, void*) { \
     try {                                                                                               \
-      return run##name(data, ranks, shapes, types);                                                     \
+      return run##name({count, data, ranks, shapes, types});                                            \
     } catch (const std::bad_alloc&) {                                                                   \
       return OUT_OF_MEMORY;                                                                             \
     }                                                                                                   \
   }                                                                                                     \
-  static int run##name(void** data, int* ranks, int64_t** shapes, const char** types)
+  static int run##name(const Arguments& a)
 // What MindSpore asks before it calls: shapes of the outputs, -1 while they are dynamic, and their types.
 #define SHAPE(name)                                                               \
   extern "C" int name##InferType(Types, mindspore::AotExtra*) { return FLOAT32; } \
-  extern "C" Shape name##InferShape(int*, int64_t** shapes, mindspore::AotExtra*)
+  extern "C" Shape name##InferShape(int* ranks, int64_t** shapes, mindspore::AotExtra*)
+// A dimension of what a graph gives, -1 where it gives none.
+static int64_t size_of(const int* ranks, int64_t** shapes, int i, int axis) {
+  return axis < ranks[i] ? std::max(shapes[i][axis], int64_t(-1)) : -1;
+}
+#define SIZE(i, axis) size_of(ranks, shapes, i, axis)
 #define SHAPES(name, count)                                                                       \
   extern "C" Types name##InferType(Types, mindspore::AotExtra*) { return Types(count, FLOAT32); } \
-  extern "C" Shapes name##InferShape(int*, int64_t** shapes, mindspore::AotExtra*)
+  extern "C" Shapes name##InferShape(int* ranks, int64_t** shapes, mindspore::AotExtra*)
 
 // How many threads work from now on, the caller's included.  Never fewer than before.
 extern "C" void Threads(int64_t threads) { Pool::one().grow(threads); }
 
 // rows [T, depth] float32, weight [width, depth] -> [T, width]
 OPERATION(Product) {
-  Arguments a{data, ranks, shapes, types};
+  if (!a.has(0, "float32", {ANY, ANY}) || !a.has(1, "", {ANY, a.size(0, 1)})) return WRONG_SHAPE;
   int64_t rows = a.size(0, 0), depth = a.size(0, 1), width = a.size(1, 0);
+  if (depth < 1 || !a.has(2, "float32", {rows, width})) return WRONG_SHAPE;
   if (a.is(1, "float32"))
     multiply(a.at<float>(0), a.at<float>(1), a.at<float>(2), rows, depth, width);
   else if (a.is(1, "bfloat16"))
@@ -389,14 +415,14 @@ OPERATION(Product) {
     return UNKNOWN_TYPE;
   return 0;
 }
-SHAPE(Product) { return {shapes[0][0], shapes[1][0]}; }
+SHAPE(Product) { return {SIZE(0, 0), SIZE(1, 0)}; }
 
 // table [V, width], ids [T] -> [T, width]
 OPERATION(Rows) {
-  Arguments a{data, ranks, shapes, types};
+  if (!a.has(0, "", {ANY, ANY}) || !a.has(1, "int32", {ANY})) return WRONG_SHAPE;
   const int64_t width = a.size(0, 1);
+  if (!a.has(2, "float32", {a.size(1, 0), width})) return WRONG_SHAPE;
   const bool narrow = a.is(0, "bfloat16");
-  if (!narrow && !a.is(0, "float32")) return UNKNOWN_TYPE;
   for (int64_t t = 0; t < a.size(1, 0); t++) {
     const int64_t id = a.at<int32_t>(1)[t];
     if (id < 0 || id >= a.size(0, 0)) return OUT_OF_RANGE;
@@ -408,24 +434,29 @@ OPERATION(Rows) {
   }
   return 0;
 }
-SHAPE(Rows) { return {shapes[1][0], shapes[0][1]}; }
+SHAPE(Rows) { return {SIZE(1, 0), SIZE(0, 1)}; }
 
 // x [T, width], weight [width], eps [1] -> [T, width]
 OPERATION(Norm) {
-  Arguments a{data, ranks, shapes, types};
+  if (!a.has(0, "float32", {ANY, ANY})) return WRONG_SHAPE;
   int64_t rows = a.size(0, 0), width = a.size(0, 1);
+  if (width < 1 || !a.has(1, "float32", {width}) || !a.has(2, "float32", {1}) || !a.has(3, "float32", {rows, width}))
+    return WRONG_SHAPE;
   parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
       norm(a.at<float>(0) + t * width, a.at<float>(1), a.at<float>(3) + t * width, width, *a.at<float>(2));
   });
   return 0;
 }
-SHAPE(Norm) { return {shapes[0][0], shapes[0][1]}; }
+SHAPE(Norm) { return {SIZE(0, 0), SIZE(0, 1)}; }
 
 // delta, x [T, width], weight [width], eps [1] -> norm(x + delta), x + delta
 OPERATION(AddNorm) {
-  Arguments a{data, ranks, shapes, types};
+  if (!a.has(0, "float32", {ANY, ANY})) return WRONG_SHAPE;
   int64_t rows = a.size(0, 0), width = a.size(0, 1);
+  if (width < 1 || !a.has(2, "float32", {width}) || !a.has(3, "float32", {1})) return WRONG_SHAPE;
+  for (int i : {1, 4, 5})
+    if (!a.has(i, "float32", {rows, width})) return WRONG_SHAPE;
   parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       float* total = a.at<float>(5) + t * width;
@@ -435,25 +466,32 @@ OPERATION(AddNorm) {
   });
   return 0;
 }
-SHAPES(AddNorm, 2) { return {{shapes[0][0], shapes[0][1]}, {shapes[0][0], shapes[0][1]}}; }
+SHAPES(AddNorm, 2) { return {{SIZE(0, 0), SIZE(0, 1)}, {SIZE(0, 0), SIZE(0, 1)}}; }
 
 // x [T, 2 * width] -> silu(first half) * second half
 OPERATION(Swiglu) {
-  Arguments a{data, ranks, shapes, types};
+  if (!a.has(0, "float32", {ANY, ANY}) || a.size(0, 1) < 2 || a.size(0, 1) % 2) return WRONG_SHAPE;
   const int64_t rows = a.size(0, 0), width = a.size(0, 1) / 2;
+  if (!a.has(1, "float32", {rows, width})) return WRONG_SHAPE;
   parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
       swiglu(a.at<float>(0) + 2 * t * width, a.at<float>(1) + t * width, width);
   });
   return 0;
 }
-SHAPE(Swiglu) { return {shapes[0][0], shapes[0][1] < 0 ? -1 : shapes[0][1] / 2}; }
+SHAPE(Swiglu) { return {SIZE(0, 0), SIZE(0, 1) < 0 ? -1 : SIZE(0, 1) / 2}; }
 
 // qkv [T, (H+2K)*D], q_norm [D], k_norm [D], cos [T, D], sin [T, D], factors [H+K], eps [1]
 // -> q [T, H, D], k [T, 1, K, D], both normed, rotated and times their heads' factors, v [T, 1, K, D]
 OPERATION(SplitHeads) {
-  Arguments a{data, ranks, shapes, types};
-  const int64_t tokens = a.size(0, 0), heads = a.size(7, 1), kv_heads = a.size(8, 2), dim = a.size(8, 3);
+  if (!a.has(7, "float32", {ANY, ANY, ANY}) || !a.has(8, "float32", {ANY, 1, ANY, ANY})) return WRONG_SHAPE;
+  const int64_t tokens = a.size(7, 0), heads = a.size(7, 1), kv_heads = a.size(8, 2), dim = a.size(8, 3);
+  if (heads + kv_heads < 1 || dim < 2 || dim % 2 || a.size(7, 2) != dim || a.size(8, 0) != tokens) return WRONG_SHAPE;
+  if (!a.has(0, "float32", {tokens, (heads + 2 * kv_heads) * dim}) || !a.has(5, "float32", {heads + kv_heads}) ||
+      !a.has(6, "float32", {1}) || !a.has(9, "float32", {tokens, 1, kv_heads, dim}))
+    return WRONG_SHAPE;
+  for (int i : {1, 2})
+    if (!a.has(i, "float32", {dim}) || !a.has(i + 2, "float32", {tokens, dim})) return WRONG_SHAPE;
   const float *factors = a.at<float>(5), eps = *a.at<float>(6);
   parallel_for(tokens, SERIAL / ((heads + kv_heads) * dim), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
@@ -469,8 +507,8 @@ OPERATION(SplitHeads) {
   return 0;
 }
 SHAPES(SplitHeads, 3) {
-  const int64_t tokens = shapes[0][0], dim = shapes[1][0], rotated = shapes[5][0];
-  const int64_t kv_heads = shapes[0][1] < 0 ? -1 : shapes[0][1] / dim - rotated;
+  const int64_t tokens = SIZE(0, 0), dim = SIZE(1, 0), rotated = SIZE(5, 0);
+  const int64_t kv_heads = SIZE(0, 1) < 0 || dim < 1 ? -1 : std::max(SIZE(0, 1) / dim - rotated, int64_t(-1));
   const int64_t heads = kv_heads < 0 ? -1 : rotated - kv_heads;
   return {{tokens, heads, dim}, {tokens, 1, kv_heads, dim}, {tokens, 1, kv_heads, dim}};
 }
@@ -478,12 +516,18 @@ SHAPES(SplitHeads, 3) {
 // q [T, H, D], k_cache, v_cache [slots, 1, K, D], tables [B, S], context_lens [B], q_lens [B] -> [T, H*D]: each token
 // attends to its sequence's slots up to its own.
 OPERATION(Attend) {
-  Arguments a{data, ranks, shapes, types};
+  if (!a.has(0, "float32", {ANY, ANY, ANY}) || !a.has(3, "int32", {ANY, ANY})) return WRONG_SHAPE;
+  for (int i : {1, 2})
+    if (!a.has(i, "float32", {ANY, 1, ANY, a.size(0, 2)})) return WRONG_SHAPE;
+  for (int i : {4, 5})
+    if (!a.has(i, "int32", {a.size(3, 0)})) return WRONG_SHAPE;
+  if (!a.has(6, "float32", {a.size(0, 0), a.size(0, 1) * a.size(0, 2)})) return WRONG_SHAPE;
   const float *q = a.at<float>(0), *k_cache = a.at<float>(1), *v_cache = a.at<float>(2);
   const int32_t *tables = a.at<int32_t>(3), *contexts = a.at<int32_t>(4), *counts = a.at<int32_t>(5);
   const int64_t tokens = a.size(0, 0), heads = a.size(0, 1), dim = a.size(0, 2), wide = padded(dim);
   const int64_t slots = a.size(1, 0), kv_heads = a.size(1, 2), batch = a.size(3, 0), positions = a.size(3, 1);
-  if (kv_heads < 1 || heads % kv_heads || a.size(1, 3) != dim || a.size(2, 3) != dim) return OUT_OF_RANGE;
+  if (dim < 1 || heads < 1 || kv_heads < 1 || heads % kv_heads) return WRONG_SHAPE;
+  if (a.size(2, 0) != slots || a.size(2, 2) != kv_heads) return WRONG_SHAPE;
   const int64_t group = heads / kv_heads;
   const int64_t at_once = std::max(int64_t(1), QUERIES / group);  // tokens whose heads share one pass over the cache
 
@@ -561,14 +605,18 @@ OPERATION(Attend) {
   });
   return 0;
 }
-SHAPE(Attend) { return {shapes[0][0], shapes[0][1] < 0 ? -1 : shapes[0][1] * shapes[0][2]}; }
+SHAPE(Attend) { return {SIZE(0, 0), SIZE(0, 1) < 0 || SIZE(0, 2) < 0 ? -1 : SIZE(0, 1) * SIZE(0, 2)}; }
 
 // h [T, hidden], weights [T, k], ids [T, k] of all experts, start [1] of this rank's, gate_up [E, hidden, 2*ffn],
 // down [E, ffn, hidden] -> [T, hidden]: the weighted sum of what this rank's experts make of each token.
 OPERATION(Experts) {
-  Arguments a{data, ranks, shapes, types};
+  if (!a.has(0, "float32", {ANY, ANY}) || !a.has(5, "", {ANY, ANY, a.size(0, 1)})) return WRONG_SHAPE;
+  const int64_t tokens = a.size(0, 0), hidden = a.size(0, 1), count = a.size(5, 0), ffn = a.size(5, 1);
+  if (hidden < 1 || ffn < 1 || !a.has(4, "", {count, hidden, 2 * ffn})) return WRONG_SHAPE;
+  if (!a.has(1, "float32", {tokens, ANY}) || !a.has(2, "int32", {tokens, a.size(1, 1)})) return WRONG_SHAPE;
+  if (!a.has(3, "int32", {1}) || !a.has(6, "float32", {tokens, hidden})) return WRONG_SHAPE;
   if (a.is(4, "float32") && a.is(5, "float32")) return experts<float>(a);
   if (a.is(4, "bfloat16") && a.is(5, "bfloat16")) return experts<bf16>(a);
   return UNKNOWN_TYPE;
 }
-SHAPE(Experts) { return {shapes[0][0], shapes[0][1]}; }
+SHAPE(Experts) { return {SIZE(0, 0), SIZE(0, 1)}; }

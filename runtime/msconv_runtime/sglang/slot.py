@@ -19,6 +19,7 @@ from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get
 from sglang.srt.runtime_context import get_model, get_parallel, get_schedule
 
 from ..artifact import Artifact, GraphInput, is_artifact
+from ..artifact.served import refuse_wrong_files
 from ..errors import ArtifactError, EnvironmentProblem
 from ..graphs import Graphs, Place
 from ..paging import Batch, Ints
@@ -71,6 +72,7 @@ class ArtifactModel(nn.Cell):
         root = _artifact_of(config)
         assert root is not None
         self.artifact = Artifact(root)
+        refuse_wrong_files(self.artifact)
         self.num_layers = config.num_hidden_layers
         settings = Settings.read()
         target = target_named(settings.target)
