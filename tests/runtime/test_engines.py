@@ -58,17 +58,15 @@ def test_a_device_of_one_target_is_asked_for_no_name(compiled: Path, monkeypatch
 
 @pytest.mark.parametrize("named", ["cpu", "ascend910c", "nonsense"])
 def test_a_name_that_the_artifact_has_no_graphs_for_is_refused(compiled: Path, named: str) -> None:
-    with pytest.raises(UsageError, match=f"has graphs for ascend910b, ascend310p, not for {named}") as e:
+    with pytest.raises(UsageError, match=f"has graphs for ascend310p, ascend910b, not for {named}") as e:
         target_to_serve(with_targets(compiled, "ascend310p", "ascend910b"), "npu", named)
-    assert e.value.hint == "Name one of them: --target ascend910b, or MSCONV_TARGET=ascend910b."
+    assert e.value.hint == "Name one of them: --target ascend310p, or MSCONV_TARGET=ascend310p."
 
 
 def test_what_is_missing_is_told_with_what_makes_it(compiled: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"has no graphs\.$") as e:
+    with pytest.raises(ArtifactError, match=r"has no graphs\.\n") as e:
         target_to_serve(with_targets(compiled), "cpu")
-    assert (
-        f"compile {compiled} --target cpu` makes them for a CPU, --target ascend910b for an NPU." in e.value.hint
-    )
+    assert e.value.hint.endswith("--target cpu` makes them for a CPU, --target ascend910b for an NPU.")
     with pytest.raises(ArtifactError, match="has graphs for ascend910b, none for a CPU") as e:
         target_to_serve(with_targets(compiled, "ascend910b"), "cpu")
     assert "--device npu" in e.value.hint

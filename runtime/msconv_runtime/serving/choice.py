@@ -18,8 +18,8 @@ def target_to_serve(artifact: Artifact, kind: str, named: str | None = None) -> 
     artifact has graphs for other devices only."""
     if kind not in DEVICES:
         raise UsageError(f"--device {kind}: {' or '.join(DEVICES)}.")
-    known = [t for t in TARGETS.values() if t.kind == kind]
-    there = [t for t in known if t.name in artifact.targets]
+    known = {t.name: t for t in TARGETS.values() if t.kind == kind}
+    there = [known[name] for name in artifact.targets if name in known]
     if not there:
         raise _nothing_for(artifact, kind)
     named = (named or os.environ.get(TARGET)) if len(known) > 1 else None
