@@ -18,8 +18,8 @@ from .errors import ArtifactError
 from .kernels import Library
 from .mindir_check import check_mindir
 from .targets import TARGETS
+from .versions import MINDSPORE, in_series, named
 
-TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other
 NZ = 29  # CANN's number of the FRACTAL_NZ format
 
 
@@ -77,10 +77,9 @@ def as_nz(matrix: Any) -> Any:
 
 def check_version(path: Path, graph: Graph) -> None:
     """Raises ArtifactError if the graph is from a MindSpore that was never tried with this code."""
-    if not graph.mindspore.startswith(TESTED_MINDSPORE):
+    if not in_series(graph.mindspore, MINDSPORE):
         raise ArtifactError(
-            f"{path}: was compiled with mindspore {graph.mindspore}; tested are "
-            f"{', '.join(v + 'x' for v in TESTED_MINDSPORE)}.",
+            f"{path}: was compiled with mindspore {graph.mindspore}; tested are {named(MINDSPORE, ', ')}.",
             f"Run `msconv compile` again with one of them (target {graph.target}).",
         )
 

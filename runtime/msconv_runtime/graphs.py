@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from .artifact import Artifact, Graph, GraphInput
 from .artifact.weights import LoadMode
-from .binding import TESTED_MINDSPORE, bind, element_type, load_weights
+from .binding import bind, element_type, load_weights
 from .errors import EnvironmentProblem
 from .kernels import Library, library, use_threads
 from .paging import Batch, Sequences, attention_mask, chunks
 from .roles import COMPILED, DECODE, LOGITS, PREFILL, ROLES, Role, graph_for, of_variant
 from .targets import target_named
+from .versions import MINDSPORE, named
 
 WARM_UP_SEQUENCES = 3  # so many that each graph of a set is asked for
 NO_KERNELS = Library(None, "the artifact has no graph of compiled kernels, or it was not asked for")
@@ -133,11 +134,10 @@ class Graphs:
             self.prefill(sequences.advance([[0] * n for n in lengths]), caches)
             self.decode(sequences.advance([[0] for _ in lengths]), caches)
             if self._compiles_at_ready and self.compiles_since_ready:
-                tested = ", ".join(v + "x" for v in TESTED_MINDSPORE)
                 raise EnvironmentProblem(
                     f"MindSpore compiled {self.compiles_since_ready} times more for a batch of another shape: "
                     "requests would wait for it.",
-                    f"Compile again with one of mindspore {tested}, or start with --no-strict-aot.",
+                    f"Compile again with mindspore {named(MINDSPORE, ' or ')}, or start with --no-strict-aot.",
                 )
             self._compiles_at_ready = self.compiles
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from tests.docs.pages import ROOT, blocks
 
 FILE = re.compile(r"(?:[Ww]rite|[Ss]ave as) `([\w./-]+)`(?: and run it)?:$")
 EDIT = re.compile(r"[Ii]n `([\w./-]+)`, this line becomes the (?:one|ones) below it:$")
+VARIABLE = re.compile(r"[A-Z_]+=")
 PROGRAMS = {"python": [sys.executable], "msconv": [sys.executable, "-m", "msconv"]}
 
 
@@ -32,6 +34,7 @@ def follow(page: Path, directory: Path) -> tuple[list[str], list[str], list[str]
             assert named, f"no file is named before:\n{block.text}"
             path = directory / named[1]
             assert not path.exists(), f"{named[1]} is there already"
+            path.parent.mkdir(exist_ok=True)
             path.write_text(block.text)
             if "/" in named[1]:
                 written.append(named[1])
@@ -55,8 +58,11 @@ def _edit(path: Path, text: str) -> None:
 
 def run(line: str, directory: Path) -> None:
     """A line of a page, with this Python and the copied packages.  It must succeed."""
-    program, *arguments = shlex.split(line)
-    environment = {**os.environ, "PYTHONPATH": f"{directory / 'converter'}:{directory / 'runtime'}"}
+    words = shlex.split(line)
+    variables = dict(word.split("=", 1) for word in itertools.takewhile(VARIABLE.match, words))
+    program, *arguments = words[len(variables) :]
+    path = f"{directory / 'converter'}:{directory / 'runtime'}"
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     done = subprocess.run(
         [*PROGRAMS[program], *arguments],
         cwd=directory,

@@ -1,4 +1,4 @@
-"""Whether an artifact fits this machine: its files, graphs, proofs, ranks, and the memory that serving takes."""
+"""Whether an artifact fits this machine: its files, graphs, proofs and ranks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 from ..artifact import Artifact, Manifest
 from ..claims import CLAIMED, is_checked_here
 from ..errors import MsconvError
-from ..kv_pool import POOL_TOKENS, token_bytes, usual_pool, weight_bytes
-from ..roles import COMPILED, can_serve, of_variant
-from ..targets import DEVICES, TARGETS, device_of
-from .findings import NPU, SERVE, Finding, State, gib, to_serve
-from .machine import Machine, in_series
-from .packages import PACKAGES, Needs
+from ..roles import can_serve, of_variant
+from ..targets import DEVICES, device_of, usual_target
+from ..versions import MINDSPORE, in_series, named
+from .findings import NPU, SERVE, Finding, State, to_serve
+from .machine import Machine
+from .memory import memory_findings
+from .packages import Needs
 
 MAX_DAMAGE = 20  # files that are named
 
@@ -29,7 +30,7 @@ def artifact_findings(
         manifest = artifact.manifest
         short["ready"] = True
         damage = _damage(artifact)
-        memory = list(_memory(machine, artifact, tokens, needs))
+        memory = list(memory_findings(machine, artifact, tokens, needs))
     except (MsconvError, OSError, ImportError) as e:
         hint = getattr(e, "hint", "") or "make it readable, and numpy importable"
         return short, [Finding("artifact", "wrong", str(e), "READY, and a manifest that fits", hint, SERVE)]
@@ -50,8 +51,8 @@ def artifact_findings(
 def _targets(manifest: Manifest) -> Iterator[str]:
     """For each kind of device: the targets that the artifact has graphs for, or else one that it could have."""
     for kind in DEVICES:
-        usual = next(name for name, target in TARGETS.items() if target.kind == kind)
-        yield from sorted({g.target for g in manifest.graphs if device_of(g.target).kind == kind}) or [usual]
+        there = {g.target for g in manifest.graphs if device_of(g.target).kind == kind}
+        yield from sorted(there) or [usual_target(kind).name]
 
 
 def _damage(artifact: Artifact) -> list[Finding]:
@@ -72,14 +73,13 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
     made = sorted({g.mindspore for g in graphs})
     have = ", ".join(g.name for g in graphs)
     here = machine.version("mindspore")
-    tested = PACKAGES["mindspore"].tested
-    state: State = "ok" if here and in_series(here, tested) else "untested"
+    state: State = "ok" if here and in_series(here, MINDSPORE) else "untested"
     if not can_serve(of_variant(graphs, "")):
         state = "missing"
-    elif not all(in_series(version, tested) for version in made):
+    elif not all(in_series(version, MINDSPORE) for version in made):
         state = "wrong"
     found = f"{have} of mindspore {', '.join(made)}; {here or 'none'} is installed" if graphs else "none"
-    needed = f"prefill and decode of mindspore {' or '.join(t + '.x' for t in tested)}"
+    needed = f"prefill and decode of mindspore {named(MINDSPORE, ' or ')}"
     hint = f"`msconv compile {root} --target {target}`"
     yield Finding(f"graphs {target}", state, found, needed, hint, (to_serve(device.kind),))
     if graphs:
@@ -103,29 +103,3 @@ def _ranks(machine: Machine, root: Path, tp: int) -> Iterator[Finding]:
         yield Finding("ranks on cores", "untested", f"{tp} on {machine.cores}", needed, hint)
     if 0 < usable < tp:
         yield Finding("ranks on devices", "wrong", f"{tp} on {usable}", "one a rank", hint, NPU)
-
-
-def _memory(machine: Machine, artifact: Artifact, tokens: int, needs: Needs) -> Iterator[Finding]:
-    """Free memory against all ranks on a CPU: weights as the graphs take them, and the KV cache."""
-    root, manifest, tp = artifact.root, artifact.manifest, artifact.tp
-    here = [
-        t for t in TARGETS.values() if t.device.is_host and can_serve(of_variant(manifest.graphs_for(t.name), ""))
-    ]
-    if manifest.weights is None or not here:
-        return
-    target, free = here[0], machine.memory()
-    graphs = artifact.manifest.graphs_for(target.name)
-    compiled = {} if machine.no_kernels() else of_variant(graphs, COMPILED)
-    used = list((compiled or of_variant(graphs, "")).values())
-    weights, token = weight_bytes(used), token_bytes(used[0].caches)
-    pools = (tokens or POOL_TOKENS[0], tokens or usual_pool(artifact, target).tokens)
-    least, usual = (tp * (weights + count * token) for count in pools)
-    state: State = "untested" if free is None or free < usual else "ok"
-    given = f" -- {needs.tokens_flag} {pools[0]}" if needs.tokens_flag else ""
-    hint = f"`msconv serve {root}{given}` takes {gib(least)}"
-    if free is not None and free < least:
-        state, hint = "wrong", f"end other programs, or serve where {gib(least)} are free"
-        if tokens > POOL_TOKENS[0]:
-            hint += f", or give a smaller {needs.tokens_flag}"
-    needed = f"{gib(usual)}: weights and KV cache of {tp} ranks on {target.device.words}"
-    yield Finding("memory to serve", state, gib(free), needed, hint, (to_serve(target.kind),))

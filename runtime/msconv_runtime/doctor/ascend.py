@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..versions import in_series
 from .findings import NPU, Finding, State
-from .machine import Machine, in_series, version_in
+from .machine import Machine, version_in
 
 NPU_SMI_S = 10  # until `npu-smi info` must have answered
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # 0: torch imports no package of a device by itself

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..versions import in_series
 from .findings import ALL, Finding, State, gib
 
 PYTHON = ("3.11",)
@@ -101,11 +102,6 @@ def version_in(path: Path, *keys: str) -> str:
     """The first `key=8.5.0` or `key=[7.6.0:8.5.0]` of a file of Ascend's that has digits; "" if there is none."""
     found = (re.search(rf"^{key}=\[?(?:[^:\]\s]*:)?(\d[^\]\s]*)", read_text(path), re.M) for key in keys)
     return next((m[1] for m in found if m), "")
-
-
-def in_series(version: str, series: tuple[str, ...]) -> bool:
-    """Whether a version is of one of the series: 2.8.0 and 2.8.0+cpu are of 2.8, 2.80 is not."""
-    return any(re.match(re.escape(s) + r"(?!\d)", version) for s in series)
 
 
 def system_findings(machine: Machine) -> Iterator[Finding]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import __version__
+from ..versions import MINDSPORE, in_series, named
 from .findings import ALL, NPU, NUMERIC, SERVE, Ability, Finding, State
-from .machine import Machine, exists, in_series
+from .machine import Machine, exists
 
 SETUP = "`make setup` installs what was tested on a CPU"
 REHEARSAL = "+rehearsal"  # how the version of the stand-in for torch_npu ends
@@ -57,9 +58,7 @@ PACKAGES = {
     "ml_dtypes": Package(("0.5",), ALL),
     "filelock": Package(("4",), ALL),
     "numba": Package(("0.62",), (), "`pip install numba`: FP8 and experts convert faster"),
-    "mindspore": Package(
-        ("2.8", "2.10"), ALL[1:], "`pip install mindspore==2.10.0`: graphs of others are refused"
-    ),
+    "mindspore": Package(MINDSPORE, ALL[1:], "`pip install mindspore==2.10.0`: graphs of others are refused"),
     "torch": Package(("2.13.0",), NUMERIC),
     "transformers": Package(("5.19",), NUMERIC),
     "safetensors": Package(("0.8",), NUMERIC),
@@ -79,7 +78,7 @@ VARIABLES = {
 def package_finding(machine: Machine, name: str, needs: Needs) -> Finding:
     """Whether a package is there, in a version that was tried."""
     tested, stops, hint = needs.all_packages[name]
-    needed = " or ".join(t if t.count(".") > 1 else f"{t}.x" for t in tested) or "any: none was tested"
+    needed = named(tested, " or ") or "any: none was tested"
     version = machine.version(name)
     if name == "torch_npu" and version and version.endswith(REHEARSAL):
         found = f"{version}: the rehearsal device, a stand-in that `msconv rehearse` starts; no NPU"

@@ -6,10 +6,8 @@ import os
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, UsageError
-from ..targets import CPU, DEVICES, TARGETS, Target
+from ..targets import DEVICES, TARGETS, Target, usual_target
 from .settings import TARGET
-
-EXAMPLES = {"cpu": "cpu", "npu": "ascend910b"}  # by kind of device: a target for hints
 
 
 def target_to_serve(artifact: Artifact, kind: str, named: str | None = None) -> Target:
@@ -20,8 +18,8 @@ def target_to_serve(artifact: Artifact, kind: str, named: str | None = None) -> 
     artifact has graphs for other devices only."""
     if kind not in DEVICES:
         raise UsageError(f"--device {kind}: {' or '.join(DEVICES)}.")
-    known = [t for t in TARGETS.values() if t.kind == kind]
-    there = [t for t in known if t.name in artifact.targets]
+    known = {t.name: t for t in TARGETS.values() if t.kind == kind}
+    there = [known[name] for name in artifact.targets if name in known]
     if not there:
         raise _nothing_for(artifact, kind)
     named = (named or os.environ.get(TARGET)) if len(known) > 1 else None
@@ -40,13 +38,12 @@ def _nothing_for(artifact: Artifact, kind: str) -> ArtifactError:
     if not device.is_host:
         return ArtifactError(
             f"{root}: has no graphs for {device.words}.",
-            f"`msconv compile {root} --target {EXAMPLES[kind]}` makes them.",
+            f"`msconv compile {root} --target {usual_target(kind).name}` makes them.",
         )
-    compile_ = f"`msconv compile {root} --target {CPU.name}` makes them"
+    compile_ = f"`msconv compile {root} --target {usual_target(kind).name}` makes them"
     if not artifact.targets:
-        return ArtifactError(
-            f"{root}: has no graphs.", f"{compile_} for a CPU, --target {EXAMPLES['npu']} for an NPU."
-        )
+        others = (f"--target {usual_target(k).name} for {d.words}" for k, d in DEVICES.items() if k != kind)
+        return ArtifactError(f"{root}: has no graphs.", f"{compile_} for {device.words}, {', '.join(others)}.")
     return ArtifactError(
         f"{root}: has graphs for {', '.join(artifact.targets)}, none for {device.words}.",
         f"`msconv serve {root} --device npu` serves them on an NPU, `msconv rehearse {root}` here; {compile_}.",

@@ -27,9 +27,25 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
+def usual_target(kind: str) -> Target:
+    """The first one for a kind of device: where one is named as an example."""
+    return next(t for t in TARGETS.values() if t.kind == kind)
+
+
 def device_of(name: str) -> Device:
     """What graphs of this target run on; of one that is not known here, an NPU."""
     return TARGETS[name].device if name in TARGETS else DEVICES["npu"]
 
 
-__all__ = ["CPU", "DEVICES", "TARGETS", "Device", "DeviceModel", "Paging", "Target", "device_of", "target_named"]
+__all__ = [
+    "CPU",
+    "DEVICES",
+    "TARGETS",
+    "Device",
+    "DeviceModel",
+    "Paging",
+    "Target",
+    "device_of",
+    "target_named",
+    "usual_target",
+]
