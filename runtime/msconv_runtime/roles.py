@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .errors import ArtifactError
-from .paging import Batch
 from .targets import TARGETS
 
 if TYPE_CHECKING:
     from .artifact import Graph
+    from .paging import Batch
 
 COMPILED = "compiled"  # the variant whose operations are compiled kernels; "" has MindSpore's own
 LOGITS = "logits"  # the output that every graph for sampling has
