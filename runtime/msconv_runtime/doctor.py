@@ -23,6 +23,7 @@ from .artifact import ITEM_BYTES, Artifact, Manifest
 from .errors import MsconvError
 from .roles import COMPILED, can_serve, of_variant
 from .sglang.plugin import PACKAGE
+from .units import human_bytes
 
 State = Literal["ok", "missing", "untested", "wrong"]
 Ability = Literal["convert", "compile", "verify", "serve_cpu", "serve_npu"]
@@ -195,7 +196,7 @@ def of(version: str, series: tuple[str, ...]) -> bool:
 
 
 def gib(size: int | None) -> str:
-    return "cannot be read" if size is None else f"{size / (1 << 30):.2f} GiB"
+    return "cannot be read" if size is None else human_bytes(size, "GiB")
 
 
 def examine(machine: Machine, root: Path | None = None, tokens: int = 0) -> Report:
