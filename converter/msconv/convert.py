@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from msconv_runtime.artifact import (
     READY,
     STATE_DIR,
     Dropped,
+    File,
     Manifest,
     Model,
     Padding,
@@ -31,19 +32,22 @@ from msconv_runtime.artifact import (
     replace_file,
     write_manifest,
 )
+from msconv_runtime.artifact.served import describe_file
 from msconv_runtime.errors import ArtifactError, CheckpointError, UsageError
 
 from . import __version__
 from .checkpoint.directory import AUXILIARY, Checkpoint, open_checkpoint
 from .layout.cuts import make_mesh
 from .layout.names import fold
-from .layout.plan import Plan, make_plan
-from .stream.blocks import BufferSizes, Moved
+from .layout.plan import Plan
+from .layout.planning import make_plan
+from .stream.buffers import BufferSizes
 from .stream.execute import describe, execute, plan_memory
 from .stream.journal import JOURNAL, Identity, Journal
 from .stream.lock import exclusive
 from .stream.outputs import disk_error, whole
 from .stream.source import DirectorySource, Progress, Source
+from .stream.transform import Moved
 
 if TYPE_CHECKING:
     from .checkpoint.hub import Repository  # imported when there is one: the hub's client takes a while
@@ -57,7 +61,8 @@ DOWNLOADS = "downloads"  # in STATE_DIR: shards that are deleted as they have be
 @dataclass(frozen=True)
 class Conversion:
     """A planned conversion that has not started.  `describe` makes the manifest's model from what was read.
-    `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit."""
+    `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit; `notes`:
+    what people should know of it."""
 
     name: str
     family: str
@@ -75,6 +80,7 @@ class Conversion:
     buffers: BufferSizes
     planned_memory_bytes: int
     download_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,16 @@ def prepare(
     jobs: int = 1,
     max_memory: int | None = None,
     delete_source: bool = False,
+    harmless: Iterable[str] = (),
 ) -> Conversion:
     """Read headers and plan.  Moves nothing; of a repository, only small files are downloaded.
     `delete_source`: its shards go to the output's own directory and are deleted as their bytes are in place.
+    `harmless`: keys of config.json, on no list, that a person says change nothing.
     Raises any MsconvError there is to raise beforehand."""
     mesh = make_mesh(tp, ep)
-    checkpoint = open_checkpoint(model) if isinstance(model, Path) else _open_repository(model)
+    checkpoint = (
+        open_checkpoint(model, harmless=harmless) if isinstance(model, Path) else _open_repository(model, harmless)
+    )
     origin = recordable(model) if isinstance(model, Path) else model.reference
     plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, mesh, dtype)
     buffers, planned = plan_memory(plan, jobs, max_memory)
@@ -118,6 +128,7 @@ def prepare(
         identity=identify((f.identity for f in checkpoint.files.values()), checkpoint.config_digest, plan),
         reads=checkpoint.root,
         origin=origin,
+        notes=checkpoint.notes,
         auxiliary=checkpoint.auxiliary,
         describe=lambda moved: _model(checkpoint, plan, moved),
         dropped=_dropped(plan),
@@ -143,11 +154,11 @@ def recordable(directory: Path) -> str:
     return path
 
 
-def _open_repository(repository: Repository) -> Checkpoint:
+def _open_repository(repository: Repository, harmless: Iterable[str]) -> Checkpoint:
     from .checkpoint import hub
 
     repository.download_small(AUXILIARY)
-    return hub.open_checkpoint(repository)
+    return hub.open_checkpoint(repository, harmless)
 
 
 def _into_own(model: Path | Repository, output: Path) -> Repository:
@@ -169,8 +180,7 @@ def _open_source(model: Path | Repository, checkpoint: Checkpoint) -> Source:
 
 def missing_bytes(repository: Repository, plan: Plan) -> int:
     """Of the shards that a conversion reads, what is not on this machine yet."""
-    names = (*plan.moves, *plan.scales.values())
-    return repository.missing_bytes({plan.sources[n].file for n in names})
+    return repository.missing_bytes({plan.sources[n].file for n in plan.read_names})
 
 
 def identify(files: Iterable[str], config_digest: str, plan: Plan) -> Identity:
@@ -236,14 +246,23 @@ def run(
 def _finish(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None, publish: Publish) -> None:
     """Everything but the weights; the manifest and READY last."""
     root = conversion.output
-    for path in conversion.auxiliary:
-        replace_file(root / path.name, path.read_bytes())
+    files = copy_files(conversion.auxiliary, root)
     state = root / STATE_DIR
     replace_file(state / "source", f"{conversion.origin}\n".encode())
     replace_file(state / "identity", conversion.identity.digest().encode())
-    manifest = _manifest(conversion, moved, previous)
+    manifest = _manifest(conversion, moved, previous, files)
     publish(root, manifest)
     write_manifest(root, manifest)
+
+
+def copy_files(paths: Sequence[Path], root: Path) -> list[File]:
+    """Copy what a server reads besides weights and graphs, and describe each for the manifest."""
+    files = []
+    for path in paths:
+        entry, data = describe_file(path)
+        replace_file(root / path.name, data)
+        files.append(entry)
+    return files
 
 
 def _bytes_besides(conversion: Conversion) -> int:
@@ -350,7 +369,7 @@ def _check_twins(plan: Plan, source: Source, downloading: Progress) -> None:
 
 def _model(checkpoint: Checkpoint, plan: Plan, moved: dict[str, Moved]) -> Model:
     by_file: dict[str, list[str]] = {n: [f.header_digest] for n, f in checkpoint.files.items()}
-    for name in sorted((*plan.moves, *plan.scales.values()), key=lambda n: plan.sources[n].offset):
+    for name in sorted(plan.read_names, key=lambda n: plan.sources[n].offset):
         by_file[plan.sources[name].file].append(moved[name].source_digest)
     return Model(
         family=checkpoint.family.name,
@@ -360,15 +379,19 @@ def _model(checkpoint: Checkpoint, plan: Plan, moved: dict[str, Moved]) -> Model
         commit=checkpoint.commit,
         parameters=plan.parameters,
         files=[SourceFile(n, f.size, digest_of(by_file[n])) for n, f in sorted(checkpoint.files.items())],
+        harmless=sorted(checkpoint.harmless),
     )
 
 
-def _manifest(conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None) -> Manifest:
+def _manifest(
+    conversion: Conversion, moved: dict[str, Moved], previous: Manifest | None, copied: list[File]
+) -> Manifest:
     plan = conversion.plan
     files, tensors = describe(plan, moved)
     weights = Weights(
         dtype=plan.dtype,
         source_dtype=conversion.source_dtype,
+        quant=plan.quant,
         digest=digest_of(f.digest for f in files),
         files=files,
         tensors=tensors,
@@ -382,6 +405,7 @@ def _manifest(conversion: Conversion, moved: dict[str, Moved], previous: Manifes
         parallel=Parallel(plan.mesh.tp, plan.mesh.ep),
         weights=weights,
         graphs=previous.graphs if previous else [],
+        files=copied,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +15,12 @@ from msconv_runtime.errors import PlanError
 from .checkpoint.directory import Checkpoint, has_weights, open_checkpoint
 from .checkpoint.reference import open_configuration
 from .convert import default_name, missing_bytes
+from .layout.checks import TP_CHOICES
 from .layout.cuts import Mesh, make_mesh
 from .layout.memory import DeviceMemory, kv_bytes_per_token
 from .layout.model import expected_sources
-from .layout.plan import TP_CHOICES, Plan, make_plan
+from .layout.plan import Plan
+from .layout.planning import make_plan
 from .stream.execute import plan_memory
 
 if TYPE_CHECKING:
@@ -52,10 +55,11 @@ def estimate(
     context: int,
     batch: int,
     device_bytes: int | None,
+    harmless: Iterable[str] = (),
 ) -> Estimate:
     """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
     mesh = make_mesh(tp, ep)
-    checkpoint, assumed = _open(model)
+    checkpoint, assumed = _open(model, tuple(harmless))
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     sources = checkpoint.tensors
     if assumed:
@@ -90,14 +94,14 @@ def estimate(
     )
 
 
-def _open(model: Path | Repository) -> tuple[Checkpoint, bool]:
+def _open(model: Path | Repository, harmless: tuple[str, ...]) -> tuple[Checkpoint, bool]:
     """The checkpoint, and whether there is only its configuration."""
-    opened = open_configuration(model)
+    opened = open_configuration(model, harmless)
     if isinstance(model, Path):
-        return (open_checkpoint(model), False) if has_weights(model) else (opened, True)
+        return (open_checkpoint(model, harmless=harmless), False) if has_weights(model) else (opened, True)
     from .checkpoint import hub
 
-    return (hub.open_checkpoint(model), False) if hub.has_weights(model) else (opened, True)
+    return (hub.open_checkpoint(model, harmless), False) if hub.has_weights(model) else (opened, True)
 
 
 def _seconds(plan: Plan, target: Path) -> float | None:

@@ -21,7 +21,7 @@ import pytest
 from msconv.checkpoint.directory import Checkpoint, open_checkpoint
 from msconv.convert import prepare, run
 from msconv.layout.cuts import Mesh
-from msconv.layout.plan import make_plan
+from msconv.layout.planning import make_plan
 from msconv_runtime.errors import MsconvError
 from tests.checkpoints import read_rank
 from tests.commands import run_command

@@ -14,7 +14,7 @@ import pytest
 
 from msconv.convert import prepare, run
 from msconv.reshard import prepare as prepare_reshard
-from msconv.stream.blocks import buffer_sizes
+from msconv.stream.buffers import buffer_sizes
 from msconv_runtime.artifact import TensorEntry
 from msconv_runtime.errors import ArtifactError
 from tests.commands import run_msconv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -48,13 +49,13 @@ def _exists(path: Path) -> bool:
         return True
 
 
-def open_configuration(model: Path | Repository) -> Checkpoint:
-    """Only config.json: enough to plan and to compile."""
+def open_configuration(model: Path | Repository, harmless: Iterable[str] = ()) -> Checkpoint:
+    """Only config.json: enough to plan and to compile.  `harmless`: keys of it that change nothing, on no list."""
     if isinstance(model, Path):
-        return directory.open_configuration(model)
+        return directory.open_configuration(model, harmless)
     from . import hub
 
-    return hub.open_configuration(model)
+    return hub.open_configuration(model, harmless)
 
 
 def configuration(artifact: Artifact) -> DecoderConfig:
@@ -62,7 +63,7 @@ def configuration(artifact: Artifact) -> DecoderConfig:
     where = str(artifact.root / "config.json")
     raw = parse_json(artifact.config_bytes(), where)
     assert isinstance(raw, dict)
-    return configure(raw, where)[1]
+    return configure(raw, where, artifact.manifest.model.harmless)[1]
 
 
 def bring(model: Path | Repository) -> Path:
@@ -72,8 +73,8 @@ def bring(model: Path | Repository) -> Path:
     from . import hub
     from .downloads import Downloads
 
-    model.download_small(directory.AUXILIARY)
-    names = list(hub.open_checkpoint(model).files)
+    model.download_small((*directory.AUXILIARY, *hub.CONFIGURATION))
+    names = hub.shards(model)
     downloads = Downloads(model)
     try:
         downloads.expect(names, lambda n: None)

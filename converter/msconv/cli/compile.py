@@ -73,7 +73,7 @@ def command(
     made: list[Compiled] = []
     for target in dict.fromkeys(targets or (CPU.name,)):
         with step(f"compiling for {target}"):
-            done = compiler.compile_graphs(root, target)
+            done = compiler.compile_graphs(root, target, say)
         for compiled in done:
             say(_line(compiled))
         made += done

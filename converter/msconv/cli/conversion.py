@@ -22,7 +22,7 @@ from .options import (
     tp_option,
     worker_count,
 )
-from .references import model_option, recipe_option, source_option
+from .references import harmless_option, model_option, recipe_option, source_option
 from .result import Result
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class LayoutOptions:
     jobs: int | None
     max_memory: int | None
     hub: Hub
+    harmless: tuple[str, ...]
 
     @property
     def num_jobs(self) -> int:
@@ -62,11 +63,14 @@ def layout_options(model: str, output: str) -> Decorator:
         jobs_option,
         memory_option,
         source_option,
+        harmless_option,
     )
 
 
 def say_plan(conversion: Conversion) -> None:
     """Say what will be done."""
+    for note in conversion.notes:
+        say(note)
     plan = conversion.plan
     mesh = f"tp {plan.mesh.tp}" + (f", ep {plan.mesh.ep}" if plan.mesh.ep > 1 else "")
     say(

@@ -53,6 +53,7 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
         layout.num_jobs,
         layout.max_memory,
         delete_source,
+        layout.harmless,
     )
     say_plan(conversion)
     if dry_run:

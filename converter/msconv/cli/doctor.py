@@ -10,6 +10,8 @@ import click
 from msconv_runtime.artifact import Artifact, is_artifact
 from msconv_runtime.doctor import Machine, Report, examine
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
+from msconv_runtime.serving.engine import chosen_engine
+from msconv_runtime.targets import CPU
 
 from .command import Command
 from .console import ARTIFACTS, visible
@@ -39,7 +41,7 @@ def command(artifact: Path | None) -> None:
         except ArtifactError as e:
             raise UsageError(e.message, e.hint) from None
     machine = Machine(output=artifact or ARTIFACTS)
-    report = examine(machine, artifact)
+    report = examine(machine, artifact, needs=chosen_engine().needs)
     failure = None
     if blockers := report.blockers:
         names = ", ".join(dict.fromkeys(f.name for f in blockers))
@@ -57,7 +59,7 @@ def command(artifact: Path | None) -> None:
 def _next_command(artifact: Path | None, report: Report) -> str:
     if artifact is None:
         return "msconv convert --model <dir> --tp N"
-    is_proven = report.artifact and report.artifact["proven"].get("cpu")
+    is_proven = report.artifact and report.artifact["proven"].get(CPU.name)
     return f"msconv {'serve' if is_proven else 'verify'} {artifact}"
 
 

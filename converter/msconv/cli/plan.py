@@ -12,6 +12,7 @@ from msconv_runtime.units import human_bytes
 from ..checkpoint.reference import open_reference
 from ..layout.memory import RESERVED
 from .command import Command
+from .console import say
 from .conversion import LayoutOptions, layout_options
 from .options import Size, grouped
 from .references import convert_command
@@ -69,7 +70,10 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
         device.context,
         device.batch,
         device.device_memory,
+        layout.harmless,
     )
+    for note in planned.checkpoint.notes:
+        say(note)
     show(
         Result(
             _data(planned, device),

@@ -9,11 +9,13 @@ from pathlib import Path
 from msconv_runtime.artifact import TensorEntry, WeightFile, digest_bytes, digest_of
 from msconv_runtime.errors import ArtifactError, ResourceError
 
-from ..layout.plan import Plan, constant_bytes, file_name
-from .blocks import Buffers, BufferSizes, Moved, Stopped, Work, buffer_sizes, move_unit
+from ..layout.files import file_name
+from ..layout.plan import Plan
+from .buffers import Buffers, BufferSizes, buffer_sizes
 from .journal import Journal
 from .outputs import Outputs
 from .source import Progress, Source
+from .transform import Moved, Stopped, Work, move_unit
 
 BLOCK_BYTES = 1 << 20  # stays in the processor cache between read and write: measured 1.2x of 16 MiB
 SMALLEST_BLOCK = 256 << 10
@@ -148,7 +150,7 @@ def describe(plan: Plan, moved: dict[str, Moved]) -> tuple[list[WeightFile], lis
         row = []
         for rank in plan.mesh.ranks:
             if i in constants:
-                row.append(digest_of([digest_bytes(constant_bytes(plan, constants[i], rank))]))
+                row.append(digest_of([digest_bytes(plan.constant_bytes(constants[i], rank))]))
             else:
                 row.append(digest_of(digests[i, part, rank] for part in range(len(tensor.parts))))
         per_rank.append(row)

@@ -11,7 +11,7 @@ import msgspec
 from msconv_runtime.artifact import STATE_DIR, digest_of, replace_file
 from msconv_runtime.errors import PlanError
 
-from .blocks import Moved
+from .transform import Moved
 
 JOURNAL = "journal.jsonl"
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from msconv_runtime.artifact import sync_directory
 from msconv_runtime.errors import MsconvError, ResourceError
 
-from ..layout.plan import Constant, Plan, constant_bytes, file_name
+from ..layout.constants import Constant
+from ..layout.files import file_name
+from ..layout.plan import Plan
 
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages out, do not wait
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -101,7 +103,7 @@ class Outputs:
             _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _WRITE)
 
     def write_constant(self, constant: Constant, rank: int) -> bytes:
-        data = constant_bytes(self.plan, constant, rank)
+        data = self.plan.constant_bytes(constant, rank)
         tensor = self.plan.tensors[constant.tensor]
         header = len(self.plan.files[tensor.file].header)
         self.write(rank, tensor.file, header + tensor.begin, memoryview(data))
