@@ -35,7 +35,13 @@ device_options = grouped(
     "device",
     DeviceOptions,
     click.option("--context", default=4096, show_default=True, type=click.IntRange(1), help="Tokens a sequence."),
-    click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Sequences at once."),
+    click.option(
+        "--batch",
+        default=1,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Requests at a time: `requests` of a recipe, --max-running-requests of SGLang.",
+    ),
     click.option("--device-memory", type=Size(), help="Memory of one device, for example 64G."),
 )
 

@@ -175,5 +175,5 @@ source_option = click.option(
     type=click.Choice(HUBS),
     default=HUBS[0],
     show_default=True,
-    help="The hub that owner/name is on.",
+    help="The hub that owner/name of --model is on.",
 )
