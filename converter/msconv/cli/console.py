@@ -1,4 +1,4 @@
-"""What commands say on stderr while they run: words, warnings and progress; and the artifact that they are for."""
+"""Words, warnings and progress on stderr while a command runs; and the artifact that it is for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARTIFACTS = Path("artifacts")
 
 
 class Volume(IntEnum):
-    """How much is said on stderr."""
+    """Amount of what is said on stderr."""
 
     QUIET = 0
     NORMAL = 1

@@ -1,4 +1,4 @@
-"""What convert, plan and reshard have in common: their layout's options, and words about a conversion."""
+"""Options of a layout and words about a conversion, for the commands that make or plan one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """What the options say that convert and plan share: which checkpoint, into what, and what it may take."""
+    """Values of the options that convert and plan share: which checkpoint, into what, and what it may take."""
 
     model: str
     tp: int

@@ -72,7 +72,7 @@ def _failure(root: Path, damage: list[Damage]) -> ArtifactError | None:
 
 
 def next_command(root: Path, manifest: Manifest) -> str:
-    """What an artifact lacks most: weights, graphs, a proof, or only a server."""
+    """Command for what an artifact lacks most: weights, graphs, a proof, or only a server."""
     targets = list(dict.fromkeys(g.target for g in manifest.graphs))
     if manifest.weights is None:
         parallel = manifest.parallel
@@ -148,7 +148,7 @@ def _named(graph: dict[str, Any]) -> str:
 
 
 def _casts(manifest: Manifest, target: str) -> str:
-    """What binding this target's graphs does to the stored type: "" if it copies nothing."""
+    """Casts of the stored type that binding this target's graphs makes: "" if it copies nothing."""
     if manifest.weights is None:
         return ""
     stored = {t.name: t.dtype for t in manifest.weights.tensors}

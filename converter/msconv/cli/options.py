@@ -109,5 +109,5 @@ reference_option = click.option(
 
 
 def output_option(text: str) -> Decorator:
-    """--output DIRECTORY, explained by `text`."""
+    """Option --output, explained by `text`."""
     return click.option("--output", type=click.Path(path_type=Path), help=text)

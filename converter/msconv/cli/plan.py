@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeviceOptions:
-    """What the model is to do on a device: `batch` sequences of `context` tokens; its bytes, None: not asked."""
+    """Load on a device: `batch` requests of `context` tokens.  `device_memory`: its bytes, None if not asked."""
 
     context: int
     batch: int

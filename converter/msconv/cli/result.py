@@ -1,4 +1,4 @@
-"""What a command has to say when it is done or has failed: one JSON object with --json, text without.
+"""Answers of commands, and errors: one JSON object with --json, text without.
 
 Nothing else asks which of the two it is.
 """
@@ -42,7 +42,7 @@ json_option = click.option(
 
 @dataclass(frozen=True)
 class Result:
-    """What a command gives.
+    """Answer of a command.
 
     `data`: the object of --json, or what makes it where that takes work.  `text`: on stdout without --json;
     `verbatim`: the same, printed as it is: a script, or text with colours whose names are visible already.
