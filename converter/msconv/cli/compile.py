@@ -9,7 +9,8 @@ import click
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.targets import CPU, TARGETS
 
-from ..checkpoint.reference import Hub, open_reference
+from ..checkpoint.reference import Hub
+from ..location import open_reference
 from .command import Command
 from .console import (
     artifact_argument,
@@ -61,7 +62,7 @@ def command(
     msconv compile artifacts/Qwen3-8B-tp4 --target ascend910b --target cpu
     msconv compile --model models/Qwen3-32B --tp 8 --target ascend910b --output graphs-only
     """
-    from .. import compile as compiler
+    from ..steps import compile as compiler
 
     if model is not None:
         if artifact is not None or tp is None or output is None:

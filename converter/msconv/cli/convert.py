@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from ..checkpoint.reference import Hub, open_reference
-from ..convert import Conversion, Converted
+from ..checkpoint.reference import Hub
 from ..layout.memory import kv_bytes_per_token
+from ..location import open_reference
+from ..steps.conversion import Conversion, Converted
 from .command import Command
 from .console import (
     byte_progresses,
@@ -73,11 +74,12 @@ def command(
     msconv convert --model models/DeepSeek-V3 --tp 16 --ep 16
     msconv convert --model Qwen/Qwen3-8B@main --tp 4 --source modelscope
     """
-    from .. import convert
+    from ..steps import conversion as steps
+    from ..steps.convert import prepare
 
     jobs = jobs or min(2, os.cpu_count() or 1)
     source = open_reference(model, hub)
-    conversion = convert.prepare(source, tp, ep, dtype, output, jobs, max_memory, delete_source)
+    conversion = prepare(source, tp, ep, dtype, output, jobs, max_memory, delete_source)
     plan = conversion.plan
     print_plan(conversion)
     if dry_run:
@@ -99,7 +101,7 @@ def command(
         return
     bars = {"downloading": conversion.download_bytes, "converting": plan.read_bytes}
     with byte_progresses(bars) as advance:
-        done = convert.run(conversion, force, advance["converting"], advance["downloading"], refresh)
+        done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh)
     print_done(done, as_json)
     say(f"Next: msconv compile {done.artifact}{recipe_argument() or ' --target cpu'}")
 

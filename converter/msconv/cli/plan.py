@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from ..checkpoint.reference import Hub, open_reference
+from ..checkpoint.reference import Hub
 from ..layout.memory import RESERVED
+from ..location import open_reference
 from .command import Command
 from .console import (
     Size,
@@ -63,7 +64,7 @@ def command(
     msconv plan --model models/Qwen3-32B --tp 8
     msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
     """
-    from ..estimate import estimate
+    from ..steps.estimate import estimate
 
     jobs = jobs or min(2, os.cpu_count() or 1)
     source = open_reference(model, hub, weights=False)

@@ -49,13 +49,13 @@ def command(
     \b
     msconv reshard artifacts/Qwen3-8B-tp4 --tp 8 --output artifacts/Qwen3-8B-tp8
     """
-    from .. import convert
-    from ..reshard import prepare
+    from ..steps import conversion as steps
+    from ..steps.reshard import prepare
 
     conversion = prepare(artifact, tp, ep, output, jobs or min(2, os.cpu_count() or 1), max_memory)
     print_plan(conversion)
     with byte_progress("resharding", conversion.plan.read_bytes) as advance:
-        done = convert.run(conversion, force, advance, publish=refresh)
+        done = steps.run(conversion, force, advance, publish=refresh)
     print_done(done, as_json)
     say("Graphs are made for one number of ranks and were not copied.")
     say(f"Next: msconv compile {done.artifact} --target cpu")

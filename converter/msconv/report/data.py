@@ -12,7 +12,6 @@ from msconv_runtime.artifact import Graph, Manifest, TensorEntry, Weights
 from msconv_runtime.roles import best_variant
 from msconv_runtime.targets import TARGETS, is_for_npu
 
-from ..convert import default_name
 from ..families import FAMILIES, DecoderConfig
 from ..layout.coverage import unused_names
 from ..layout.cuts import Mesh
@@ -22,6 +21,7 @@ from ..layout.model import expand
 from ..layout.names import fold
 from ..layout.plan import RANK_CONSTANTS
 from ..standing import standings
+from ..workspace.names import default_name
 from ..workspace.timings import Timing
 from .groups import KV_CACHE, ORDER, folded, group_of
 from .verification import verification

@@ -8,7 +8,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,7 +16,6 @@ from msconv_runtime.artifact import (
     Artifact,
     Graph,
     Manifest,
-    Model,
     Parallel,
     digest_bytes,
     is_artifact,
@@ -28,21 +26,22 @@ from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
 from msconv_runtime.roles import DECODE, ROLES
 from msconv_runtime.targets import Target, target_named
 
-from .checkpoint.directory import AUXILIARY
-from .checkpoint.reference import configuration, open_configuration
-from .convert import TOOL, peak_rss_bytes, recordable, refuse_foreign
-from .families import DecoderConfig
-from .graph.spec import Exported
-from .graph.toolchain import mindspore_version
-from .layout.coverage import misfits
-from .layout.cuts import Mesh, make_mesh
-from .layout.model import expected_sources
-from .layout.plan import make_plan
-from .stream.lock import exclusive
-from .workspace.timings import add_timings
-
-if TYPE_CHECKING:
-    from .checkpoint.hub import Repository
+from ..checkpoint.reference import configuration
+from ..families import DecoderConfig
+from ..graph.spec import Exported
+from ..graph.toolchain import mindspore_version
+from ..layout.coverage import misfits
+from ..layout.cuts import Mesh, make_mesh
+from ..layout.model import expected_sources
+from ..layout.plan import make_plan
+from ..location import Location
+from ..process import peak_rss_bytes
+from ..workspace.clearing import refuse_foreign
+from ..workspace.lock import exclusive
+from ..workspace.names import TOOL
+from ..workspace.recording import copy_files, model_of
+from ..workspace.state import refuse_another_model
+from ..workspace.timings import add_timings
 
 LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a graph
 SOME = 20  # weights that do not fit, named in a message
@@ -78,39 +77,25 @@ class Compiled:
     peak_rss_bytes: int
 
 
-def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path) -> None:
+def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None:
     """Make `root` an artifact with a configuration and no weights: enough to compile for.  A later conversion
     into the same directory completes it.  Raises UsageError or ArtifactError if it holds something else."""
     mesh = make_mesh(tp, ep)
-    source = open_configuration(model)
-    if isinstance(model, Path):
-        recordable(model)
-    else:
-        model.download_small(AUXILIARY)
+    source = model.open_configuration()
+    model.origin()  # raises, if a later conversion could not record it
+    model.bring_small()
     table, sizes = source.family.table, source.config.sizes()
     plan = make_plan(table, sizes, expected_sources(table, sizes, "bfloat16"), mesh)
+    parallel = Parallel(tp, ep)
     refuse_foreign(root, source.root)
     with exclusive(root):
         if is_artifact(root):
             found = Artifact(root).manifest
-            if found.model.config_digest != source.config_digest or found.parallel != Parallel(tp, ep):
-                raise ArtifactError(
-                    f"{root}: holds an artifact of another model or layout ({found.model.source}, "
-                    f"tp {found.parallel.tp}, ep {found.parallel.ep}).",
-                    "Give another --output.",
-                )
+            refuse_another_model(root, found, source.config_digest, parallel, "Give another --output.")
             return
-        for path in source.auxiliary:
-            replace_file(root / path.name, path.read_bytes())
-        described = Model(
-            family=source.family.name,
-            architecture=source.family.architecture,
-            source=source.repository or source.name,
-            config_digest=source.config_digest,
-            commit=source.commit,
-            parameters=plan.parameters,
-        )
-        write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=Parallel(tp, ep)))
+        copy_files(source.auxiliary, root)
+        described = model_of(source, plan.parameters)
+        write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel))
 
 
 def compile_graphs(root: Path, target_name: str) -> list[Compiled]:
@@ -178,7 +163,7 @@ def _remove_others(directory: Path, graphs: list[Graph]) -> None:
 
 def _export(job: Job) -> Made:
     mindspore = mindspore_version()
-    from .graph.export import export
+    from ..graph.export import export
 
     exported = export(job.config, job.mesh, job.target, ROLES[job.role], job.variant, job.stored)
     return Made(exported, mindspore, peak_rss_bytes())

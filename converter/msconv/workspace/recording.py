@@ -1,0 +1,30 @@
+"""What an artifact records of its model, and the files of the model that lie beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from msconv_runtime.artifact import Manifest, Model, replace_file
+
+from ..checkpoint.directory import Checkpoint
+
+Publish = Callable[[Path, Manifest], object]  # adds what describes an artifact, before its manifest is written
+
+
+def model_of(checkpoint: Checkpoint, parameters: int) -> Model:
+    """The manifest's model.  Its source files are added when their bytes have been read."""
+    return Model(
+        family=checkpoint.family.name,
+        architecture=checkpoint.family.architecture,
+        source=checkpoint.repository or checkpoint.name,
+        config_digest=checkpoint.config_digest,
+        commit=checkpoint.commit,
+        parameters=parameters,
+    )
+
+
+def copy_files(paths: Iterable[Path], root: Path) -> None:
+    """Put configuration and tokenizer into the artifact, durably."""
+    for path in paths:
+        replace_file(root / path.name, path.read_bytes())
