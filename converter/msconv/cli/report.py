@@ -28,7 +28,7 @@ def command(artifact: Path | None, output: Path | None, as_json: bool) -> None:
     msconv report artifacts/Qwen3-8B-tp4 --output Qwen3-8B.html
     """
     from ..report.page import facts, write_report
-    from ..stream.outputs import disk_error
+    from ..workspace.disk import disk_error
 
     root = find_artifact(artifact)
     if as_json:

@@ -141,7 +141,7 @@ def run(
 
 
 def _has_ended(conversion: Conversion, previous: Manifest) -> bool:
-    """Whether there is nothing left to do.  There is, if a rank file is gone, or if the run that wrote READY did not
+    """Whether nothing is left to do.  Something is, if a rank file is gone, or if the run that wrote READY did not
     get to its end: the disk may have refused to keep it."""
     if previous.weights is None or (conversion.output / JOURNAL).exists():
         return False
