@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-rehearsal browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-rehearsal test-digests browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -50,6 +50,10 @@ compiler:
 # All layouts that SGLang's NPU path can be rehearsed in here; `make test` takes some of them.
 test-rehearsal: setup compiler
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/rehearsal
+
+# The bytes of weights and graphs in all layouts, against those of before; `make test` takes some of them.
+test-digests: setup
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/digests
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed

@@ -44,7 +44,7 @@ from msconv_runtime.artifact import Artifact, read_manifest
 from msconv_runtime.graphs import Graphs
 root = Path(sys.argv[1])
 started = time.perf_counter()
-graphs = Graphs(Artifact(root), "cpu", native=False)  # the two that are traced
+graphs = Graphs(Artifact(root), "cpu", compiled=False)  # the two that are traced
 graphs.warm_up()
 print(json.dumps(time.perf_counter() - started))
 """
@@ -56,26 +56,24 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor
 from msconv.families import configure
-from msconv.graph.decoder import Decoder
-from msconv.graph.ops.cpu import CpuOps
-from msconv.graph.export import cache_inputs, placeholders
+from msconv.graph.export import build, placeholders
 from msconv.graph.parameters import restore_names
 from msconv.graph.spec import Local
 from msconv.layout.cuts import Mesh
+from msconv_runtime.roles import DECODE, PREFILL
+from msconv_runtime.targets import CPU
 raw = json.loads(Path(sys.argv[1], "config.json").read_text())
 config = configure(raw, "config.json")[1]
 ms.set_context(mode=ms.GRAPH_MODE)
 one, zero = Tensor([1], ms.int32), Tensor([0], ms.int32)
 started = time.perf_counter()
-for phase in ("prefill", "decode"):
-    local = Local(config, Mesh(1), phase)
-    ops = CpuOps(local)
-    net = Decoder(ops, local)
+for role in (PREFILL, DECODE):
+    local = Local(config, Mesh(1), CPU, role)
+    ops, net, inputs = build(local)
     restore_names(net)
-    inputs = ops.inputs() + cache_inputs(ops, local)
     net.set_inputs(*placeholders(inputs))
     shape = (32, ops.page, local.kv_heads, config.head_dim)
-    caches = [Tensor(np.zeros(shape, np.float32)) for i in inputs if "_cache." in i.name]
+    caches = [Tensor(np.zeros(shape, np.float32)) for i in inputs if i.kind == "cache"]
     net(zero, zero, Tensor([16], ms.int32), Tensor([[16]], ms.int32), one, one, *caches).asnumpy()
 print(json.dumps(time.perf_counter() - started))
 """

@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import synthetic
+from msconv_runtime.dtypes import DTYPES
 from tests.hub.server import Hub, sha256
 
 NAME = "some/model"
@@ -47,7 +48,7 @@ def main() -> None:
     source, target, home = args.work / "source", args.work / "target", args.work / "home"
     raw = synthetic.configuration(args.model, args.layers)
     shapes = synthetic.tensors(raw, args.model).values()
-    total = sum(synthetic.dtypes.SIZES[dtype] * math.prod(shape) for dtype, shape in shapes)
+    total = sum(DTYPES[dtype].nbytes * math.prod(shape) for dtype, shape in shapes)
     synthetic.SHARD_BYTES = -(-total // SHARDS)
     size = synthetic.write_checkpoint(source, args.model, args.layers)
     for path in source.glob("*.safetensors"):

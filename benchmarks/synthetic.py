@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from msconv.families import configure
-from msconv.layout import dtypes
-from msconv.layout.model import SCALE, expected_sources
+from msconv.layout.model import expected_sources
+from msconv_runtime.dtypes import DTYPES
 
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
 SHARD_BYTES = 4_900_000_000  # as the published checkpoints are split
@@ -62,12 +62,12 @@ def write_checkpoint(directory: Path, model: str, layers: int, experts: int = 0)
     shards: list[dict[str, dict[str, Any]]] = [{}]
     sizes = [0]
     for name, (dtype, shape) in tensors(raw, model).items():
-        nbytes = dtypes.SIZES[dtype] * math.prod(shape)
+        nbytes = DTYPES[dtype].nbytes * math.prod(shape)
         if sizes[-1] and sizes[-1] + nbytes > SHARD_BYTES:
             shards.append({})
             sizes.append(0)
         offsets = [sizes[-1], sizes[-1] + nbytes]
-        shards[-1][name] = {"dtype": dtypes.CODES[dtype], "shape": list(shape), "data_offsets": offsets}
+        shards[-1][name] = {"dtype": DTYPES[dtype].code, "shape": list(shape), "data_offsets": offsets}
         sizes[-1] += nbytes
     noise = Noise()
     weight_map: dict[str, str] = {}
@@ -106,7 +106,7 @@ class Noise:
 
     def pieces(self, name: str, code: str, size: int) -> Iterator[memoryview]:
         """`size` bytes for a tensor, beginning at another place of the noise each time."""
-        kind = "norm" if "norm" in name else "scale" if name.endswith(SCALE) else code
+        kind = "norm" if "norm" in name else "scale" if name.endswith("_scale_inv") else code
         block = self.blocks.get(kind, self.blocks["matrix"])
         while size:
             self.turn = (self.turn * 7919 + 1) % 65521

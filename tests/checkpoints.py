@@ -31,6 +31,7 @@ BITS: dict[str, Any] = {  # values as bits: exact
     "F16": np.uint16,
     "BF16": np.uint16,
     "F8_E4M3": np.uint8,
+    "I8": np.int8,
     "I32": np.uint32,
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 
 from tests.checkpoints import make_qwen3
 from tests.commands import Result, run_msconv
+
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="msconv-tests-")  # proofs made here are none of the user's
 
 Checkpoints = Callable[[str], Path]
 

@@ -12,7 +12,7 @@ import numpy as np
 from msconv.location import LocalDirectory
 from msconv.steps import convert as step
 from msconv.steps.conversion import Conversion, Converted, run
-from msconv.stream.blocks import BufferSizes
+from msconv.stream.buffers import BufferSizes
 from tests.checkpoints import Bits, read_rank
 
 

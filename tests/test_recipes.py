@@ -15,7 +15,7 @@ from msconv.families import configure
 from msconv.layout.cuts import make_mesh
 from msconv.layout.memory import DeviceMemory, kv_bytes_per_token
 from msconv.layout.model import Sizes, Table, TensorInfo, expected_sources
-from msconv.layout.plan import make_plan
+from msconv.layout.planning import make_plan
 from msconv.recipes import (
     DIRECTORY,
     MAX_BYTES,
@@ -32,7 +32,9 @@ from msconv_runtime.errors import UsageError
 CONFIGS = Path(__file__).parent / "data" / "configs"
 MODELS = {
     *(f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B")),
-    *(f"deepseek-ai/DeepSeek-{name}" for name in ("V3", "R1")),
+    *(f"Qwen/Qwen3-{name}-Instruct-2507" for name in ("4B", "30B-A3B", "235B-A22B")),
+    *(f"deepseek-ai/DeepSeek-{name}" for name in ("V3", "V3-0324", "V3.1", "R1", "R1-0528")),
+    *(f"moonshotai/{name}" for name in ("Kimi-K2-Instruct", "Moonlight-16B-A3B")),
 }
 GOOD = b"""
 model: owner/name
@@ -246,4 +248,5 @@ def test_near_names_are_suggested() -> None:
 
 def test_names_are_in_the_order_of_sizes() -> None:
     plain = [n for n in SHIPPED if n in {m.partition("/")[2] for m in MODELS} and n.startswith("Qwen3")]
+    plain = [n for n in plain if not n.endswith("-2507")]
     assert plain == [f"Qwen3-{s}" for s in ("0.6B", "1.7B", "4B", "8B", "14B", "30B-A3B", "32B", "235B-A22B")]

@@ -15,15 +15,15 @@ from mindspore import Tensor
 from safetensors.torch import load_file
 
 from msconv.families import configure
-from msconv.graph.decoder import Decoder
-from msconv.graph.export import cache_inputs, placeholders
-from msconv.graph.ops.cpu import CpuOps
+from msconv.graph.export import build, placeholders
 from msconv.graph.parameters import restore_names
 from msconv.graph.spec import Local
 from msconv.layout.cuts import Mesh
-from msconv_runtime.artifact import Manifest
-from msconv_runtime.graphs import NO_KERNELS, Graphs, graphs_of
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.graphs import NO_KERNELS, Graphs, Place
+from msconv_runtime.roles import DECODE, PREFILL, of_variant
 from msconv_runtime.sglang import slot
+from msconv_runtime.targets import CPU
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -35,27 +35,24 @@ class MindSporeForCausalLM(slot.MindSporeForCausalLM):
 
 class TracedModel(slot.ArtifactModel):
     def load_weights(self, weights: Iterable[Any]) -> None:
-        self.graphs = TracedGraphs(self.root, self.manifest, Path(os.environ["TRACED_CHECKPOINT"]))
+        self.graphs = TracedGraphs(self.artifact, Path(os.environ["TRACED_CHECKPOINT"]))
 
 
 class TracedGraphs(Graphs):
     """Dense Qwen3, one rank."""
 
-    def __init__(self, root: Path, manifest: Manifest, checkpoint: Path) -> None:
-        self.manifest, self.target = manifest, "cpu"
-        self.library, self.native = NO_KERNELS, False
-        self.entries = {g.phase: g for g in graphs_of(root, manifest, "cpu") if g.phase != "native"}
+    def __init__(self, artifact: Artifact, checkpoint: Path) -> None:
+        self.target, self.place = CPU, Place()
+        self.library, self.is_compiled = NO_KERNELS, False
+        self.entries = of_variant(artifact.graphs(CPU.name), "")
         self._compiles_at_ready = 0
-        self._prefill_decodes_few = True
         ms.set_context(mode=ms.GRAPH_MODE)
         config = configure(json.loads((checkpoint / "config.json").read_text()), "config.json")[1]
         read = Checkpoint(checkpoint)
         self.tensors: dict[str, Any] = {}
         self.cells = {}
-        for phase in ("prefill", "decode"):
-            local = Local(config, Mesh(1), phase)
-            ops = CpuOps(local)
-            net = Decoder(ops, local)
+        for role in (PREFILL, DECODE):
+            _, net, inputs = build(Local(config, Mesh(1), CPU, role))
             restore_names(net)
             for parameter in net.get_parameters():
                 if parameter.name not in self.tensors:
@@ -63,8 +60,8 @@ class TracedGraphs(Graphs):
                 name = parameter.name
                 parameter.assign_value(self.tensors[name])
                 parameter.name = name  # assign_value drops it
-            net.set_inputs(*placeholders(ops.inputs() + cache_inputs(ops, local)))
-            self.cells[phase] = net
+            net.set_inputs(*placeholders(inputs))
+            self.cells[role.name] = net
 
 
 class Checkpoint:

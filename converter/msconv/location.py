@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -26,10 +26,11 @@ class Location(Protocol):
     def has_weights(self) -> bool:
         """Whether there are weights, or an index that promises them."""
 
-    def open_configuration(self) -> Checkpoint:
-        """Only config.json: enough to plan and to compile.  Raises MsconvError."""
+    def open_configuration(self, harmless: Collection[str] = ()) -> Checkpoint:
+        """Only config.json: enough to plan and to compile.  `harmless`: keys of it, on no list, that a person says
+        change nothing.  Raises MsconvError."""
 
-    def open_checkpoint(self) -> Checkpoint:
+    def open_checkpoint(self, harmless: Collection[str] = ()) -> Checkpoint:
         """Configuration and the headers of all shards.  Raises MsconvError."""
 
     def bring_small(self) -> None:
@@ -61,11 +62,11 @@ class LocalDirectory(Location):
     def has_weights(self) -> bool:
         return directory.has_weights(self.root)
 
-    def open_configuration(self) -> Checkpoint:
-        return directory.open_configuration(self.root)
+    def open_configuration(self, harmless: Collection[str] = ()) -> Checkpoint:
+        return directory.open_configuration(self.root, harmless)
 
-    def open_checkpoint(self) -> Checkpoint:
-        return directory.open_checkpoint(self.root)
+    def open_checkpoint(self, harmless: Collection[str] = ()) -> Checkpoint:
+        return directory.open_checkpoint(self.root, harmless=harmless)
 
     def bring_small(self) -> None:
         """They are here."""
@@ -101,24 +102,25 @@ class HubRepository(Location):
 
         return hub.has_weights(self.repository)
 
-    def open_configuration(self) -> Checkpoint:
+    def open_configuration(self, harmless: Collection[str] = ()) -> Checkpoint:
         from .checkpoint import hub
 
-        return hub.open_configuration(self.repository)
+        return hub.open_configuration(self.repository, harmless)
 
-    def open_checkpoint(self) -> Checkpoint:
+    def open_checkpoint(self, harmless: Collection[str] = ()) -> Checkpoint:
         from .checkpoint import hub
 
-        return hub.open_checkpoint(self.repository)
+        return hub.open_checkpoint(self.repository, harmless)
 
     def bring_small(self) -> None:
         self.repository.download_small(AUXILIARY)
 
     def bring(self) -> Path:
+        from .checkpoint import hub
         from .checkpoint.downloads import bring
 
-        self.bring_small()
-        bring(self.repository, list(self.open_checkpoint().files))
+        self.repository.download_small((*AUXILIARY, *hub.CONFIGURATION))
+        bring(self.repository, hub.shards(self.repository))
         return self.repository.root
 
     def missing_bytes(self, shards: Iterable[str]) -> int:
@@ -138,7 +140,7 @@ class HubRepository(Location):
 
 def bytes_to_download(location: Location, plan: Plan) -> int:
     """Of the shards that a conversion reads, what is not on this machine yet."""
-    return location.missing_bytes({plan.sources[n].file for n in (*plan.moves, *plan.scales.values())})
+    return location.missing_bytes({plan.sources[n].file for n in plan.read_names})
 
 
 def open_reference(ref: str, hub: Hub = "huggingface", weights: bool = True) -> Location:

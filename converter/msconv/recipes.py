@@ -8,12 +8,14 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
 
+from msconv_runtime.dtypes import VALUE_DTYPES, ValueDtype
 from msconv_runtime.errors import MsconvError, UsageError
+from msconv_runtime.serving.engine import chosen_engine
 from msconv_runtime.targets import TARGETS
 
 DIRECTORY = "MSCONV_RECIPES"  # the user's own, looked at before those that come with msconv
@@ -24,21 +26,10 @@ NEWEST = "newest"
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-Dtype = Literal["bfloat16", "float16", "float32"]
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,99}/[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 FLAG = re.compile(r"[a-z][a-z0-9-]*")
-SET_ELSEWHERE = {
-    "model-path": "model",
-    "device": "devices.kind",
-    "dtype": "dtype",
-    "tp-size": "tp",
-    "ep-size": "ep",
-    "nnodes": "devices.nodes",
-    "context-length": "context",
-    "max-running-requests": "requests",
-}
 
 
 class RecipeError(MsconvError):
@@ -82,13 +73,14 @@ class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One deployment.  `name` and `path` are the file's.  The devices are sized for `requests` at a time of
-    `context` tokens each.  `serve`: flags for SGLang, without their dashes."""
+    `context` tokens each.  `serve`: flags for the engine that serves,
+    without their dashes."""
 
     name: str
     path: str
     model: str
     tp: Count
-    dtype: Dtype
+    dtype: ValueDtype
     targets: Annotated[list[str], msgspec.Meta(min_length=1)]
     devices: Devices
     context: Tokens
@@ -114,9 +106,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         only = TARGETS[kind].only_dtype
         if only and self.dtype != only:
             raise ValueError(f"dtype {self.dtype}: {kind} computes in {only}")
+        given_by = chosen_engine().set_elsewhere if self.serve else {}
         for flag in self.serve:
-            if flag in SET_ELSEWHERE:
-                raise ValueError(f"serve.{flag}: is given by {SET_ELSEWHERE[flag]}")
+            if flag in given_by:
+                raise ValueError(f"serve.{flag}: is given by {given_by[flag]}")
             if not FLAG.fullmatch(flag):
                 raise ValueError(f"serve.{flag[:200]}: a flag's name without its dashes is needed")
 
@@ -144,8 +137,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         }
 
     def serve_flags(self) -> dict[str, str]:
-        """SGLang's flags with their values; "" for one that takes none."""
-        sized = {"context-length": self.context, "max-running-requests": self.requests}
+        """The engine's flags with their values; "" for one that takes none."""
+        sized = chosen_engine().sized(self.context, self.requests)
         switched_on = {name: value for name, value in {**sized, **self.serve}.items() if value is not False}
         return {f"--{name}": "" if value is True else str(value) for name, value in switched_on.items()}
 
@@ -219,7 +212,7 @@ def _said(message: str) -> str:
     place = place.strip("`").rpartition("`$")[2].removeprefix("$").removeprefix(".")
     text = text.replace("`", "")
     if text.startswith("Invalid enum value"):
-        text += f", known are {', '.join(get_args(Dtype))}"
+        text += f", known are {', '.join(VALUE_DTYPES)}"
     if found := re.fullmatch(r"Object contains unknown field (.*)", text):
         place, text = f"{place}.{found[1]}".lstrip("."), "unknown key"
     elif found := re.fullmatch(r"Object missing required field (.*)", text):

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from msconv_runtime.artifact import Manifest, Rehearsed
-from msconv_runtime.targets import is_for_npu
+from msconv_runtime.claims import CLAIMED, is_checked_here
+from msconv_runtime.targets import device_of
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Of one target for NPUs."""
+    """Of one target for NPUs.  `claimed`: its proof was not made on this machine."""
 
     target: str
     interpreted: bool
+    claimed: bool
     rehearsals: list[Rehearsed]
 
     @property
@@ -27,7 +29,7 @@ class Standing:
         rehearsed = "; ".join(map(summary, self.rehearsals))
         return " - ".join(
             (
-                "interpreted" if self.interpreted else "not interpreted",
+                f"interpreted{f' ({CLAIMED})' * self.claimed}" if self.interpreted else "not interpreted",
                 f"rehearsed: {rehearsed}" if rehearsed else "not rehearsed",
                 "run on a device: never",
             )
@@ -37,6 +39,7 @@ class Standing:
     def data(self) -> dict[str, Any]:
         return {
             "interpreted": self.interpreted,
+            "checked_here": self.interpreted and not self.claimed,
             "rehearsed": [
                 {
                     "sglang": r.sglang,
@@ -62,8 +65,12 @@ class Standing:
 
 def standings(manifest: Manifest) -> list[Standing]:
     """Of each target for NPUs that the artifact has graphs for."""
-    targets = dict.fromkeys(g.target for g in manifest.graphs if is_for_npu(g.target))
-    return [Standing(t, manifest.proof_for(t) is not None, manifest.rehearsals_for(t)) for t in targets]
+    targets = dict.fromkeys(g.target for g in manifest.graphs if not device_of(g.target).has_run)
+    proofs = {t: manifest.proof_for(t) for t in targets}
+    return [
+        Standing(t, p is not None, p is not None and not is_checked_here(p), manifest.rehearsals_for(t))
+        for t, p in proofs.items()
+    ]
 
 
 def summary(rehearsed: Rehearsed) -> str:

@@ -9,11 +9,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .artifact import ITEM_BYTES, Artifact, Graph, digest_bytes
+from .artifact import Artifact, Graph, digest_bytes
+from .artifact.files import read_sized
 from .artifact.integrity import refuse_damage
-from .artifact.weights import LoadMode, RankWeights, check_size
+from .artifact.weights import LoadMode, RankWeights
+from .dtypes import DTYPES, is_float
 from .errors import ArtifactError
-from .native import LIBRARY, Library
+from .kernels import Library
+from .mindir_check import check_mindir
 from .targets import TARGETS
 
 TESTED_MINDSPORE = ("2.8.", "2.10.")  # graphs of 2.8.0 and 2.10.0 load in each other
@@ -53,16 +56,16 @@ def tensor(array: NDArray[Any], dtype: str) -> Any:
 
 
 def _rounds(stored: str, wanted: str) -> bool:
-    return stored != wanted and wanted != "float32" and "int32" not in (stored, wanted)
+    return stored != wanted and wanted != "float32" and is_float(stored) and is_float(wanted)
 
 
 def element_type(dtype: str) -> Any:
     """MindSpore's type of this name.  Raises ArtifactError for a name that no graph may have."""
     import mindspore
 
-    if dtype not in ITEM_BYTES:
+    if dtype not in DTYPES or not DTYPES[dtype].storable:
         raise ArtifactError(f"a graph takes elements of type {dtype[:40]}, which is not known.")
-    return getattr(mindspore, dtype)
+    return getattr(mindspore, DTYPES[dtype].mindspore)
 
 
 def as_nz(matrix: Any) -> Any:
@@ -82,32 +85,35 @@ def check_version(path: Path, graph: Graph) -> None:
         )
 
 
-def _load(path: Path, kernels: Library, groups: Mapping[str, str]) -> Any:
-    """MindSpore's graph of a file.  Where it names compiled kernels, those of this machine take their place, and
-    groups get the names that they have here."""
+def _load(data: bytes, kernels: Library, groups: Mapping[str, str]) -> Any:
+    """MindSpore's graph of bytes that were checked.  Where it names compiled kernels, those of this machine take
+    their place, and groups get the names that they have here.
+
+    What MindSpore reads is a copy in a directory of this user alone: nobody can change it after the check, and
+    there is no other file beside it."""
     import mindspore as ms
 
-    if kernels.path is None and not groups:
-        return ms.load(str(path))
+    if kernels.path is not None or groups:
+        data = _with_names_of_here(data, kernels, groups)
+    with tempfile.TemporaryDirectory(prefix="msconv-") as private:
+        copy = Path(private, "graph.mindir")
+        copy.write_bytes(data)
+        return ms.load(str(copy))
+
+
+def _with_names_of_here(data: bytes, kernels: Library, groups: Mapping[str, str]) -> bytes:
     from mindspore.train import mind_ir_pb2
 
-    model = mind_ir_pb2.ModelProto.FromString(path.read_bytes())
+    model = mind_ir_pb2.ModelProto.FromString(data)
     for attribute in (a for p in model.primitives for a in p.attribute if a.name == "group"):
         attribute.s = groups.get(attribute.s.decode(), attribute.s.decode()).encode()
     customs = (p for p in model.primitives if p.op_type == "Custom" and kernels.path is not None)
     for attribute in (a for p in customs for a in p.attribute):
         if attribute.name == "func_name":
-            name, _, function = attribute.s.decode().partition(":")
-            if name != LIBRARY:
-                raise ArtifactError(
-                    f"{path}: wants the kernels {name}; these are {LIBRARY}.",
-                    "Compile it again with this version: `msconv compile`.",
-                )
+            _, _, function = attribute.s.decode().partition(":")
             attribute.s = f"{kernels.path}:{function}".encode()
-    with tempfile.NamedTemporaryFile(suffix=".mindir") as file:
-        file.write(model.SerializeToString())
-        file.flush()
-        return ms.load(file.name)
+    changed: bytes = model.SerializeToString()
+    return changed
 
 
 def bind(
@@ -119,13 +125,14 @@ def bind(
     root = artifact.root
     path = root / graph.path
     check_version(path, graph)
-    check_size(path, graph.size)
-    if digest_bytes(path.read_bytes()) != graph.digest:
+    data = read_sized(path, graph.size)
+    if digest_bytes(data) != graph.digest:
         raise ArtifactError(
             f"{path}: was altered: its digest is not the manifest's.",
             f"Run `msconv compile {root} --target {graph.target}` again.",
         )
-    cell = nn.GraphCell(_load(path, kernels, groups))
+    check_mindir(path, data, graph, artifact.tp)
+    cell = nn.GraphCell(_load(data, kernels, groups))
     wanted = {p.name: p for p in graph.reads}
     if set(cell._params) != set(wanted):
         odd = sorted(set(cell._params) ^ set(wanted))

@@ -14,24 +14,23 @@ from .artifact import Artifact, Graph, GraphInput
 from .artifact.weights import LoadMode
 from .binding import TESTED_MINDSPORE, bind, element_type, load_weights
 from .errors import EnvironmentProblem
-from .native import Library, library, use_threads
+from .kernels import Library, library, use_threads
 from .paging import Batch, Sequences, attention_mask, chunks
-from .roles import COMPILED, DECODE, LOGITS, MIXED, PREFILL, Role, graph_for, of_variant
+from .roles import COMPILED, DECODE, LOGITS, PREFILL, ROLES, Role, graph_for, of_variant
 from .targets import target_named
 
-FREE_PAGE = 16
 WARM_UP_SEQUENCES = 3  # so many that each graph of a set is asked for
 NO_KERNELS = Library(None, "the artifact has no graph of compiled kernels, or it was not asked for")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where graphs run.  `page`: slots a page of the caches, where the graphs leave it free.  `groups`: other
-    names for the groups that the graphs name, those under which MindSpore knows them here.  `ranks_here`: how
-    many share this machine's processors, 0 for all of the artifact's."""
+    """Where graphs run.  `page`: slots a page of the caches, where the graphs leave it free; 0 for the smallest
+    that the target takes.  `groups`: other names for the groups that the graphs name, those under which MindSpore
+    knows them here.  `ranks_here`: how many share this machine's processors, 0 for all of the artifact's."""
 
     rank: int = 0
-    page: int = FREE_PAGE
+    page: int = 0
     groups: Mapping[str, str] = field(default_factory=dict)
     ranks_here: int = 0
 
@@ -75,7 +74,7 @@ class Graphs:
     @property
     def page(self) -> int:
         """Slots a page of the caches: the graphs', or the place's where they leave it free."""
-        return self.caches[0].shape[1] or self.place.page
+        return self.caches[0].shape[1] or self.place.page or self.target.paging.pages[-1]
 
     def decode(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
         """One new token a sequence.  Logits [B, V] float32."""
@@ -87,7 +86,7 @@ class Graphs:
         if not self.target.prefill_reads_cache:
             return self.run(PREFILL, batch, caches)[LOGITS]
         out: NDArray[np.float32] | None = None
-        for members, last, part in chunks(batch, self.page, ragged=MIXED.name in self.entries):
+        for members, last, part in chunks(batch, self.page, ragged=self.is_compiled):
             logits = self.run(PREFILL, part, caches)[LOGITS]
             if out is None:
                 out = np.empty((len(batch.q_lens), logits.shape[1]), np.float32)
@@ -99,18 +98,18 @@ class Graphs:
 
     def run(self, asked: Role, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         """The outputs, by name, of the graph that answers `asked` for this batch."""
-        return self._call(graph_for(self.entries, asked, batch).role, batch, caches)
+        return self._call(graph_for(self.entries, asked, batch), batch, caches)
 
-    def _call(self, role: str, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
+    def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         from mindspore import Tensor
 
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
         if self.target.mask is not None:
-            mask = attention_mask(role == PREFILL.name, batch, self.target.mask)
+            mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(Tensor(mask, element_type(self.target.dtype)))
-        found = self.cells[role](*inputs, *caches)
+        found = self.cells[graph.role](*inputs, *caches)
         outputs = found if isinstance(found, tuple) else (found,)
-        names = [o.name for o in self.entries[role].outputs]
+        names = [o.name for o in graph.outputs]
         return {name: _on_host(out) for name, out in zip(names, outputs, strict=True)}
 
     @property

@@ -8,7 +8,7 @@ import reprlib
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -19,10 +19,11 @@ from .artifact.weights import LoadMode
 from .errors import ArtifactError, EnvironmentProblem, UsageError
 from .graphs import Graphs, Place
 from .paging import Batch, Sequences
+from .roles import ROLES
 from .targets import target_named
 
 Logits = NDArray[np.float32]
-Call = Callable[[Batch, list[Any]], Logits]
+Found = TypeVar("Found")
 
 _turn = threading.RLock()  # MindSpore runs one graph at a time in a process: two threads end it, or wait for ever
 
@@ -59,7 +60,7 @@ class Session:
         opened = Artifact(artifact)
         if load not in get_args(LoadMode):
             raise UsageError(f"load is {load!r}; it may be 'mmap' or 'read'.")
-        if not target_named(target).is_cpu:
+        if not target_named(target).device.is_host:
             raise EnvironmentProblem(
                 f"{target} graphs run on an NPU inside SGLang only.", "Use target='cpu' here."
             )
@@ -115,6 +116,19 @@ class Session:
         with _turn:
             new = self._tokens("decode", [[t] for t in _listed("decode", tokens)], self._sequences)
             return self._run(self._sequences, new, lambda batch, caches: self.graphs.decode(batch, caches))
+
+    def run(self, role: str, prompts: list[list[int]]) -> dict[str, NDArray[np.float32]]:
+        """Start over with these prompts, and give the outputs, by name, of the graph that has this role.  Raises
+        UsageError for a role that is not known, ArtifactError if there is no graph for it among those in use."""
+        if role not in ROLES:
+            raise UsageError(f"{role}: no such graph role.", f"Roles are: {', '.join(ROLES)}.")
+        tokens = self._prompts(role, prompts)
+        with _turn:
+            self.reset()
+            fresh = Sequences(len(tokens), self.page_size)
+            found = self._run(fresh, tokens, lambda batch, caches: self.graphs.run(ROLES[role], batch, caches))
+            self._sequences = fresh
+            return found
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations, `max_new_tokens` each (ends are not looked for)."""
@@ -175,7 +189,9 @@ class Session:
             raise UsageError(f"{what} is {token}; this model has tokens 0 to {self.vocab_size - 1}.")
         return token
 
-    def _run(self, sequences: Sequences, tokens: list[list[int]], call: Call) -> Logits:
+    def _run(
+        self, sequences: Sequences, tokens: list[list[int]], call: Callable[[Batch, list[Any]], Found]
+    ) -> Found:
         """Append the tokens and run a graph.  After an error, the sequences are what they were."""
         if self._has_failed:  # MindSpore refuses what failed once: its graphs are bound anew
             self.graphs.cells.clear()
@@ -188,9 +204,9 @@ class Session:
             batch = sequences.advance(tokens)
             self._reserve(sequences.num_pages)
             self._has_failed = True
-            logits = call(batch, self._caches)
+            found = call(batch, self._caches)
             self._has_failed = False
-            return logits
+            return found
         except BaseException:
             sequences.take_back(before)
             raise

@@ -20,7 +20,7 @@ import pytest
 
 from msconv.checkpoint.directory import Checkpoint, open_checkpoint
 from msconv.layout.cuts import Mesh
-from msconv.layout.plan import make_plan
+from msconv.layout.planning import make_plan
 from msconv.steps.conversion import run
 from msconv_runtime.errors import MsconvError
 from tests.checkpoints import read_rank

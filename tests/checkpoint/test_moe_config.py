@@ -10,6 +10,7 @@ import pytest
 
 from msconv.families import configure
 from msconv.families.config import DecoderConfig, Mla, Moe
+from msconv.quant.fp8_block import Fp8Block
 from msconv_runtime.errors import CheckpointError, UsageError
 from tests.commands import run_msconv
 from tests.moe_checkpoints import SMALL_DEEPSEEK_V3, SMALL_QWEN3_MOE
@@ -56,7 +57,7 @@ def test_qwen3_moe_as_published() -> None:
     assert family.name == "qwen3_moe"
     wanted = Moe(layers=(True,) * 94, experts=128, top_k=8, ffn=1536, scoring="softmax", normalise=True)
     assert config.moe == wanted
-    assert (config.mla, config.block, config.mtp_layers) == (None, (0, 0), 0)
+    assert (config.mla, config.formats, config.mtp_layers) == (None, (), 0)
     assert (config.heads, config.kv_heads, config.head_dim, config.hidden) == (64, 4, 128, 4096)
     assert config.softmax_scale == 128**-0.5
 
@@ -78,7 +79,8 @@ def test_deepseek_as_published(name: str) -> None:
         scale=2.5,
     )
     assert config.mla == Mla(q_lora=1536, kv_lora=512, nope=128, rope=64, v_dim=128, interleaved=True)
-    assert (config.block, config.mtp_layers, config.head_dim, config.rope_dim) == ((128, 128), 1, 192, 64)
+    assert (config.mtp_layers, config.head_dim, config.rope_dim) == (1, 192, 64)
+    assert config.formats == (Fp8Block(128, 128),)
     assert config.softmax_scale == pytest.approx(0.1352337788608801)  # 192 ** -0.5 * (0.1 ln 40 + 1) ** 2
 
 
@@ -214,9 +216,10 @@ def test_layers_for_multi_token_prediction_are_counted(value: Any, count: int) -
 
 
 def test_no_quantisation_is_no_block() -> None:
-    assert read("DeepSeek-V3", quantization_config=...).block == (0, 0)
-    assert read("DeepSeek-V3", quantization_config=None).block == (0, 0)
-    assert read("DeepSeek-V3", quantization_config={**FP8, "weight_block_size": [64, 256]}).block == (64, 256)
+    assert read("DeepSeek-V3", quantization_config=...).formats == ()
+    assert read("DeepSeek-V3", quantization_config=None).formats == ()
+    other = read("DeepSeek-V3", quantization_config={**FP8, "weight_block_size": [64, 256]})
+    assert other.formats == (Fp8Block(64, 256),)
 
 
 # Wrong
@@ -254,7 +257,7 @@ WRONG: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("Qwen3-30B-A3B", {"mlp_only_layers": [0.5]}, ("mlp_only_layers",)),
     ("Qwen3-30B-A3B", {"mlp_only_layers": [True]}, ("mlp_only_layers",)),
     ("Qwen3-30B-A3B", {"moe_intermediate_size": -1}, ("moe_intermediate_size = -1",)),
-    ("Qwen3-30B-A3B", {"use_sliding_window": True}, ("use_sliding_window",)),
+    ("Qwen3-30B-A3B", {"use_sliding_window": True, "sliding_window": 4096}, ("use_sliding_window",)),
 ]
 
 
@@ -270,7 +273,7 @@ def test_what_cannot_be_obeyed_is_refused_by_name(
 @pytest.mark.parametrize(
     ("quantisation", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4}, ("quant_method = 'gptq': only fp8", "weight_block_size = None")),
+        ({"quant_method": "gptq", "bits": 4}, ("quant_method = 'gptq' (GPTQ): only fp8",)),
         ({"quant_method": "awq"}, ("quant_method = 'awq'",)),
         ({**FP8, "fmt": "e5m2"}, ("fmt = 'e5m2': only e4m3",)),
         ({**FP8, "weight_block_size": None}, ("weight_block_size = None",)),
@@ -301,7 +304,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         moe_layer_freq=2,
         index_topk=2048,
         num_key_value_heads=1,
-        quantization_config={"quant_method": "gptq"},
+        quantization_config={"fmt": "e5m2"},
         hidden_act="gelu",
         norm_topk_prob="yes",
     )
@@ -310,7 +313,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         *(
             "index_topk",
             "num_key_value_heads",
-            "quant_method",
+            "fmt = ",
             "weight_block_size",
             "hidden_act",
             "norm_topk_prob",

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from msconv_runtime.doctor import TESTED, Finding, Machine, Report
+from msconv_runtime.doctor import Finding, Machine, Report
+from msconv_runtime.doctor import examine as examine_for
+from msconv_runtime.sglang.engine import ENGINE
 
 REPO = Path(__file__).parents[2]
 PINS = dict(line.split("==") for line in (REPO / "requirements/cpu.txt").read_text().split() if "==" in line)
+TESTED = ENGINE.needs.all_packages
 GOOD = {**{name: PINS.get(name) for name in TESTED}, "msconv": TESTED["msconv"].tested[0]}
 SMI = """
 +---------------------------+---------------+----------------------------------------------------+
@@ -45,6 +48,11 @@ def with_npu(root: Path, devices: int = 2, **facts: Any) -> Machine:
         write(root / f"dev/davinci{i}", "")
     write(root / "dev/davinci_manager", "")
     return machine(root, {"torch_npu": "2.8.0"}, **facts)
+
+
+def examine(machine: Machine, root: Path | None = None, tokens: int = 0) -> Report:
+    """As `msconv doctor` does, for SGLang."""
+    return examine_for(machine, root, tokens, ENGINE.needs)
 
 
 def finding(report: Report, name: str) -> Finding:

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from msconv_runtime import doctor
-from msconv_runtime.doctor import TESTED, examine
-from msconv_runtime.graphs import TESTED_MINDSPORE
+from msconv_runtime.binding import TESTED_MINDSPORE
+from msconv_runtime.doctor.machine import in_series, installed
 from tests.cli.machines import (
     ALL,
     GRAPHS,
@@ -24,7 +23,9 @@ from tests.cli.machines import (
     PINS,
     SERVE,
     SMI,
+    TESTED,
     cannot,
+    examine,
     finding,
     machine,
     with_npu,
@@ -77,7 +78,7 @@ def test_lines_are_aligned_and_the_next_command_comes_last(compiled: Path) -> No
 
 def test_tables_agree_with_what_is_pinned_and_what_is_loaded() -> None:
     for name in TESTED.keys() & PINS.keys():
-        assert doctor.of(PINS[name], TESTED[name].tested), name
+        assert in_series(PINS[name], TESTED[name].tested), name
     assert set(TESTED) - set(PINS) == {"msconv", "torch_npu"}
     assert tuple(f"{series}." for series in TESTED["mindspore"].tested) == TESTED_MINDSPORE
 
@@ -150,9 +151,9 @@ def test_damaged_metadata_is_no_crash(monkeypatch: pytest.MonkeyPatch, error: Ex
         raise error
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert doctor.installed("torch") == "of unreadable version"
+    assert installed("torch") == "of unreadable version"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: None)
-    assert doctor.installed("torch") == "of unknown version"
+    assert installed("torch") == "of unknown version"
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_visible_devices_must_be_there(tmp_path: Path, value: str, fits: bool) -
 def test_npu_smi_is_asked_and_never_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, state: str, words: str
 ) -> None:
-    monkeypatch.setattr(doctor, "NPU_SMI_S", 1)
+    monkeypatch.setattr("msconv_runtime.doctor.ascend.NPU_SMI_S", 1)
     write(tmp_path / "bin/npu-smi", script).chmod(0o755)
     report = examine(machine(tmp_path, environ={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}))
     assert finding(report, "npu-smi").state == state

@@ -25,10 +25,7 @@ def evil(manifest: Manifest) -> Manifest:
     weights = manifest.weights
     assert weights is not None
     tensors = [replace(t, name=t.name + STEERING) for t in weights.tensors]
-    graphs = [
-        replace(g, target=g.target + STEERING, path=g.path + STEERING, mindspore=g.mindspore + STEERING)
-        for g in manifest.graphs
-    ]
+    graphs = [replace(g, mindspore=g.mindspore + STEERING) for g in manifest.graphs]  # no other target is read
     model = manifest.model
     return replace(
         manifest,
@@ -80,7 +77,7 @@ def test_inspect_shows_them_in_their_lines(own_artifact: Path) -> None:
         "untied",
         "qwen3",
         "model.norm.weight",
-        "cpu",
+        "mindspore 2.10.0",
         "vocab",
         "weights/model-rank-0-part-0.safetensors",
     ):
@@ -117,3 +114,13 @@ def test_what_is_printable_stays_as_it_is() -> None:
     assert visible("a\nb") == "a\nb"
     assert visible("a\nb", keep="") == r"a\nb"
     assert visible(os.fsdecode(b"m\xff")) == r"m\udcff"
+
+
+@pytest.mark.parametrize("line", [("inspect",), ("serve", "--print-command"), ("doctor",), ("report",)])
+def test_a_target_that_is_none_is_written_out(own_artifact: Path, line: tuple[str, ...]) -> None:
+    manifest = read_manifest(own_artifact)
+    graphs = [replace(g, target=g.target + STEERING) for g in manifest.graphs]
+    write_manifest(own_artifact, replace(manifest, graphs=graphs))
+    done = run_msconv(line[0], own_artifact, *line[1:])
+    assert done.code
+    check_plain(done)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from msconv.layout.dtypes import SIZES
+from msconv_runtime.dtypes import DTYPES
 from tests.commands import Result, run_msconv
 from tests.synthetic import qwen3_config, qwen3_shapes, write_synthetic
 
@@ -110,7 +110,7 @@ def test_a_plan_does_not_depend_on_where_the_shapes_come_from(models: Path, tmp_
 def test_another_element_type_has_other_sizes(models: Path, tmp_path: Path, dtype: str) -> None:
     name = "Qwen3-0.6B"
     found = plan(models / "stored" / name, 1, "--dtype", dtype, cwd=tmp_path).json
-    headers = found["output_bytes"] - found["parameters"] * SIZES[dtype]
+    headers = found["output_bytes"] - found["parameters"] * DTYPES[dtype].nbytes
     assert found["dtype"] == dtype
     assert 0 < headers < 200 * len(qwen3_shapes(config_of(name)))
     assert found["source_bytes"] == 2 * found["parameters"]

@@ -40,7 +40,7 @@ def shown(find: Callable[[str], list[str]]) -> list[tuple[str, str]]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory with what the pages call a model."""
     monkeypatch.chdir(tmp_path)
-    for name in ("tiny-dots1", "DIR", "REF"):
+    for name in ("tiny-dots1", "tiny-qwen3", "tiny-int8", "DIR", "REF"):
         (tmp_path / name).mkdir()
 
 
@@ -94,6 +94,13 @@ def test_the_command_reference_is_what_the_program_says() -> None:
 def test_every_page_can_be_reached_from_the_readme() -> None:
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in links((ROOT / "README.md").read_text())}
     assert [page.name for page in PAGES if page not in linked and page.name != "README.md"] == []
+
+
+def test_the_glossary_has_each_word_once_and_in_order() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.+) \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(), re.M)
+    words = [word.casefold() for word, _, _ in rows if word != "word"]
+    assert len(words) > 40
+    assert words == sorted(set(words))
 
 
 @cache

@@ -18,9 +18,9 @@ README = Path(__file__).parents[2] / "README.md"
 
 def example() -> str:
     """The indented block of the README that makes an engine."""
-    blocks = README.read_text().split("\n\n    from msconv_runtime.sglang.launch import use_cpu\n")
+    blocks = README.read_text().split("\n\n    from msconv_runtime.sglang.environment import use_cpu\n")
     assert len(blocks) == 2
-    lines = ["    from msconv_runtime.sglang.launch import use_cpu", *blocks[1].splitlines()]
+    lines = ["    from msconv_runtime.sglang.environment import use_cpu", *blocks[1].splitlines()]
     end = next(i for i, line in enumerate(lines) if line and not line.startswith("    "))
     return textwrap.dedent("\n".join(lines[:end]))
 

@@ -16,9 +16,10 @@ import numpy as np
 import psutil
 import pytest
 
+from msconv_runtime import mccl
 from msconv_runtime.errors import EnvironmentProblem
-from msconv_runtime.sglang import cpu
-from msconv_runtime.sglang.launch import cores_by_rank, cpu_environment, plan_launch
+from msconv_runtime.serving.launch import plan_launch
+from msconv_runtime.sglang.environment import cores_by_rank, cpu_environment
 from tests.e2e.servers import NEW_TOKENS, Server, expected, left_after, make_artifact, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -51,7 +52,7 @@ def test_every_rank_runs_the_slot_and_the_graphs_own_collectives(server: Server)
         assert f"TP{rank}] msconv: rank {rank} of 2: mccl started" in log
         assert f"TP{rank}] msconv: groups ['msconv_tp'] created over ranks [0, 1]" in log
     assert log.count("mixed_compiled warmed up") == 2
-    assert process_of(server.processes(), "msconv_runtime.sglang.cpu").is_running()
+    assert process_of(server.processes(), "msconv_runtime.mccl").is_running()
 
 
 @pytest.mark.parametrize("at_once", [False, True])
@@ -101,8 +102,8 @@ rank.kill()
 """
 RANK_0 = """
 import time
-from msconv_runtime.sglang import cpu
-print(cpu.start_scheduler(2), flush=True)
+from msconv_runtime import mccl
+print(mccl.start_scheduler(2, "127.0.0.1"), flush=True)
 time.sleep(90)
 """
 
@@ -112,7 +113,7 @@ def test_a_lost_scheduler_ends_the_server() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as main:
         assert main.stdout is not None
         assert int(main.stdout.readline()) > 0
-        process_of(psutil.Process(main.pid).children(recursive=True), "msconv_runtime.sglang.cpu").kill()
+        process_of(psutil.Process(main.pid).children(recursive=True), "msconv_runtime.mccl").kill()
         out, err = main.communicate(timeout=70)
     assert out == "told\n"
     assert "MindSpore's scheduler" in err
@@ -123,15 +124,15 @@ def test_the_scheduler_ends_with_rank_0() -> None:
     with subprocess.Popen([sys.executable, "-c", RANK_0], stdout=subprocess.PIPE, text=True) as rank:
         assert rank.stdout is not None
         assert int(rank.stdout.readline()) > 0
-        scheduler = process_of(psutil.Process(rank.pid).children(), "msconv_runtime.sglang.cpu")
+        scheduler = process_of(psutil.Process(rank.pid).children(), "msconv_runtime.mccl")
         rank.kill()
     assert left_after([scheduler], 5) == []
 
 
 def test_a_scheduler_that_cannot_start_is_named_with_what_it_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.sys, "executable", "/bin/cat")  # does not know -m
+    monkeypatch.setattr(mccl.sys, "executable", "/bin/cat")  # does not know -m
     with pytest.raises(EnvironmentProblem, match=r"ended with 1.*invalid option"):
-        cpu.start_scheduler(2)
+        mccl.start_scheduler(2, "127.0.0.1")
 
 
 def test_the_command_names_the_layout_and_the_cores(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +164,7 @@ def test_a_server_of_another_layout_is_refused_with_all_that_differs(artifact: P
     code = f"""
 from pathlib import Path
 from types import SimpleNamespace
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact
 from msconv_runtime.sglang import slot
 server = SimpleNamespace(
     tp_size=4, moe_ep_size=2, pp_size=1, moe_dp_size=1, attn_dp_size=1, attn_cp_size=1, tp_rank=3
@@ -171,11 +172,11 @@ server = SimpleNamespace(
 slot.get_parallel = lambda: server
 root = Path({str(artifact)!r})
 try:
-    slot.check_parallel(read_manifest(root), root)
+    slot.check_parallel(Artifact(root))
 except slot.EnvironmentProblem as e:
     print(e.message)
 server.tp_size, server.moe_ep_size, server.tp_rank = 2, 1, 1
-print(slot.check_parallel(read_manifest(root), root))
+print(slot.check_parallel(Artifact(root)))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **cpu_environment()}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msconv_runtime.sglang.launch import cpu_environment
+from msconv_runtime.sglang.environment import cpu_environment
 from tests.e2e.servers import NEW_TOKENS, Server, expected, make_artifact, run, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -26,14 +26,17 @@ def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return make_artifact(random_checkpoint, tmp_path_factory.mktemp("serve") / "artifact")
 
 
-GRAPHS = {"1": ["mixed_compiled"], "0": ["decode", "prefill"]}  # MSCONV_NATIVE: with compiled kernels, and without
+GRAPHS = {
+    "1": ["mixed_compiled"],
+    "0": ["decode", "prefill"],
+}  # MSCONV_COMPILED: with compiled kernels, and without
 
 
 @pytest.fixture(scope="module", params=GRAPHS)
 def server(artifact: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     log = artifact.with_name(f"server-{request.param}.log")
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MSCONV_NATIVE", request.param)
+        environment.setenv("MSCONV_COMPILED", request.param)
         with serving(artifact, log, "--chunked-prefill-size", str(CHUNK)) as s:
             yield s
 

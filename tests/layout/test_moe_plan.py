@@ -18,14 +18,15 @@ import pytest
 
 from msconv.families import configure
 from msconv.layout.cuts import Mesh
-from msconv.layout.dtypes import NAMES
 from msconv.layout.memory import kv_bytes_per_token
 from msconv.layout.model import TensorInfo
-from msconv.layout.plan import Move, Plan, constant_bytes, make_plan
+from msconv.layout.plan import Move, Plan
+from msconv.layout.planning import make_plan
 from msconv.location import LocalDirectory
 from msconv.steps.compile import begin_without_weights
 from msconv.steps.estimate import estimate
 from msconv.steps.reshard import prepare as prepare_reshard
+from msconv_runtime.dtypes import BY_CODE
 from msconv_runtime.errors import PlanError, UsageError
 from tests.commands import run_msconv, run_python
 from tests.conversions import prepare
@@ -66,7 +67,7 @@ def sources_of(name: str) -> dict[str, TensorInfo]:
 
 
 def infos(tensors: Tensors) -> dict[str, TensorInfo]:
-    return {n: TensorInfo(n, NAMES[c], s, nbytes=nbytes(c, s)) for n, (c, s) in tensors.items()}
+    return {n: TensorInfo(n, BY_CODE[c].name, s, nbytes=nbytes(c, s)) for n, (c, s) in tensors.items()}
 
 
 @cache
@@ -106,10 +107,14 @@ def refused(
 @pytest.mark.parametrize(("name", "tp", "ep"), LAYOUTS)
 def test_every_published_tensor_is_moved_or_a_scale_or_dropped_with_a_reason(name: str, tp: int, ep: int) -> None:
     plan, sources = plan_of(name, tp, ep), sources_of(name)
-    kinds = [set(plan.moves), set(plan.scales.values()), {n for n, _, _ in plan.dropped}]
+    kinds = [
+        set(plan.moves),
+        {s for n in plan.moves for s in plan.decoded_with(n)},
+        {n for n, _, _ in plan.dropped},
+    ]
     assert set.union(*kinds) == set(sources)
     assert sum(map(len, kinds)) == len(sources)
-    assert set(plan.scales) == {n for n, s in sources.items() if s.dtype == "float8_e4m3fn"} - kinds[2]
+    assert set(plan.formats) == {n for n, s in sources.items() if s.dtype == "float8_e4m3fn"} - kinds[2]
     mtp = {n for n in sources if name.startswith("DeepSeek") and n.startswith("model.layers.61.")}
     assert kinds[2] == mtp
     assert len(mtp) == (782 + 776 + 6 if mtp else 0)
@@ -264,7 +269,7 @@ def test_deepseeks_tensors_have_the_shapes_that_grouped_products_want(tp: int, e
 def test_ranks_know_their_first_expert(tp: int, ep: int) -> None:
     plan = plan_of("Qwen3-30B-A3B", tp, ep)
     (constant,) = (c for c in plan.constants if c.kind == "expert_start")
-    found = [struct.unpack("<i", constant_bytes(plan, constant, rank))[0] for rank in range(tp)]
+    found = [struct.unpack("<i", plan.constant_bytes(constant, rank))[0] for rank in range(tp)]
     assert found == [rank // (tp // ep) * (128 // ep) for rank in range(tp)]
 
 

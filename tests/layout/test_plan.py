@@ -17,7 +17,8 @@ from msconv.families.config import DecoderConfig, Family
 from msconv.layout.cuts import COPY, Mesh
 from msconv.layout.model import TensorInfo, expected_sources
 from msconv.layout.names import fold, listing
-from msconv.layout.plan import Plan, make_plan
+from msconv.layout.plan import Plan
+from msconv.layout.planning import make_plan
 from msconv.layout.rules import keep, only
 from msconv_runtime.errors import PlanError
 

@@ -1,4 +1,4 @@
-"""FP8 to wider types: the published rule, bit for bit, whoever does the lookups; and matrices turned over."""
+"""FP8 to other types: the published rule, bit for bit, whoever does the lookups; and matrices transposed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from msconv.quant import kernels
-from msconv.quant.fp8 import Blocks, count_nan, dequantise
+from msconv.quant.fp8_block import Blocks, count_nan, dequantise
 from tests.commands import run_python
 from tests.moe_checkpoints import E4M3
 
@@ -49,7 +49,7 @@ SCALES = [
 @pytest.fixture(params=["numba", "numpy"])
 def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Each of the two makers of inner loops, chosen."""
-    chosen: Any = kernels.Plain
+    chosen: Any = kernels.Numpy
     if request.param == "numba":
         pytest.importorskip("numba")
         from msconv.quant import compiled
@@ -62,10 +62,10 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
 def both() -> list[Any]:
     """For tests that draw their cases: numba's too where it is there."""
     if importlib.util.find_spec("numba") is None:
-        return [kernels.Plain]
+        return [kernels.Numpy]
     from msconv.quant import compiled
 
-    return [kernels.Plain, compiled]
+    return [kernels.Numpy, compiled]
 
 
 def rounded(exact: NDArray[np.float64], dtype: str) -> Array:
@@ -207,11 +207,11 @@ def lost(blocks: Blocks, codes: Any, first: int) -> int:
     """How many values cannot be held, said the same by rows and by a rectangle."""
     out = np.empty(codes.shape, f"u{blocks.dtype.itemsize}")
     found = blocks.rows(codes, first, out)
-    assert blocks.turned(codes, first, 0, np.empty(codes.shape[::-1], out.dtype)) == found
+    assert blocks.transposed(codes, first, 0, np.empty(codes.shape[::-1], out.dtype)) == found
     return found
 
 
-# Turned over
+# Transposed
 
 
 @st.composite
@@ -232,7 +232,7 @@ def rectangles(draw: st.DrawFn) -> tuple[tuple[int, int], Block, tuple[int, int,
 
 @given(rectangles(), st.sampled_from(["bfloat16", "float32"]))
 @settings(deadline=None, max_examples=60)
-def test_any_rectangle_turned_over_is_the_transpose_of_the_published_values(case: Any, dtype: str) -> None:
+def test_any_rectangle_transposed_is_the_transpose_of_the_published_values(case: Any, dtype: str) -> None:
     shape, block, (top, left, height, width), margin, seed = case
     rng = np.random.default_rng(seed)
     codes, scales = random_codes(rng, shape), random_scales(rng, grid(shape, block))
@@ -242,7 +242,7 @@ def test_any_rectangle_turned_over_is_the_transpose_of_the_published_values(case
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "_chosen", chosen)
             wide = np.full((width, margin + height + 1), 0xABCD, wanted.dtype)
-            blocks.turned(
+            blocks.transposed(
                 codes[top : top + height, left : left + width], top, left, wide[:, margin : margin + height]
             )
             assert same(wide[:, margin : margin + height], wanted, dtype), chosen
@@ -252,7 +252,7 @@ def test_any_rectangle_turned_over_is_the_transpose_of_the_published_values(case
 
 @given(rectangles(), st.sampled_from(["u2", "u4"]))
 @settings(deadline=None, max_examples=60)
-def test_any_rectangle_is_turned_over_bit_for_bit(case: Any, kind: str) -> None:
+def test_any_rectangle_is_transposed_bit_for_bit(case: Any, kind: str) -> None:
     shape, _, (top, left, height, width), margin, seed = case
     matrix = np.random.default_rng(seed).integers(0, 1 << 16, shape).astype(kind)
     wanted = matrix[top : top + height, left : left + width].T
@@ -260,7 +260,7 @@ def test_any_rectangle_is_turned_over_bit_for_bit(case: Any, kind: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "_chosen", chosen)
             wide = np.full((width, margin + height + 1), 0xABCD, kind)
-            kernels.turn(matrix[top : top + height, left : left + width], wide[:, margin : margin + height])
+            kernels.transpose(matrix[top : top + height, left : left + width], wide[:, margin : margin + height])
             assert np.array_equal(wide[:, margin : margin + height], wanted), chosen
             wide[:, margin : margin + height] = 0xABCD
             assert (wide == 0xABCD).all(), "it wrote beside its place"
@@ -269,8 +269,8 @@ def test_any_rectangle_is_turned_over_bit_for_bit(case: Any, kind: str) -> None:
 def test_turning_over_twice_is_nothing(loops: Any) -> None:
     matrix = np.random.default_rng(0).integers(0, 1 << 16, (200, 130), np.uint16)
     once, twice = np.empty((130, 200), np.uint16), np.empty((200, 130), np.uint16)
-    kernels.turn(matrix, once)
-    kernels.turn(once, twice)
+    kernels.transpose(matrix, once)
+    kernels.transpose(once, twice)
     assert not np.array_equal(once.ravel(), matrix.ravel())
     assert np.array_equal(twice, matrix)
 
@@ -290,11 +290,11 @@ else:
 import hashlib
 import numpy as np
 from msconv.quant import kernels
-from msconv.quant.fp8 import dequantise
+from msconv.quant.fp8_block import dequantise
 rng = np.random.default_rng(0)
 codes, scales = rng.integers(0, 256, (300, 200), np.uint8), rng.normal(0, 1, (3, 2)).astype(np.float32)
 out = dequantise(codes, scales, (128, 128), np.dtype(np.float16))
-print(kernels._kernels() is kernels.Plain, "numba" in sys.modules, hashlib.sha256(out.tobytes()).hexdigest())
+print(kernels._kernels() is kernels.Numpy, "numba" in sys.modules, hashlib.sha256(out.tobytes()).hexdigest())
 """
 
 

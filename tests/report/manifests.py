@@ -7,8 +7,10 @@ from pathlib import Path
 
 from msconv.families import DecoderConfig, configure
 from msconv.layout.cuts import make_mesh
+from msconv.layout.files import file_name
 from msconv.layout.model import expected_sources
-from msconv.layout.plan import file_name, make_plan
+from msconv.layout.planning import make_plan
+from msconv_runtime import claims
 from msconv_runtime.artifact import (
     FORMAT,
     Dropped,
@@ -116,6 +118,8 @@ def manifest_of(
         )
         for target in (targets if proven else ())
     ]
+    for proof in verified:
+        claims.note(proof)
     model = Model(
         family=family.name,
         architecture=family.architecture,

@@ -19,7 +19,6 @@ import msconv_runtime.artifact as format_
 from msconv.steps.conversion import run
 from msconv_runtime.artifact import (
     Artifact,
-    Graph,
     Manifest,
     decode_manifest,
     digest_bytes,
@@ -33,9 +32,10 @@ from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError
 from tests.conftest import Checkpoints
 from tests.conversions import prepare
+from tests.mindirs import entry, small
 
 TP = 4
-GRAPH = b"graph"
+GRAPH = small()
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,7 @@ def finished(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) 
     path = root / "graphs" / "cpu" / "decode.mindir"
     path.parent.mkdir(parents=True)
     path.write_bytes(GRAPH)
-    relative = str(path.relative_to(root))
-    graph = Graph("cpu", "decode", relative, len(GRAPH), digest_bytes(GRAPH), "2.10.0", 1, [], [], [])
+    graph = entry(GRAPH)
     write_manifest(root, msgspec.structs.replace(read_manifest(root), graphs=[graph]))
     return root
 
@@ -383,7 +382,7 @@ def test_two_rank_files_in_each_others_place_are_found(root: Path) -> None:
     assert {d.path[8:20] for d in damage_of(root)} == {"model-rank-0", "model-rank-1"}
 
 
-@pytest.mark.parametrize("data", [b"grapi", b"graph!", None])
+@pytest.mark.parametrize("data", [b"\0" + GRAPH[1:], GRAPH + b"!", None])
 def test_a_changed_graph_is_found(root: Path, data: bytes | None) -> None:
     path = root / "graphs/cpu/decode.mindir"
     path.unlink()

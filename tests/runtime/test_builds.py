@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from msconv_runtime.errors import ResourceError
-from msconv_runtime.native.builds import cache, cached_build
+from msconv_runtime.kernels.builds import cache, cached_build
 from tests.commands import run_python
 
 CODE = bytes(range(256)) * 4
@@ -277,7 +277,7 @@ def test_a_full_disk_is_named(home: Path) -> None:
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
-from msconv_runtime.native.builds import cached_build
+from msconv_runtime.kernels.builds import cached_build
 
 def compiler(made):
     with (Path(sys.argv[1]) / "runs").open("a") as f:
@@ -291,7 +291,7 @@ print(cached_build("kernels", ["g++ 12"], compiler))
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from msconv_runtime.native.builds import cached_build
+from msconv_runtime.kernels.builds import cached_build
 
 left = [int(sys.argv[1])]
 

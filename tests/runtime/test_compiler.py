@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from msconv_runtime.errors import EnvironmentProblem
-from msconv_runtime.native import compiler
-from msconv_runtime.native.compiler import find_compiler
+from msconv_runtime.kernels import compiler
+from msconv_runtime.kernels.compiler import find_compiler
 
 FLAGS = ("-shared", "-fPIC")
 

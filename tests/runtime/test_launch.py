@@ -10,7 +10,12 @@ from msgspec.structs import replace
 
 from msconv_runtime.artifact import Parallel, read_manifest, write_manifest
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
-from msconv_runtime.sglang.launch import Nodes, Settings, given_flags, plan_launch, refuse_taken
+from msconv_runtime.serving.flags import given_flags
+from msconv_runtime.serving.launch import plan_launch
+from msconv_runtime.serving.nodes import Nodes
+from msconv_runtime.serving.ports import refuse_taken
+from msconv_runtime.serving.settings import Settings
+from msconv_runtime.sglang.flags import node_flags
 from tests.commands import run_msconv
 
 
@@ -96,9 +101,12 @@ def test_one_of_several_ascend_targets_must_be_named(own_ascend: Path, monkeypat
 
 
 def test_machines_that_serve_together_are_told_so() -> None:
-    flags = Nodes(2, 1, "10.0.0.7:5000").flags(Parallel(4))
-    assert flags == {"--nnodes": "2", "--node-rank": "1", "--dist-init-addr": "10.0.0.7:5000"}
-    assert Nodes().flags(Parallel(1)) == {}
+    nodes = Nodes(2, 1, "10.0.0.7:5000")
+    nodes.check(Parallel(4))
+    assert nodes.host == "10.0.0.7"
+    assert node_flags(nodes) == {"--nnodes": "2", "--node-rank": "1", "--dist-init-addr": "10.0.0.7:5000"}
+    Nodes().check(Parallel(1))
+    assert node_flags(Nodes()) == {}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +119,7 @@ def test_machines_that_serve_together_are_told_so() -> None:
 )
 def test_machines_that_cannot_be_are_refused(nodes: Nodes, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        nodes.flags(Parallel(4))
+        nodes.check(Parallel(4))
 
 
 def test_each_copy_of_the_model_gets_its_cores(own_artifact: Path) -> None:

@@ -9,10 +9,11 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
-from msconv.stream.blocks import Buffers, Moved, Work, move_unit
+from msconv.stream.buffers import Buffers
 from msconv.stream.movers import Mover, Moving
 from msconv.stream.source import Progress
 from msconv.stream.task import Opened, Task, Unit
+from msconv.stream.transform import Moved, Work, move_unit
 
 _opened: list[Work] = []  # of a worker
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from msconv.steps.conversion import run
-from msconv.stream.blocks import BufferSizes
+from msconv.stream.buffers import BufferSizes
 from msconv_runtime.artifact import Artifact, read_manifest
 from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from msconv.steps.conversion import run
-from msconv.stream.blocks import buffer_sizes
+from msconv.stream.buffers import buffer_sizes
 from msconv_runtime.artifact import read_manifest
 from tests.checkpoints import (
     read_checkpoint,

@@ -13,7 +13,7 @@ import pytest
 
 from msconv.steps.conversion import run
 from msconv.steps.reshard import prepare as prepare_reshard
-from msconv.stream.blocks import buffer_sizes
+from msconv.stream.buffers import buffer_sizes
 from msconv_runtime.artifact import TensorEntry
 from msconv_runtime.errors import ArtifactError
 from tests.commands import run_msconv

@@ -107,7 +107,7 @@ def test_any_number_of_workers_writes_the_same_bytes(artifacts: Path, tmp_path: 
 @pytest.mark.parametrize("tp", [2, 8])
 def test_blocks_smaller_than_a_tensor_write_the_same_bytes(artifacts: Path, tmp_path: Path, tp: int) -> None:
 
-    from msconv.stream.blocks import BufferSizes
+    from msconv.stream.buffers import BufferSizes
 
     for old in (1, 16):
         conversion = prepare_reshard(artifacts / f"untied-tp{old}", tp, output=tmp_path / str(old), jobs=2)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msconv.verify.kernels import KERNELS, Context
+from msconv.mindir.kernels import KERNELS, Context
 
 Array = NDArray[Any]
 

@@ -11,11 +11,14 @@ import pytest
 
 from msconv.families import configure
 from msconv.graph.export import export
+from msconv.graph.spec import Local
 from msconv.layout.cuts import Mesh
 from msconv.steps.compile import compile_graphs
 from msconv.steps.conversion import run
 from msconv.verify.prove import Proof, prove
 from msconv_runtime.artifact import read_manifest
+from msconv_runtime.roles import DECODE
+from msconv_runtime.targets import target_named
 from tests.checkpoints import make_qwen3
 from tests.commands import run_msconv, run_python
 from tests.conftest import Checkpoints
@@ -152,12 +155,17 @@ def config_directory(directory: Path, **changes: Any) -> Path:
     return directory
 
 
+def local(config: dict[str, Any], tp: int, target: str) -> Local:
+    """A rank's decode graph."""
+    return Local(configure(config, "config.json")[1], Mesh(tp), target_named(target), DECODE)
+
+
 @pytest.mark.parametrize("target", ["ascend910b", "ascend310p"])
 def test_a_graph_is_as_large_for_a_wide_model_as_for_a_narrow_one(target: str) -> None:
     sizes = []
     for factor in (1, 64):
         config = qwen3_config(hidden_size=64 * factor, intermediate_size=128 * factor, vocab_size=1000 * factor)
-        exported = export(configure(config, "config.json")[1], Mesh(2), target, "decode")
+        exported = export(local(config, 2, target))
         assert not any(p.raw_data for p in mind_ir(exported.proto).graph.parameter)
         sizes.append(len(exported.proto))
     assert sizes[1] - sizes[0] < 200  # larger numbers take more digits
@@ -166,7 +174,7 @@ def test_a_graph_is_as_large_for_a_wide_model_as_for_a_narrow_one(target: str) -
 @pytest.mark.parametrize("tp", [1, 2, 8, 16])
 def test_a_gather_has_the_size_of_the_group(tp: int) -> None:
     config = qwen3_config(num_attention_heads=16, num_key_value_heads=4, intermediate_size=64)
-    exported = export(configure(config, "config.json")[1], Mesh(tp), "ascend910b", "decode")
+    exported = export(local(config, tp, "ascend910b"))
     gathers = attributes(mind_ir(exported.proto), "AllGather")
     assert [a["rank_size"] for a in gathers] == ([tp] if tp > 1 else [])
     assert exported.groups == (["msconv_tp"] if tp > 1 else [])
@@ -196,14 +204,17 @@ import os, sys
 from pathlib import Path
 from msconv.families import configure
 from msconv.graph.export import export
+from msconv.graph.spec import Local
 from msconv.layout.cuts import Mesh
+from msconv_runtime.roles import PREFILL
+from msconv_runtime.targets.ascend import ASCEND910B
 import json
 config = configure(json.loads(sys.argv[1]), "config.json")[1]
 def peak():  # getrusage would begin with that of who started us
     status = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 before = peak()
-exported = export(config, Mesh(8), "ascend910b", "prefill")
+exported = export(Local(config, Mesh(8), ASCEND910B, PREFILL))
 after = peak()
 from mindspore.communication import GlobalComm
 links = []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from msconv.verify.kernels import Context
+from msconv.mindir.kernels import Context
 from tests.verify.kernel_calls import CLOSE, EXACT, EXACT_HALF, ROUNDED, Array, call, close, ints, random
 
 

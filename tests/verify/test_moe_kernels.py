@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from msconv.verify.kernels import KERNELS
+from msconv.mindir.kernels import KERNELS
 from tests.verify.kernel_calls import EXACT, ROUNDED, Array, call, close, ints, random
 
 

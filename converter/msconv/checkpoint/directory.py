@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 from msconv_runtime.artifact import MANIFEST, digest_bytes
 from msconv_runtime.errors import CheckpointError, UsageError
@@ -14,9 +15,14 @@ from ..families import DecoderConfig, Family, configure
 from ..layout.model import TensorInfo
 from ..layout.names import listing, shorten
 from .headers import parse_json, read_header
+from .naming import named
+from .surroundings import model_name, tokenizer_note, unnamed_note
+from .unsupported import UnsupportedCheckpoint, refuse_embedding, refuse_names, weightless
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD_OF = re.compile(r"model-\d+-of-\d+\.safetensors")
+SOME = 12  # files or tensors in a message
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]{0,199}\.safetensors")
 MAX_JSON_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
@@ -57,8 +63,10 @@ Shard = tuple[ShardFile, list[TensorInfo]]  # and its tensors, in offset order
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A readable source.  `tensors` by name; empty when only the configuration is there.  `repository` and
-    `commit`: of a hub, "" of a directory."""
+    """A readable source.  `tensors` by the table's names; empty when only the configuration is there.  `stored`:
+    the names in the files, where they are others; `stacked`: tensors of several experts, of which `tensors` has
+    the parts.  `repository` and `commit`: of a hub, "" of a directory.  `harmless`: keys of config.json that a
+    person said change nothing.  `notes`: what to tell people before anything is converted."""
 
     root: Path
     name: str
@@ -69,14 +77,23 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     repository: str = ""
     commit: str = ""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, TensorInfo] = field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def find(self, name: str) -> TensorInfo | None:
+        """A tensor, or several experts in one; None if there is none of this name."""
+        return self.tensors.get(name) or self.stacked.get(name)
 
     @property
     def auxiliary(self) -> list[Path]:
         return [self.root / n for n in AUXILIARY if (self.root / n).is_file()]
 
 
-def open_configuration(root: Path) -> Checkpoint:
-    """Only config.json: enough to plan and to compile.  Raises UsageError if `root` is no model directory."""
+def open_configuration(root: Path, harmless: Iterable[str] = ()) -> Checkpoint:
+    """Only config.json: enough to plan and to compile.  `harmless`: keys of it that a person says change nothing.
+    Raises UsageError if `root` is no model directory."""
     try:
         found = root.exists()
     except (OSError, ValueError):  # a name that no file can have
@@ -84,13 +101,12 @@ def open_configuration(root: Path) -> Checkpoint:
     if not found:
         raise UsageError(f"{str(root)[:300]}: no such directory.", "Give the directory of a downloaded model.")
     if not root.is_dir():
+        if found_instead := weightless([root.name]):
+            raise UnsupportedCheckpoint(f"{root}: is one of {found_instead[0]}.", found_instead[1])
         raise UsageError(f"{root}: not a directory.", "Give the directory that holds config.json.")
     path = root / "config.json"
     if not path.is_file():
-        raise UsageError(
-            f"{root}: not a model directory: it has no config.json.",
-            "Give the directory that holds config.json and *.safetensors.",
-        )
+        _refuse_without_config(root)
     if (root / MANIFEST).exists():
         raise UsageError(
             f"{root}: this is an msconv artifact, not a checkpoint.",
@@ -100,22 +116,81 @@ def open_configuration(root: Path) -> Checkpoint:
     raw = parse_json(data, str(path))
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: not a JSON object.")
-    family, config = configure(raw, str(path))
-    return Checkpoint(root, root.resolve().name, family, config, digest_bytes(data), {}, {})
+    harmless = tuple(harmless)
+    family, config = configure(raw, str(path), harmless)
+    digest = digest_bytes(data)
+    return Checkpoint(root, model_name(root), family, config, digest, {}, {}, harmless=harmless)
 
 
-def open_checkpoint(root: Path, remote: Mapping[str, Shard] | None = None) -> Checkpoint:
-    """Configuration and every header.  `remote`: all shards, if they are not in `root` yet but on a hub.
-    Raises CheckpointError listing missing, damaged or doubtful shards."""
-    base = open_configuration(root)
+def _refuse_without_config(root: Path) -> NoReturn:
+    if found := weightless(_files(root)):
+        raise UnsupportedCheckpoint(f"{root}: has no config.json; it has {found[0]}.", found[1])
+    snapshots = sorted(p for p in root.glob("snapshots/*") if (p / "config.json").is_file())
+    raise UsageError(
+        f"{root}: not a model directory: it has no config.json.",
+        f"Give the snapshot in this cache: {snapshots[-1]}."
+        if snapshots
+        else "Give the directory that holds config.json and *.safetensors.",
+    )
+
+
+def _files(root: Path) -> list[str]:
+    """Names in a directory, folders with what is in them left out."""
+    try:
+        return sorted(p.name for p in root.iterdir())
+    except OSError as e:
+        raise CheckpointError(f"{root}: cannot be read: {e.strerror}.") from None
+
+
+def open_checkpoint(
+    root: Path,
+    remote: Mapping[str, Shard] | None = None,
+    harmless: Iterable[str] = (),
+    listed: Collection[str] | None = None,
+) -> Checkpoint:
+    """Configuration and every header.  `remote`: all shards, if they are not in `root` yet but on a hub; `listed`:
+    then all names there.  Raises CheckpointError listing missing, damaged or doubtful shards, and
+    UnsupportedCheckpoint for what is whole and cannot be converted."""
+    base = open_configuration(root, harmless)
+    present = _files(root) if listed is None else listed
+    refuse_embedding(str(root), present)
     index = read_index(root)
+    _refuse_doubt(root, index, present)
     names = sorted(set(index.values())) or sorted(remote or ()) or _unindexed(root)
+    files, tensors, errors, unsupported = _read_shards(root, names, remote)
+    if index and not errors and not unsupported:
+        errors += _disagreements(index, tensors)
+    if errors:
+        raise CheckpointError("\n".join(errors), "Download the files again that are named here.")
+    if unsupported:
+        raise UnsupportedCheckpoint("\n".join(e.message for e in unsupported[:SOME]), unsupported[0].hint)
+    refuse_names(str(root), tensors)
+    found = named(tensors, base.config, str(root))
+    notes = (*found.notes, tokenizer_note(present), unnamed_note(present, names))
+    return replace(
+        base,
+        files=files,
+        tensors=found.tensors,
+        stored=found.stored,
+        stacked=found.stacked,
+        notes=tuple(note for note in notes if note),
+    )
+
+
+def _read_shards(
+    root: Path, names: list[str], remote: Mapping[str, Shard] | None
+) -> tuple[dict[str, ShardFile], dict[str, TensorInfo], list[str], list[UnsupportedCheckpoint]]:
+    """Files and tensors by name, what is wrong with them, and what is whole and not supported."""
     files: dict[str, ShardFile] = {}
     tensors: dict[str, TensorInfo] = {}
     errors: list[str] = []
+    unsupported: list[UnsupportedCheckpoint] = []
     for name in names:
         try:
             file, infos = remote[name] if remote else _read_shard(root / name)
+        except UnsupportedCheckpoint as e:
+            unsupported.append(e)
+            continue
         except CheckpointError as e:
             errors.append(e.message)
             continue
@@ -124,11 +199,31 @@ def open_checkpoint(root: Path, remote: Mapping[str, Shard] | None = None) -> Ch
             if info.name in tensors:
                 errors.append(f"{shorten(info.name)}: in {tensors[info.name].file} and again in {name}.")
             tensors[info.name] = info
-    if index and not errors:
-        errors += _disagreements(index, tensors)
-    if errors:
-        raise CheckpointError("\n".join(errors), "Download the files again that are named here.")
-    return Checkpoint(base.root, base.name, base.family, base.config, base.config_digest, files, tensors)
+    return files, tensors, errors, unsupported
+
+
+def _refuse_doubt(root: Path, index: Mapping[str, str], present: Collection[str]) -> None:
+    """Raises CheckpointError where two sets of weights are there and nothing says which is the model's."""
+    named_files = set(index.values())
+    if not index or SINGLE not in present or SINGLE in named_files:
+        shards = sorted(n for n in present if SHARD_OF.fullmatch(n))
+        if not index and SINGLE in present and shards:
+            raise CheckpointError(
+                f"{root}: has {SINGLE} and {len(shards)} shards ({shards[0]}, ...) without {INDEX}: which are the "
+                "model's weights is not clear.",
+                f"Move {SINGLE} or the shards away; shards need {INDEX}.",
+            )
+        return
+    if not named_files & set(present):
+        raise CheckpointError(
+            f"{root}: {INDEX} is stale: none of the {len(named_files)} files it names is here, {SINGLE} is.",
+            f"If {SINGLE} is the model, move {INDEX} away; if not, download the shards.",
+        )
+    raise CheckpointError(
+        f"{root}: has {SINGLE}, and {INDEX} that names {len(named_files)} other files: transformers would read "
+        "the first, other programs the second.",
+        f"Move {SINGLE} away, or {INDEX} and its shards.",
+    )
 
 
 def _read_shard(path: Path) -> Shard:
@@ -178,14 +273,21 @@ def _unindexed(root: Path) -> list[str]:
     if (root / SINGLE).is_file():
         return [SINGLE]
     shards = sorted(p.name for p in root.glob("*.safetensors"))
-    if shards:
+    if shards and "adapter_config.json" not in _files(root):
         raise CheckpointError(
             f"{root}: {len(shards)} safetensors files and no {INDEX} to say which belong to the model.",
             f"Download {INDEX} too.",
         )
-    kinds = sorted({p.suffix for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")})
-    also = f" (it has {', '.join(kinds)} files, which are never read)" if kinds else ""
-    raise CheckpointError(f"{root}: no *.safetensors files{also}.", "Download the safetensors weights.")
+    raise without_weights(str(root), _files(root))
+
+
+def without_weights(where: str, files: Collection[str]) -> CheckpointError:
+    """The error for a directory or repository with no weights that are read, by what it has instead."""
+    if found := weightless(files):
+        return UnsupportedCheckpoint(f"{where}: has no *.safetensors files; it has {found[0]}.", found[1])
+    return CheckpointError(
+        f"{where}: has no *.safetensors files.", "Download the weights too: they are needed as safetensors."
+    )
 
 
 def _disagreements(index: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:

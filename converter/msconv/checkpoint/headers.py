@@ -12,11 +12,12 @@ import struct
 from pathlib import Path
 
 from msconv_runtime.artifact import digest_bytes
+from msconv_runtime.dtypes import BY_CODE
 from msconv_runtime.errors import CheckpointError
 
-from ..layout import dtypes
 from ..layout.model import TensorInfo
 from ..layout.names import shorten
+from .unsupported import refuse_elements
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 16 << 20  # 92,000 tensors need 10 MB
@@ -138,19 +139,21 @@ def _tensor(name: str, entry: object, path: Path, base: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise bad("its entry is not an object")
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(code, str) or code not in dtypes.NAMES:
+    if isinstance(code, str):
+        refuse_elements(str(path), name, code)
+    if not isinstance(code, str) or code not in BY_CODE:
         raise bad(f"unknown element type {shorten(reprlib.repr(code))}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(n) for n in shape):
         raise bad(f"shape {shorten(reprlib.repr(shape))} is not a list of up to {MAX_DIMS} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise bad(f"data_offsets {shorten(reprlib.repr(offsets))} are not two positions")
     begin, end = offsets
-    nbytes = dtypes.SIZES[dtypes.NAMES[code]]
+    nbytes = BY_CODE[code].nbytes
     for n in shape:
         nbytes *= n
     if end - begin != nbytes:
         raise bad(f"data_offsets span {end - begin} bytes, {code} {shape} needs {nbytes}")
-    return TensorInfo(name, dtypes.NAMES[code], tuple(shape), path.name, base + begin, nbytes)
+    return TensorInfo(name, BY_CODE[code].name, tuple(shape), path.name, base + begin, nbytes)
 
 
 def _is_size(n: object) -> bool:

@@ -32,6 +32,7 @@ from .directory import AUXILIARY, INDEX, SHARD_NAME, SINGLE, Checkpoint, Shard, 
 from .headers import PREFIX_BYTES, header_length, parse_header, read_header
 from .hub_errors import HubError, Purpose, explain
 from .transfer import Cancelled, Patience, Progress, RemoteFile, fetch, read_range
+from .unsupported import UnsupportedCheckpoint, weightless
 
 CONFIGURATION = ("config.json", "generation_config.json", INDEX)
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -211,6 +212,8 @@ def open_repository(name: str, revision: str = "") -> Repository:
     repository = resolve(name, revision, lambda n: n in (*AUXILIARY, INDEX) or bool(SHARD_NAME.fullmatch(n)))
     if "config.json" not in repository.files:
         asked = f"{name}@{revision}" if revision else name
+        if found := weightless((*repository.files, *repository.others)):
+            raise UnsupportedCheckpoint(f"{asked}: has no config.json; it has {found[0]}.", found[1])
         raise CheckpointError(f"{asked}: has no config.json.", "Give the repository of a model in safetensors.")
     _remember(repository)
     return repository
@@ -285,10 +288,10 @@ def _from_cache(name: str, revision: str) -> Repository:
     return replace(found, files=files)
 
 
-def open_configuration(repository: Repository) -> Checkpoint:
+def open_configuration(repository: Repository, harmless: Iterable[str] = ()) -> Checkpoint:
     """Only config.json, downloaded if need be.  Raises as directory.open_configuration does, and HubError."""
     repository.download_small(CONFIGURATION)
-    return _named(directory.open_configuration(repository.root), repository)
+    return _named(directory.open_configuration(repository.root, harmless), repository)
 
 
 def has_weights(repository: Repository) -> bool:
@@ -296,21 +299,22 @@ def has_weights(repository: Repository) -> bool:
     return any(SHARD_NAME.fullmatch(name) or name == INDEX for name in repository.files)
 
 
-def open_checkpoint(repository: Repository) -> Checkpoint:
+def open_checkpoint(repository: Repository, harmless: Iterable[str] = ()) -> Checkpoint:
     """Configuration and every header: those of shards that are not here are read from the hub, by ranges.
     Raises as directory.open_checkpoint does, and HubError."""
-    open_configuration(repository)
-    names = _shards(repository)
+    open_configuration(repository, harmless)
+    names = shards(repository)
     cancelled = threading.Event()
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         try:
-            shards = pool.map(lambda name: _read_shard(repository, name, cancelled), names)
-            remote = dict(zip(names, shards, strict=True))
+            read = pool.map(lambda name: _read_shard(repository, name, cancelled), names)
+            remote = dict(zip(names, read, strict=True))
         except BaseException:
             cancelled.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return _named(directory.open_checkpoint(repository.root, remote), repository)
+    listed = (*repository.files, *repository.others)
+    return _named(directory.open_checkpoint(repository.root, remote, harmless, listed), repository)
 
 
 def _named(checkpoint: Checkpoint, repository: Repository) -> Checkpoint:
@@ -318,7 +322,7 @@ def _named(checkpoint: Checkpoint, repository: Repository) -> Checkpoint:
     return replace(checkpoint, name=short, repository=repository.name, commit=repository.commit)
 
 
-def _shards(repository: Repository) -> list[str]:
+def shards(repository: Repository) -> list[str]:
     """The weights' files: what the index names, or the only one."""
     index = directory.read_index(repository.root) if INDEX in repository.files else {}
     names = sorted(set(index.values())) or [SINGLE]
@@ -332,19 +336,13 @@ def _shards(repository: Repository) -> list[str]:
             f"{repository.reference}: has no {', '.join(missing[:5])}, named by {INDEX} ({len(missing)} files).",
             "Give another @revision, or tell the owner of the repository.",
         )
-    kinds = sorted(
-        {Path(n).suffix for n in repository.others} & {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
-    )
-    if any(SHARD_NAME.fullmatch(n) for n in repository.files):
+    adapter = "adapter_config.json" in repository.others
+    if not adapter and any(SHARD_NAME.fullmatch(n) for n in repository.files):
         raise CheckpointError(
             f"{repository.reference}: has safetensors files, and no {INDEX} to say which belong to the model.",
             "Give the repository that the model was published in.",
         )
-    also = f" (it has {', '.join(kinds)} files, which are never read)" if kinds else ""
-    raise CheckpointError(
-        f"{repository.reference}: has no *.safetensors files{also}.",
-        "Weights are needed as safetensors: look for another repository of this model, or another @revision.",
-    )
+    raise directory.without_weights(repository.reference, repository.others)
 
 
 def _read_shard(repository: Repository, name: str, cancelled: threading.Event) -> Shard:

@@ -31,9 +31,9 @@ Purpose = Literal["convert", "pull", "push"]
 
 KNOWN = (
     *(f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B")),
-    "deepseek-ai/DeepSeek-V3",
-    "deepseek-ai/DeepSeek-V3-0324",
-    "deepseek-ai/DeepSeek-R1",
+    *(f"Qwen/Qwen3-{name}-Instruct-2507" for name in ("4B", "30B-A3B", "235B-A22B")),
+    *(f"deepseek-ai/DeepSeek-{name}" for name in ("V3", "V3-0324", "V3.1", "R1", "R1-0528")),
+    *(f"moonshotai/{name}" for name in ("Kimi-K2-Instruct", "Moonlight-16B-A3B")),
 )
 
 

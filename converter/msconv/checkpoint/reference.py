@@ -20,4 +20,4 @@ def configuration(artifact: Artifact) -> DecoderConfig:
     where = str(artifact.root / "config.json")
     raw = parse_json(artifact.config_bytes(), where)
     assert isinstance(raw, dict)
-    return configure(raw, where)[1]
+    return configure(raw, where, artifact.manifest.model.harmless)[1]

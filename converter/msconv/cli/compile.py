@@ -77,7 +77,7 @@ def command(
     made = []
     for target in dict.fromkeys(targets or (CPU.name,)):
         with step(f"compiling for {target}"):
-            done = compiler.compile_graphs(root, target)
+            done = compiler.compile_graphs(root, target, say)
         for m in done:
             say(
                 f"{m.graph.path}: {m.graph.nodes} nodes, {human(m.graph.size)}, {m.seconds:.1f} s, "

@@ -21,9 +21,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from msconv_runtime.artifact import is_artifact
+from msconv_runtime.dtypes import VALUE_DTYPES
 from msconv_runtime.errors import MsconvError, UsageError
-
-from ..layout.dtypes import WEIGHT_DTYPES
 
 ARTIFACTS = Path("artifacts")
 INTERRUPTED = 130
@@ -239,7 +238,7 @@ ep_option = click.option(
     "--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks."
 )
 dtype_option = click.option(
-    "--dtype", type=click.Choice(WEIGHT_DTYPES), help="Element type.  [default: the checkpoint's]"
+    "--dtype", type=click.Choice(VALUE_DTYPES), help="Element type.  [default: the checkpoint's]"
 )
 jobs_option = click.option(
     "--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]"

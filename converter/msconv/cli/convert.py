@@ -24,7 +24,14 @@ from .console import (
     say,
     tp_option,
 )
-from .references import convert_command, model_option, recipe_argument, recipe_option, source_option
+from .references import (
+    convert_command,
+    harmless_option,
+    model_option,
+    recipe_argument,
+    recipe_option,
+    source_option,
+)
 from .report import refresh
 
 
@@ -38,6 +45,7 @@ from .report import refresh
 @jobs_option
 @memory_option
 @source_option
+@harmless_option
 @click.option(
     "--delete-source-as-you-go",
     "delete_source",
@@ -56,6 +64,7 @@ def command(
     jobs: int | None,
     max_memory: int | None,
     hub: Hub,
+    harmless: tuple[str, ...],
     delete_source: bool,
     dry_run: bool,
     force: bool,
@@ -79,7 +88,7 @@ def command(
 
     jobs = jobs or min(2, os.cpu_count() or 1)
     source = open_reference(model, hub)
-    conversion = prepare(source, tp, ep, dtype, output, jobs, max_memory, delete_source)
+    conversion = prepare(source, tp, ep, dtype, output, jobs, max_memory, delete_source, harmless)
     plan = conversion.plan
     print_plan(conversion)
     if dry_run:
@@ -108,6 +117,8 @@ def command(
 
 def print_plan(conversion: Conversion) -> None:
     """What will be done, for people."""
+    for note in conversion.notes:
+        say(note)
     plan = conversion.plan
     mesh = f"tp {plan.mesh.tp}" + (f", ep {plan.mesh.ep}" if plan.mesh.ep > 1 else "")
     say(

@@ -9,6 +9,8 @@ import click
 from msconv_runtime.artifact import Artifact, is_artifact
 from msconv_runtime.doctor import Machine, Report, examine
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
+from msconv_runtime.serving.engine import chosen_engine
+from msconv_runtime.targets import CPU
 
 from .command import Command
 from .console import ARTIFACTS, artifact_argument, emit, json_option, say, visible
@@ -36,7 +38,7 @@ def command(artifact: Path | None, as_json: bool) -> None:
         except ArtifactError as e:
             raise UsageError(e.message, e.hint) from None
     machine = Machine(output=artifact or ARTIFACTS)
-    report = examine(machine, artifact)
+    report = examine(machine, artifact, needs=chosen_engine().needs)
     if as_json:
         emit(
             {
@@ -59,7 +61,7 @@ def command(artifact: Path | None, as_json: bool) -> None:
         raise EnvironmentProblem(f"This is in the way: {names}.", blockers[0].hint)
     if artifact is None:
         say("Next: msconv convert --model <dir> --tp N")
-    elif report.artifact and report.artifact["proven"].get("cpu"):
+    elif report.artifact and report.artifact["proven"].get(CPU.name):
         say(f"Next: msconv serve {artifact}")
     else:
         say(f"Next: msconv verify {artifact}")

@@ -9,6 +9,8 @@ import click
 
 from msconv_runtime.artifact import Artifact, Manifest
 from msconv_runtime.artifact.integrity import check_artifact, check_graphs
+from msconv_runtime.artifact.served import other_files
+from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.errors import ArtifactError
 
 from ..layout.names import fold
@@ -120,10 +122,17 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
         "proven": {
             t: None
             if p is None
-            else {"max_abs_logit_error": p.max_abs_logit_error, "bound": p.bound, "reference": p.reference}
+            else {
+                "max_abs_logit_error": p.max_abs_logit_error,
+                "bound": p.bound,
+                "reference": p.reference,
+                "checked_here": is_checked_here(p),
+            }
             for t, p in proofs.items()
         },
         "standing": {s.target: s.data for s in standings(manifest)},
+        "files": [{"name": f.name, "bytes": f.size, "digest": f.digest} for f in manifest.files],
+        "other_files": other_files(Artifact(root, manifest)),
     }
 
 
@@ -154,6 +163,13 @@ def _single_lines(value: Any) -> Any:
     return visible(value, keep="") if isinstance(value, str) else value
 
 
+def _beside(data: dict[str, Any]) -> str:
+    """What is vouched for besides weights and graphs."""
+    if not data["files"]:
+        return "files: made before files had digests; of those beside, only config.json is vouched for"
+    return f"files: {', '.join(f['name'] for f in data['files'])}"
+
+
 def describe(data: dict[str, Any]) -> str:
     """The summary as text."""
     m, w = data["model"], data["weights"]
@@ -174,6 +190,9 @@ def describe(data: dict[str, Any]) -> str:
             f"  dropped: {d['name']}" + f"  x{d['count']}" * (d["count"] > 1) + f": {d['reason']}"
             for d in data["coverage"]["dropped"]
         ]
+    lines.append(_beside(data))
+    if data["files"] and data["other_files"]:
+        lines.append(f"not of the artifact: {', '.join(data['other_files'])}")
     for g in data["graphs"]:
         casts = f", binding casts {g['casts']}" if g["casts"] else ""
         lines.append(
@@ -184,8 +203,9 @@ def describe(data: dict[str, Any]) -> str:
         if p is None:
             lines.append(f"{target}: UNPROVEN.  Run `msconv verify {data['artifact']} --target {target}`.")
         else:
+            claim = "" if p["checked_here"] else f"{CLAIMED}, not checked here: "
             lines.append(
-                f"{target}: proven against {p['reference']}, largest logit error "
+                f"{target}: {claim}proven against {p['reference']}, largest logit error "
                 f"{p['max_abs_logit_error']:.2e} (bound {p['bound']:.0e})"
             )
         if target in data["standing"]:

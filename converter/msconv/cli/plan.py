@@ -24,7 +24,7 @@ from .console import (
     show,
     tp_option,
 )
-from .references import convert_command, model_option, recipe_option, source_option
+from .references import convert_command, harmless_option, model_option, recipe_option, source_option
 
 
 @click.command("plan", cls=Command)
@@ -37,6 +37,7 @@ from .references import convert_command, model_option, recipe_option, source_opt
 @jobs_option
 @memory_option
 @source_option
+@harmless_option
 @click.option("--context", default=4096, show_default=True, type=click.IntRange(1), help="Tokens a sequence.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Sequences at once.")
 @click.option("--device-memory", type=Size(), help="Memory of one device, for example 64G.")
@@ -50,6 +51,7 @@ def command(
     jobs: int | None,
     max_memory: int | None,
     hub: Hub,
+    harmless: tuple[str, ...],
     context: int,
     batch: int,
     device_memory: int | None,
@@ -68,8 +70,10 @@ def command(
 
     jobs = jobs or min(2, os.cpu_count() or 1)
     source = open_reference(model, hub, weights=False)
-    e = estimate(source, tp, ep, dtype, output, jobs, max_memory, context, batch, device_memory)
+    e = estimate(source, tp, ep, dtype, output, jobs, max_memory, context, batch, device_memory, harmless)
     plan, device = e.plan, e.device
+    for note in e.checkpoint.notes:
+        say(note)
     hint = f"Next: {convert_command(tp, ep)}"
     if as_json:
         rank: dict[str, object] = {

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import UsageError
-from msconv_runtime.sglang.launch import given_flags
+from msconv_runtime.serving.flags import given_flags
 
 from ..checkpoint.reference import HUBS
 from ..recipes import NAME, Recipe, all_recipes, find_recipe, near_names
@@ -48,6 +48,7 @@ def convert_command(tp: int, ep: int) -> str:
     for name, flag in (("dtype", "--dtype"), ("hub", "--source")):
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             words += [flag, str(ctx.params[name])]
+    words += [word for key in ctx.params.get("harmless", ()) for word in ("--harmless", key)]
     return shlex.join(words) + (recipe_argument() if typed == ctx.params["model"] else "")
 
 
@@ -159,6 +160,13 @@ recipe_option = click.option(
     callback=_resolve_recipe,
     shell_complete=complete_recipes,
     help="A recipe's values, as defaults.",
+)
+
+harmless_option = click.option(
+    "--harmless",
+    metavar="KEY",
+    multiple=True,
+    help="A key of config.json that msconv refuses and that changes nothing (repeatable).",
 )
 
 source_option = click.option(

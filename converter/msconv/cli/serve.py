@@ -11,8 +11,12 @@ import click
 
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.integrity import check_graphs
-from msconv_runtime.sglang.launch import Nodes, Settings, plan_launch, refuse_taken
-from msconv_runtime.targets import CPU, is_for_npu
+from msconv_runtime.claims import CLAIMED, is_checked_here
+from msconv_runtime.serving.launch import plan_launch
+from msconv_runtime.serving.nodes import Nodes
+from msconv_runtime.serving.ports import refuse_taken
+from msconv_runtime.serving.settings import Settings
+from msconv_runtime.targets import CPU, DEVICES
 
 from .command import Command
 from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say, show
@@ -23,7 +27,7 @@ from .references import compare_layout, recipe_option, with_serve_flags
 @artifact_argument
 @recipe_option
 @click.option(
-    "--device", type=click.Choice(["cpu", "npu"]), default="cpu", show_default=True, help="Where it runs."
+    "--device", type=click.Choice(list(DEVICES)), default=CPU.kind, show_default=True, help="Where it runs."
 )
 @click.option("--target", shell_complete=complete_targets, help="Whose graphs, if there are several for an NPU.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -95,12 +99,15 @@ def command(
         say("Next: the same without --print-command starts it.")
         return
     manifest = opened.manifest
-    target = launch.environment.get("MSCONV_TARGET", CPU.name)
-    if manifest.proof_for(target) is None or check_graphs(opened):
-        say(f"Warning: {root} is UNPROVEN for {target}; `msconv verify {root}` compares it with its source.")
-    if is_for_npu(target):
+    served = launch.target
+    proof = manifest.proof_for(served.name)
+    if proof is None or check_graphs(opened):
+        say(f"Warning: {root} is UNPROVEN for {served.name}; `msconv verify {root}` compares it with its source.")
+    elif not is_checked_here(proof):
+        say(f"The proof for {served.name} is {CLAIMED}; `msconv verify {root}` checks it here.")
+    if not served.device.has_run:
         say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")
-        if not manifest.rehearsals_for(target):
+        if not manifest.rehearsals_for(served.name):
             say(f"`msconv rehearse {root}` tries this on a machine without NPUs.")
     refuse_taken(host, port)
     say(launch.shell())

@@ -1,20 +1,18 @@
-"""Reading config.json, in the published spelling and in transformers 5's, into one checked value.
-
-Whatever a graph would have to obey and does not is an error here, never ignored.
-"""
+"""A decoder's configuration as one checked value, and what a family says of reading its config.json."""
 
 from __future__ import annotations
 
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
-
-from msconv_runtime.errors import CheckpointError
 
 from ..layout.model import Sizes, Table
 from ..layout.names import shorten
+from ..quant import WeightFormat
+from .attention import Attention
+from .keys import COMMON, Keys
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 65536
@@ -76,8 +74,9 @@ class Mla:
 class DecoderConfig:
     """A decoder-only model.  Counts and widths are those of the whole model, before any cut.
 
-    `head_dim`: of queries and keys.  `block`: rows and columns that share a scale in an FP8 checkpoint.
-    `mtp_layers`: layers after the last, for multi-token prediction.
+    `head_dim`: of queries and keys.  `formats`: in which matrices may be stored besides plain.
+    `mtp_layers`: layers after the last, for multi-token prediction.  `windows`: of each layer's attention, () for
+    none.  `output_bias`: of attention; None if it is there where `attention_bias` is.
     """
 
     hidden: int
@@ -95,8 +94,11 @@ class DecoderConfig:
     dtype: str = ""
     moe: Moe | None = None
     mla: Mla | None = None
-    block: tuple[int, int] = (0, 0)
+    formats: tuple[WeightFormat, ...] = ()
     mtp_layers: int = 0
+    qk_norm: bool = True
+    windows: tuple[int | None, ...] = ()
+    output_bias: bool | None = None
 
     @property
     def rope_dim(self) -> int:
@@ -109,6 +111,20 @@ class DecoderConfig:
         if self.mla and self.rope.mscale_all_dim and self.rope.factor > 1:
             scale *= (0.1 * self.rope.mscale_all_dim * math.log(self.rope.factor) + 1.0) ** 2
         return scale
+
+    def attention(self, layer: int) -> Attention:
+        """What a layer's attention computes, all ranks together."""
+        return Attention(
+            kind="heads" if self.mla is None else "latent",
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            scale=self.softmax_scale,
+            window=self.windows[layer] if self.windows else None,
+            qk_norm=self.qk_norm and self.mla is None,
+            bias=self.attention_bias,
+            output_bias=self.attention_bias if self.output_bias is None else self.output_bias,
+        )
 
     def has_experts(self, layer: int) -> bool:
         return self.moe is not None and self.moe.layers[layer]
@@ -148,18 +164,26 @@ class DecoderConfig:
                 "pairs": mla.rope if mla.interleaved else 0,
             }
             traits.add("q_lora" if mla.q_lora else "no_q_lora")
-        return Sizes(dims, self.layers, frozenset(traits), kinds, self.block)
+        return Sizes(dims, self.layers, frozenset(traits), kinds, self.formats)
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """A model family: its name (`model_type`), its architecture's class name, its weight table, and how what only
-    it has is read from config.json (values of DecoderConfig by name)."""
+    it has is read from config.json (values of DecoderConfig by name).
+
+    `keys`: those of config.json that are known.  `aliases`: other values of `model_type` under which the same
+    computation is published; the reference reads them as `name`.  `windows_by_layer`: sliding windows begin at
+    `max_window_layers`, in all layers otherwise.
+    """
 
     name: str
     architecture: str
     table: Table
     read: Callable[[Reader, int], dict[str, Any]] | None = None
+    keys: Keys = COMMON
+    aliases: tuple[str, ...] = ()
+    windows_by_layer: bool = False
 
 
 class Reader:
@@ -173,7 +197,7 @@ class Reader:
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            self.problems.append(f"{self.prefix}{key} = {_show(value)}: a whole number from 1 to {most} is needed")
+            self.problems.append(f"{self.prefix}{key} = {show(value)}: a whole number from 1 to {most} is needed")
             return default or 1
         return value
 
@@ -184,6 +208,13 @@ class Reader:
         value = self.raw[key]
         return 0 if value is None or (type(value) is int and value == 0) else self.whole(key, most=most)
 
+    def same(self, *keys: str) -> None:
+        """Keys that are names of one value."""
+        values = [(key, self.raw[key]) for key in keys if self.raw.get(key) is not None]
+        if any(value != values[0][1] for _, value in values):
+            named = " and ".join(f"{key} = {show(value)}" for key, value in values)
+            self.problems.append(f"{self.prefix}{named}: only one can hold")
+
     def needs(self, *keys: str) -> None:
         """Keys whose absence has no one meaning."""
         self.problems += [f"{self.prefix}{key} is not there" for key in keys if key not in self.raw]
@@ -191,14 +222,14 @@ class Reader:
     def one_of(self, key: str, supported: str) -> None:
         """A key with one supported value, which is also what its absence means."""
         if self.raw.get(key, supported) != supported:
-            self.problems.append(f"{self.prefix}{key} = {_show(self.raw[key])}: only {supported} is supported")
+            self.problems.append(f"{self.prefix}{key} = {show(self.raw[key])}: only {supported} is supported")
 
     def real(self, key: str, default: float | None = None) -> float:
         value = self.raw.get(key)
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-            self.problems.append(f"{self.prefix}{key} = {_show(value)}: a number above 0 is needed")
+            self.problems.append(f"{self.prefix}{key} = {show(value)}: a number above 0 is needed")
             return default or 1.0
         return float(value)
 
@@ -207,113 +238,11 @@ class Reader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            self.problems.append(f"{self.prefix}{key} = {_show(value)}: true or false is needed")
+            self.problems.append(f"{self.prefix}{key} = {show(value)}: true or false is needed")
             return default
         return value
 
 
-def read_config(raw: dict[str, object], family: Family, where: str) -> DecoderConfig:
-    """Check and convert a config.json.  Raises CheckpointError listing all that cannot be obeyed."""
-    r = Reader(raw)
-    hidden, heads = r.whole("hidden_size"), r.whole("num_attention_heads")
-    kv_heads = r.whole("num_key_value_heads", heads)
-    head_dim = r.whole("head_dim", max(1, hidden // heads))
-    if heads % kv_heads:
-        r.problems.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if head_dim % 2 and "qk_rope_head_dim" not in raw:
-        r.problems.append(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
-    r.one_of("hidden_act", "silu")
-    if raw.get("use_sliding_window"):
-        r.problems.append("use_sliding_window is true: sliding windows are not supported")
-    kinds = raw.get("layer_types")
-    if isinstance(kinds, list) and any(k != "full_attention" for k in kinds):
-        r.problems.append("layer_types has layers that are not full_attention: not supported")
-    max_positions = r.whole("max_position_embeddings")
-    layers = r.whole("num_hidden_layers", most=MAX_LAYERS)
-    config = DecoderConfig(
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn=r.whole("intermediate_size"),
-        vocab=r.whole("vocab_size"),
-        eps=r.real("rms_norm_eps", 1e-6),
-        max_positions=max_positions,
-        tied=r.flag("tie_word_embeddings", False),
-        attention_bias=r.flag("attention_bias", False),
-        rope=_rope(raw, r, max_positions),
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or ""),
-        block=_block(raw, r),
-    )
-    if family.read is not None:
-        config = replace(config, **family.read(r, layers))
-    if r.problems:
-        raise CheckpointError(
-            f"{where}: this {family.name} configuration cannot be used:\n"
-            + "\n".join(f"  {p}." for p in dict.fromkeys(r.problems))
-        )
-    return config
-
-
-def _block(raw: dict[str, object], r: Reader) -> tuple[int, int]:
-    """Rows and columns of a scale's block, (0, 0) if nothing is quantised."""
-    quant = raw.get("quantization_config")
-    if not quant:
-        return 0, 0
-    if not isinstance(quant, dict):
-        r.problems.append(f"quantization_config = {_show(quant)}: an object is needed")
-        return 0, 0
-    q = Reader(quant, "quantization_config: ")
-    q.one_of("quant_method", "fp8")
-    q.one_of("fmt", "e4m3")
-    block = quant.get("weight_block_size")
-    sizes = [n for n in block if type(n) is int and 1 <= n <= 1 << 20] if isinstance(block, list) else []
-    if not isinstance(block, list) or len(block) != 2 or len(sizes) != 2:
-        q.problems.append(
-            f"{q.prefix}weight_block_size = {_show(block)}: two sizes are needed, such as [128, 128]"
-        )
-        sizes = [1, 1]
-    r.problems += q.problems
-    return sizes[0], sizes[1]
-
-
-def _rope(raw: dict[str, object], r: Reader, max_positions: int) -> Rope:
-    new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
-    values: dict[str, object] = {}
-    for name, spelled in (("rope_scaling", old), ("rope_parameters", new)):
-        if isinstance(spelled, dict):
-            values |= spelled
-        elif spelled is not None:
-            r.problems.append(f"{name} = {_show(spelled)}: an object is needed")
-    p = Reader({"rope_theta": raw.get("rope_theta"), **values}, "rope: ")
-    kind = values.get("rope_type") or values.get("type") or "default"
-    theta = p.real("rope_theta", 10000.0)
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        p.problems.append("rope: partial_rotary_factor other than 1 is not supported")
-    rope = Rope(theta)
-    if kind == "linear":
-        rope = Rope(theta, "linear", factor=p.real("factor"))
-    elif kind == "yarn":
-        original = p.whole("original_max_position_embeddings", max_positions)
-        attention = values.get("attention_factor")
-        rope = Rope(
-            theta,
-            "yarn",
-            factor=p.real("factor", max_positions / original),
-            original_max_positions=original,
-            attention_factor=p.real("attention_factor") if attention is not None else None,
-            beta_fast=p.real("beta_fast", 32.0),
-            beta_slow=p.real("beta_slow", 1.0),
-            mscale=p.real("mscale", 0.0) if values.get("mscale") else 0.0,
-            mscale_all_dim=p.real("mscale_all_dim", 0.0) if values.get("mscale_all_dim") else 0.0,
-            truncate=p.flag("truncate", True),
-        )
-    elif kind != "default":
-        p.problems.append(f"rope: rope_type {_show(kind)} is not supported (default, linear, yarn are)")
-    r.problems += p.problems
-    return rope
-
-
-def _show(value: object) -> str:
+def show(value: object) -> str:
+    """A value of a configuration, printable and short."""
     return shorten(reprlib.repr(value), 80)

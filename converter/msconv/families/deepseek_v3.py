@@ -4,41 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..layout.cuts import COLS, COPY, HEAD_COLS, ROWS, Cut
+from ..layout.cuts import COPY, HEAD_COLS, Cut
 from ..layout.model import Table
-from ..layout.rules import Drop, Part, fuse, keep, only, take
+from ..layout.rules import Drop, keep, only, take
+from .blocks import ATTN, DENSE_MLP, DROPS, EMBEDDING, EXPERTS, HEAD, LAYER, ROUTER_BIAS, SHARED_EXPERT
 from .config import MAX_EXPERTS, Family, Mla, Moe, Reader
-from .qwen3 import DENSE_MLP, DROPS, EMBEDDING, HEAD, A, L, M
-from .qwen3_moe import EXPERTS
+from .keys import COMMON
 
 LATENT = Cut("latent", head="latent", pairs="pairs")  # the rotated rows at its end in halves
 QUERY_HEADS = Cut("query_heads", 0, unit="heads", head="head_dim", pairs="pairs")
 KEY_HEADS = Cut("key_heads", 0, unit="heads", head="kv_b_head", rows="nope")
 VALUE_HEADS = Cut("value_heads", 0, unit="heads", head="kv_b_head", first="nope", rows="v_dim")
 
-ATTENTION = (
-    keep(L + "input_layernorm.weight", ("hidden",), COPY),
-    keep(A + "q_a_proj.weight", ("q_lora", "hidden"), COPY, when="q_lora"),
-    keep(A + "q_a_layernorm.weight", ("q_lora",), COPY, when="q_lora"),
-    keep(A + "q_b_proj.weight", ("q", "q_lora"), QUERY_HEADS, when="q_lora"),
-    keep(A + "q_proj.weight", ("q", "hidden"), QUERY_HEADS, when="no_q_lora"),
-    keep(A + "kv_a_proj_with_mqa.weight", ("latent", "hidden"), LATENT),
-    keep(A + "kv_a_layernorm.weight", ("kv_lora",), COPY),
-    take(A + "kv_b_proj_k.weight", A + "kv_b_proj.weight", ("kv_b", "kv_lora"), KEY_HEADS),
-    take(A + "kv_b_proj_v.weight", A + "kv_b_proj.weight", ("kv_b", "kv_lora"), VALUE_HEADS),
-    keep(A + "o_proj.weight", ("hidden", "o"), HEAD_COLS),
-    keep(L + "post_attention_layernorm.weight", ("hidden",), COPY),
-)
-
-BIAS = (keep(M + "gate.e_score_correction_bias", ("experts",), COPY, dtype="float32"),)
-
-SHARED_EXPERT = (
-    fuse(
-        M + "shared_experts.gate_up_proj.weight",
-        Part(M + "shared_experts.gate_proj.weight", ("shared_ffn", "hidden"), ROWS),
-        Part(M + "shared_experts.up_proj.weight", ("shared_ffn", "hidden"), ROWS),
-    ),
-    keep(M + "shared_experts.down_proj.weight", ("hidden", "shared_ffn"), COLS),
+LATENT_ATTENTION = (
+    keep(LAYER + "input_layernorm.weight", ("hidden",), COPY),
+    keep(ATTN + "q_a_proj.weight", ("q_lora", "hidden"), COPY, when="q_lora"),
+    keep(ATTN + "q_a_layernorm.weight", ("q_lora",), COPY, when="q_lora"),
+    keep(ATTN + "q_b_proj.weight", ("q", "q_lora"), QUERY_HEADS, when="q_lora"),
+    keep(ATTN + "q_proj.weight", ("q", "hidden"), QUERY_HEADS, when="no_q_lora"),
+    keep(ATTN + "kv_a_proj_with_mqa.weight", ("latent", "hidden"), LATENT),
+    keep(ATTN + "kv_a_layernorm.weight", ("kv_lora",), COPY),
+    take(ATTN + "kv_b_proj_k.weight", ATTN + "kv_b_proj.weight", ("kv_b", "kv_lora"), KEY_HEADS),
+    take(ATTN + "kv_b_proj_v.weight", ATTN + "kv_b_proj.weight", ("kv_b", "kv_lora"), VALUE_HEADS),
+    keep(ATTN + "o_proj.weight", ("hidden", "o"), HEAD_COLS),
+    keep(LAYER + "post_attention_layernorm.weight", ("hidden",), COPY),
 )
 
 
@@ -59,6 +48,8 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
         r.problems.append(
             f"num_key_value_heads {kv_heads}: latent attention has one for each of its {heads} heads"
         )
+    r.same("n_routed_experts", "num_local_experts")
+    r.same("num_nextn_predict_layers", "num_mtp_layers")
     mla = Mla(
         q_lora=r.count("q_lora_rank"),
         kv_lora=r.whole("kv_lora_rank"),
@@ -69,6 +60,7 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
     )
     if mla.rope % 2:
         r.problems.append(f"qk_rope_head_dim {mla.rope} is odd: rotary embedding needs pairs")
+    _check_widths(r, mla)
     dense = r.count("first_k_dense_replace")
     ffn = r.whole("moe_intermediate_size")
     moe = Moe(
@@ -101,7 +93,24 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
     }
 
 
+def _check_widths(r: Reader, mla: Mla) -> None:
+    """Widths that follow from others: `head_dim` is that of rotation in what transformers saves."""
+    for key, values in (
+        ("qk_head_dim", (mla.nope + mla.rope,)),
+        ("head_dim", (mla.rope, mla.nope + mla.rope)),
+    ):
+        if r.raw.get(key) is not None and r.raw[key] not in values:
+            r.problems.append(f"{key} {r.raw[key]}: {' or '.join(map(str, values))} is what the other widths give")
+
+
 V32 = "index_topk, index_n_heads, index_head_dim: the sparse attention of DeepSeek-V3.2 is not supported"
+
+KEYS = COMMON.plus(
+    """q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim qk_head_dim v_head_dim rope_interleave
+    first_k_dense_replace moe_layer_freq n_routed_experts num_local_experts n_shared_experts num_experts_per_tok
+    moe_intermediate_size n_group topk_group topk_method scoring_func norm_topk_prob routed_scaling_factor
+    num_nextn_predict_layers num_mtp_layers index_topk index_n_heads index_head_dim"""
+)
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
@@ -109,13 +118,15 @@ DEEPSEEK_V3 = Family(
     table=Table(
         (
             *EMBEDDING,
-            *ATTENTION,
+            *LATENT_ATTENTION,
             *only("dense_layer", DENSE_MLP),
-            *only("moe_layer", (*EXPERTS, *BIAS)),
+            *only("moe_layer", (*EXPERTS, *ROUTER_BIAS)),
             *only("shared_expert", SHARED_EXPERT),
             *HEAD,
         ),
         (*DROPS, Drop("model.layers.{mtp}.*", "multi-token prediction layer, not part of the decoder", "mtp")),
     ),
     read=read,
+    keys=KEYS,
+    aliases=("kimi_k2",),
 )

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..layout.cuts import COPY, EXPERT_COLS, EXPERT_ROWS
 from ..layout.model import Table
-from ..layout.rules import OWN, Part, keep, only, stack
+from ..layout.rules import only
+from .blocks import ATTENTION, DENSE_MLP, DROPS, EMBEDDING, EXPERTS, HEAD
 from .config import MAX_EXPERTS, Family, Moe, Reader
-from .qwen3 import ATTENTION, DENSE_MLP, DROPS, EMBEDDING, HEAD, M
-
-EXPERTS = (
-    keep(M + "gate.weight", ("experts", "hidden"), COPY, dtype=OWN),
-    stack(
-        M + "experts.gate_up_proj.weight",
-        Part(M + "experts.{expert}.gate_proj.weight", ("expert_ffn", "hidden"), EXPERT_ROWS),
-        Part(M + "experts.{expert}.up_proj.weight", ("expert_ffn", "hidden"), EXPERT_ROWS),
-    ),
-    stack(
-        M + "experts.down_proj.weight",
-        Part(M + "experts.{expert}.down_proj.weight", ("hidden", "expert_ffn"), EXPERT_COLS),
-    ),
-)
+from .keys import COMMON
 
 
 def read(r: Reader, layers: int) -> dict[str, Any]:
     """Which layers have experts (`mlp_only_layers`, `decoder_sparse_step`), and how tokens are routed."""
     spelled = "num_experts" if "num_experts" in r.raw else "num_local_experts"  # published, transformers 5
+    r.same("num_experts", "num_local_experts")
     experts, top_k = r.whole(spelled, most=MAX_EXPERTS), r.whole("num_experts_per_tok")
     if top_k > experts:
         r.problems.append(f"num_experts_per_tok {top_k} is more than {spelled} {experts}")
@@ -52,4 +40,8 @@ QWEN3_MOE = Family(
         (*EMBEDDING, *ATTENTION, *only("dense_layer", DENSE_MLP), *only("moe_layer", EXPERTS), *HEAD), DROPS
     ),
     read=read,
+    keys=COMMON.plus(
+        """num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob
+        decoder_sparse_step mlp_only_layers"""
+    ),
 )

@@ -1,4 +1,4 @@
-"""A decoder-only model, written once.  It does not ask for its target.
+"""A decoder-only model, written once.  It does not ask for its target; what it returns, its role says.
 
 Shape legend: T tokens of all sequences, B sequences, P table width, H heads, K kv heads, D head_dim, R latent
 width, E experts, k experts a token, V vocabulary; all per rank except V and k.
@@ -10,26 +10,29 @@ from typing import Any
 
 from mindspore import nn
 
-from .ops.base import Ops
+from msconv_runtime.artifact import GraphOutput
+from msconv_runtime.roles import HIDDEN, LOGITS
+
+from ..families.attention import Attention
+from .operations import Operations
 from .spec import Local
 
 LATENT_EPS = 1e-6  # of the norms inside latent attention: the published code takes it from nowhere
 
 
-class Attention(nn.Cell):
-    """Fused qkv, a norm per head, rotation, cache write, attention, output projection."""
+class HeadsAttention(nn.Cell):
+    """Fused qkv, heads split and rotated, cache write, attention, output projection."""
 
-    def __init__(self, ops: Ops, local: Local, prefix: str) -> None:
+    def __init__(self, ops: Operations, local: Local, prefix: str, spec: Attention) -> None:
         super().__init__()
-        c = local.config
-        q, kv = local.heads * c.head_dim, local.kv_heads * c.head_dim
-        bias = c.attention_bias
-        self.qkv_proj = ops.linear(prefix + "qkv_proj", q + 2 * kv, c.hidden, bias)
-        self.heads = ops.split_heads(prefix)
+        hidden = local.config.hidden
+        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        self.qkv_proj = ops.linear(prefix + "qkv_proj", q + 2 * kv, hidden, spec.bias)
+        self.heads = ops.split_heads(prefix, spec)
         self.write = ops.write_kv()
-        self.attend = ops.attend()
-        self.o_proj = ops.linear(prefix + "o_proj", c.hidden, q, False)
-        self.reduce = ops.all_reduce(prefix + "o_proj.bias" if bias else "", c.hidden)
+        self.attend = ops.attend(spec)
+        self.o_proj = ops.linear(prefix + "o_proj", hidden, q, False)
+        self.reduce = ops.all_reduce(prefix + "o_proj.bias" if spec.output_bias else "", hidden)
 
     def construct(self, h: Any, step: Any, caches: Any) -> Any:
         q, k, v = self.heads(self.qkv_proj(h), step)
@@ -41,10 +44,10 @@ class LatentAttention(nn.Cell):
     """Keys and values of all heads come from one latent vector a token: the cache keeps that, and one rotated key
     that the heads share."""
 
-    def __init__(self, ops: Ops, local: Local, prefix: str) -> None:
+    def __init__(self, ops: Operations, local: Local, prefix: str, spec: Attention) -> None:
         super().__init__()
         c, mla = local.config, local.mla
-        q = local.heads * c.head_dim
+        q = spec.heads * spec.head_dim
         self.has_q_lora = mla.q_lora > 0
         if self.has_q_lora:
             self.q_a_proj = ops.linear(prefix + "q_a_proj", mla.q_lora, c.hidden, False)
@@ -56,8 +59,8 @@ class LatentAttention(nn.Cell):
         self.kv_a_norm = ops.norm(prefix + "kv_a_layernorm.weight", mla.kv_lora, LATENT_EPS)
         self.rotate = ops.rotate_latent()
         self.write = ops.write_latent()
-        self.attend = ops.attend_latent(prefix)
-        self.o_proj = ops.linear(prefix + "o_proj", c.hidden, local.heads * mla.v_dim, False)
+        self.attend = ops.attend_latent(prefix, spec)
+        self.o_proj = ops.linear(prefix + "o_proj", c.hidden, spec.heads * mla.v_dim, False)
         self.reduce = ops.all_reduce("", c.hidden)
 
     def construct(self, h: Any, step: Any, caches: Any) -> Any:
@@ -71,7 +74,7 @@ class LatentAttention(nn.Cell):
 class Mlp(nn.Cell):
     """down(silu(gate(h)) * up(h)), gate and up fused.  This rank's share of the sum over ranks."""
 
-    def __init__(self, ops: Ops, hidden: int, ffn: int, prefix: str) -> None:
+    def __init__(self, ops: Operations, hidden: int, ffn: int, prefix: str) -> None:
         super().__init__()
         self.gate_up_proj = ops.linear(prefix + "gate_up_proj", 2 * ffn, hidden, False)
         self.act = ops.swiglu(ffn)
@@ -82,7 +85,7 @@ class Mlp(nn.Cell):
 
 
 class DenseMlp(nn.Cell):
-    def __init__(self, ops: Ops, local: Local, prefix: str) -> None:
+    def __init__(self, ops: Operations, local: Local, prefix: str) -> None:
         super().__init__()
         self.mlp = Mlp(ops, local.config.hidden, local.ffn, prefix)
         self.reduce = ops.all_reduce("", local.config.hidden)
@@ -95,7 +98,7 @@ class MoeMlp(nn.Cell):
     """Each rank has all tokens and some experts, or some of each; one sum over ranks brings them together.  (An
     exchange of tokens between ranks would be another `ops.experts`.)"""
 
-    def __init__(self, ops: Ops, local: Local, prefix: str) -> None:
+    def __init__(self, ops: Operations, local: Local, prefix: str) -> None:
         super().__init__()
         self.route = ops.route(prefix + "gate")
         self.experts = ops.experts(prefix + "experts.")
@@ -115,13 +118,14 @@ class MoeMlp(nn.Cell):
 class Layer(nn.Cell):
     """Attention and MLP.  Takes and gives (normed input, residual): each norm is fused with its addition."""
 
-    def __init__(self, ops: Ops, local: Local, index: int) -> None:
+    def __init__(self, ops: Operations, local: Local, index: int) -> None:
         super().__init__()
         c = local.config
         prefix = f"model.layers.{index}."
         follower = f"model.layers.{index + 1}.input_layernorm" if index + 1 < c.layers else "model.norm"
-        attention = Attention if c.mla is None else LatentAttention
-        self.attention = attention(ops, local, prefix + "self_attn.")
+        spec = local.attention(index)
+        attention = HeadsAttention if spec.kind == "heads" else LatentAttention
+        self.attention = attention(ops, local, prefix + "self_attn.", spec)
         self.after_attention = ops.add_norm(prefix + "post_attention_layernorm.weight", c.hidden)
         self.mlp = (MoeMlp if c.has_experts(index) else DenseMlp)(ops, local, prefix + "mlp.")
         self.after_mlp = ops.add_norm(follower + ".weight", c.hidden)
@@ -131,21 +135,55 @@ class Layer(nn.Cell):
         return self.after_mlp(self.mlp(h), x)
 
 
-class Decoder(nn.Cell):
-    """Tokens to logits of each sequence's last token, [B, V].  Inputs: `ops.inputs`, then each layer's caches."""
+class Logits(nn.Cell):
+    """The vocabulary's scores, [.., hidden] -> [.., V]."""
 
-    def __init__(self, ops: Ops, local: Local) -> None:
+    def __init__(self, ops: Operations, local: Local, embedding: Any) -> None:
+        super().__init__()
+        self.head = ops.head(embedding if local.config.tied else None)
+        self.output = GraphOutput(LOGITS, "float32", [None, local.config.vocab])
+
+    def construct(self, h: Any) -> Any:
+        return self.head(h)
+
+
+class Hidden(nn.Cell):
+    """What the head would read: the last norm's output."""
+
+    def __init__(self, ops: Operations, local: Local, embedding: Any) -> None:
+        super().__init__()
+        self.output = GraphOutput(HIDDEN, local.target.dtype, [None, local.config.hidden])
+
+    def construct(self, h: Any) -> Any:
+        return h
+
+
+OUTPUTS = {LOGITS: Logits, HIDDEN: Hidden}
+
+
+class Decoder(nn.Cell):
+    """Tokens to the role's outputs, of each sequence's last token [B, ..] or of all tokens [T, ..].  Inputs:
+    `ops.inputs`, then each layer's caches."""
+
+    def __init__(self, ops: Operations, local: Local) -> None:
         super().__init__()
         c = local.config
         self.num_inputs = len(ops.inputs())
         self.num_layers = c.layers
-        self.num_caches = len(ops.caches())
+        self.caches = [ops.caches(local.attention(i)) for i in range(c.layers)]
+        self.num_caches = len(self.caches[0])
         self.begin = ops.begin()
         self.embed = ops.embed("model.embed_tokens.weight")
         self.first_norm = ops.norm("model.layers.0.input_layernorm.weight", c.hidden, c.eps)
         self.layers = nn.CellList([Layer(ops, local, i) for i in range(c.layers)])
+        self.has_all_rows = local.role.rows == "all"
         self.last = ops.last_tokens()
-        self.head = ops.head(self.embed.weight if c.tied else None)
+        self.results = nn.CellList([OUTPUTS[name](ops, local, self.embed.weight) for name in local.role.outputs])
+
+    @property
+    def outputs(self) -> list[GraphOutput]:
+        """What a call returns, in order."""
+        return [result.output for result in self.results]
 
     def construct(self, *inputs: Any) -> Any:
         step = self.begin(inputs)
@@ -154,4 +192,15 @@ class Decoder(nn.Cell):
         for i in range(self.num_layers):
             first = self.num_inputs + self.num_caches * i
             h, x = self.layers[i](h, x, step, inputs[first : first + self.num_caches])
-        return self.head(self.last(h, step))
+        if not self.has_all_rows:
+            h = self.last(h, step)
+        found: Any = ()
+        for result in self.results:
+            found = (*found, result(h))
+        return found[0] if len(found) == 1 else found
+
+
+def build(ops: Operations, local: Local) -> Decoder:
+    """The network of a role whose record names this module.  It has `outputs`, and `caches`, a list for each layer
+    that it runs, the first layer's first."""
+    return Decoder(ops, local)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import mindspore as ms
 from mindspore import Parameter, nn
 from mindspore.common.initializer import initializer
+
+from msconv_runtime import dtypes
+
+DTYPES = {name: getattr(ms, t.mindspore) for name, t in dtypes.DTYPES.items() if t.storable}
+NAMES = {v: k for k, v in DTYPES.items()}
 
 
 def parameter(name: str, shape: tuple[int, ...], dtype: Any) -> Parameter:

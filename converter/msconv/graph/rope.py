@@ -14,14 +14,14 @@ def frequencies(rope: Rope, dim: int) -> tuple[NDArray[np.float32], float]:
     """Inverse frequencies [dim/2] float32, and the factor on cos and sin."""
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     base = np.power(np.float32(rope.theta), exponents, dtype=np.float32)
-    plain = (np.float32(1.0) / base).astype(np.float32)
+    unscaled = (np.float32(1.0) / base).astype(np.float32)
     if rope.kind == "linear":
-        return plain / np.float32(rope.factor), 1.0
+        return unscaled / np.float32(rope.factor), 1.0
     if rope.kind == "yarn":
         scaled = (np.float32(1.0) / (np.float32(rope.factor) * base)).astype(np.float32)
         keep = np.float32(1.0) - _ramp(rope, dim)
-        return (scaled * (1 - keep) + plain * keep).astype(np.float32), attention_factor(rope)
-    return plain, 1.0
+        return (scaled * (1 - keep) + unscaled * keep).astype(np.float32), attention_factor(rope)
+    return unscaled, 1.0
 
 
 def attention_factor(rope: Rope) -> float:

@@ -1,15 +1,26 @@
-"""What a graph is compiled for: per-rank sizes, phase, target.  No framework here."""
+"""What a graph is compiled for: per-rank sizes, target, role, and how weights are stored.  No framework here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from msconv_runtime.artifact import GraphInput, GraphOutput, GraphParameter
+from msconv_runtime.errors import UsageError
+from msconv_runtime.roles import Role
+from msconv_runtime.targets import Target
 
+from ..families.attention import Attention
 from ..families.config import DecoderConfig, Mla, Moe
 from ..layout.cuts import Mesh
+from ..quant import kept_format
+from ..quant.record import Kept
 
 TP_GROUP = "msconv_tp"  # the canonical group: whoever loads the graph creates it
+
+
+class CannotCompute(UsageError):
+    """A model asks for what a target's operations do not compute."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +39,36 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """Sizes of one rank: the same on every rank.  `stored`: the weights' type, where it is known."""
+    """One rank of a graph to make: what is in it is the same on every rank.
+
+    `variant`: of the target's operations, "" or "compiled".  `types`: the stored element type of each weight, {}
+    where none are stored yet.
+    """
 
     config: DecoderConfig
     mesh: Mesh
-    phase: str
-    stored: str = ""
+    target: Target
+    role: Role
+    variant: str = ""
+    types: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The graph's name in messages."""
+        return " ".join(part for part in (self.target.name, self.role.name, self.variant) if part)
+
+    def kept(self, matrix: str) -> Kept:
+        """How the matrix of this name is stored."""
+        return kept_format(self.types.get(matrix, ""), self.config.formats)
+
+    def attention(self, layer: int) -> Attention:
+        """One rank's share of a layer's attention."""
+        return self.config.attention(layer).on_rank(self.mesh.tp)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different windows of the layers, in the order in which they come."""
+        return tuple(dict.fromkeys(self.config.attention(i).window for i in range(self.config.layers)))
 
     @property
     def heads(self) -> int:

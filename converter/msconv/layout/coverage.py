@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from .plan import RANK_CONSTANTS
+from .constants import RANK_CONSTANTS
 
 
 def unused_names(stored: Iterable[str], read: Iterable[str]) -> list[str]:

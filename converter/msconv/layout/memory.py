@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msconv_runtime.dtypes import DTYPES
+
 from .cuts import Mesh
-from .dtypes import SIZES
 from .model import Sizes
 
 RESERVED = 0.1  # of a device: activations, workspace, the framework itself; not computed, kept free
@@ -36,6 +37,6 @@ def kv_bytes_per_token(sizes: Sizes, mesh: Mesh, dtype: str) -> int:
     """Keys and values of one token on one rank, all layers.  Replicated heads count on each rank, and so does a
     latent cache, which no rank can divide."""
     if latent := sizes.dims.get("latent", 0):
-        return sizes.layers * latent * SIZES[dtype]
+        return sizes.layers * latent * DTYPES[dtype].nbytes
     heads = max(1, sizes.dims["kv_heads"] // mesh.tp)
-    return 2 * sizes.layers * heads * sizes.dims["head_dim"] * SIZES[dtype]
+    return 2 * sizes.layers * heads * sizes.dims["head_dim"] * DTYPES[dtype].nbytes

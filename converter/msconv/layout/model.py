@@ -1,4 +1,4 @@
-"""What planning needs to know of a model: sizes by name, traits, and its weight table."""
+"""A model to lay out: named sizes, traits, and its weight table."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .dtypes import FP8, SIZES
-from .rules import OWN, Drop, Part, Rule
+from msconv_runtime.dtypes import DTYPES
 
-SCALE = "_scale_inv"  # what the name of a block-quantised tensor's scales ends with
+from ..quant import PLAIN, WeightFormat, kept_format
+from .rules import OWN, Drop, Part, Rule
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """`dims`: named sizes (`hidden`, `heads`, ...).  `traits` and, by layer, `layer_traits`: names that rules
-    ask for in `when`.  `block`: rows and columns that share one scale in quantised tensors; (0, 0) if none is.
-    """
+    ask for in `when`.  `formats`: in which matrices may be stored besides plain, as the configuration says."""
 
     dims: Mapping[str, int]
     layers: int
     traits: frozenset[str]
     layer_traits: tuple[frozenset[str], ...] = ()
-    block: tuple[int, int] = (0, 0)
+    formats: tuple[WeightFormat, ...] = ()
 
     def holds(self, when: str, layer: int | None = None) -> bool:
         """Whether the model, or this layer of it, has all traits that `when` names."""
@@ -33,9 +32,9 @@ class Sizes:
     def experts(self) -> int:
         return self.dims.get("experts", 0)
 
-    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Shape of the scales of a quantised matrix."""
-        return -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])
+    def shape(self, part: Part) -> tuple[int, ...]:
+        """The whole model's, of what a rule names."""
+        return tuple(self.dims[d] for d in part.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +59,20 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output tensor of the model and the sources it is made of.  Of a stacked one, expert by expert."""
+    """One output of the model and the sources it is made of.  Of a stacked one, expert by expert."""
 
     rule: Rule
     name: str
     sources: tuple[tuple[Part, str], ...]
 
 
+def is_matrix(rule: Rule, part: Part) -> bool:
+    """Whether a weight format may store it: a matrix whose element type no rule pins."""
+    return len(part.shape) == 2 and not rule.dtype
+
+
 def expand(table: Table, sizes: Sizes) -> list[Output]:
-    """Every output tensor.  What comes before the layers, the layers one by one, what comes after."""
+    """Every output.  What comes before the layers, the layers one by one, what comes after."""
     first = next((i for i, r in enumerate(table.rules) if "{layer}" in r.dst), len(table.rules))
     layered = [r for r in table.rules if "{layer}" in r.dst]
     single = [r for r in table.rules if "{layer}" not in r.dst and sizes.holds(r.when)]
@@ -91,20 +95,28 @@ def expected_sources(
     table: Table, sizes: Sizes, dtype: str, own: Mapping[str, str] | None = None, quantised: bool = False
 ) -> dict[str, TensorInfo]:
     """Every source tensor that the configuration promises, with its shape: headers without a checkpoint.
-    `own`: element types by output name, for rules that keep the checkpoint's.  `quantised`: with blocks, the
-    matrices of all layers are FP8 and have scales, as published."""
+
+    `own`: element types of an artifact's tensors by name, for rules that keep the checkpoint's and for what is
+    kept as codes.  `quantised`: the matrices of all layers are stored in the first of the configuration's
+    formats, as published checkpoints do it."""
     out: dict[str, TensorInfo] = {}
-    narrow = quantised and sizes.block[0] > 0
+    stored = own or {}
     for output in expand(table, sizes):
-        kind = output.rule.dtype or dtype
-        if kind == OWN:
-            kind = (own or {}).get(output.name, dtype)
         for part, name in output.sources:
-            shape = tuple(sizes.dims[d] for d in part.shape)
-            if narrow and len(shape) == 2 and not output.rule.dtype and not part.cut.pad:
-                scale = sizes.scale_shape(shape)
-                out[name] = TensorInfo(name, FP8, shape, nbytes=math.prod(shape))
-                out[name + SCALE] = TensorInfo(name + SCALE, "float32", scale, nbytes=4 * math.prod(scale))
+            shape = sizes.shape(part)
+            weight_format: WeightFormat = PLAIN
+            if is_matrix(output.rule, part):
+                weight_format = kept_format(stored.get(output.name, ""), sizes.formats)
+                if quantised and sizes.formats and not part.cut.pad:
+                    weight_format = sizes.formats[0]
+            if weight_format is PLAIN:
+                kind = output.rule.dtype or dtype
+                kind = stored.get(output.name, dtype) if kind == OWN else kind
+                out[name] = TensorInfo(name, kind, shape, nbytes=DTYPES[kind].nbytes * math.prod(shape))
                 continue
-            out[name] = TensorInfo(name, kind, shape, nbytes=SIZES[kind] * math.prod(shape))
+            for tensor in weight_format.sources:
+                kind = stored.get(tensor.of(output.name), tensor.dtype or dtype)
+                size = tensor.shape(*shape)
+                info = TensorInfo(tensor.of(name), kind, size, nbytes=DTYPES[kind].nbytes * math.prod(size))
+                out[info.name] = info
     return out

@@ -23,7 +23,7 @@ class Rule:
     """One output tensor: its parts joined along rows, in order.
 
     `stacked`: one matrix for each of a rank's experts, [E, in, out], as grouped matrix products want them: each
-    part turned over, side by side.  `when` names traits of the model or of the layer, all of which must hold.
+    part transposed, side by side.  `when` names traits of the model or of the layer, all of which must hold.
     `dtype` pins an element type against `--dtype`; OWN keeps the checkpoint's.
     """
 

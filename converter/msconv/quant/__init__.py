@@ -1,1 +1,61 @@
-"""Number formats of quantised checkpoints, and turning matrices over: independent of any model family."""
+"""Weight formats: one file each, independent of any model family.
+
+Every WeightFormat class that a file in this directory makes is one: a new format is a new file, and no line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .plain import PLAIN
+from .record import Header, WeightFormat, shown
+from .unsupported import unsupported_method
+
+LOOPS = ("compiled", "kernels")  # files that are no formats; numba may be missing
+
+FORMATS: tuple[type[WeightFormat], ...] = tuple(
+    value
+    for name in sorted(module.name for module in iter_modules(__path__) if module.name not in LOOPS)
+    for value in vars(import_module(f"{__name__}.{name}")).values()
+    if isinstance(value, type)
+    and issubclass(value, WeightFormat)
+    and value.__module__ == f"{__name__}.{name}"
+    and value is not WeightFormat
+    and value is not type(PLAIN)
+)
+
+
+def read_formats(raw: Mapping[str, object], problems: list[str]) -> tuple[WeightFormat, ...]:
+    """The formats in which a config.json says that matrices are stored, besides plain; () if it says nothing.
+    What cannot be obeyed is added to `problems`."""
+    config = raw.get("quantization_config")
+    if not config:
+        return ()
+    if not isinstance(config, dict):
+        problems.append(f"quantization_config = {shown(config)}: an object is needed")
+        return ()
+    found = tuple(f for kind in FORMATS if (f := kind.read(config, problems)) is not None)
+    if not found:
+        problems.append("quantization_config: " + unsupported_method(config, [kind.method for kind in FORMATS]))
+    return found
+
+
+def format_of(matrix: str, headers: Mapping[str, Header], formats: Sequence[WeightFormat]) -> WeightFormat | None:
+    """The format in which a checkpoint stores the matrix of this name: one of `formats`, or plain.  None if none
+    of them has such element types."""
+    return next((f for f in (*formats, PLAIN) if f.claims(matrix, headers)), None)
+
+
+def unconfigured(dtype: str) -> WeightFormat | None:
+    """The format whose codes have this element type, where no configuration describes it."""
+    return next((kind() for kind in FORMATS if kind.element == dtype), None)
+
+
+def kept_format(dtype: str, formats: Sequence[WeightFormat]) -> WeightFormat:
+    """The format in which an artifact keeps a matrix whose first tensor has this element type."""
+    return next((f for f in formats if f.is_kept and f.element == dtype), PLAIN)
+
+
+__all__ = ["FORMATS", "PLAIN", "WeightFormat", "format_of", "kept_format", "read_formats", "unconfigured"]

@@ -23,7 +23,7 @@ def look_up(codes: Any, tables: Any, first: int, rows: int, columns: int, out: A
 
 
 @compile_loop
-def look_up_turned(codes: Any, tables: Any, top: int, left: int, rows: int, columns: int, out: Any) -> None:
+def look_up_transposed(codes: Any, tables: Any, top: int, left: int, rows: int, columns: int, out: Any) -> None:
     height, width = codes.shape
     j0 = 0
     while j0 < width:
@@ -44,7 +44,7 @@ def look_up_turned(codes: Any, tables: Any, top: int, left: int, rows: int, colu
 
 
 @compile_loop
-def turn(matrix: Any, out: Any) -> None:
+def transpose(matrix: Any, out: Any) -> None:
     height, width = out.shape
     for j0 in range(0, height, TILE):
         for i0 in range(0, width, TILE):

@@ -1,4 +1,4 @@
-"""The inner loops: table lookups and turning over.  numba where it is installed, else numpy: the same bits.
+"""The inner loops: table lookups and transposing.  numba where it is installed, else numpy: the same bits.
 
 Both leave the interpreter lock, so threads run side by side.
 """
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-TILE = 64  # square that is turned over at a time: in and out fit the processor's first cache
+TILE = 64  # square that is transposed at a time: in and out fit the processor's first cache
 
 
-class Plain:
+class Numpy:
     """numpy, block by block."""
 
     @staticmethod
@@ -28,7 +28,7 @@ class Plain:
                 out[begin - first : end - first, left:right] = tables[begin // rows, left // columns].take(piece)
 
     @staticmethod
-    def look_up_turned(
+    def look_up_transposed(
         codes: Array, tables: Array, top: int, left: int, rows: int, columns: int, out: Array
     ) -> None:
         for j0, j1 in _pieces(left, left + codes.shape[1], columns):
@@ -37,7 +37,7 @@ class Plain:
                 out[j0 - left : j1 - left, i0 - top : i1 - top] = tables[i0 // rows, j0 // columns].take(piece.T)
 
     @staticmethod
-    def turn(matrix: Array, out: Array) -> None:
+    def transpose(matrix: Array, out: Array) -> None:
         for j0, j1 in _pieces(0, out.shape[0], TILE):
             for i0, i1 in _pieces(0, out.shape[1], TILE):
                 out[j0:j1, i0:i1] = matrix[i0:i1, j0:j1].T
@@ -56,19 +56,21 @@ def look_up(codes: Array, tables: Array, first: int, rows: int, columns: int, ou
     _kernels().look_up(codes, tables, first, rows, columns, out)
 
 
-def look_up_turned(codes: Array, tables: Array, top: int, left: int, rows: int, columns: int, out: Array) -> None:
+def look_up_transposed(
+    codes: Array, tables: Array, top: int, left: int, rows: int, columns: int, out: Array
+) -> None:
     """out[j, i] = tables[(top + i) // rows, (left + j) // columns, codes[i, j]]."""
-    _kernels().look_up_turned(codes, tables, top, left, rows, columns, out)
+    _kernels().look_up_transposed(codes, tables, top, left, rows, columns, out)
 
 
-def turn(matrix: Array, out: Array) -> None:
+def transpose(matrix: Array, out: Array) -> None:
     """out[j, i] = matrix[i, j]."""
-    _kernels().turn(matrix, out)
+    _kernels().transpose(matrix, out)
 
 
 def memory_bytes() -> int:
     """What the loops take besides their data: numba's compiler, measured."""
-    return 160 << 20 if _kernels() is not Plain else 0
+    return 160 << 20 if _kernels() is not Numpy else 0
 
 
 _chosen: Any = None
@@ -84,5 +86,5 @@ def _kernels() -> Any:
 
             _chosen = compiled
         else:
-            _chosen = Plain
+            _chosen = Numpy
     return _chosen

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from msconv_runtime.errors import EnvironmentProblem
-from msconv_runtime.native.builds import cached_build
-from msconv_runtime.native.compiler import find_compiler
+from msconv_runtime.kernels.builds import cached_build
+from msconv_runtime.kernels.compiler import find_compiler
 
 NAME = "msconv-rehearsal"
 DEVICE = Path(__file__).with_name("device")

@@ -10,19 +10,13 @@ from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.doctor import Machine
 from msconv_runtime.errors import ResourceError, UsageError
-from msconv_runtime.sglang.launch import (
-    LOCALHOST,
-    Launch,
-    Nodes,
-    Settings,
-    copies,
-    given_flags,
-    npu_flags,
-    npu_target,
-    number,
-    plan_launch,
-    refuse_taken,
-)
+from msconv_runtime.serving.choice import target_to_serve
+from msconv_runtime.serving.flags import given_flags
+from msconv_runtime.serving.launch import Launch, plan_launch
+from msconv_runtime.serving.nodes import Nodes
+from msconv_runtime.serving.ports import refuse_taken
+from msconv_runtime.serving.settings import LOCALHOST, Settings
+from msconv_runtime.sglang.engine import ENGINE
 from msconv_runtime.targets import TARGETS, Target
 
 from ..checkpoint.reference import configuration
@@ -31,6 +25,7 @@ from ..verify.reference import source_of
 from .scenario import Scenario, make_scenario
 from .server import free_port
 
+KIND = "npu"  # of the devices that a rehearsal stands in for
 SMALL_BYTES = 2 << 30  # of weights, of all ranks, up to which graphs compute in float32 unless told otherwise
 POOL_PAGES = 16  # of the KV pool, unless flags say otherwise: so few that the radix cache must give some back
 POOL_TOKENS = 1024  # and so many tokens at least
@@ -66,7 +61,7 @@ class Options:
 
     @property
     def copies(self) -> int:
-        return copies(given_flags(list(self.extra)))
+        return ENGINE.copies(given_flags(list(self.extra)))
 
 
 @dataclass(frozen=True)
@@ -101,13 +96,13 @@ def make_plan(root: Path, options: Options) -> Plan:
     if wrong := [f"{name} ({OURS[name]})" for name in given if name in OURS]:
         raise UsageError(f"A rehearsal decides these itself: {', '.join(wrong)}.", "Leave them out behind --.")
     artifact = Artifact(root)
-    target = _target_named(options.target) if options.target else npu_target(artifact)
+    target = _target_named(options.target) if options.target else target_to_serve(artifact, KIND)
     artifact.graphs(target.name)
     weights = sum(f.size for f in artifact.weights.files)
     config = configuration(artifact)
     refuse_damage(artifact)
     exact = options.exact if options.exact is not None else weights <= SMALL_BYTES
-    page = number(given, "--page-size") or int(npu_flags(artifact, target)["--page-size"])
+    page = ENGINE.pool(artifact, target, given).page
     scenario = make_scenario(config.vocab, config.max_positions, page, options.prompts)
     if options.copies > 1 or given.keys() & {"--disable-radix-cache", "--max-total-tokens"}:
         scenario = replace(scenario, expects_cache=False)
@@ -180,6 +175,7 @@ def _launches(
             Nodes(options.machines, machine, meeting),
             elsewhere=True,
             target=target.name,
+            engine=ENGINE,
         )
         for machine in range(options.machines)
     ]

@@ -15,11 +15,11 @@ from msconv_runtime.roles import ROLES, of_variant
 from msconv_runtime.targets import Target
 
 from ..graph.spec import TP_GROUP
+from ..mindir.interpreter import Interpreter
+from ..mindir.kernels import Context
+from ..mindir.program import Program, parse
 from ..verify.compare import culprit, largest_error
-from ..verify.interpreter import Interpreter
-from ..verify.kernels import Context
 from ..verify.lockstep import RankFiles, in_lockstep
-from ..verify.mindir import Program, parse
 from .calls import batch_of, call_problems
 from .protocol import graph_file
 from .records import Call, Rank
@@ -157,7 +157,8 @@ class Replayer:
         step = self.interpreter.run(self.programs[role], [[*given, *caches] for caches in memory.caches])
         batch = batch_of(first)
         memory.tokens[batch.slots], memory.positions[batch.slots] = batch.input_ids, batch.positions
-        for rank, (call, expected) in enumerate(zip(calls, step.logits, strict=True)):
+        logits = [outputs[0] for outputs in step.outputs]
+        for rank, (call, expected) in enumerate(zip(calls, logits, strict=True)):
             error, bound = largest_error(call.logits.numpy(), expected), self._bound(expected)
             found.error = max(found.error, error)
             if error >= bound:

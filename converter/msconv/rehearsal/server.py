@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from msconv_runtime.errors import EnvironmentProblem, VerificationFailed
-from msconv_runtime.sglang.launch import STANDINS, Launch, imports
+from msconv_runtime.serving.launch import Launch
+from msconv_runtime.sglang.environment import STANDINS, imports
 
 from .build import DEVICE
 from .protocol import DEVICE_FILE, Device

@@ -9,17 +9,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from msconv_runtime.artifact import Graph, Manifest, TensorEntry, Weights
+from msconv_runtime.claims import CLAIMED, is_checked_here
+from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.roles import best_variant
-from msconv_runtime.targets import TARGETS, is_for_npu
+from msconv_runtime.targets import TARGETS, device_of
 
-from ..families import FAMILIES, DecoderConfig
+from ..families import DecoderConfig, family_named
+from ..layout.constants import RANK_CONSTANTS
 from ..layout.coverage import unused_names
 from ..layout.cuts import Mesh
-from ..layout.dtypes import SIZES
 from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
 from ..layout.model import expand
 from ..layout.names import fold
-from ..layout.plan import RANK_CONSTANTS
 from ..standing import standings
 from ..workspace.names import default_name
 from ..workspace.timings import Timing
@@ -60,7 +61,7 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
 
 
 def _verdict(manifest: Manifest, targets: list[str]) -> Data:
-    """`state`: proven, partly proven, unproven, no graphs or no weights."""
+    """`state`: proven, claimed, partly proven, unproven, no graphs or no weights."""
     proofs = {t: manifest.proof_for(t) for t in targets}
     proven = [t for t, p in proofs.items() if p]
     unproven = [t for t, p in proofs.items() if not p]
@@ -72,6 +73,12 @@ def _verdict(manifest: Manifest, targets: list[str]) -> Data:
         state, meaning = (
             "no graphs",
             "There are weights only: without graphs nothing can be run or proven.",
+        )
+    elif not unproven and not all(is_checked_here(p) for p in proofs.values() if p):
+        state = "claimed"
+        meaning = (
+            f"That the graphs compute on these weights what transformers computes is {CLAIMED}; "
+            "`msconv verify` checks it here."
         )
     elif not unproven:
         state = "proven"
@@ -144,7 +151,7 @@ def _memory(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list
         graphs = best_variant(manifest.graphs_for(target))
         sizes = {p.name: _nbytes(p.shape, p.dtype) for g in graphs for p in g.reads}
         entries.append(_memory_of(target, graphs[0].caches[0].dtype, sizes, config, mesh, context))
-    if manifest.weights and not any(map(is_for_npu, targets)):
+    if manifest.weights and all(device_of(t).is_host for t in targets):
         w = manifest.weights
         entries.append(
             _memory_of(AS_STORED, w.dtype, {t.name: t.nbytes for t in w.tensors}, config, mesh, context)
@@ -221,7 +228,8 @@ def _ranks(manifest: Manifest, config: DecoderConfig, mesh: Mesh) -> list[Data]:
 
 def _coverage(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list[str]) -> Data:
     """The artifact's tensors against the family's table, and each target's graphs against the tensors."""
-    table = next((f.table for f in FAMILIES if f.name == manifest.model.family), None)
+    family = family_named(manifest.model.family)
+    table = family.table if family else None
     expected = {o.name for o in expand(table, config.sizes())} if table else set[str]()
     expected |= {n for n in RANK_CONSTANTS if mesh.ep > 1 or (mesh.tp > 1 and n != "expert_start")}
     w = manifest.weights
@@ -305,7 +313,7 @@ def _phase(g: Graph, timing: Timing | None) -> Data:
 
 
 def _nbytes(shape: list[int], dtype: str) -> int:
-    size = SIZES[dtype]
+    size = DTYPES[dtype].nbytes
     for n in shape:
         size *= n
     return size

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ..layout.constants import RANK_CONSTANTS
 from ..layout.names import fold
-from ..layout.plan import RANK_CONSTANTS
 
 GROUPS = {  # the first that matches
     "embedding": r"model\.embed_tokens\.",

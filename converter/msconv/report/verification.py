@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from msconv_runtime.artifact import Verified
+from msconv_runtime.claims import CLAIMED, is_checked_here
 
 MAX_COLUMNS = 96  # of more layers, neighbours share a column that shows the larger error
 HALF = "half_precision_"
@@ -20,12 +21,14 @@ def verification(target: str, proof: Verified | None, layers: int, has_weights: 
     if proof is None:
         why = "not verified on these bytes" if has_weights else "without weights there is nothing to compare"
         return {"target": target, "state": "unproven", "why": why, "heat": _heat({}, layers, None)}
+    is_checked = is_checked_here(proof)
     errors = {k: float(v) for k, v in proof.settings.items() if isinstance(v, int | float)}
     half = {k.removeprefix(HALF): v for k, v in errors.items() if k.startswith(HALF)}
     return {
         "target": target,
         "state": "proven",
-        "why": "all logits and their argmax agree within the bound",
+        "why": "all logits and their argmax agree within the bound" + ("" if is_checked else f": {CLAIMED}"),
+        "checked_here": is_checked,
         "reference": proof.reference,
         "mode": proof.mode,
         "ranks": proof.ranks,

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from msconv_runtime.artifact import Manifest
-from msconv_runtime.targets import is_for_npu
+from msconv_runtime.targets import device_of
 
 from ..standing import standings
 
@@ -42,7 +42,7 @@ def card(repository: str, revision: str, manifest: Manifest) -> str:
         ep=manifest.parallel.ep,
         weight_bytes=sum(f.size for f in manifest.weights.files) if manifest.weights else 0,
         targets={t: (manifest.graphs_for(t), manifest.proof_for(t)) for t in targets},
-        devices=[t for t in targets if is_for_npu(t)],
+        devices=[t for t in targets if not device_of(t).has_run],
         standings=standings(manifest),
     )
 

@@ -29,7 +29,9 @@ def parts(manifest: Manifest) -> dict[str, int]:
     """Weights, then graphs, and their sizes in bytes.  Raises ArtifactError for a name that no artifact has."""
     sizes = {f.path: f.size for f in manifest.weights.files} if manifest.weights else {}
     sizes |= {g.path: g.size for g in manifest.graphs}
-    if foreign := [name for name in sizes if not PART.fullmatch(name)]:
+    foreign = [name for name in sizes if not PART.fullmatch(name)]
+    foreign += [f.name for f in manifest.files if f.name not in NAMES]
+    if foreign:
         raise ArtifactError(
             f"{MANIFEST}: names {', '.join(map(repr, foreign[:5]))}, which no artifact has.",
             "Convert again with --force.",

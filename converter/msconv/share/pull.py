@@ -30,6 +30,7 @@ from msconv_runtime.artifact import (
     is_artifact,
     replace_file,
 )
+from msconv_runtime.artifact.consistency import contradiction
 from msconv_runtime.artifact.directory import MAX_MANIFEST_BYTES
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 
@@ -117,14 +118,17 @@ def prepare(reference: str, output: Path | None = None) -> Pull:
     manifest = decode_manifest(data, f"{reference}: {MANIFEST}")
     if digest_bytes(data) not in ready.decode("utf-8", "replace").split():
         raise ArtifactError(f"{reference}: {MANIFEST} is not the one that {READY} vouches for.", "Push it again.")
-    needed = parts(manifest)
+    if problem := contradiction(manifest):
+        raise ArtifactError(f"{reference}: {MANIFEST} contradicts itself: {problem}.", CHANGED)
+    needed = parts(manifest) | {f.name: f.size for f in manifest.files}
     found = {n: f.size for n, f in repository.files.items()}
     if wrong := [n for n, size in needed.items() if found.get(n) != size]:
         lines = "\n".join(f"  {n}: {found.get(n, 'no')} bytes instead of {needed[n]}" for n in wrong[:50])
         raise ArtifactError(
             f"{reference}: {len(wrong)} files are not as {MANIFEST} says:\n{lines}", "Push it again."
         )
-    names = [*needed, *(n for n in found if n in NAMES and n not in (MANIFEST, READY))]
+    beside = {f.name for f in manifest.files} or set(NAMES)  # of before files had digests: all that are known
+    names = [*needed, *(n for n in found if n in beside and n not in (*needed, MANIFEST, READY))]
     output = output or Path("artifacts") / name.rpartition("/")[2]
     _refuse_other(output, name, data)
     return Pull(repository, manifest, data, [repository.files[n] for n in names], output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,12 +29,12 @@ from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
-from ..graph.spec import Exported
+from ..graph.spec import CannotCompute, Exported, Local
 from ..graph.toolchain import mindspore_version
 from ..layout.coverage import misfits
 from ..layout.cuts import Mesh, make_mesh
 from ..layout.model import expected_sources
-from ..layout.plan import make_plan
+from ..layout.planning import make_plan
 from ..location import Location
 from ..process import peak_rss_bytes
 from ..workspace.clearing import refuse_foreign
@@ -45,18 +46,6 @@ from ..workspace.timings import add_timings
 
 LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a graph
 SOME = 20  # weights that do not fit, named in a message
-
-
-@dataclass(frozen=True)
-class Job:
-    """A graph to make.  `stored`: what the weights are stored as, "" if there are none yet."""
-
-    config: DecoderConfig
-    mesh: Mesh
-    target: Target
-    role: str
-    variant: str
-    stored: str
 
 
 @dataclass(frozen=True)
@@ -93,13 +82,17 @@ def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None
             found = Artifact(root).manifest
             refuse_another_model(root, found, source.config_digest, parallel, "Give another --output.")
             return
-        copy_files(source.auxiliary, root)
+        files = copy_files(source.auxiliary, root)
         described = model_of(source, plan.parameters)
-        write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel))
+        write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel, files=files))
 
 
-def compile_graphs(root: Path, target_name: str) -> list[Compiled]:
-    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid."""
+def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | None = None) -> list[Compiled]:
+    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.
+
+    A graph of compiled kernels that cannot compute this model is left out, and `tell` hears why: the target's
+    other graphs serve in its place.  Raises CannotCompute for any other graph, and for that one if nobody listens.
+    """
     target = target_named(target_name)
     config = configuration(Artifact(root))
     _check_heads(config, target)
@@ -108,13 +101,20 @@ def compile_graphs(root: Path, target_name: str) -> list[Compiled]:
         artifact = Artifact(root)
         mesh = Mesh(artifact.tp, artifact.ep)
         weights = artifact.manifest.weights
+        types = {t.name: t.dtype for t in weights.tensors} if weights else {}
         made: list[Compiled] = []
         exports: list[bytes] = []
         for role, variant in target.graphs:
             started = time.monotonic()
-            job = Job(config, mesh, target, role, variant, weights.dtype if weights else "")
-            result = export(job)
-            graph = _entry(job, result)
+            local = Local(config, mesh, target, ROLES[role], variant, types)
+            try:
+                result = export(local)
+            except CannotCompute as e:
+                if tell is None or not variant:
+                    raise
+                tell(f"left out: {e.message}")
+                continue
+            graph = _entry(local, result)
             made.append(Compiled(graph, time.monotonic() - started, result.peak_rss_bytes))
             exports.append(result.exported.proto)
         graphs = [m.graph for m in made]
@@ -130,13 +130,14 @@ def compile_graphs(root: Path, target_name: str) -> list[Compiled]:
     return made
 
 
-def _entry(job: Job, made: Made) -> Graph:
+def _entry(local: Local, made: Made) -> Graph:
     """The manifest's entry of a graph."""
-    exported, is_dense = made.exported, job.config.moe is None and job.config.mla is None
+    exported, is_dense = made.exported, local.config.moe is None and local.config.mla is None
+    is_decode = local.role.name == DECODE.name
     graph = Graph(
-        target=job.target.name,
-        role=job.role,
-        variant=job.variant,
+        target=local.target.name,
+        role=local.role.name,
+        variant=local.variant,
         path="",
         size=len(exported.proto),
         digest=digest_bytes(exported.proto),
@@ -146,7 +147,7 @@ def _entry(job: Job, made: Made) -> Graph:
         inputs=exported.inputs,
         outputs=exported.outputs,
         reads=exported.parameters,
-        min_sequences=job.target.decode_min_sequences if job.role == DECODE.name and is_dense else 0,
+        min_sequences=local.target.decode_min_sequences if is_decode and is_dense else 0,
         groups=exported.groups,
         nz=exported.nz,
     )
@@ -161,24 +162,22 @@ def _remove_others(directory: Path, graphs: list[Graph]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _export(job: Job) -> Made:
+def _export(local: Local) -> Made:
     mindspore = mindspore_version()
     from ..graph.export import export
 
-    exported = export(job.config, job.mesh, job.target, ROLES[job.role], job.variant, job.stored)
-    return Made(exported, mindspore, peak_rss_bytes())
+    return Made(export(local), mindspore, peak_rss_bytes())
 
 
-def _export_in_a_process(job: Job) -> Made:
+def _export_in_a_process(local: Local) -> Made:
     """The same in a process of its own: MindSpore's front end keeps what it built, and the graphs of a deep model
     would add up."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(_export, job).result()
+            return pool.submit(_export, local).result()
         except BrokenProcessPool:
             raise ResourceError(
-                f"{job.target.name} {job.role}: the process that compiled it was ended, most likely for want of "
-                "memory.",
+                f"{local.title}: the process that compiled it was ended, most likely for want of memory.",
                 "A model of 61 layers needs 2 GiB.",
             ) from None
 

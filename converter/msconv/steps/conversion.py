@@ -28,7 +28,6 @@ from msconv_runtime.errors import CheckpointError
 from ..checkpoint.directory import ShardFile
 from ..layout.plan import Plan
 from ..process import peak_rss_bytes
-from ..stream.blocks import Moved
 from ..stream.entries import source_files, weights_entry
 from ..stream.execute import Watch, execute
 from ..stream.journal import Journal
@@ -37,6 +36,7 @@ from ..stream.movers.threads import LocalThreads
 from ..stream.outputs import has_all_files
 from ..stream.source import Progress, Source
 from ..stream.task import Task
+from ..stream.transform import Moved
 from ..workspace.clearing import clear, clear_downloads, refuse_foreign
 from ..workspace.disk import disk_error
 from ..workspace.lock import exclusive
@@ -51,6 +51,7 @@ class Conversion:
 
     `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit.
     `model`: what the manifest will say, but for the digests of `shards`, which are known when they were read.
+    `notes`: what people should know of it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Conversion:
     jobs: int
     planned_memory_bytes: int
     download_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -201,7 +203,7 @@ def _finish(
 ) -> None:
     """Write everything but the weights; the manifest and READY last."""
     root, model = conversion.output, conversion.model
-    copy_files(conversion.auxiliary, root)
+    copied = copy_files(conversion.auxiliary, root)
     record_source(root, conversion.origin)
     record_identity(root, conversion.identity)
     if conversion.shards:
@@ -213,6 +215,7 @@ def _finish(
         parallel=conversion.parallel,
         weights=weights_entry(conversion.plan, moved, conversion.source_dtype, conversion.dropped),
         graphs=previous.graphs if previous else [],
+        files=copied,
     )
     publish(root, manifest)
     write_manifest(root, manifest)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from ..layout.cuts import make_mesh
-from ..layout.plan import make_plan
+from ..layout.planning import make_plan
 from ..location import Location, bytes_to_download
 from ..stream.entries import dropped_tensors
 from ..stream.execute import plan_memory
@@ -25,13 +26,15 @@ def prepare(
     jobs: int = 1,
     max_memory: int | None = None,
     delete_source: bool = False,
+    harmless: Collection[str] = (),
 ) -> Conversion:
     """Read headers and plan.  Moves nothing; of a repository, only small files are downloaded.
     `delete_source`: its shards go to the output's own directory and are deleted as their bytes are in place.
+    `harmless`: keys of config.json, on no list, that a person says change nothing.
     Raises any MsconvError there is to raise beforehand."""
     mesh = make_mesh(tp, ep)
     model.bring_small()
-    checkpoint = model.open_checkpoint()
+    checkpoint = model.open_checkpoint(harmless)
     origin = model.origin()
     plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, mesh, dtype)
     buffers, planned = plan_memory(plan, jobs, max_memory)
@@ -52,4 +55,5 @@ def prepare(
         jobs=jobs,
         planned_memory_bytes=planned,
         download_bytes=bytes_to_download(model, plan),
+        notes=checkpoint.notes,
     )

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from msconv_runtime.errors import PlanError
 
 from ..checkpoint.directory import Checkpoint
+from ..layout.checks import TP_CHOICES
 from ..layout.cuts import Mesh, make_mesh
 from ..layout.memory import DeviceMemory, kv_bytes_per_token
 from ..layout.model import expected_sources
-from ..layout.plan import TP_CHOICES, Plan, make_plan
+from ..layout.plan import Plan
+from ..layout.planning import make_plan
 from ..location import Location, bytes_to_download
 from ..stream.execute import plan_memory
 from ..workspace.names import default_output
@@ -48,13 +51,14 @@ def estimate(
     context: int,
     batch: int,
     device_bytes: int | None,
+    harmless: Collection[str] = (),
 ) -> Estimate:
     """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
     mesh = make_mesh(tp, ep)
-    checkpoint = model.open_configuration()
+    checkpoint = model.open_configuration(harmless)
     assumed = not model.has_weights()
     if not assumed:
-        checkpoint = model.open_checkpoint()
+        checkpoint = model.open_checkpoint(harmless)
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     sources = checkpoint.tensors
     if assumed:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from msconv_runtime.artifact import Artifact
-from msconv_runtime.artifact.weights import check_size
+from msconv_runtime.artifact.files import check_size
+from msconv_runtime.artifact.served import refuse_wrong_files
 from msconv_runtime.errors import ArtifactError
 
 from ..checkpoint.directory import AUXILIARY
 from ..checkpoint.reference import configuration
-from ..families import FAMILIES
+from ..families import family_named
 from ..layout.cuts import Mesh, make_mesh
-from ..layout.model import TensorInfo, expected_sources
-from ..layout.plan import Plan, make_plan
+from ..layout.model import Table, TensorInfo, expected_sources
+from ..layout.plan import Plan
+from ..layout.planning import make_plan
 from ..stream.artifact_source import ArtifactFiles, file_states
 from ..stream.execute import plan_memory
 from ..stream.outputs import RankFiles
@@ -34,9 +36,11 @@ def prepare(
     for file in weights.files:
         check_size(root / file.path, file.size)
     config = configuration(artifact)
-    table = next(f for f in FAMILIES if f.name == manifest.model.family).table
+    table = _table(artifact)
     old = _plan_of(artifact)
     plan = make_plan(table, config.sizes(), old.sources, mesh, weights.dtype)
+    refuse_wrong_files(artifact)
+    recorded = [f.name for f in manifest.files]
     buffers, planned = plan_memory(plan, jobs, max_memory)
     source = ArtifactFiles(root, old, weights, file_states(root, weights))
     output = output or default_output(manifest.model.source, tp, ep)
@@ -48,7 +52,7 @@ def prepare(
         identity=identify([weights.digest, *map(str, source.files)], manifest.model.config_digest, plan),
         reads=root,
         origin=recorded_source(root) or recordable(root),
-        auxiliary=[root / n for n in AUXILIARY if (root / n).is_file()],
+        auxiliary=[root / n for n in recorded or AUXILIARY if (root / n).is_file()],
         dropped=weights.dropped,
         source_dtype=weights.source_dtype,
         jobs=jobs,
@@ -56,11 +60,21 @@ def prepare(
     )
 
 
+def _table(artifact: Artifact) -> Table:
+    family = family_named(artifact.manifest.model.family)
+    if family is None:
+        raise ArtifactError(
+            f"{artifact.root}: this version has no family {artifact.manifest.model.family}.",
+            "Reshard it with the version that converted it, or convert the checkpoint again.",
+        )
+    return family.table
+
+
 def _plan_of(artifact: Artifact) -> Plan:
     """The plan the artifact was written by, made again and held against its manifest."""
     manifest, weights = artifact.manifest, artifact.weights
     mesh, config = Mesh(artifact.tp, artifact.ep), configuration(artifact)
-    table = next(f for f in FAMILIES if f.name == manifest.model.family).table
+    table = _table(artifact)
     own = {t.name: t.dtype for t in weights.tensors}
     sources = expected_sources(table, config.sizes(), weights.dtype, own)
     plan = make_plan(table, config.sizes(), sources, mesh, weights.dtype)

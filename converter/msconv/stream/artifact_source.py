@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Weights, digest_of
 from msconv_runtime.artifact.integrity import tensor_digest
+from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.errors import ArtifactError
 
-from ..layout import dtypes
 from ..layout.cuts import Box, matrix
+from ..layout.files import file_name
 from ..layout.model import TensorInfo
-from ..layout.plan import Move, Plan, file_name
-from ..quant.kernels import turn
-from .blocks import pad_hash
+from ..layout.plan import Move, Plan
+from ..quant.kernels import transpose
+from .rank_parts import pad_hash
 from .source import Source, SourceLocation, read_exactly
 
-TURN_BYTES = 1 << 20  # of a turned part, read at a time
+TRANSPOSE_BYTES = 1 << 20  # of a transposed part, read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +74,14 @@ class ArtifactSource(Source):
 
     def read(self, info: TensorInfo, begin: int, out: memoryview) -> None:
         """Rows [begin, begin + len(out)) of the tensor, both whole rows, in bytes: whole heads where rows change
-        places within them, all rows where matrices are turned over."""
+        places within them, all rows where matrices are transposed."""
         _, cols = matrix(info.shape)
-        item = dtypes.SIZES[info.dtype]
+        item = DTYPES[info.dtype].nbytes
         first = begin // (cols * item)
         rows = np.frombuffer(out, f"u{item}").reshape(-1, cols)
         for move in self.plan.moves[info.name]:
-            if move.column >= 0:
-                self._read_turned(info, move, rows)
+            if move.is_transposed:
+                self._read_transposed(info, move, rows)
             else:
                 self._read_rows(info, move, first, rows)
 
@@ -103,16 +104,16 @@ class ArtifactSource(Source):
                 piece = heads[:, np.argsort(order)].reshape(piece.shape)
             place[:, box.col : box.col + box.cols] = piece
 
-    def _read_turned(self, info: TensorInfo, move: Move, rows: NDArray[Any]) -> None:
+    def _read_transposed(self, info: TensorInfo, move: Move, rows: NDArray[Any]) -> None:
         """Parts are [in, out]: some of their rows at a time become columns."""
-        _, inner, width = self.plan.tensors[move.tensor].shape
-        step = max(1, TURN_BYTES // (width * rows.itemsize))
+        inner, width = self.plan.part_matrix(move)
+        step = max(1, TRANSPOSE_BYTES // (width * rows.itemsize))
         for rank, box, _ in self._owners(info, move):
             for at in range(0, inner, step):
                 piece = np.empty((min(step, inner - at), width), rows.dtype)
                 self._read(rank, move, at * width * rows.itemsize, piece.reshape(-1).view(np.uint8).data)
                 place = rows[box.row : box.row + box.rows, box.col + at : box.col + at + len(piece)]
-                turn(piece[:, move.column : move.column + box.rows], place)
+                transpose(piece[:, move.column : move.column + box.rows], place)
 
     def release(self, info: TensorInfo) -> None:
         for move in self.plan.moves[info.name]:

@@ -16,9 +16,10 @@ from msconv_runtime.artifact import (
 )
 
 from ..checkpoint.directory import ShardFile
+from ..layout.files import file_name
 from ..layout.names import fold
-from ..layout.plan import Plan, constant_bytes, file_name
-from .blocks import Moved
+from ..layout.plan import Plan
+from .transform import Moved
 
 
 def weights_entry(plan: Plan, moved: Mapping[str, Moved], source_dtype: str, dropped: list[Dropped]) -> Weights:
@@ -54,6 +55,7 @@ def weights_entry(plan: Plan, moved: Mapping[str, Moved], source_dtype: str, dro
     return Weights(
         dtype=plan.dtype,
         source_dtype=source_dtype,
+        quant=plan.quant,
         digest=digest_of(f.digest for f in files),
         files=files,
         tensors=entries,
@@ -73,7 +75,7 @@ def _tensor_digests(plan: Plan, moved: Mapping[str, Moved]) -> list[list[str]]:
         row = []
         for rank in plan.mesh.ranks:
             if i in constants:
-                row.append(digest_of([digest_bytes(constant_bytes(plan, constants[i], rank))]))
+                row.append(digest_of([digest_bytes(plan.constant_bytes(constants[i], rank))]))
             else:
                 row.append(digest_of(digests[i, part, rank] for part in range(len(tensor.parts))))
         per_rank.append(row)
@@ -83,7 +85,7 @@ def _tensor_digests(plan: Plan, moved: Mapping[str, Moved]) -> list[list[str]]:
 def source_files(shards: Mapping[str, ShardFile], plan: Plan, moved: Mapping[str, Moved]) -> list[SourceFile]:
     """The checkpoint's shards: each digest is of its header and of the tensors that were read, in file order."""
     digests: dict[str, list[str]] = {n: [f.header_digest] for n, f in shards.items()}
-    for name in sorted((*plan.moves, *plan.scales.values()), key=lambda n: plan.sources[n].offset):
+    for name in sorted(plan.read_names, key=lambda n: plan.sources[n].offset):
         digests[plan.sources[name].file].append(moved[name].source_digest)
     return [SourceFile(n, f.size, digest_of(digests[n])) for n, f in sorted(shards.items())]
 

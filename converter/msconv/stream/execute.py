@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from msconv_runtime.errors import ArtifactError, ResourceError
 
 from ..layout.plan import Plan
-from .blocks import BufferSizes, Moved, buffer_sizes
+from .buffers import BufferSizes, buffer_sizes
 from .journal import Journal
 from .movers import Mover, Moving
 from .outputs import allocate
 from .source import Progress, Source
 from .task import Opened, Task, Unit
+from .transform import Moved
 
 BLOCK_BYTES = 1 << 20  # stays in the processor cache between read and write: measured 1.2x of 16 MiB
 SMALLEST_BLOCK = 256 << 10

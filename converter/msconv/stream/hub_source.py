@@ -15,8 +15,8 @@ from ..checkpoint.headers import PREFIX_BYTES, header_length
 from ..checkpoint.hub import Repository
 from ..checkpoint.transfer import Cancelled, Progress
 from ..layout.model import TensorInfo
-from .blocks import Stopped
 from .source import DirectorySource, Source, SourceLocation
+from .transform import Stopped
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from msconv_runtime.errors import PlanError
 
 from ..workspace.names import JOURNAL
 from ..workspace.state import Identity
-from .blocks import Moved
+from .transform import Moved
 
 
 class _Line(msgspec.Struct, frozen=True):

@@ -17,7 +17,9 @@ from pathlib import Path
 from msconv_runtime.artifact import sync_directory
 from msconv_runtime.errors import MsconvError
 
-from ..layout.plan import Constant, Plan, constant_bytes, file_name
+from ..layout.constants import Constant
+from ..layout.files import file_name
+from ..layout.plan import Plan
 from ..workspace.disk import disk_error, out_of_space
 
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: start writing dirty pages out, do not wait
@@ -148,7 +150,7 @@ class Outputs:
         """Put a small tensor in which ranks differ at its place."""
         tensor = plan.tensors[constant.tensor]
         header = len(plan.files[tensor.file].header)
-        self.write(rank, tensor.file, header + tensor.begin, memoryview(constant_bytes(plan, constant, rank)))
+        self.write(rank, tensor.file, header + tensor.begin, memoryview(plan.constant_bytes(constant, rank)))
 
     def sync(self) -> None:
         """Everything written so far is on the disk; its pages leave the page cache."""

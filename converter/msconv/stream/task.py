@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..layout.plan import Plan
-from .blocks import BufferSizes
+from .buffers import BufferSizes
 from .outputs import Outputs, RankFiles
 from .source import Source, SourceLocation
 

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from msconv_runtime.artifact import Artifact, Graph, GraphInput
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.paging import Sequences, attention_mask
-from msconv_runtime.roles import DECODE, PREFILL, VERIFY, Role, graph_for, of_variant
+from msconv_runtime.roles import DECODE, LOGITS, PREFILL, ROLES, VERIFY, Role, graph_for, of_variant
 from msconv_runtime.targets import target_named
 
 from ..graph.spec import TP_GROUP
-from .interpreter import Interpreter, join
-from .kernels import Context
-from .mindir import Node, Program, parse
+from ..mindir.interpreter import Interpreter, join
+from ..mindir.kernels import Context
+from ..mindir.program import Node, Program, parse
 
 PAGE = 16
 SMALL_BYTES = 64 << 20
@@ -46,7 +46,7 @@ class RankFiles:
                     self._where |= dict.fromkeys(opened.keys(), path)
 
     def get(self, name: str, declared: torch.dtype | None) -> torch.Tensor:
-        """In exact mode stored values widened to float32; else cast to the type the graph declares."""
+        """In exact mode stored values in float32; else cast to the type the graph declares."""
         if name in self._cache:
             return self._cache[name]
         if name not in self._where:
@@ -99,33 +99,43 @@ class Lockstep:
     def has_all_tokens(self) -> bool:
         return VERIFY.name in self.programs
 
-    def prefill(self, prompts: list[list[int]]) -> NDArray[np.float32]:
-        self.sequences = Sequences(len(prompts), self.page)
+    def begin(self, count: int) -> None:
+        """Start over with so many empty sequences."""
+        self.sequences = Sequences(count, self.page)
         self.caches = []
-        return self._step(PREFILL, prompts)
+
+    def prefill(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+        self.begin(len(prompts))
+        return self._logits(PREFILL, prompts)
 
     def extend(self, tokens: list[list[int]]) -> NDArray[np.float32]:
-        return self._step(PREFILL, tokens)
+        return self._logits(PREFILL, tokens)
 
     def decode(self, tokens: list[int]) -> NDArray[np.float32]:
-        return self._step(DECODE, [[t] for t in tokens])
+        return self._logits(DECODE, [[t] for t in tokens])
 
     def extend_all(self, tokens: list[list[int]]) -> NDArray[np.float32]:
         """Logits of every new token, [T, V]: verification of drafts."""
-        return self._step(VERIFY, tokens)
+        return self._logits(VERIFY, tokens)
 
-    def _step(self, asked: Role, tokens: list[list[int]]) -> NDArray[np.float32]:
+    def _logits(self, asked: Role, tokens: list[list[int]]) -> NDArray[np.float32]:
+        return self.run(asked, tokens).get(LOGITS, np.zeros((0, 0), np.float32))
+
+    def run(self, asked: Role, tokens: list[list[int]]) -> dict[str, NDArray[np.float32]]:
+        """Append tokens to each sequence.  The outputs of rank 0, by name, of the graph that answers `asked`; none
+        where only the first layers run."""
         batch = self.sequences.advance(tokens)
         self._reserve(self.sequences.num_pages)
         inputs: list[torch.Tensor] = [torch.from_numpy(a.copy()) for a in batch.arrays]
-        role = graph_for(self.graphs, asked, batch).role
+        graph = graph_for(self.graphs, asked, batch)
         if self.target.mask is not None:
-            mask = attention_mask(role == PREFILL.name, batch, self.target.mask)
+            mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(torch.from_numpy(mask).to(self.context.keep(self.context.dtype)))
         stop = f"model.layers.{self.layers}.input_layernorm.weight" if self.layers else ""
-        out = self.interpreter.run(self.programs[role], [[*inputs, *caches] for caches in self.caches], stop)
+        out = self.interpreter.run(self.programs[graph.role], [[*inputs, *caches] for caches in self.caches], stop)
         self.probes, self.apart = out.probes, max(self.apart, out.apart)
-        return out.logits[0] if out.logits else np.zeros((0, 0), np.float32)
+        found = out.outputs[0] if out.outputs else []
+        return {output.name: value for output, value in zip(graph.outputs, found, strict=False)}
 
     def _reserve(self, pages: int) -> None:
         shapes = [i.shape for i in self._cache_inputs]
@@ -146,8 +156,13 @@ class Lockstep:
 
 
 def check_declared(artifact: Artifact, graph: Graph, program: Program) -> None:
-    """The parameters of the file are those of its manifest entry, and have the shapes of the stored weights."""
+    """The file has the parameters and as many outputs as its manifest entry says; the parameters have the shapes
+    of the stored weights."""
     path = artifact.root / graph.path
+    if program.num_outputs != len(graph.outputs):
+        raise VerificationFailed(
+            f"{path}: has {program.num_outputs} outputs, its manifest entry names {len(graph.outputs)}."
+        )
     stored = {t.name: tuple(t.shape) for t in artifact.weights.tensors}
     listed = {p.name: (p.dtype, tuple(p.shape)) for p in graph.reads}
     for name, (dtype, shape) in program.declared.items():

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msconv_runtime import claims
 from msconv_runtime.artifact import Artifact, Verified
 from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.native import library
+from msconv_runtime.kernels import library
 from msconv_runtime.roles import COMPILED, of_variant
 from msconv_runtime.targets import Target, target_named
 
@@ -129,7 +130,7 @@ def _half_precision(
 def _candidate(artifact: Artifact, target: Target, layers: int, variant: str = "") -> Candidate:
     """One CPU rank runs for real, in MindSpore, where it has what the variant needs; several ranks, and Ascend's
     graphs, in the interpreter."""
-    runs_here = target.is_cpu and artifact.tp == 1 and not layers
+    runs_here = target.device.is_host and artifact.tp == 1 and not layers
     if runs_here and (variant != COMPILED or library().path is not None):
         from msconv_runtime import Session
 
@@ -154,6 +155,8 @@ def _record(root: Path, target: Target, entry: Verified | None) -> None:
         kept = [v for v in before if v.target != target.name] + ([entry] if entry else [])
         if sorted(kept, key=lambda v: v.target) != before:
             artifact.changed(verified=sorted(kept, key=lambda v: v.target))
+        if entry:
+            claims.note(entry)
 
 
 def _coverage(artifact: Artifact, target: Target) -> tuple[list[str], list[str]]:

@@ -1,11 +1,12 @@
 """The reference: transformers' model on the source checkpoint, float32, on the CPU, one layer in memory at a time.
 
 Weights are read here, apart from the family tables: by the names that transformers' modules have, experts and
-FP8 as published.  What a module wants and the checkpoint lacks is an error.
+quantised matrices as published.  What a module wants and the checkpoint lacks is an error.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFa
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
 from ..checkpoint.reference import REPOSITORY
-from ..layout.dtypes import FP8
-from ..layout.model import SCALE
+from ..families import Family
 from ..location import open_reference
+from ..quant import format_of
 from ..workspace.state import recorded_source
 from .routing import closeness
 
@@ -55,7 +56,7 @@ class Reference:
         """`bound`: the manifest with the types in which a server binds the weights, if that rounds once more."""
         try:
             import torch
-            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers import AutoModelForCausalLM
             from transformers.utils import logging as transformers_logging
         except ImportError as e:
             raise EnvironmentProblem(
@@ -64,7 +65,7 @@ class Reference:
         transformers_logging.set_verbosity_error()  # our own words say what is compared
         transformers_logging.disable_progress_bar()
         self.layers = layers
-        checkpoint = open_checkpoint(root)
+        checkpoint = open_checkpoint(root, harmless=manifest.model.harmless)
         if checkpoint.config_digest != manifest.model.config_digest:
             raise VerificationFailed(
                 f"{root}: is another model than the artifact was built from ({manifest.model.source}): "
@@ -75,9 +76,9 @@ class Reference:
         self._torch = torch
         self.weights = SourceWeights(checkpoint, [manifest, *([bound] if bound else [])])
         self.moe = checkpoint.config.moe
-        config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+        config = _configuration(root, checkpoint.family)
         if getattr(config, "quantization_config", None):
-            del config.quantization_config  # FP8 is widened by SourceWeights
+            del config.quantization_config  # codes are dequantised by SourceWeights
         if layers:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
@@ -171,7 +172,7 @@ class Reference:
 
 
 class SourceWeights:
-    """A checkpoint's tensors by the names of transformers' modules, widened to float32."""
+    """A checkpoint's tensors by the names of transformers' modules, in float32."""
 
     def __init__(self, checkpoint: Checkpoint, manifests: list[Manifest]) -> None:
         """Values are rounded to the types of each manifest in turn."""
@@ -185,7 +186,7 @@ class SourceWeights:
 
         if name == "lm_head.weight" and self.checkpoint.config.tied:
             name = "model.embed_tokens.weight"
-        if name in self.checkpoint.tensors:
+        if self.checkpoint.find(name):
             return self._one(name)
         if like is not None and not like.numel():  # no shared experts: an MLP of width 0
             return torch.empty(like.shape)
@@ -202,24 +203,38 @@ class SourceWeights:
     def _one(self, name: str) -> Any:
         import torch
 
-        value = self._read(name)
-        if self.checkpoint.tensors[name].dtype == FP8:
-            rows, columns = self.checkpoint.config.block
-            scale = self._read(name + SCALE).repeat_interleave(rows, 0)[: len(value)]
-            value *= scale.repeat_interleave(columns, 1)[:, : value.shape[1]]
-        for by_name, default in self.types:
-            value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
-        return value
+        def rounds(value: Any) -> Any:
+            for by_name, default in self.types:
+                value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
+            return value
+
+        self._require(name)
+        stored = format_of(name, self.checkpoint.tensors, self.checkpoint.config.formats)
+        return stored.reference(name, self._read, rounds) if stored else rounds(self._read(name))
+
+    def _require(self, name: str) -> Any:
+        info = self.checkpoint.find(name)
+        if info is None:
+            raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
+        return info
 
     def _read(self, name: str) -> Any:
+        """A tensor in float32."""
         import torch
         from safetensors import safe_open
 
-        if name not in self.checkpoint.tensors:
-            raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
-        path = self.checkpoint.files[self.checkpoint.tensors[name].file].path
-        with safe_open(path, framework="pt") as opened:  # kept open, its pages stay in memory
-            return opened.get_tensor(name).to(torch.float32, copy=True)
+        info = self._require(name)
+        with safe_open(self.checkpoint.files[info.file].path, framework="pt") as opened:  # kept open, pages stay
+            return opened.get_tensor(self.checkpoint.stored.get(name, name)).to(torch.float32, copy=True)
+
+
+def _configuration(root: Path, family: Family) -> Any:
+    """The configuration of the class that transformers has for the family: a model may be published under a type
+    that it does not know."""
+    from transformers import CONFIG_MAPPING
+
+    raw = json.loads((root / "config.json").read_text())
+    return CONFIG_MAPPING[family.name].from_dict({**raw, "model_type": family.name})
 
 
 def source_of(root: Path, given: str | Path | None) -> Path:

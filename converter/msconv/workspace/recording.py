@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from msconv_runtime.artifact import Manifest, Model, replace_file
+from msconv_runtime.artifact import File, Manifest, Model, replace_file
+from msconv_runtime.artifact.served import describe_file
 
 from ..checkpoint.directory import Checkpoint
 
@@ -21,10 +22,15 @@ def model_of(checkpoint: Checkpoint, parameters: int) -> Model:
         config_digest=checkpoint.config_digest,
         commit=checkpoint.commit,
         parameters=parameters,
+        harmless=sorted(checkpoint.harmless),
     )
 
 
-def copy_files(paths: Iterable[Path], root: Path) -> None:
-    """Put configuration and tokenizer into the artifact, durably."""
+def copy_files(paths: Iterable[Path], root: Path) -> list[File]:
+    """Copy what a server reads besides weights and graphs, and describe each for the manifest."""
+    files = []
     for path in paths:
-        replace_file(root / path.name, path.read_bytes())
+        entry, data = describe_file(path)
+        replace_file(root / path.name, data)
+        files.append(entry)
+    return files

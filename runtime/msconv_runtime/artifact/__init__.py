@@ -16,8 +16,8 @@ from .directory import (
 )
 from .manifest import (
     FORMAT,
-    ITEM_BYTES,
     Dropped,
+    File,
     Graph,
     GraphInput,
     GraphOutput,
@@ -39,12 +39,12 @@ from .opened import Artifact
 
 __all__ = [
     "FORMAT",
-    "ITEM_BYTES",
     "MANIFEST",
     "READY",
     "STATE_DIR",
     "Artifact",
     "Dropped",
+    "File",
     "Graph",
     "GraphInput",
     "GraphOutput",

@@ -12,13 +12,16 @@ import os
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .codec import contradiction, decode_manifest, encode_manifest
+from .codec import decode_manifest, encode_manifest
+from .consistency import contradiction
+from .files import read_file
 from .manifest import Manifest, digest_bytes
 
 MANIFEST = "msconv.json"
 READY = "READY"
 STATE_DIR = ".msconv"  # journal, lock, local paths: never part of what the artifact promises
 MAX_MANIFEST_BYTES = 256 << 20
+MAX_READY_BYTES = 4096
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system says that has no such call
 
 logger = logging.getLogger(__name__)
@@ -47,9 +50,7 @@ def read_manifest(root: str | os.PathLike[str]) -> Manifest:
             f"{str(root)[:300]}: no such directory.", "`msconv convert --model <dir> --tp N` makes an artifact."
         )
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ArtifactError(f"{path}: {path.stat().st_size} bytes is too large for a manifest.")
-        data = path.read_bytes()
+        data = read_file(path, MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         if (root / STATE_DIR).is_dir():
             raise ArtifactError(
@@ -64,12 +65,14 @@ def read_manifest(root: str | os.PathLike[str]) -> Manifest:
         raise ArtifactError(f"{path}: cannot be read: {e.strerror}.") from None
     manifest = decode_manifest(data, str(path))
     try:
-        ready = (root / READY).read_text("utf-8", "replace").split()
+        ready = read_file(root / READY, MAX_READY_BYTES).decode("utf-8", "replace").split()
     except FileNotFoundError:
         raise ArtifactError(
             f"{root}: {READY} is missing: the artifact was never finished.",
             "Run the same `msconv convert` again: it resumes.",
         ) from None
+    except OSError as e:
+        raise ArtifactError(f"{root / READY}: cannot be read: {e.strerror}.") from None
     if digest_bytes(data) not in ready:
         raise ArtifactError(
             f"{root}: {MANIFEST} is not the one that {READY} vouches for: it was changed or half copied.",

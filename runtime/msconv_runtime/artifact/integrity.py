@@ -10,9 +10,11 @@ from pathlib import Path
 import xxhash
 
 from ..errors import ArtifactError, MsconvError
+from ..mindir_check import refusal
+from .files import check_size, read_sized
 from .manifest import TensorEntry, WeightFile, Weights, digest_bytes, digest_of
 from .opened import Artifact
-from .weights import check_size
+from .served import wrong_files
 
 _BLOCK = 8 << 20
 SOME = 20  # places that a message names
@@ -42,7 +44,8 @@ def check_artifact(
 
 
 def check_graphs(artifact: Artifact) -> list[Damage]:
-    """Sizes of all files and the bytes of the graphs: little to read, enough to doubt a proof by."""
+    """Sizes of all files, the bytes of the graphs, whether they are graphs of ours, and the bytes of what a server
+    reads besides: little to read, enough to doubt a proof by."""
     damage: list[Damage] = []
     root, manifest = artifact.root, artifact.manifest
     for file in manifest.weights.files if manifest.weights else ():
@@ -52,12 +55,14 @@ def check_graphs(artifact: Artifact) -> list[Damage]:
             damage.append(Damage(file.path, "", e.message))
     for graph in manifest.graphs:
         try:
-            check_size(root / graph.path, graph.size)
-            if digest_bytes((root / graph.path).read_bytes()) != graph.digest:
-                damage.append(Damage(graph.path, "", "digest differs"))
+            data = read_sized(root / graph.path, graph.size)
         except ArtifactError as e:
             damage.append(Damage(graph.path, "", e.message))
-    return damage
+            continue
+        same = digest_bytes(data) == graph.digest
+        if problem := refusal(data, graph, artifact.tp) if same else "digest differs":
+            damage.append(Damage(graph.path, "", problem))
+    return damage + [Damage(name, "", problem) for name, problem in wrong_files(artifact)]
 
 
 def check_file(

@@ -10,8 +10,6 @@ import xxhash
 
 FORMAT = 2
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1}  # what weights may be stored as
-
 InputKind = Literal["batch", "mask", "cache"]
 
 
@@ -31,6 +29,7 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     commit: str = ""
     parameters: int = 0
     files: list[SourceFile] = []
+    harmless: list[str] = []  # keys of config.json that a person said change nothing
 
 
 class Parallel(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -202,7 +201,17 @@ class Rehearsed(msgspec.Struct, frozen=True, omit_defaults=True):
     msconv: str = ""
 
 
+class File(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A file beside weights and graphs that a server reads: configuration, tokenizer, chat template."""
+
+    name: str
+    size: int
+    digest: str
+
+
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`files`: empty in artifacts of before files had digests."""
+
     format: int
     tool: str
     model: Model
@@ -211,6 +220,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     graphs: list[Graph] = []
     verified: list[Verified] = []
     rehearsed: list[Rehearsed] = []
+    files: list[File] = []
 
     def graphs_for(self, target: str) -> list[Graph]:
         return [g for g in self.graphs if g.target == target]

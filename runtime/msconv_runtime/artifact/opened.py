@@ -11,6 +11,7 @@ import msgspec
 from ..errors import ArtifactError
 from ..roles import can_serve, of_variant
 from .directory import read_manifest, write_manifest
+from .files import read_file
 from .manifest import Graph, Manifest, Weights, digest_bytes
 
 CONFIG = "config.json"
@@ -63,9 +64,7 @@ class Artifact:
         """The model's config.json.  Raises ArtifactError if it is not the one that the artifact was made from."""
         path = self.root / CONFIG
         try:
-            if path.stat().st_size > MAX_CONFIG_BYTES:
-                raise ArtifactError(f"{path}: {path.stat().st_size} bytes is too large for this file.")
-            data = path.read_bytes()
+            data = read_file(path, MAX_CONFIG_BYTES)
         except OSError as e:
             raise ArtifactError(f"{path}: cannot be read: {e.strerror}.", "Copy the artifact again.") from None
         if digest_bytes(data) != self.manifest.model.config_digest:

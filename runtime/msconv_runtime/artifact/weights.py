@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES, is_float
 from ..errors import ArtifactError
+from .files import check_size
 from .opened import Artifact
 
 LoadMode = Literal["mmap", "read"]
-
-_STORED = {"float32": "<f4", "float16": "<f2", "int32": "<i4", "bfloat16": "<u2"}
 
 
 class RankWeights:
@@ -38,7 +38,7 @@ class RankWeights:
         """Stored values, no copy.  bfloat16 comes as its bits, uint16."""
         entry = self.tensors[name]
         data = self._files[entry.file][entry.begin : entry.begin + entry.nbytes]
-        return data.view(_STORED[entry.dtype]).reshape(entry.shape)
+        return data.view(DTYPES[entry.dtype].array).reshape(entry.shape)
 
     def array(self, name: str, dtype: str) -> tuple[NDArray[Any], bool]:
         """The tensor as `dtype`, and whether that took a cast.  bfloat16 comes as its bits, uint16.
@@ -53,31 +53,12 @@ class RankWeights:
             wide = raw.astype(np.uint32)
             wide <<= 16
             return wide.view(np.float32), True
-        if "int32" in (dtype, entry.dtype):
+        if not (is_float(dtype) and is_float(entry.dtype)):
             raise ArtifactError(
                 f"{name}: stored as {entry.dtype}, wanted as {dtype}.", "Run `msconv compile` on it again."
             )
-        cast = raw.view(_values(entry.dtype)).astype(_values(dtype))
-        return cast.view(_STORED[dtype]), True
-
-
-def _values(dtype: str) -> Any:
-    from ml_dtypes import bfloat16
-
-    return bfloat16 if dtype == "bfloat16" else np.dtype(_STORED[dtype])
-
-
-def check_size(path: Path, size: int) -> None:
-    """Raises ArtifactError if a file is missing or has another size than the manifest says."""
-    try:
-        found = path.stat().st_size
-    except OSError as e:
-        raise ArtifactError(f"{path}: {e.strerror}.", "Copy the artifact again, or convert again.") from None
-    if found != size:
-        raise ArtifactError(
-            f"{path}: has {found} bytes, the manifest says {size}.",
-            "Copy the artifact again, or convert again with --force.",
-        )
+        cast = raw.view(DTYPES[entry.dtype].numpy).astype(DTYPES[dtype].numpy)
+        return cast.view(DTYPES[dtype].array), True
 
 
 def _load(path: Path, mode: LoadMode) -> NDArray[np.uint8]:

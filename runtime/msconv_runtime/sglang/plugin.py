@@ -8,23 +8,18 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
-import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
+from .requests import check_request
 
 PACKAGE = "msconv_runtime.sglang"
 SLOT = "MindSporeForCausalLM"  # the class that SGLang looks for under --model-impl mindspore
 MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
-NOT_ANSWERED = {  # fields of a request: the graphs take tokens and give logits
-    "input_embeds": "take no embeddings",
-    "positional_embed_overrides": "take no embeddings",
-    "return_hidden_states": "give no hidden states",
-}
 logger = logging.getLogger(__name__)
 
 
@@ -99,11 +94,11 @@ def _threads() -> int:
 
 def _make_pool(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
     """On a CPU the KV pool's memory is only reserved here: filling it takes longer than loading an artifact."""
-    from . import cpu
+    from . import pool
 
     if runner.device != "cpu" or not (_slot_is_ours() and is_artifact(runner.model_config.model_path)):
         return original(runner, *args, **kwargs)
-    with cpu.reserved_zeros():
+    with pool.reserved_zeros():
         return original(runner, *args, **kwargs)
 
 
@@ -124,56 +119,23 @@ def _load_beside(
 ) -> None:
     """An artifact of one rank loads while SGLang makes its pools; the server is not ready before both are done."""
     from ..graphs import Place
-    from . import cpu, preload
+    from ..serving import loading
+    from . import pool
 
     root = Path(server_args.model_path)
     if _slot_is_ours() and server_args.model_impl == "mindspore" and is_artifact(root):
-        preload.begin(root)
+        loading.begin(root)
     original(scheduler, server_args, *args, **kwargs)
-    if preload.has_begun(root):
-        preload.finish(Artifact(root), Place())
-    cpu.populate_reserved()
+    if loading.has_begun(root):
+        loading.finish(Artifact(root), Place())
+    pool.populate_reserved()
 
 
 def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
-    """What the graphs cannot answer: it would end the process that runs them, or be missing from the answer.  The
-    client gets a 400.
-
-    No tokens, or such that no row of the embedding stands for; log probabilities of the prompt, which need all
-    its logits, or of more tokens than there are; NOT_ANSWERED.
-    """
-    if not _is_served(manager.model_path):
-        return
-    for field, why in NOT_ANSWERED.items():
-        if (value := getattr(obj, field, None)) is not None and value is not False:
-            raise ValueError(f"{field}: the graphs of an artifact {why}.  Leave it out.")
-    tokens = () if input_ids is None else input_ids
-    if input_ids is not None and not len(tokens):
-        raise ValueError(
-            "The prompt has no tokens: its text is empty, or the artifact has no tokenizer; then serve it with "
-            "`-- --skip-tokenizer-init` and send input_ids."
-        )
-    size = manager.model_config.vocab_size
-    sampling = getattr(obj, "sampling_params", None) or {}
-    for field, some in (("input_ids", tokens), ("stop_token_ids", sampling.get("stop_token_ids") or ())):
-        for token in some:
-            if not _is_one_of(token, size):
-                raise ValueError(f"{field} has the token {token!r}; the model's are 0 to {size - 1}.")
-    if (most := getattr(obj, "top_logprobs_num", None) or 0) > size:
-        raise ValueError(f"top_logprobs_num is {most}; the model has {size} tokens.")
-    start = getattr(obj, "logprob_start_len", None)
-    if getattr(obj, "return_logprob", False) and start not in (None, -1) and start < len(tokens):
-        raise ValueError(
-            f"logprob_start_len {start} asks for log probabilities of the prompt: here are those of generated "
-            "tokens only.  Leave it out."
-        )
-
-
-def _is_one_of(token: Any, size: int) -> bool:
-    try:
-        return 0 <= operator.index(token) < size
-    except TypeError:
-        return False
+    """A 400 to the client for what the graphs cannot answer: it would end the process that runs them, or be
+    missing from the answer."""
+    if _is_served(manager.model_path):
+        check_request(obj, input_ids, manager.model_config.vocab_size)
 
 
 async def _refuse_weights(
@@ -194,9 +156,9 @@ def _is_served(path: str) -> bool:
 
 def _add_state(reply: Any, *args: Any, **kwargs: Any) -> Any:
     """What /server_info says of an artifact: how it started, and what has been compiled since."""
-    from . import preload
+    from ..serving import loading
 
-    if found := preload.state():
+    if found := loading.state():
         reply.internal_state["msconv"] = found
     return reply
 

@@ -19,13 +19,17 @@ from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get
 from sglang.srt.runtime_context import get_model, get_parallel, get_schedule
 
 from ..artifact import Artifact, GraphInput, is_artifact
+from ..artifact.served import refuse_wrong_files
 from ..errors import ArtifactError, EnvironmentProblem
 from ..graphs import Graphs, Place
 from ..paging import Batch, Ints
+from ..serving import loading
+from ..serving.settings import Settings
 from ..targets import Target, target_named
-from . import cpu, preload
-from .collectives import find_groups
-from .launch import Settings, pool_problems
+from . import pool
+from .flags import pool_problems
+from .groups import find_groups
+from .upstream_names import NoMask, complete
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +41,8 @@ class MindSporeForCausalLM(upstream.MindSporeForCausalLM):
         self.is_artifact = _artifact_of(config) is not None
         if self.is_artifact:
             if not upstream._is_npu:
-                cpu.complete(upstream)
-            upstream.LowerTriangularMask = cpu.NoMask
+                complete(upstream)
+            upstream.LowerTriangularMask = NoMask
         super().__init__(config=config, quant_config=quant_config, prefix=prefix)
 
     def get_arch(self, config: Any) -> Any:
@@ -68,6 +72,7 @@ class ArtifactModel(nn.Cell):
         root = _artifact_of(config)
         assert root is not None
         self.artifact = Artifact(root)
+        refuse_wrong_files(self.artifact)
         self.num_layers = config.num_hidden_layers
         settings = Settings.read()
         target = target_named(settings.target)
@@ -88,18 +93,18 @@ class ArtifactModel(nn.Cell):
             raise EnvironmentProblem(
                 f"{self.artifact.root}: is loaded, and takes no other weights.", "Start another server."
             )
-        if not preload.has_begun(self.artifact.root):
-            self.graphs = preload.finish(self.artifact, self.place)
+        if not loading.has_begun(self.artifact.root):
+            self.graphs = loading.finish(self.artifact, self.place)
 
     def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
         """Logits [B, V] float32 of each sequence's last token, a torch tensor."""
         if self.graphs is None:
-            self.graphs = preload.finish(self.artifact, self.place)
+            self.graphs = loading.finish(self.artifact, self.place)
         if not self.caches:
             self.caches = self._map_pool(self.graphs)
         batch = batch_of(input_ids, positions, forward_batch, self.graphs.page)
         run = self.graphs.prefill if forward_batch.forward_mode.is_extend() else self.graphs.decode
-        with cpu.at_work():
+        with pool.at_work():
             logits = run(batch, self.caches)
         if self.graphs.compiles_since_ready > self.compiles:
             self.compiles = self.graphs.compiles_since_ready
@@ -109,8 +114,8 @@ class ArtifactModel(nn.Cell):
     def _map_pool(self, graphs: Graphs) -> list[Any]:
         """SGLang's KV pool as graph inputs: the same memory as [pages, page, K, D].  Two a layer, k0 v0 k1 v1 ...,
         or one where both come from the same latent."""
-        pool = get_token_to_kv_pool()
-        getters = [pool.get_key_buffer, pool.get_value_buffer][: len(graphs.caches) // self.num_layers]
+        servers = get_token_to_kv_pool()
+        getters = [servers.get_key_buffer, servers.get_value_buffer][: len(graphs.caches) // self.num_layers]
         wanted = graphs.caches[0].shape[2:]
         caches = []
         for layer in range(self.num_layers):

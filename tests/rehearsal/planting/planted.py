@@ -145,14 +145,14 @@ ROOT: list[Any] = []
 
 def another_group() -> None:
     """Of the same ranks, but with a communicator of its own."""
-    from msconv_runtime.sglang import collectives
+    from msconv_runtime.sglang import groups
 
-    real = collectives.find_groups
+    real = groups.find_groups
 
     def planted(*args: Any) -> dict[str, str]:
         return dict.fromkeys(real(*args), "world:0")
 
-    collectives.find_groups = planted
+    groups.find_groups = planted
 
 
 def cast_too_much() -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from ..blocks import Moved
 from ..source import Progress
 from ..task import Opened, Task, Unit
+from ..transform import Moved
 
 __all__ = ["Mover", "Moving"]
 

@@ -7,9 +7,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..blocks import Buffers, Moved, Stopped, Work, move_unit
+from ..buffers import Buffers
 from ..source import Progress
 from ..task import Opened, Task, Unit
+from ..transform import Moved, Stopped, Work, move_unit
 from . import Mover, Moving
 
 

@@ -88,9 +88,9 @@ class _Graph:
     """A loaded graph of one rank."""
 
     def __init__(self, ms: Any, cell: Any, data: bytes, groups: dict[str, Communicator]) -> None:
-        from msconv.verify.interpreter import Interpreter
-        from msconv.verify.kernels import Context
-        from msconv.verify.mindir import parse_bytes
+        from msconv.mindir.interpreter import Interpreter
+        from msconv.mindir.kernels import Context
+        from msconv.mindir.program import parse_bytes
         from msconv_runtime.artifact import digest_bytes
 
         self._ms, self._cell, self._groups = ms, cell, groups
@@ -145,8 +145,10 @@ class _Graph:
             RECORD.call(about | {"error": f"{type(e).__name__}: {e}"}, tensors)
             raise
         tensors |= {f"probe {name}": torch.from_numpy(values) for name, values in step.probes.items()}
-        RECORD.call(about, tensors | {"logits": torch.from_numpy(step.logits[0])})
-        return self._ms.Tensor(step.logits[0])
+        (outputs,) = step.outputs
+        RECORD.call(about, tensors | {"logits": torch.from_numpy(outputs[0])})
+        found = tuple(self._ms.Tensor(output) for output in outputs)
+        return found[0] if len(found) == 1 else found
 
     def _compile(self, inputs: tuple[Any, ...]) -> None:
         """MindSpore compiles once for each set of shapes, in which all sizes of a free dimension are one."""
@@ -168,7 +170,7 @@ class _Graph:
             )
 
     def _collective(self, node: Any, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        from msconv.verify.interpreter import join
+        from msconv.mindir.interpreter import join
 
         name = node.attributes["group"]
         assert name in self._groups, (

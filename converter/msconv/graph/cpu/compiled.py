@@ -1,0 +1,197 @@
+"""CPU operations as compiled kernels: one graph for prompts and for decoding, matrices in their stored type.
+
+The kernels' C++ is in msconv_runtime.kernels, and is built where the graph runs.  Here a kernel is a name and the
+shape of its result: exporting needs no compiler.  Routing, rotations and the writing of caches stay MindSpore's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+from mindspore.ops import CustomRegOp, DataType
+
+from msconv_runtime.kernels import LIBRARY
+
+from ...families.attention import Attention
+from ..matrix import Matrix
+from ..parameters import DTYPES, parameter
+from ..spec import Local
+from .attention import Angles, Rotation
+from .latent import Absorbed
+from .plain import PlainOperations
+from .steps import CompiledStep
+
+STORED = ("float32", "bfloat16")  # what kernels multiply with as it is stored; all else is read as float32
+
+
+def kernel(name: str, shape: Callable[..., Any], inputs: int, outputs: int = 1) -> Any:
+    """The primitive of a compiled kernel.  `shape` takes the inputs' shapes, with -1 where they are dynamic."""
+    info = CustomRegOp(name)
+    for i in range(inputs):
+        info = info.input(i, f"x{i}", "required")
+    for i in range(outputs):
+        info = info.output(i, f"y{i}", "required")
+    info = info.dtype_format(*[DataType.None_None] * (inputs + outputs)).target("CPU")
+    dtype = ms.float32 if outputs == 1 else (ms.float32,) * outputs
+    return ops.Custom(f"{LIBRARY}:{name}", shape, dtype, "aot", reg_info=info.get_op_info())
+
+
+class CompiledOperations(PlainOperations):
+    """Ragged sequences, in kernels."""
+
+    def begin(self) -> nn.Cell:
+        return Begin(self.local)
+
+    def stored_type(self, name: str) -> Any:
+        stored = self.local.types.get(name, "")
+        return DTYPES[stored] if stored in STORED else self.dtype
+
+    def product(self) -> Any:
+        return kernel("Product", lambda x, weight: [x[0], weight[0]], 2)
+
+    def rows(self) -> Any:
+        return kernel("Rows", lambda table, ids: [ids[0], table[1]], 2)
+
+    def norm(self, name: str, width: int, eps: float) -> nn.Cell:
+        return Norm(name, width, eps)
+
+    def add_norm(self, name: str, width: int) -> nn.Cell:
+        return AddNorm(name, width, self.local.config.eps)
+
+    def swiglu(self, width: int) -> nn.Cell:
+        return Swiglu(width)
+
+    def split_heads(self, prefix: str, spec: Attention) -> nn.Cell:
+        return SplitHeads(prefix, spec, self.local.config.eps)
+
+    def attend(self, spec: Attention) -> nn.Cell:
+        return Attend()
+
+    def attend_latent(self, prefix: str, spec: Attention) -> nn.Cell:
+        return AttendLatent(self.local, spec, self.latent_matrices(prefix))
+
+    def experts(self, prefix: str) -> nn.Cell:
+        return Experts(self.expert_matrices(prefix), self.expert_start)
+
+    def last_tokens(self) -> nn.Cell:
+        return LastTokens()
+
+
+class Begin(nn.Cell):
+    """Gives a step as CompiledStep names it."""
+
+    def __init__(self, local: Local) -> None:
+        super().__init__()
+        self.rotation = Angles(local) if local.config.mla is None else Rotation(local)
+
+    def construct(self, inputs: Any) -> Any:
+        _, positions, slots, tables, context_lens, q_lens = inputs[:6]
+        cos, sin = self.rotation(positions)
+        last = ops.cast(ops.cumsum(q_lens, 0), ms.int32) - 1
+        return cos, sin, slots, tables, context_lens, q_lens, last
+
+
+class Norm(nn.Cell):
+    def __init__(self, name: str, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = parameter(name, (width,), ms.float32)
+        self.eps = Tensor([eps], ms.float32)
+        self.run = kernel("Norm", lambda x, *_: x, 3)
+
+    def construct(self, x: Any) -> Any:
+        return self.run(x, self.weight, self.eps)
+
+
+class AddNorm(nn.Cell):
+    def __init__(self, name: str, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = parameter(name, (width,), ms.float32)
+        self.eps = Tensor([eps], ms.float32)
+        self.run = kernel("AddNorm", lambda delta, x, *_: (x, x), 4, 2)
+
+    def construct(self, delta: Any, x: Any) -> Any:
+        return self.run(delta, x, self.weight, self.eps)
+
+
+class Swiglu(nn.Cell):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.run = kernel("Swiglu", lambda x: [x[0], width], 1)
+
+    def construct(self, x: Any) -> Any:
+        return self.run(x)
+
+
+class SplitHeads(nn.Cell):
+    """q [T, H, D], scaled for the softmax; k and v as rows of the cache, [T, 1, K, D]."""
+
+    def __init__(self, prefix: str, spec: Attention, eps: float) -> None:
+        super().__init__()
+        heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
+        self.q_norm = parameter(prefix + "q_norm.weight", (dim,), ms.float32)
+        self.k_norm = parameter(prefix + "k_norm.weight", (dim,), ms.float32)
+        self.factors = Tensor([spec.scale] * heads + [1.0] * kv_heads, ms.float32)
+        self.eps = Tensor([eps], ms.float32)
+
+        def shapes(qkv: Any, *_: Any) -> Any:
+            rows = [qkv[0], 1, kv_heads, dim]
+            return [qkv[0], heads, dim], rows, rows
+
+        self.run = kernel("SplitHeads", shapes, 7, 3)
+
+    def construct(self, qkv: Any, step: Any) -> Any:
+        return self.run(
+            qkv, self.q_norm, self.k_norm, step[CompiledStep.COS], step[CompiledStep.SIN], self.factors, self.eps
+        )
+
+
+class Attend(nn.Cell):
+    """To everything cached up to each token's own position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = kernel("Attend", lambda q, *_: [q[0], q[1] * q[2]], 6)
+
+    def construct(self, q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, step: Any) -> Any:
+        return self.run(
+            q,
+            k_cache,
+            v_cache,
+            step[CompiledStep.TABLES],
+            step[CompiledStep.CONTEXT_LENS],
+            step[CompiledStep.Q_LENS],
+        )
+
+
+class AttendLatent(Absorbed):
+    """All heads read the cache of latents as their keys and as their values."""
+
+    def __init__(self, local: Local, spec: Attention, matrices: tuple[Matrix, Matrix]) -> None:
+        super().__init__(local, spec, matrices)
+        self.attend = Attend()
+
+    def construct(self, q_nope: Any, q_rope: Any, latent: Any, k_rope: Any, cache: Any, step: Any) -> Any:
+        q = self.into_latents(q_nope, q_rope)
+        mixed = self.attend(q, latent, k_rope, cache, cache, step).reshape(-1, self.heads, self.latent)
+        return self.out_of_latents(mixed)
+
+
+class Experts(nn.Cell):
+    """Each expert's tokens gathered and multiplied; experts of other ranks are passed over."""
+
+    def __init__(self, matrices: tuple[Matrix, Matrix], start: Any | None) -> None:
+        super().__init__()
+        self.gate_up, self.down = matrices
+        self.start = Tensor([0], ms.int32) if start is None else start
+        self.run = kernel("Experts", lambda h, *_: h, 6)
+
+    def construct(self, h: Any, weights: Any, ids: Any) -> Any:
+        return self.run(h, weights, ids, self.start, self.gate_up.values(), self.down.values())
+
+
+class LastTokens(nn.Cell):
+    def construct(self, h: Any, step: Any) -> Any:
+        return ops.gather(h, step[CompiledStep.LAST], 0)

@@ -1,1 +1,0 @@
-"""Operations, one file a target.  All offer what `base.Ops` names."""

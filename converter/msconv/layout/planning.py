@@ -1,0 +1,124 @@
+"""Making a plan.  Pure: from a weight table, sizes and headers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from msconv_runtime.dtypes import DTYPES
+from msconv_runtime.errors import PlanError
+
+from .checks import common_dtype, coverage, divisions, dropped_sources, mixtures, other_layout
+from .constants import RANK_CONSTANTS, Constant, constants_for
+from .cuts import Mesh, part_shape
+from .files import PART_BYTES, place
+from .model import Sizes, Table, TensorInfo, expand
+from .plan import Move, Plan
+from .stored import Tensor, formats_of, tensors_of
+
+
+def make_plan(
+    table: Table,
+    sizes: Sizes,
+    sources: Mapping[str, TensorInfo],
+    mesh: Mesh,
+    dtype: str | None = None,
+    part_bytes: int = PART_BYTES,
+) -> Plan:
+    """Plan a conversion.  Raises PlanError that lists every missing, unused, misshapen or indivisible tensor.
+    `dtype` None keeps the sources' own; matrices that are decoded take that of the others."""
+    outputs = expand(table, sizes)
+    formats = formats_of(outputs, sizes, sources)
+    used = {name for o in outputs for _, name in o.sources}
+    used |= {c for name, chosen in formats.items() for c in chosen.companions(name)}
+    dropped = dropped_sources(table, sizes, sources, used)
+    errors = coverage(outputs, sizes, sources, formats, dropped)
+    is_damaged = bool(errors)
+    source_dtype = common_dtype(outputs, sources, formats, dtype, errors)
+    mixed = mixtures(outputs, formats)
+    errors += mixed + divisions(outputs, sizes, mesh)
+    if is_damaged:
+        hint = (
+            "The files are whole: downloading them again gives the same.  Check that config.json belongs to these "
+            "weights, and that this model is one that msconv converts."
+        )
+        raise PlanError("\n".join(errors), hint)
+    if errors:
+        hint = "Quantise them alike, or leave all of them out." if mixed else other_layout(outputs, sizes, mesh)
+        raise PlanError("\n".join(errors), hint)
+
+    draft = _Draft(sizes, mesh, dtype or source_dtype)
+    for output in outputs:
+        for tensor in tensors_of(output, sizes, sources, formats):
+            if tensor.width:
+                draft.add_stacked(tensor)
+            else:
+                draft.add(tensor)
+    draft.add_constants()
+    placed, files = place(draft.tensors, part_bytes)
+    return Plan(
+        mesh=mesh,
+        sizes=sizes,
+        dtype=draft.dtype,
+        source_dtype=next((f.element for f in formats.values() if not f.is_kept), source_dtype),
+        tensors=placed,
+        files=files,
+        moves={name: tuple(moves) for name, moves in draft.moves.items()},
+        units=tuple(draft.units),
+        formats=formats,
+        sources=sources,
+        constants=tuple(draft.constants),
+        dropped=dropped,
+        vocab=draft.vocab,
+    )
+
+
+@dataclass
+class _Draft:
+    """Tensors (name, element type, shape, bytes of parts) one after the other, and what moves into them."""
+
+    sizes: Sizes
+    mesh: Mesh
+    dtype: str
+    tensors: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    moves: dict[str, list[Move]] = field(default_factory=dict)
+    units: dict[tuple[str, ...], None] = field(default_factory=dict)
+    constants: list[Constant] = field(default_factory=list)
+    vocab: tuple[int, int] = (0, 0)
+
+    def add(self, tensor: Tensor) -> None:
+        """Pieces joined along rows."""
+        dtype, shapes = tensor.dtype or self.dtype, self._shapes(tensor)
+        for i, piece in enumerate(tensor.pieces):
+            self.moves.setdefault(piece.source, []).append(Move(len(self.tensors), i, piece.cut))
+            self.units[(piece.source,)] = None
+            if piece.cut.pad:
+                self.vocab = (piece.shape[0], shapes[i][0] * self.mesh.tp)
+        joined = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
+        item = DTYPES[dtype].nbytes
+        self.tensors.append((tensor.name, dtype, joined, tuple(math.prod(s) * item for s in shapes)))
+
+    def add_stacked(self, tensor: Tensor) -> None:
+        """Of each of a rank's experts, its pieces transposed, side by side."""
+        dtype, shapes, width = tensor.dtype or self.dtype, self._shapes(tensor), tensor.width
+        local = self.sizes.experts // self.mesh.ep
+        for i, piece in enumerate(tensor.pieces):
+            owner, slot = divmod(i // width, local)
+            column = sum(s[0] for s in shapes[i // width * width : i])
+            self.moves.setdefault(piece.source, []).append(Move(len(self.tensors), slot, piece.cut, owner, column))
+        names = [piece.source for piece in tensor.pieces]
+        self.units |= dict.fromkeys(tuple(names[i : i + width]) for i in range(0, len(names), width))
+        shape = (*reversed(shapes[0][1:]), sum(s[0] for s in shapes[:width]))
+        nbytes = math.prod(shape) * DTYPES[dtype].nbytes
+        self.tensors.append((tensor.name, dtype, (local, *shape), (nbytes,) * local))
+
+    def add_constants(self) -> None:
+        for kind, shape in constants_for(self.mesh).items():
+            self.constants.append(Constant(len(self.tensors), kind))
+            dtype = RANK_CONSTANTS[kind]
+            self.tensors.append((kind, dtype, shape, (math.prod(shape) * DTYPES[dtype].nbytes,)))
+
+    def _shapes(self, tensor: Tensor) -> list[tuple[int, ...]]:
+        """Of one rank's part of each piece."""
+        return [part_shape(p.cut, p.shape, self.mesh, self.sizes.dims) for p in tensor.pieces]

@@ -1,0 +1,154 @@
+"""The interpreter: a parsed graph executed node by node, for one rank or for several together.
+
+Knows no file and no server: weights and collectives come from whoever runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from msconv_runtime.errors import VerificationFailed
+
+from .kernels import KERNELS, Context
+from .program import Node, Program
+
+COLLECTIVES = {"AllReduce": {"group", "op", "index", "fusion", "no_eliminate"}}
+COLLECTIVES["AllGather"] = {"group", "rank_size", "index", "fusion", "no_eliminate"}
+
+
+class Weights(Protocol):
+    """One rank's weights, in the type that the interpreter computes in."""
+
+    def get(self, name: str, declared: torch.dtype | None) -> torch.Tensor: ...
+
+
+Collective = Callable[
+    [Node, list[torch.Tensor]], list[torch.Tensor]
+]  # each rank's part in, each rank's result out
+
+
+@dataclass
+class Step:
+    """What a run gave.  `outputs[rank]`: the graph's, in order; none if it was stopped.  `probes[name]`: the
+    output of that norm, rank 0, [T, hidden].  `apart`: how far ranks differ where they must be the same."""
+
+    outputs: list[list[NDArray[np.float32]]]
+    probes: dict[str, NDArray[np.float32]]
+    apart: float
+
+
+class Interpreter:
+    """Executes programs for the ranks whose `weights` it was given."""
+
+    def __init__(self, context: Context, weights: Sequence[Weights], collective: Collective) -> None:
+        self.context, self.weights, self._collective = context, weights, collective
+
+    def run(self, program: Program, inputs: list[list[torch.Tensor]], stop: str = "") -> Step:
+        """Execute for all ranks; not further than the norm whose weight is `stop`.  Raises VerificationFailed
+        naming the node that cannot be run."""
+        if len(program.inputs) != len(inputs[0]):
+            raise VerificationFailed(
+                f"the graph takes {len(program.inputs)} inputs, its manifest describes {len(inputs[0])}."
+            )
+        values: list[dict[str, Any]] = [dict(zip(program.inputs, given, strict=True)) for given in inputs]
+        probes: dict[str, NDArray[np.float32]] = {}
+        apart = 0.0
+        for i, node in enumerate(program.nodes):
+            results = self._node(node, program, values)
+            for env, result in zip(values, results, strict=True):
+                env[node.output] = result
+            if _is_probe(node):
+                normed = [_first(r).float() for r in results]
+                probes[node.parameter.removesuffix(".weight")] = normed[0].numpy()
+                apart = max(apart, _apart(normed))
+                if node.parameter == stop:
+                    return Step([], probes, apart)
+            for name in node.inputs:
+                if program.last_use[name] == i and name != program.output:
+                    for env in values:
+                        env.pop(name, None)
+        found = [_all(env[program.output]) for env in values]
+        for of_ranks in zip(*found, strict=True):
+            apart = max(apart, _apart(list(of_ranks)))
+        return Step([[value.numpy() for value in of_rank] for of_rank in found], probes, apart)
+
+    def _node(self, node: Node, program: Program, values: list[dict[str, Any]]) -> list[Any]:
+        if node.kind == "Constant":
+            value = node.value
+            if isinstance(value, torch.Tensor):
+                value = value.to(self.context.keep(value.dtype))
+            return [value] * len(values)
+
+        def arguments(rank: int) -> list[Any]:
+            env = values[rank]
+            return [env[n] if n in env else self._weight(rank, program, n) for n in node.inputs]
+
+        if node.kind in COLLECTIVES:
+            check_collective(node)
+            return list(self._collective(node, [arguments(rank)[0] for rank in range(len(values))]))
+        kernel = KERNELS.get(node.kind)
+        if kernel is None:
+            raise VerificationFailed(f"{node.where}: the primitive {node.kind} is not known: it cannot be proved.")
+        if unknown := set(node.attributes) - kernel.attributes:
+            raise VerificationFailed(f"{node.where}: attributes {sorted(unknown)} are not known.")
+        try:
+            # rank by rank: of large weights only one rank's are in memory
+            return [kernel.run(self.context, node.attributes, *arguments(r)) for r in range(len(values))]
+        except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as e:
+            raise VerificationFailed(f"{node.where} cannot be run: {type(e).__name__}: {e}") from None
+
+    def _weight(self, rank: int, program: Program, name: str) -> torch.Tensor:
+        if name not in program.parameters:
+            raise VerificationFailed(f"the graph reads {name}, which nothing made.")
+        weight = program.parameters[name]
+        return self.weights[rank].get(weight, program.declared[weight][0])
+
+
+def check_collective(node: Node) -> None:
+    """Raises VerificationFailed for a collective with attributes that are not known, or that is no sum."""
+    if unknown := set(node.attributes) - COLLECTIVES[node.kind]:
+        raise VerificationFailed(f"{node.where}: attributes {sorted(unknown)} are not known.")
+    if node.kind == "AllReduce" and node.attributes.get("op") != "sum":
+        raise VerificationFailed(f"{node.where}: reduces by {node.attributes.get('op')!r}, not by sum.")
+
+
+def join(node: Node, parts: list[torch.Tensor]) -> torch.Tensor:
+    """What a collective gives every rank, from all ranks' parts in their order.  Sums are made in float32."""
+    if node.kind == "AllGather":
+        if node.attributes.get("rank_size") != len(parts):
+            raise VerificationFailed(
+                f"{node.where}: gathers {node.attributes.get('rank_size')} ranks of {len(parts)}."
+            )
+        return torch.cat(parts, 0)
+    return torch.stack([p.float() for p in parts]).sum(0).to(parts[0].dtype)
+
+
+def _apart(values: list[torch.Tensor]) -> float:
+    """Largest difference to the first; what is not a number differs without bound."""
+    worst = max(float((v - values[0]).abs().max()) if v.numel() else 0.0 for v in values)
+    return worst if worst == worst else float("inf")
+
+
+def _is_probe(node: Node) -> bool:
+    """Norms of the whole residual stream: after each attention and each MLP."""
+    if not node.kind.endswith(("RmsNorm", "AddRmsNorm", "Mul", ":Norm", ":AddNorm")):
+        return False
+    return node.parameter.endswith(
+        ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
+    )
+
+
+def _all(value: Any) -> list[torch.Tensor]:
+    """The outputs, in float32."""
+    return [v.float() for v in (value if isinstance(value, tuple) else (value,))]
+
+
+def _first(value: Any) -> torch.Tensor:
+    first: torch.Tensor = value[0] if isinstance(value, tuple) else value
+    return first

@@ -1,0 +1,104 @@
+"""Compiled kernels of CPU graphs, by what they promise: msconv_runtime/kernels/kernels.cc."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msconv_runtime.kernels import LIBRARY
+
+from .table import Context, kernel
+
+Attributes = dict[str, Any]
+EXPECTED = {"func_type": "aot", "cpp_infer_shape": True, "cpp_infer_type": True, "primitive_target": "CPU"}
+
+
+def compiled(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(c: Context, a: Attributes, *inputs: Any) -> Any:
+            if a != EXPECTED:
+                raise ValueError(f"{name}: attributes {a}, not {EXPECTED}")
+            return run(*inputs)
+
+        kernel(f"{LIBRARY}:{name}", attributes=tuple(EXPECTED))(checked)
+        return run
+
+    return register
+
+
+@compiled("Product")
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.float().T
+
+
+@compiled("Rows")
+def rows(table: Tensor, ids: Tensor) -> Tensor:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(table)):
+        raise IndexError(f"ids from {int(ids.min())} to {int(ids.max())} of {len(table)} rows")
+    return table[ids.long()].float()
+
+
+@compiled("Norm")
+def norm(x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@compiled("AddNorm")
+def add_norm(delta: Tensor, x: Tensor, weight: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + delta
+    return norm(total, weight, eps), total
+
+
+@compiled("Swiglu")
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@compiled("SplitHeads")
+def split_heads(
+    qkv: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, factors: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, dim = len(qkv), len(q_norm)
+    parts = qkv.reshape(tokens, -1, dim)
+    kv_heads = parts.shape[1] - len(factors)
+    heads = len(factors) - kv_heads
+    weights = torch.cat([q_norm.expand(heads, dim), k_norm.expand(kv_heads, dim)])
+    x = norm(parts[:, : len(factors)], weights, eps) * factors[:, None]
+    first, second = x.chunk(2, -1)
+    x = x * cos[:, None] + torch.cat([second, first], -1) * sin[:, None]
+    return x[:, :heads], x[:, None, heads:], parts[:, None, len(factors) :]
+
+
+@compiled("Attend")
+def attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, contexts: Tensor, counts: Tensor
+) -> Tensor:
+    heads, kv_heads = q.shape[1], k_cache.shape[2]
+    if heads % kv_heads or int(counts.sum()) != len(q) or bool((contexts < counts).any()):
+        raise ValueError(f"{heads} heads, {kv_heads} of keys; {counts.tolist()} of {contexts.tolist()} tokens")
+    out, first = torch.empty_like(q), 0
+    for table, context, count in zip(tables, contexts.tolist(), counts.tolist(), strict=True):
+        slots = table[:context].long()
+        k = k_cache[slots, 0].repeat_interleave(heads // kv_heads, 1)
+        v = v_cache[slots, 0].repeat_interleave(heads // kv_heads, 1)
+        scores = torch.einsum("thd,shd->hts", q[first : first + count], k)
+        beyond = torch.ones(count, context, dtype=torch.bool).triu(context - count + 1)
+        shares = scores.masked_fill(beyond, float("-inf")).softmax(-1)
+        out[first : first + count] = torch.einsum("hts,shd->thd", shares, v)
+        first += count
+    return out.reshape(len(q), -1)
+
+
+@compiled("Experts")
+def experts(h: Tensor, weights: Tensor, ids: Tensor, start: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    for expert in range(len(gate_up)):
+        tokens, places = (ids == expert + int(start)).nonzero(as_tuple=True)
+        if len(tokens):
+            y = swiglu(h[tokens] @ gate_up[expert].float()) @ down[expert].float()
+            out.index_add_(0, tokens, y * weights[tokens, places, None])
+    return out

@@ -1,0 +1,48 @@
+"""The table of kernels and what they may know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Context:
+    """`exact`: compute and keep float32 where the graph says bfloat16 or float16.  `dtype`: the graph's."""
+
+    exact: bool
+    dtype: torch.dtype
+
+    def keep(self, dtype: torch.dtype) -> torch.dtype:
+        """The type a value of `dtype` has in this mode."""
+        return torch.float32 if self.exact and dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`run(context, attributes, *inputs)`.  `attributes`: the names it obeys; others are an error."""
+
+    run: Callable[..., Any]
+    attributes: frozenset[str]
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(*names: str, attributes: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function for primitives of these names."""
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            KERNELS[name] = Kernel(run, frozenset(attributes))
+        return run
+
+    return register
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """Half types are computed in float32 and rounded once, as accelerators accumulate."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

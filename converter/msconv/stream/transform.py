@@ -1,0 +1,197 @@
+"""Moving source tensors: read once, decode, cut for every rank, transpose, cast, hash, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from msconv_runtime.dtypes import DTYPES
+
+from ..layout.cuts import Box, matrix
+from ..layout.plan import Move, Plan
+from ..quant.kernels import transpose
+from ..quant.record import Decoder
+from .buffers import Buffers, rows_together
+from .cutting import cast, cut_rows, too_large
+from .outputs import Outputs
+from .rank_parts import RankPart, rank_parts
+from .source import Source
+
+
+class Stopped(Exception):
+    """Another thread asked to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A source tensor that is in all its places.  `parts[(tensor, part, rank)]` = digest; those of a unit of
+    several are with its first."""
+
+    name: str
+    source_digest: str
+    parts: dict[tuple[int, int, int], str]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one worker has: `advance(bytes read)` after each block, `stopped()` before the next."""
+
+    plan: Plan
+    source: Source
+    outputs: Outputs
+    buffers: Buffers
+    advance: Callable[[int], None]
+    stopped: Callable[[], bool]
+
+    def go_on(self) -> None:
+        """Raises Stopped if another thread asked to stop."""
+        if self.stopped():
+            raise Stopped
+
+
+def move_unit(work: Work, unit: tuple[str, ...]) -> list[Moved]:
+    """Bring the sources of a unit to all their places."""
+    plan, source = work.plan, work.source
+    digests: dict[str, str] = {}
+    decoders = {n: d for n in unit if (d := _decoder(work, n, digests)) is not None}
+    is_transposed = plan.moves[unit[0]][0].is_transposed
+    places = (_transpose if is_transposed else _move_rows)(work, unit, decoders, digests)
+    parts = {place.key: place.digest() for place in places}
+    moved = []
+    for name in unit:
+        source.release(plan.sources[name])
+        moved.append(Moved(name, digests[name], parts if name == unit[0] else {}))
+        for companion in plan.decoded_with(name):
+            moved.append(Moved(companion, digests[companion], {}))
+            work.advance(plan.sources[companion].nbytes)
+    return moved
+
+
+def _decoder(work: Work, name: str, digests: dict[str, str]) -> Decoder | None:
+    """What makes values of this source's codes; its companions are read whole.  None: it is moved as it is."""
+    plan = work.plan
+    if not plan.is_decoded(name):
+        return None
+    companions = []
+    for info in (plan.sources[n] for n in plan.decoded_with(name)):
+        data = bytearray(info.nbytes)
+        work.source.read(info, 0, memoryview(data))
+        digests[info.name] = "xxh3:" + xxhash.xxh3_128_hexdigest(data)
+        companions.append(np.frombuffer(data, DTYPES[info.dtype].numpy).reshape(info.shape))
+    out = plan.tensors[plan.moves[name][0].tensor].dtype
+    return plan.formats[name].decoder(name, companions, DTYPES[out].numpy)
+
+
+def _move_rows(
+    work: Work, unit: tuple[str, ...], decoders: Mapping[str, Decoder], digests: dict[str, str]
+) -> list[RankPart]:
+    """A block of rows is read once, cut for every rank, cast, hashed and written."""
+    plan, buffers = work.plan, work.buffers
+    (name,) = unit
+    info = plan.sources[name]
+    rows, cols = matrix(info.shape)
+    pitch = cols * DTYPES[info.dtype].nbytes
+    places = [place for move in plan.moves[name] for place in rank_parts(plan, name, move)]
+    out = places[0].dtype
+    widest = cols * max(DTYPES[info.dtype].nbytes, DTYPES[out].nbytes)
+    together = rows_together(plan, name)
+    step = max(together, buffers.chunk_bytes // max(1, widest) // together * together)
+    hasher = xxhash.xxh3_128()
+    for row in range(0, rows if pitch else 0, step):
+        work.go_on()
+        count = min(step, rows - row)
+        raw = buffers.raw[: count * pitch]
+        work.source.read(info, row * pitch, raw.data)
+        hasher.update(raw.data)
+        block, dtype = raw, info.dtype
+        if name in decoders:
+            block, dtype = _decode(name, raw.reshape(count, cols), row, decoders[name], out, buffers), out
+        for place in places:
+            for box in place.boxes:
+                piece = cut_rows(block, dtype, cols, row, box, place, buffers, name)
+                if piece is not None:
+                    place.write(piece, work.outputs)
+        work.advance(len(raw))
+    digests[name] = "xxh3:" + hasher.hexdigest()
+    return places
+
+
+def _decode(
+    name: str, codes: NDArray[np.uint8], first: int, decoder: Decoder, dtype: str, buffers: Buffers
+) -> NDArray[np.uint8]:
+    decoder.check(codes)
+    size = codes.size * DTYPES[dtype].nbytes
+    out = buffers.decoded[:size].view(DTYPES[dtype].bits).reshape(codes.shape)
+    if lost := decoder.rows(codes, first, out):
+        raise too_large(name, lost, dtype)
+    return buffers.decoded[:size]
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A matrix of an expert, read whole, [out, in]: values or codes as words of their width."""
+
+    name: str
+    dtype: str
+    words: NDArray[Any]
+    decoder: Decoder | None
+    move: Move
+
+    def transpose(self, box: Box, first: int, count: int, out: NDArray[Any], dtype: str, buffers: Buffers) -> None:
+        """Columns [first, first + count) of the rows in `box` -> `out` [count, rows], of the type `dtype`."""
+        left = box.col + first
+        piece = self.words[box.row : box.row + box.rows, left : left + count]
+        if self.decoder is not None:
+            if lost := self.decoder.transposed(piece, box.row, left, out.view(DTYPES[dtype].bits)):
+                raise too_large(self.name, lost, dtype)
+        elif self.dtype == dtype:
+            transpose(piece, out.view(DTYPES[dtype].bits))
+        else:
+            size = piece.size * piece.itemsize
+            between = buffers.cut[:size].view(piece.dtype).reshape(count, box.rows)
+            transpose(piece, between)
+            cast(between.view(DTYPES[self.dtype].numpy), out, self.name)
+
+
+def _transpose(
+    work: Work, unit: tuple[str, ...], decoders: Mapping[str, Decoder], digests: dict[str, str]
+) -> list[RankPart]:
+    """One expert's matrices are read whole and written transposed, side by side: [in, out]."""
+    plan, buffers = work.plan, work.buffers
+    sources: list[_Whole] = []
+    begin = 0
+    for name in unit:
+        info = plan.sources[name]
+        raw = buffers.raw[begin : begin + info.nbytes]
+        begin += info.nbytes
+        work.source.read(info, 0, raw.data)
+        work.advance(len(raw))
+        digests[name] = "xxh3:" + xxhash.xxh3_128_hexdigest(raw.data)
+        words = raw.view(DTYPES[info.dtype].bits).reshape(matrix(info.shape))
+        decoder = decoders.get(name)
+        if decoder is not None:
+            decoder.check(words)
+        sources.append(_Whole(name, info.dtype, words, decoder, plan.moves[name][0]))
+    move = sources[0].move
+    dtype = plan.tensors[move.tensor].dtype
+    out = DTYPES[dtype].numpy
+    height, width = plan.part_matrix(move)
+    step = max(1, buffers.chunk_bytes // (width * max(out.itemsize, *(s.words.itemsize for s in sources))))
+    places = rank_parts(plan, unit[0], move)
+    for place in places:
+        boxes = [plan.boxes(s.name, s.move, place.rank)[0] for s in sources]
+        for first in range(0, height, step):
+            work.go_on()
+            count = min(step, height - first)
+            data = buffers.decoded[: count * width * out.itemsize]
+            block = data.view(out).reshape(count, width)
+            for source, box in zip(sources, boxes, strict=True):
+                columns = block[:, source.move.column : source.move.column + box.rows]
+                source.transpose(box, first, count, columns, dtype, buffers)
+            place.write(data, work.outputs)
+    return places

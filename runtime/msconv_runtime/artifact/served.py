@@ -1,0 +1,77 @@
+"""Files beside weights and graphs, such as tokenizer and chat template: a server reads them, so each has a digest.
+
+Artifacts of before files had digests record none; of those only config.json is vouched for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ArtifactError
+from .directory import MANIFEST, READY, STATE_DIR
+from .files import read_file, read_sized
+from .manifest import File, digest_bytes
+from .opened import Artifact
+
+OWN = {MANIFEST, READY, "report.html", "README.md", ".gitattributes"}  # read by no server, or vouched for
+READ = re.compile(  # what SGLang, transformers or Python would open in a model's directory
+    r".*\.(json|jinja|model|tiktoken|py|pyc|so|safetensors|bin|pt|pth|ckpt|gguf|npz|msgpack|h5)|merges.txt|vocab.txt",
+    re.ASCII | re.IGNORECASE | re.DOTALL,
+)
+MOST_FILE_BYTES = 256 << 20
+MOST_NAMED = 50
+
+
+def describe_file(path: Path) -> tuple[File, bytes]:
+    """The manifest's entry of a file, and its bytes.  Raises ArtifactError, OSError."""
+    data = read_file(path, MOST_FILE_BYTES)
+    return File(path.name, len(data), digest_bytes(data)), data
+
+
+def wrong_files(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    """Name and problem of each file that is not what the manifest says, or that it does not say and a server would
+    read.  None in an artifact of before files had digests."""
+    listed = {file.name: file for file in artifact.manifest.files}
+    for name, file in listed.items():
+        try:
+            if digest_bytes(read_sized(artifact.root / name, file.size)) != file.digest:
+                yield name, "digest differs"
+        except ArtifactError as e:
+            yield name, e.message
+    if listed:
+        for name in other_files(artifact):
+            if is_read(name):
+                yield name, "is not in the manifest, and a server would read it"
+
+
+def is_read(name: str) -> bool:
+    """Whether a file of this name would be opened by a server that is given the directory."""
+    return READ.fullmatch(Path(name).name) is not None
+
+
+def other_files(artifact: Artifact) -> list[str]:
+    """Files that the manifest does not name, sorted, at most `MOST_NAMED`; without what msconv writes besides."""
+    manifest = artifact.manifest
+    known = {f.name for f in manifest.files} | {g.path for g in manifest.graphs} | OWN
+    known |= {f.path for f in manifest.weights.files} if manifest.weights else set()
+    found = []
+    for directory, below, names in os.walk(artifact.root):
+        below[:] = sorted(b for b in below if (Path(directory), b) != (artifact.root, STATE_DIR))
+        places = (str(Path(directory, name).relative_to(artifact.root)) for name in sorted(names))
+        found += [place for place in places if place not in known]
+        if len(found) >= MOST_NAMED:
+            break
+    return found[:MOST_NAMED]
+
+
+def refuse_wrong_files(artifact: Artifact) -> None:
+    """Raises ArtifactError naming files that are not what the manifest says: before they are read."""
+    if wrong := list(wrong_files(artifact)):
+        places = "\n".join(f"  {name}: file: {problem}" for name, problem in wrong)
+        raise ArtifactError(
+            f"{artifact.root}: its files are not those the manifest describes:\n{places}",
+            "Copy the artifact again, or convert again with --force.",
+        )

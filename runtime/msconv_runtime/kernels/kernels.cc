@@ -1,0 +1,622 @@
+// The operations of the CPU's compiled graphs.  MindSpore calls them as custom operations: pointers, ranks, shapes and
+// type names of all inputs, then of all outputs; a non-zero return fails the step.
+//
+// Shape legend: T tokens, B sequences, S positions a row of the block table, H heads, K kv heads, D head_dim.
+// Activations and caches are float32; weights of products are float32 or bfloat16.
+#include <cmath>
+#include <cstdlib>
+#include <initializer_list>
+#include <new>
+#include <vector>
+
+#include "pool.h"
+#include "vector.h"
+
+namespace mindspore {
+class AotExtra;
+}
+typedef std::vector<int64_t> Shape;
+typedef std::vector<Shape> Shapes;
+typedef std::vector<int> Types;  // MindSpore's TypeId
+
+namespace {
+
+constexpr int FLOAT32 = 43;              // TypeId of float32
+constexpr int64_t SERIAL = 16384;        // elements below which threads cost more than they bring
+constexpr int64_t FEW_ROWS = 10;         // up to here a weight is multiplied as it lies in memory
+constexpr int64_t DEPTH = 256;           // of a packed panel: 64 KB, which a second-level cache keeps
+constexpr int64_t QUERIES = 24;          // rows of queries that share one pass over keys and values
+constexpr int64_t FEW_QUERIES = 8;       // up to here keys and values are read where they lie
+constexpr int64_t BLOCK = 512;           // columns of an expert's matrix at once: long runs of memory
+constexpr int64_t STEP = 32;             // rows of it
+constexpr int64_t EXPERT_TOKENS = 1024;  // at once through the experts: bounds their memory
+
+enum Failure { UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2, OUT_OF_MEMORY = 3, WRONG_SHAPE = 4 };  // what an operation returns
+constexpr int64_t MOST = int64_t(1) << 48;  // elements of one tensor: their bytes can still be counted
+constexpr int64_t ANY = -1;
+
+// What a graph gives an operation.  Graphs come from strangers: nothing is read or written before it was checked.
+struct Arguments {
+  int count;
+  void** data;
+  int* ranks;
+  int64_t** shapes;
+  const char** types;
+  // Whether argument i is there, with this type ("" for float32 or bfloat16) and shape; ANY is any size.
+  bool has(int i, const char* type, std::initializer_list<int64_t> shape) const {
+    if (i >= count || !ranks || !shapes || !shapes[i] || !types || !types[i]) return false;
+    if (ranks[i] != int(shape.size())) return false;
+    int64_t most = MOST, axis = 0;
+    bool empty = false;
+    for (int64_t wanted : shape) {
+      const int64_t n = shapes[i][axis++];
+      if (n < 0 || n > most || (wanted != ANY && n != wanted)) return false;
+      most /= std::max(n, int64_t(1));
+      empty |= n == 0;
+    }
+    if (*type ? !is(i, type) : !is(i, "float32") && !is(i, "bfloat16")) return false;
+    return empty || (data && data[i]);
+  }
+  template <class V>
+  V* at(int i) const { return static_cast<V*>(data[i]); }
+  int64_t size(int i, int axis) const { return shapes[i][axis < 0 ? ranks[i] + axis : axis]; }
+  bool is(int i, const char* type) const { return strcmp(types[i], type) == 0; }
+};
+
+// Memory from a multiple of 64 bytes on: a vector across two cache lines loads at half speed.
+class Floats {
+ public:
+  explicit Floats(size_t count = 0) { reserve(count); }
+  Floats(const Floats&) = delete;
+  ~Floats() { free(data_); }
+  // Room for so many; what was there is lost if there was not.
+  float* reserve(size_t count) {
+    if (count > count_) {
+      free(data_);
+      count_ = 0;
+      const size_t whole = (count + LANES - 1) / LANES * LANES;
+      data_ = static_cast<float*>(aligned_alloc(64, whole * sizeof(float)));
+      if (!data_) throw std::bad_alloc();
+      count_ = whole;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  size_t count_ = 0;
+};
+
+// y[r * width + j] = x[r * ldx] . w[j] for `R` rows of x and `N` of w.  `ahead`: what follows the rows of w, in elements.
+template <int R, int N, class W>
+INLINE void dots(const float* x, int64_t ldx, const W* const* w, int64_t ahead, float* y, int64_t depth,
+                 int64_t width) {
+  f32x16 s[R][N] = {};
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    f32x16 v[N];
+    for (int j = 0; j < N; j++) {
+      if (ahead) __builtin_prefetch(w[j] + ahead + k, 0, 2);  // to the second-level cache: the first waits for few
+      v[j] = load(w[j] + k);
+    }
+    for (int r = 0; r < R; r++) {
+      f32x16 u = load(x + r * ldx + k);
+      for (int j = 0; j < N; j++) s[r][j] += u * v[j];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) {
+      float total = sum(s[r][j]);
+      for (int64_t i = k; i < depth; i++) total += x[r * ldx + i] * single(w[j] + i);
+      y[r * width + j] = total;
+    }
+}
+
+template <int N, class W>
+INLINE void dots_of(int64_t rows, const float* x, int64_t ldx, const W* const* w, int64_t ahead, float* y,
+                    int64_t depth, int64_t width) {
+  while (rows > 0) {
+    int64_t tiles = (rows + 4) / 5, r = (rows + tiles - 1) / tiles;  // 8 rows: two times four
+    switch (r) {
+      case 1: dots<1, N>(x, ldx, w, ahead, y, depth, width); break;
+      case 2: dots<2, N>(x, ldx, w, ahead, y, depth, width); break;
+      case 3: dots<3, N>(x, ldx, w, ahead, y, depth, width); break;
+      case 4: dots<4, N>(x, ldx, w, ahead, y, depth, width); break;
+      default: dots<5, N>(x, ldx, w, ahead, y, depth, width); break;
+    }
+    rows -= r, x += r * ldx, y += r * width;
+  }
+}
+
+template <class W>
+void few_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
+  parallel_for(width / 4, SERIAL / depth, [&](int64_t begin, int64_t end) {
+    for (int64_t n = 4 * begin; n < 4 * end; n += 4) {
+      const W* some[4] = {w + n * depth, w + (n + 1) * depth, w + (n + 2) * depth, w + (n + 3) * depth};
+      dots_of<4>(rows, x, depth, some, 4 * depth, y + n, depth, width);
+    }
+  });
+  for (int64_t n = width / 4 * 4; n < width; n++) {
+    const W* one = w + n * depth;
+    dots_of<1>(rows, x, depth, &one, 0, y + n, depth, width);
+  }
+}
+
+// to[k][64] = rows[64][k] for `depth` of k: rows become columns.
+template <class W>
+void columns_of(const W* const* rows, int64_t depth, float* to) {
+  for (int64_t j = 0; j < COLUMNS; j += LANES) {
+    int64_t k = 0;
+    for (; k + LANES <= depth; k += LANES) {
+      const W* some[LANES];
+      for (int i = 0; i < LANES; i++) some[i] = rows[j + i] + k;
+      transpose(some, to + k * COLUMNS + j, COLUMNS);
+    }
+    for (; k < depth; k++)
+      for (int i = 0; i < LANES; i++) to[k * COLUMNS + j + i] = single(rows[j + i] + k);
+  }
+}
+
+template <class W>
+void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
+  const int64_t tiles = (rows + TILE - 1) / TILE;
+  Floats shared(tiles * TILE * depth);
+  float* tiled = shared.reserve(0);  // [parts of depth][tiles][part][TILE]: read in order
+  parallel_for(tiles, SERIAL / depth / TILE, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      for (int64_t k = 0; k < depth; k += DEPTH) {
+        const int64_t deep = std::min(DEPTH, depth - k), count = std::min(TILE, rows - i * TILE);
+        float* to = tiled + (k * tiles + i * deep) * TILE;
+        for (int64_t r = 0; r < count; r++)
+          for (int64_t d = 0; d < deep; d++) to[d * TILE + r] = x[(i * TILE + r) * depth + k + d];
+      }
+  });
+  Pool::one().run((width + COLUMNS - 1) / COLUMNS, [&](int64_t part) {
+    static thread_local Floats memory;
+    const int64_t n = part * COLUMNS, count = std::min(COLUMNS, width - n);
+    float* packed = memory.reserve((DEPTH + rows) * COLUMNS);
+    float* out = count == COLUMNS ? y + n : packed + DEPTH * COLUMNS;
+    const int64_t stride = count == COLUMNS ? width : COLUMNS;
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+      const int64_t deep = std::min(DEPTH, depth - k);
+      const W* columns[COLUMNS];  // past the last: that one again, to be left out
+      for (int64_t j = 0; j < COLUMNS; j++) columns[j] = w + (n + std::min(j, count - 1)) * depth + k;
+      columns_of(columns, deep, packed);
+      for (int64_t i = 0; i < tiles; i++) {
+        const float *from = tiled + (k * tiles + i * deep) * TILE, *a[TILE];
+        for (int64_t r = 0; r < TILE; r++) a[r] = from + r;
+        tile_of(rows - i * TILE, a, TILE, Even{packed, COLUMNS}, deep, out + i * TILE * stride, stride, k > 0);
+      }
+    }
+    if (count < COLUMNS)
+      for (int64_t t = 0; t < rows; t++) memcpy(y + t * width + n, out + t * COLUMNS, count * sizeof(float));
+  });
+}
+
+template <class W>
+void multiply(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
+  rows <= FEW_ROWS ? few_rows(x, w, y, rows, depth, width) : many_rows(x, w, y, rows, depth, width);
+}
+
+// 1 / root mean square
+INLINE float scale_of(const float* x, int64_t width, float eps) {
+  f32x16 s = {};
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) s += load(x + i) * load(x + i);
+  float total = sum(s);
+  for (; i < width; i++) total += x[i] * x[i];
+  return 1.0f / std::sqrt(total / float(width) + eps);
+}
+
+INLINE void norm(const float* x, const float* weight, float* y, int64_t width, float eps) {
+  float scale = scale_of(x, width, eps);
+  for (int64_t i = 0; i < width; i++) y[i] = x[i] * scale * weight[i];
+}
+
+// x normed and rotated: y * cos + swapped halves of y * sin, whose first half is negative.
+INLINE void norm_rotate(const float* x, const float* weight, const float* cos, const float* sin, float* y, int64_t dim,
+                        float eps, float factor) {
+  int64_t half = dim / 2;
+  float scale = scale_of(x, dim, eps) * factor;
+  for (int64_t i = 0; i < half; i++) {
+    float a = x[i] * scale * weight[i], b = x[half + i] * scale * weight[half + i];
+    y[i] = a * cos[i] + b * sin[i];
+    y[half + i] = b * cos[half + i] + a * sin[half + i];
+  }
+}
+
+// Rows of queries of one sequence and one kv head, and what they have seen so far.
+struct Queries {
+  int64_t rows, dim;                // dim: padded
+  std::vector<const float*> q, at;  // [rows] of [dim]; [rows] of `scores`
+  std::vector<int64_t> sees;        // [rows]: how many positions
+  float *out, *scores, *best, *sums;  // [rows][dim], [rows][64], [rows], [rows]
+};
+
+// Scores of 64 positions to shares of them all; what was seen before shrinks where a higher score appears.
+void take_shares(Queries& a, int64_t first) {
+  for (int64_t r = 0; r < a.rows; r++) {
+    float* s = a.scores + r * COLUMNS;
+    const int64_t seen = std::clamp(a.sees[r] - first, int64_t(0), COLUMNS);
+    std::fill(s + seen, s + COLUMNS, -INFINITY);
+    f32x16 most = load(s);
+    for (int j = LANES; j < COLUMNS; j += LANES) most = most > load(s + j) ? most : load(s + j);
+    float best = a.best[r];
+    for (int i = 0; i < LANES; i++) best = std::max(best, most[i]);
+    const float shrink = std::exp(a.best[r] - best);
+    f32x16 total = {};
+    for (int j = 0; j < COLUMNS; j += LANES) {
+      f32x16 x = load(s + j);
+      f32x16 e = x == -INFINITY ? f32x16{} : exponential(x - best);
+      store(s + j, e);
+      total += e;
+    }
+    a.best[r] = best;
+    a.sums[r] = a.sums[r] * shrink + sum(total);
+    if (shrink != 1.0f)
+      for (int64_t i = 0; i < a.dim; i++) a.out[r * a.dim + i] *= shrink;
+  }
+}
+
+// 64 positions, their keys and values copied: keys as columns, so that sums need no adding up across lanes.
+void attend_copied(Queries& a, const float* const* keys, const float* const* values, int64_t dim, int64_t first,
+                   float* columns, float* rows) {
+  columns_of(keys, dim, columns);
+  for (int64_t s = 0; s < COLUMNS; s++) memcpy(rows + s * a.dim, values[s], dim * sizeof(float));
+  tiles_of(a.rows, a.q.data(), 1, Even{columns, COLUMNS}, a.dim, a.scores, COLUMNS, false);
+  take_shares(a, first);
+  for (int64_t d = 0; d < a.dim; d += COLUMNS)
+    tiles_of(a.rows, a.at.data(), 1, Even{rows + d, a.dim}, COLUMNS, a.out + d, a.dim, true);
+}
+
+// The same for few queries, from where keys and values lie.
+void attend_in_place(Queries& a, const float* const* keys, const float* const* values, int64_t first) {
+  for (int64_t s = 0; s < COLUMNS; s += 4)
+    dots_of<4>(a.rows, a.q[0], a.dim, keys + s, a.dim, a.scores + s, a.dim, COLUMNS);
+  for (int64_t s = 0; s < COLUMNS; s++)
+    for (int64_t d = 0; d < a.dim; d += LANES) __builtin_prefetch(values[s] + d);
+  take_shares(a, first);
+  for (int64_t d = 0; d < a.dim; d += COLUMNS)
+    tiles_of(a.rows, a.at.data(), 1, Scattered{values, d}, COLUMNS, a.out + d, a.dim, true);
+}
+
+// y[n][width] = x[n] b[depth][width] for rows of x anywhere, columns [begin, end) of b, which is read in order.
+template <class W>
+void expert_columns(const std::vector<const float*>& x, const W* b, float* y, int64_t depth, int64_t width,
+                    int64_t begin, int64_t end) {
+  static thread_local Floats memory;
+  const int64_t stride = padded(end - begin), ldy = padded(width), count = x.size();
+  float* part = memory.reserve(STEP * stride);
+  std::vector<const float*> at(count);
+  for (int64_t k = 0; k < depth; k += STEP) {
+    const int64_t deep = std::min(STEP, depth - k);
+    for (int64_t d = 0; d < deep; d++) {
+      const W* from = b + (k + d) * width + begin;
+      float* to = part + d * stride;
+      int64_t i = 0;
+      for (; i + LANES <= end - begin; i += LANES) store(to + i, load(from + i));
+      for (; i < end - begin; i++) to[i] = single(from + i);
+      std::fill(to + i, to + stride, 0.0f);
+    }
+    for (int64_t r = 0; r < count; r++) at[r] = x[r] + k;
+    for (int64_t j = 0; j < stride; j += COLUMNS)
+      tiles_of(count, at.data(), 1, Even{part + j, stride}, deep, y + begin + j, ldy, k > 0);
+  }
+}
+
+void swiglu(const float* x, float* y, int64_t width) {
+  const float* up = x + width;
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) {
+    f32x16 g = load(x + i);
+    store(y + i, g / (exponential(-g) + 1.0f) * load(up + i));
+  }
+  for (; i < width; i++) y[i] = x[i] / (std::exp(-x[i]) + 1.0f) * up[i];
+}
+
+template <class W>
+int experts(const Arguments& a) {
+  const float *h = a.at<float>(0), *weights = a.at<float>(1);
+  const int32_t *ids = a.at<int32_t>(2), start = *a.at<int32_t>(3);
+  const W *gate_up = a.at<W>(4), *down = a.at<W>(5);
+  const int64_t tokens = a.size(0, 0), hidden = a.size(0, 1), top_k = a.size(1, 1);
+  const int64_t count = a.size(4, 0), ffn = a.size(5, 1), wide = padded(2 * ffn), long_ = padded(hidden);
+  std::fill(a.at<float>(6), a.at<float>(6) + tokens * hidden, 0.0f);
+  for (int64_t first = 0; first < tokens; first += EXPERT_TOKENS) {
+    const int64_t last = std::min(tokens, first + EXPERT_TOKENS);
+    struct Group {
+      int64_t expert, row;  // its first row among all groups'
+      std::vector<const float*> x, act;
+    };
+    std::vector<std::vector<int64_t>> chosen(count);  // places in `ids`
+    for (int64_t i = first * top_k; i < last * top_k; i++)
+      if (const int64_t e = int64_t(ids[i]) - start; e >= 0 && e < count) chosen[e].push_back(i);
+    std::vector<Group> groups;
+    std::vector<int64_t> row_of((last - first) * top_k, -1);
+    int64_t rows = 0;
+    for (int64_t e = 0; e < count; e++)
+      if (!chosen[e].empty()) {
+        groups.push_back({e, rows, {}, {}});
+        for (int64_t i : chosen[e]) {
+          row_of[i - first * top_k] = rows++;
+          groups.back().x.push_back(h + i / top_k * hidden);
+        }
+      }
+    if (rows == 0) continue;
+    Floats memory(rows * (wide + ffn + long_));
+    float *mid = memory.reserve(0), *out = mid + rows * wide, *act = out + rows * long_;
+    for (Group& g : groups)
+      for (size_t r = 0; r < g.x.size(); r++) g.act.push_back(act + (g.row + r) * ffn);
+    const int64_t up_blocks = (2 * ffn + BLOCK - 1) / BLOCK, down_blocks = (hidden + BLOCK - 1) / BLOCK;
+    Pool::one().run(groups.size() * up_blocks, [&](int64_t i) {
+      const Group& g = groups[i / up_blocks];
+      const int64_t n = i % up_blocks * BLOCK;
+      expert_columns(g.x, gate_up + g.expert * hidden * 2 * ffn, mid + g.row * wide, hidden, 2 * ffn, n,
+                     std::min(2 * ffn, n + BLOCK));
+    });
+    parallel_for(rows, SERIAL / ffn, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) swiglu(mid + r * wide, act + r * ffn, ffn);
+    });
+    Pool::one().run(groups.size() * down_blocks, [&](int64_t i) {
+      const Group& g = groups[i / down_blocks];
+      const int64_t n = i % down_blocks * BLOCK;
+      expert_columns(g.act, down + g.expert * ffn * hidden, out + g.row * long_, ffn, hidden, n,
+                     std::min(hidden, n + BLOCK));
+    });
+    parallel_for(last - first, SERIAL / hidden, [&](int64_t begin, int64_t end) {
+      for (int64_t t = first + begin; t < first + end; t++)
+        for (int64_t j = 0; j < top_k; j++)
+          if (const int64_t row = row_of[(t - first) * top_k + j]; row >= 0)
+            for (int64_t i = 0; i < hidden; i++)
+              a.at<float>(6)[t * hidden + i] += weights[t * top_k + j] * out[row * long_ + i];
+    });
+  }
+  return 0;
+}
+
+}  // namespace
+
+#define OPERATION(name)                                                                                 \
+  static int run##name(const Arguments& a);                                                             \
+  extern "C" int name(int count, void** data, int* ranks, int64_t** shapes, const char** types, void*, void*) { \
+    try {                                                                                               \
+      return run##name({count, data, ranks, shapes, types});                                            \
+    } catch (const std::bad_alloc&) {                                                                   \
+      return OUT_OF_MEMORY;                                                                             \
+    }                                                                                                   \
+  }                                                                                                     \
+  static int run##name(const Arguments& a)
+// What MindSpore asks before it calls: shapes of the outputs, -1 while they are dynamic, and their types.
+#define SHAPE(name)                                                               \
+  extern "C" int name##InferType(Types, mindspore::AotExtra*) { return FLOAT32; } \
+  extern "C" Shape name##InferShape(int* ranks, int64_t** shapes, mindspore::AotExtra*)
+// A dimension of what a graph gives, -1 where it gives none.
+static int64_t size_of(const int* ranks, int64_t** shapes, int i, int axis) {
+  return axis < ranks[i] ? std::max(shapes[i][axis], int64_t(-1)) : -1;
+}
+#define SIZE(i, axis) size_of(ranks, shapes, i, axis)
+#define SHAPES(name, count)                                                                       \
+  extern "C" Types name##InferType(Types, mindspore::AotExtra*) { return Types(count, FLOAT32); } \
+  extern "C" Shapes name##InferShape(int* ranks, int64_t** shapes, mindspore::AotExtra*)
+
+// How many threads work from now on, the caller's included.  Never fewer than before.
+extern "C" void Threads(int64_t threads) { Pool::one().grow(threads); }
+
+// rows [T, depth] float32, weight [width, depth] -> [T, width]
+OPERATION(Product) {
+  if (!a.has(0, "float32", {ANY, ANY}) || !a.has(1, "", {ANY, a.size(0, 1)})) return WRONG_SHAPE;
+  int64_t rows = a.size(0, 0), depth = a.size(0, 1), width = a.size(1, 0);
+  if (depth < 1 || !a.has(2, "float32", {rows, width})) return WRONG_SHAPE;
+  if (a.is(1, "float32"))
+    multiply(a.at<float>(0), a.at<float>(1), a.at<float>(2), rows, depth, width);
+  else if (a.is(1, "bfloat16"))
+    multiply(a.at<float>(0), a.at<bf16>(1), a.at<float>(2), rows, depth, width);
+  else
+    return UNKNOWN_TYPE;
+  return 0;
+}
+SHAPE(Product) { return {SIZE(0, 0), SIZE(1, 0)}; }
+
+// table [V, width], ids [T] -> [T, width]
+OPERATION(Rows) {
+  if (!a.has(0, "", {ANY, ANY}) || !a.has(1, "int32", {ANY})) return WRONG_SHAPE;
+  const int64_t width = a.size(0, 1);
+  if (!a.has(2, "float32", {a.size(1, 0), width})) return WRONG_SHAPE;
+  const bool narrow = a.is(0, "bfloat16");
+  for (int64_t t = 0; t < a.size(1, 0); t++) {
+    const int64_t id = a.at<int32_t>(1)[t];
+    if (id < 0 || id >= a.size(0, 0)) return OUT_OF_RANGE;
+    float* to = a.at<float>(2) + t * width;
+    if (narrow)
+      for (int64_t i = 0; i < width; i++) to[i] = single(a.at<bf16>(0) + id * width + i);
+    else
+      memcpy(to, a.at<float>(0) + id * width, width * sizeof(float));
+  }
+  return 0;
+}
+SHAPE(Rows) { return {SIZE(1, 0), SIZE(0, 1)}; }
+
+// x [T, width], weight [width], eps [1] -> [T, width]
+OPERATION(Norm) {
+  if (!a.has(0, "float32", {ANY, ANY})) return WRONG_SHAPE;
+  int64_t rows = a.size(0, 0), width = a.size(0, 1);
+  if (width < 1 || !a.has(1, "float32", {width}) || !a.has(2, "float32", {1}) || !a.has(3, "float32", {rows, width}))
+    return WRONG_SHAPE;
+  parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      norm(a.at<float>(0) + t * width, a.at<float>(1), a.at<float>(3) + t * width, width, *a.at<float>(2));
+  });
+  return 0;
+}
+SHAPE(Norm) { return {SIZE(0, 0), SIZE(0, 1)}; }
+
+// delta, x [T, width], weight [width], eps [1] -> norm(x + delta), x + delta
+OPERATION(AddNorm) {
+  if (!a.has(0, "float32", {ANY, ANY})) return WRONG_SHAPE;
+  int64_t rows = a.size(0, 0), width = a.size(0, 1);
+  if (width < 1 || !a.has(2, "float32", {width}) || !a.has(3, "float32", {1})) return WRONG_SHAPE;
+  for (int i : {1, 4, 5})
+    if (!a.has(i, "float32", {rows, width})) return WRONG_SHAPE;
+  parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      float* total = a.at<float>(5) + t * width;
+      for (int64_t i = 0; i < width; i++) total[i] = a.at<float>(0)[t * width + i] + a.at<float>(1)[t * width + i];
+      norm(total, a.at<float>(2), a.at<float>(4) + t * width, width, *a.at<float>(3));
+    }
+  });
+  return 0;
+}
+SHAPES(AddNorm, 2) { return {{SIZE(0, 0), SIZE(0, 1)}, {SIZE(0, 0), SIZE(0, 1)}}; }
+
+// x [T, 2 * width] -> silu(first half) * second half
+OPERATION(Swiglu) {
+  if (!a.has(0, "float32", {ANY, ANY}) || a.size(0, 1) < 2 || a.size(0, 1) % 2) return WRONG_SHAPE;
+  const int64_t rows = a.size(0, 0), width = a.size(0, 1) / 2;
+  if (!a.has(1, "float32", {rows, width})) return WRONG_SHAPE;
+  parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      swiglu(a.at<float>(0) + 2 * t * width, a.at<float>(1) + t * width, width);
+  });
+  return 0;
+}
+SHAPE(Swiglu) { return {SIZE(0, 0), SIZE(0, 1) < 0 ? -1 : SIZE(0, 1) / 2}; }
+
+// qkv [T, (H+2K)*D], q_norm [D], k_norm [D], cos [T, D], sin [T, D], factors [H+K], eps [1]
+// -> q [T, H, D], k [T, 1, K, D], both normed, rotated and times their heads' factors, v [T, 1, K, D]
+OPERATION(SplitHeads) {
+  if (!a.has(7, "float32", {ANY, ANY, ANY}) || !a.has(8, "float32", {ANY, 1, ANY, ANY})) return WRONG_SHAPE;
+  const int64_t tokens = a.size(7, 0), heads = a.size(7, 1), kv_heads = a.size(8, 2), dim = a.size(8, 3);
+  if (heads + kv_heads < 1 || dim < 2 || dim % 2 || a.size(7, 2) != dim || a.size(8, 0) != tokens) return WRONG_SHAPE;
+  if (!a.has(0, "float32", {tokens, (heads + 2 * kv_heads) * dim}) || !a.has(5, "float32", {heads + kv_heads}) ||
+      !a.has(6, "float32", {1}) || !a.has(9, "float32", {tokens, 1, kv_heads, dim}))
+    return WRONG_SHAPE;
+  for (int i : {1, 2})
+    if (!a.has(i, "float32", {dim}) || !a.has(i + 2, "float32", {tokens, dim})) return WRONG_SHAPE;
+  const float *factors = a.at<float>(5), eps = *a.at<float>(6);
+  parallel_for(tokens, SERIAL / ((heads + kv_heads) * dim), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      const float* x = a.at<float>(0) + t * (heads + 2 * kv_heads) * dim;
+      const float *cos = a.at<float>(3) + t * dim, *sin = a.at<float>(4) + t * dim;
+      float *q = a.at<float>(7) + t * heads * dim, *k = a.at<float>(8) + t * kv_heads * dim;
+      for (int64_t h = 0; h < heads + kv_heads; h++, x += dim)
+        norm_rotate(x, a.at<float>(h < heads ? 1 : 2), cos, sin, h < heads ? q + h * dim : k + (h - heads) * dim, dim,
+                    eps, factors[h]);
+      memcpy(a.at<float>(9) + t * kv_heads * dim, x, kv_heads * dim * sizeof(float));
+    }
+  });
+  return 0;
+}
+SHAPES(SplitHeads, 3) {
+  const int64_t tokens = SIZE(0, 0), dim = SIZE(1, 0), rotated = SIZE(5, 0);
+  const int64_t kv_heads = SIZE(0, 1) < 0 || dim < 1 ? -1 : std::max(SIZE(0, 1) / dim - rotated, int64_t(-1));
+  const int64_t heads = kv_heads < 0 ? -1 : rotated - kv_heads;
+  return {{tokens, heads, dim}, {tokens, 1, kv_heads, dim}, {tokens, 1, kv_heads, dim}};
+}
+
+// q [T, H, D], k_cache, v_cache [slots, 1, K, D], tables [B, S], context_lens [B], q_lens [B] -> [T, H*D]: each token
+// attends to its sequence's slots up to its own.
+OPERATION(Attend) {
+  if (!a.has(0, "float32", {ANY, ANY, ANY}) || !a.has(3, "int32", {ANY, ANY})) return WRONG_SHAPE;
+  for (int i : {1, 2})
+    if (!a.has(i, "float32", {ANY, 1, ANY, a.size(0, 2)})) return WRONG_SHAPE;
+  for (int i : {4, 5})
+    if (!a.has(i, "int32", {a.size(3, 0)})) return WRONG_SHAPE;
+  if (!a.has(6, "float32", {a.size(0, 0), a.size(0, 1) * a.size(0, 2)})) return WRONG_SHAPE;
+  const float *q = a.at<float>(0), *k_cache = a.at<float>(1), *v_cache = a.at<float>(2);
+  const int32_t *tables = a.at<int32_t>(3), *contexts = a.at<int32_t>(4), *counts = a.at<int32_t>(5);
+  const int64_t tokens = a.size(0, 0), heads = a.size(0, 1), dim = a.size(0, 2), wide = padded(dim);
+  const int64_t slots = a.size(1, 0), kv_heads = a.size(1, 2), batch = a.size(3, 0), positions = a.size(3, 1);
+  if (dim < 1 || heads < 1 || kv_heads < 1 || heads % kv_heads) return WRONG_SHAPE;
+  if (a.size(2, 0) != slots || a.size(2, 2) != kv_heads) return WRONG_SHAPE;
+  const int64_t group = heads / kv_heads;
+  const int64_t at_once = std::max(int64_t(1), QUERIES / group);  // tokens whose heads share one pass over the cache
+
+  struct Task {
+    int64_t first, count, before;  // tokens of the step, all of one sequence, and what is cached before them
+    const int32_t* table;
+  };
+  std::vector<Task> tasks;
+  int64_t token = 0;
+  for (int64_t b = 0; b < batch; token += counts[b++]) {
+    const int32_t* table = tables + b * positions;
+    if (counts[b] < 0 || contexts[b] < counts[b] || contexts[b] > positions) return OUT_OF_RANGE;
+    for (int64_t s = 0; s < contexts[b]; s++)
+      if (table[s] < 0 || table[s] >= slots) return OUT_OF_RANGE;
+    for (int64_t i = 0; i < counts[b]; i += at_once)
+      tasks.push_back({token + i, std::min(at_once, counts[b] - i), contexts[b] - counts[b] + i, table});
+  }
+  if (token != tokens) return OUT_OF_RANGE;
+
+  // A token's heads lie side by side in the cache: a thread takes as many of them as leave work for all threads.
+  const int64_t enough = 2 * Pool::one().size();
+  int64_t together = kv_heads;
+  while (together > 1 && int64_t(tasks.size()) * (kv_heads / together) < enough) together = (together + 1) / 2;
+  const int64_t parts = (kv_heads + together - 1) / together;
+
+  Pool::one().run(tasks.size() * parts, [&](int64_t index) {
+    const Task& task = tasks[index / parts];
+    const int64_t first_head = index % parts * together, heads_here = std::min(together, kv_heads - first_head);
+    const int64_t most = task.count * group;
+    static thread_local Floats memory;
+    float* next = memory.reserve((2 * COLUMNS + 2 * together * most) * wide + most * (COLUMNS + 2 * together));
+    auto take = [&next](int64_t n) { return (next += n) - n; };
+    float *columns = take(wide * COLUMNS), *rows = take(COLUMNS * wide), *scores = take(most * COLUMNS);
+    if (wide > dim) std::fill(columns, columns + 2 * COLUMNS * wide, 0.0f);
+    std::vector<Queries> of_head(heads_here);
+    for (int64_t k = 0; k < heads_here; k++) {
+      Queries& some = of_head[k];
+      some = {most, wide, {}, {}, {}, take(most * wide), scores, nullptr, nullptr};
+      for (int64_t r = 0; r < most; r++) {
+        const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;
+        float* one = take(wide);
+        std::copy(q + row * dim, q + (row + 1) * dim, one);
+        std::fill(one + dim, one + wide, 0.0f);
+        some.q.push_back(one);
+        some.at.push_back(scores + r * COLUMNS);
+        some.sees.push_back(task.before + r / group + 1);
+      }
+      std::fill(some.out, some.out + most * wide, 0.0f);
+    }
+    for (Queries& some : of_head) {
+      some.best = take(most), some.sums = take(most);
+      std::fill(some.best, some.best + most, -1e30f);
+      std::fill(some.sums, some.sums + most, 0.0f);
+    }
+    const int64_t end = task.before + task.count;
+    for (int64_t first = 0; first < end; first += COLUMNS)
+      for (int64_t k = 0; k < heads_here; k++) {
+        const float *keys[COLUMNS], *values[COLUMNS];
+        for (int64_t s = 0; s < COLUMNS; s++) {  // past the end: the last row again, which no query sees
+          const int64_t slot = task.table[std::min(first + s, end - 1)];
+          keys[s] = k_cache + (slot * kv_heads + first_head + k) * dim;
+          values[s] = v_cache + (slot * kv_heads + first_head + k) * dim;
+        }
+        if (most <= FEW_QUERIES && dim == wide)
+          attend_in_place(of_head[k], keys, values, first);
+        else
+          attend_copied(of_head[k], keys, values, dim, first, columns, rows);
+      }
+    for (int64_t k = 0; k < heads_here; k++)
+      for (int64_t r = 0; r < most; r++) {
+        const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;
+        for (int64_t d = 0; d < dim; d++)
+          a.at<float>(6)[row * dim + d] = of_head[k].out[r * wide + d] / of_head[k].sums[r];
+      }
+  });
+  return 0;
+}
+SHAPE(Attend) { return {SIZE(0, 0), SIZE(0, 1) < 0 || SIZE(0, 2) < 0 ? -1 : SIZE(0, 1) * SIZE(0, 2)}; }
+
+// h [T, hidden], weights [T, k], ids [T, k] of all experts, start [1] of this rank's, gate_up [E, hidden, 2*ffn],
+// down [E, ffn, hidden] -> [T, hidden]: the weighted sum of what this rank's experts make of each token.
+OPERATION(Experts) {
+  if (!a.has(0, "float32", {ANY, ANY}) || !a.has(5, "", {ANY, ANY, a.size(0, 1)})) return WRONG_SHAPE;
+  const int64_t tokens = a.size(0, 0), hidden = a.size(0, 1), count = a.size(5, 0), ffn = a.size(5, 1);
+  if (hidden < 1 || ffn < 1 || !a.has(4, "", {count, hidden, 2 * ffn})) return WRONG_SHAPE;
+  if (!a.has(1, "float32", {tokens, ANY}) || !a.has(2, "int32", {tokens, a.size(1, 1)})) return WRONG_SHAPE;
+  if (!a.has(3, "int32", {1}) || !a.has(6, "float32", {tokens, hidden})) return WRONG_SHAPE;
+  if (a.is(4, "float32") && a.is(5, "float32")) return experts<float>(a);
+  if (a.is(4, "bfloat16") && a.is(5, "bfloat16")) return experts<bf16>(a);
+  return UNKNOWN_TYPE;
+}
+SHAPE(Experts) { return {SIZE(0, 0), SIZE(0, 1)}; }

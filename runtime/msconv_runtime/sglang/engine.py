@@ -1,0 +1,73 @@
+"""SGLang as a serving engine: versions, environment, and the command of its MindSpore slot."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+
+from .. import __version__
+from ..artifact import Artifact
+from ..doctor import Needs, Package, Variable
+from ..doctor.findings import NPU, SERVE
+from ..kv_pool import Pool
+from ..serving.engine import Engine
+from ..serving.nodes import Nodes
+from ..targets import Target
+from . import flags
+from .environment import server_environment
+from .plugin import PACKAGE
+
+NEEDS = Needs(
+    packages={
+        "msconv": Package(
+            (__version__,), SERVE, "`pip install --no-deps .`: by its package SGLang finds the plug-in"
+        ),
+        "sglang": Package(("0.5.23",), SERVE),
+        "torch_npu": Package((), NPU, "for an NPU only: install the torch_npu made for this torch"),
+    },
+    variables={
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": Variable(f"|{re.escape(PACKAGE)}", "wrong", f"none, or {PACKAGE}", SERVE),
+        "SGLANG_PLUGINS": Variable(r"|(.*,)?\s*msconv\s*(,.*)?", "wrong", "none, or msconv among them", SERVE),
+    },
+    tokens_flag=flags.TOKENS,
+)
+
+
+class SGLang(Engine):
+    title = "SGLang"
+    needs = NEEDS
+    aliases = flags.ALIASES
+    set_elsewhere = flags.SET_ELSEWHERE
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "sglang.launch_server"]
+
+    def flags(self, artifact: Artifact, target: Target, nodes: Nodes, host: str, port: int) -> dict[str, str]:
+        return {
+            "--model-path": str(artifact.root),
+            "--model-impl": "mindspore",
+            **flags.device_flags(artifact, target),
+            **flags.parallel_flags(artifact.manifest.parallel),
+            **flags.node_flags(nodes),
+            "--host": host,
+            "--port": str(port),
+        }
+
+    def sized(self, context: int, requests: int) -> dict[str, int]:
+        return {"context-length": context, "max-running-requests": requests}
+
+    def environment(self, target: Target, ranks: int, machines: int) -> dict[str, str]:
+        return server_environment(target, ranks, machines)
+
+    def copies(self, given: Mapping[str, str]) -> int:
+        return flags.copies(given)
+
+    def pool(self, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Pool:
+        return flags.given_pool(artifact, target, given)
+
+    def problems(self, artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
+        return flags.given_problems(artifact, target, given)
+
+
+ENGINE = SGLang()

@@ -1,0 +1,77 @@
+"""The environment of SGLang's processes, and stand-ins for packages that it imports and that have no CPU build."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ..serving.settings import TARGET
+from ..targets import CPU, Target
+
+STANDINS = Path(__file__).with_name("standins")
+NO_COREDUMP = {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}  # else a server that lost a process waits 60 s for CUDA
+
+
+def server_environment(target: Target, ranks: int, machines: int) -> dict[str, str]:
+    """What a server of so many ranks, over all machines, gets beside this process's environment."""
+    if not target.device.is_host:
+        return dict(NO_COREDUMP)
+    return NO_COREDUMP | cpu_environment() | rank_environment(ranks, machines)
+
+
+def rank_environment(ranks: int, machines: int = 1) -> dict[str, str]:
+    """What more than one rank on CPUs needs, unless the user has set it.
+
+    SGLang wants a NUMA node or a list of cores for each rank, those on other machines too.  MindSpore says
+    hundreds of times that it waits for the other ranks, as a warning.
+    """
+    if ranks == 1:
+        return {}
+    here = cores_by_rank(sorted(os.sched_getaffinity(0)), ranks // machines)
+    needed = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([here] * machines), "GLOG_v": "3"}
+    return {name: value for name, value in needed.items() if name not in os.environ}
+
+
+def cores_by_rank(cores: list[int], tp: int) -> str:
+    """Cores in equal shares, `0,1|2,3`: what SGLANG_CPU_OMP_THREADS_BIND takes.  Ranks share if there are more."""
+    share = max(1, len(cores) // tp)
+    begins = [rank * share % (len(cores) // share * share) for rank in range(tp)]
+    return "|".join(",".join(map(str, cores[begin : begin + share])) for begin in begins)
+
+
+def cpu_environment() -> dict[str, str]:
+    """SGLang's CPU switch, no hub, and stand-ins for packages that have no CPU build and are not there."""
+    roots = [str(STANDINS / f"for_{name}") for name in ("torchvision", "sgl_kernel") if not imports(name)]
+    environment = {
+        **NO_COREDUMP,
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # torch_npu, where it is installed, would want CANN
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "OPENBLAS_NUM_THREADS": "1",  # its threads would keep SGLang's processes from being copies of one
+    }
+    if roots:
+        before = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+        environment["PYTHONPATH"] = os.pathsep.join([*roots, *(p for p in before if p not in roots)])
+    return environment
+
+
+def use_cpu(tp: int = 1) -> None:
+    """Make this process, and what it starts, fit for SGLang on a CPU: what `msconv serve` sets for a server.  Call
+    it before sglang is imported."""
+    environment = {**cpu_environment(), **rank_environment(tp), TARGET: CPU.name}
+    for path in reversed(environment.get("PYTHONPATH", "").split(os.pathsep)):
+        if path.startswith(str(STANDINS)) and path not in sys.path:
+            sys.path.insert(0, path)
+    os.environ.update(environment)
+
+
+def imports(name: str) -> bool:
+    """Whether the real package is there and can be imported (CUDA builds cannot, next to a CPU torch)."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or (spec.origin and str(STANDINS) in spec.origin):
+        return False
+    return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode == 0
