@@ -147,7 +147,7 @@ def _has_ended(conversion: Conversion, previous: Manifest) -> bool:
     get to its end: the disk may have refused to keep it."""
     if previous.weights is None or (conversion.output / JOURNAL).exists():
         return False
-    return has_all_files(conversion.task.outputs, conversion.plan, published=True)
+    return has_all_files(conversion.task.outputs, conversion.plan, only_published=True)
 
 
 def _convert(

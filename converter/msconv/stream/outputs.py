@@ -27,12 +27,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _START_EVERY = 16 << 20
 
 
-def has_all_files(files: RankFiles, plan: Plan, published: bool = False) -> bool:
-    """Whether every rank file is there with all its space: under its final name, or (unless `published`) as it is
+def has_all_files(files: RankFiles, plan: Plan, only_published: bool = False) -> bool:
+    """Whether every rank file is there with all its space: under its final name, or (unless `only_published`) as it is
     while being written."""
     for rank, i in files.keys:
         final = files.final(rank, i)
-        places = (final,) if published else (final, files.temporary(rank, i))
+        places = (final,) if only_published else (final, files.temporary(rank, i))
         if not any(p.is_file() and p.stat().st_size == plan.files[i].size for p in places):
             return False
     return True
@@ -67,13 +67,13 @@ class RankFiles:
             raise disk_error(e, self.root, 0) from None
 
 
-def allocate(files: RankFiles, plan: Plan, fresh: bool, extra_bytes: int = 0) -> Outputs:
-    """Make all files, with all their space and their headers; what an earlier run wrote stays, unless `fresh`.
+def allocate(files: RankFiles, plan: Plan, is_fresh: bool, extra_bytes: int = 0) -> Outputs:
+    """Make all files, with all their space and their headers; what an earlier run wrote stays, unless `is_fresh`.
     `extra_bytes` must find room too.  Raises ResourceError."""
     (files.root / "weights").mkdir(parents=True, exist_ok=True)
     for rank, i in files.keys:
         final, temporary = files.final(rank, i), files.temporary(rank, i)
-        if fresh:
+        if is_fresh:
             final.unlink(missing_ok=True)
             temporary.unlink(missing_ok=True)
         elif final.exists():  # a crash after some were published
