@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-import msconv.stream.execute as streaming
-from msconv.convert import prepare, run
+from msconv.steps.conversion import run
 from msconv.stream.journal import Journal
+from msconv.stream.outputs import Outputs
 from msconv_runtime.artifact import Artifact, Graph, read_manifest, write_manifest
 from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import (
@@ -29,7 +29,7 @@ from tests.checkpoints import (
 )
 from tests.commands import run_msconv, run_python
 from tests.conftest import Checkpoints
-from tests.conversions import convert
+from tests.conversions import convert, prepare
 from tests.stream.crashes import Crash, crash
 
 
@@ -41,7 +41,8 @@ KILLED = """
 import os, signal, sys, time
 import msconv.stream.execute as streaming
 tensors, how = int(sys.argv[1]), sys.argv[2]
-original, streaming.CHECKPOINT_BYTES = streaming.move_unit, 1
+import msconv.stream.movers.threads as threads
+original, streaming.CHECKPOINT_BYTES = threads.move_unit, 1
 def move(*args, **kwargs):
     global tensors
     tensors -= 1
@@ -50,7 +51,7 @@ def move(*args, **kwargs):
         os.kill(os.getpid(), getattr(signal, how))
         time.sleep(0.3)
     return original(*args, **kwargs)
-streaming.move_unit = move
+threads.move_unit = move
 sys.argv[1:] = sys.argv[3:]
 from msconv.cli import main
 main()
@@ -145,7 +146,7 @@ def test_ready_is_never_there_while_weights_are_not(
         with pytest.raises(Crash):
             convert(model, out, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(streaming.Outputs, "publish", die)
+        patch.setattr(Outputs, "publish", die)
         with suppress(Crash):
             convert(model, out, 2)
     try:

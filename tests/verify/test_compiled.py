@@ -160,7 +160,7 @@ def test_what_is_out_of_range_is_refused_before_memory_is_touched(name: str, inp
 
 @pytest.fixture(scope="module")
 def sound(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from msconv.compile import compile_graphs
+    from msconv.steps.compile import compile_graphs
 
     root = tmp_path_factory.mktemp("compiled") / "sound"
     convert(checkpoint("untied"), root, tp=2)
@@ -265,7 +265,7 @@ def test_without_a_fault_all_phases_are_proven(sound: Path, tmp_path: Path) -> N
 
 
 def test_the_graph_takes_matrices_as_they_are_stored(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    from msconv.compile import compile_graphs
+    from msconv.steps.compile import compile_graphs
 
     stored = {"bfloat16_shards": "bfloat16", "float16": "float32", "untied": "float32"}
     for name, dtype in stored.items():

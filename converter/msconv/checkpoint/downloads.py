@@ -125,3 +125,14 @@ class Downloads:
                 f"{need - free:,} are missing.",
                 "Free that much, point HF_HOME at a larger disk, or use --delete-source-as-you-go.  " + RESUMES,
             )
+
+
+def bring(repository: Repository, names: list[str]) -> None:
+    """These files are on this machine on return.  Raises MsconvError."""
+    downloads = Downloads(repository)
+    try:
+        downloads.expect(names, lambda n: None)
+        for name in names:
+            downloads.wait(name)
+    finally:
+        downloads.stop()

@@ -11,7 +11,8 @@ from msconv_runtime.artifact import Artifact
 from msconv_runtime.targets import CPU, TARGETS
 from msconv_runtime.units import human_bytes
 
-from ..checkpoint.reference import Hub, open_reference
+from ..checkpoint.reference import Hub
+from ..location import open_reference
 from .command import Command
 from .console import find_artifact, say, step
 from .options import artifact_argument, complete_targets, output_option
@@ -20,7 +21,7 @@ from .report import refresh
 from .result import Result, json_option, show
 
 if TYPE_CHECKING:
-    from ..compile import Compiled
+    from ..steps.compile import Compiled
 
 
 @click.command("compile", cls=Command)
@@ -58,7 +59,7 @@ def command(
     msconv compile artifacts/Qwen3-8B-tp4 --target ascend910b --target cpu
     msconv compile --model models/Qwen3-32B --tp 8 --target ascend910b --output graphs-only
     """
-    from .. import compile as compiler
+    from ..steps import compile as compiler
 
     if model is not None:
         if artifact is not None or tp is None or output is None:

@@ -26,7 +26,7 @@ from .references import harmless_option, model_option, recipe_option, source_opt
 from .result import Result
 
 if TYPE_CHECKING:
-    from ..convert import Conversion, Converted
+    from ..steps.conversion import Conversion, Converted
 
 
 @dataclass(frozen=True)

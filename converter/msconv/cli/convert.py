@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ..checkpoint.reference import open_reference
-from ..convert import Conversion
 from ..layout.memory import kv_bytes_per_token
+from ..location import open_reference
+from ..steps.conversion import Conversion
 from .command import Command
 from .console import byte_progresses
 from .conversion import LayoutOptions, converted, layout_options, say_plan
@@ -42,9 +42,10 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
     msconv convert --model models/DeepSeek-V3 --tp 16 --ep 16
     msconv convert --model Qwen/Qwen3-8B@main --tp 4 --source modelscope
     """
-    from .. import convert
+    from ..steps import conversion as steps
+    from ..steps.convert import prepare
 
-    conversion = convert.prepare(
+    conversion = prepare(
         open_reference(layout.model, layout.hub),
         layout.tp,
         layout.ep,
@@ -61,7 +62,7 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
         return
     bars = {"downloading": conversion.download_bytes, "converting": conversion.plan.read_bytes}
     with byte_progresses(bars) as advance:
-        done = convert.run(conversion, force, advance["converting"], advance["downloading"], refresh)
+        done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh)
     show(converted(done, [], f"msconv compile {done.artifact}{recipe_argument() or ' --target cpu'}"))
 
 

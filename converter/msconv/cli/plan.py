@@ -9,8 +9,8 @@ import click
 
 from msconv_runtime.units import human_bytes
 
-from ..checkpoint.reference import open_reference
 from ..layout.memory import RESERVED
+from ..location import open_reference
 from .command import Command
 from .console import say
 from .conversion import LayoutOptions, layout_options
@@ -19,7 +19,7 @@ from .references import convert_command
 from .result import Result, json_option, show
 
 if TYPE_CHECKING:
-    from ..estimate import Estimate
+    from ..steps.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
     msconv plan --model models/Qwen3-32B --tp 8
     msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
     """
-    from ..estimate import estimate
+    from ..steps.estimate import estimate
 
     planned = estimate(
         open_reference(layout.model, layout.hub, weights=False),

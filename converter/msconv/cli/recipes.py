@@ -45,7 +45,7 @@ def details(recipe: Recipe) -> dict[str, Any]:
 
 def commands(recipe: Recipe) -> list[str]:
     """Commands to type, from the checkpoint to the server."""
-    from ..convert import default_name
+    from ..workspace.names import default_name
 
     named = reference(recipe)
     artifact = f"artifacts/{default_name(recipe.model.partition('/')[2], recipe.tp, recipe.ep)}"

@@ -44,7 +44,7 @@ def command(artifact: Path | None, output: Path | None) -> None:
 def _write(root: Path, output: Path | None) -> Path:
     """Write the page.  Raises UsageError or ResourceError where that cannot be."""
     from ..report.page import write_report
-    from ..stream.outputs import disk_error
+    from ..workspace.disk import disk_error
 
     try:
         return write_report(root, output=output)

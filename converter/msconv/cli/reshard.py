@@ -48,12 +48,12 @@ def command(
     \b
     msconv reshard artifacts/Qwen3-8B-tp4 --tp 8 --output artifacts/Qwen3-8B-tp8
     """
-    from .. import convert
-    from ..reshard import prepare
+    from ..steps import conversion as steps
+    from ..steps.reshard import prepare
 
     conversion = prepare(artifact, tp, ep, output, worker_count(jobs), max_memory)
     say_plan(conversion)
     with byte_progress("resharding", conversion.plan.read_bytes) as advance:
-        done = convert.run(conversion, force, advance, publish=refresh)
+        done = steps.run(conversion, force, advance, publish=refresh)
     note = "Graphs are made for one number of ranks and were not copied."
     show(converted(done, [note], f"msconv compile {done.artifact} --target cpu"))
