@@ -136,12 +136,12 @@ def test_some_matrices_left_out_of_quantisation(model: Models, tmp_path: Path, p
     source = own(model("deepseek FP8"), tmp_path)
     whole = read_checkpoint(model("deepseek FP8").with_name("plain"))
 
-    def widened(tensors: Tensors) -> None:
+    def dequantised(tensors: Tensors) -> None:
         for name in [n for n in tensors if n.endswith(f"{plain}_proj.weight") and ".layers.2." not in n]:
             tensors[name] = whole[name]
             del tensors[name + "_scale_inv"]
 
-    change(source, widened)
+    change(source, dequantised)
     convert(source, tmp_path / "out", 2, ep=2, dtype=dtype)
     check(tmp_path / "out", source, 2, 2, dtype)
 

@@ -21,7 +21,7 @@ from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.kernels import LIBRARY, library
-from msconv_runtime.kernels.check import call, narrow, widened
+from msconv_runtime.kernels.check import call, narrow, upcast
 from tests.conftest import Checkpoints
 from tests.conversions import convert
 from tests.verify.faults import attention, mlp, name_of
@@ -38,7 +38,7 @@ def _one_thread() -> None:
 
 def both(name: str, *inputs: Array) -> tuple[list[Array], list[Array]]:
     """What the compiled kernel and the interpreter's give."""
-    tensors = [torch.from_numpy(widened(a)) for a in inputs]
+    tensors = [torch.from_numpy(upcast(a)) for a in inputs]
     expected = KERNELS[f"{LIBRARY}:{name}"].run(EXACT, dict(EXPECTED), *tensors)
     arrays = [e.numpy() for e in (expected if isinstance(expected, tuple) else (expected,))]
     path = library().path
