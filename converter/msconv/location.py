@@ -40,7 +40,7 @@ class Location(Protocol):
         """The whole checkpoint as a directory: downloaded, if it is not."""
 
     def missing_bytes(self, shards: Iterable[str]) -> int:
-        """Of these files, what is not on this machine yet."""
+        """Bytes of these files that are not on this machine yet."""
 
     def origin(self) -> str:
         """What an artifact records of it.  Raises UsageError if that cannot be recorded."""
@@ -139,7 +139,7 @@ class HubRepository(Location):
 
 
 def bytes_to_download(location: Location, plan: Plan) -> int:
-    """Of the shards that a conversion reads, what is not on this machine yet."""
+    """Bytes of the shards that a conversion reads and that are not on this machine yet."""
     return location.missing_bytes({plan.sources[n].file for n in plan.read_names})
 
 

@@ -62,7 +62,7 @@ class Downloads:
             raise self._error or Cancelled
 
     def delete(self, name: str) -> None:
-        """Of a file that is not needed again and whose place is our own."""
+        """Delete a file that is not needed again and whose place is our own."""
         with self._changed:
             self._landed.pop(name).unlink(missing_ok=True)
             self._deleted += 1
@@ -75,7 +75,7 @@ class Downloads:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Until no thread is left: at once, or when a silent server runs into its timeout."""
+        """Wait until no thread is left: at once, or when a silent server runs into its timeout."""
         self.cancel()
         for thread in self._threads:
             thread.join()

@@ -1,4 +1,4 @@
-"""From one layout to another without the source checkpoint: padding and replication undone and redone."""
+"""Resharding: another layout without the source checkpoint; padding and replication are undone and redone."""
 
 from __future__ import annotations
 

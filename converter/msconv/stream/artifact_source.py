@@ -171,8 +171,8 @@ class ArtifactSource(Source):
             self._hashes[key] = (hasher, done + len(out))
 
     def _digest(self, rank: int, tensor: int) -> str:
-        """Of one rank's tensor: from what was read on the way, else (another rank's copy was read, or an
-        earlier run did it) by reading it now."""
+        """The digest of one rank's tensor: from what was read on the way, else (another rank's copy was read, or
+        an earlier run did it) by reading it now."""
         digests = []
         for part, size in enumerate(self.plan.tensors[tensor].parts):
             if (rank, tensor, part) not in self._hashes:
