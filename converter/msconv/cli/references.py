@@ -1,5 +1,5 @@
-"""Options --model, --source and --recipe: from a name to what is meant by it.  A recipe's values become defaults of
-the command's other options, so that flags and the environment come before them."""
+"""Options --model, --source and --recipe: from a name to what is meant by it.  A recipe's values become defaults
+of the command's other options, so that flags and the environment come before them."""
 
 from __future__ import annotations
 
