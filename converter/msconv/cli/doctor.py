@@ -51,7 +51,7 @@ def command(artifact: Path | None) -> None:
             _data(machine, report),
             verbatim=describe(report),
             failure=failure,
-            next=_next_command(artifact, report),
+            next="" if failure else _next_command(artifact, report),
         )
     )
 

@@ -55,7 +55,7 @@ def command(artifact: Path | None, check: bool) -> None:
             describe(_single_lines(data)),
             lines=["Every byte is as the manifest says."] * (check and not damage),
             failure=_failure(root, damage),
-            next=next_command(root, manifest),
+            next="" if damage else next_command(root, manifest),
         )
     )
 
