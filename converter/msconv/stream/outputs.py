@@ -28,8 +28,8 @@ _START_EVERY = 16 << 20
 
 
 def has_all_files(files: RankFiles, plan: Plan, only_published: bool = False) -> bool:
-    """Whether every rank file is there with all its space: under its final name, or (unless `only_published`) under
-    the one it has while it is written."""
+    """Whether every rank file is there with all its space: under its final name, or (unless `only_published`)
+    under the one it has while it is written."""
     for rank, i in files.keys:
         final = files.final(rank, i)
         places = (final,) if only_published else (final, files.temporary(rank, i))
