@@ -13,7 +13,7 @@ import pytest
 from msconv.steps.conversion import run
 from msconv.stream.journal import Journal
 from msconv.stream.outputs import Outputs
-from msconv_runtime.artifact import Artifact, Graph, read_manifest, write_manifest
+from msconv_runtime.artifact import Artifact, read_manifest, write_manifest
 from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import (
     ArtifactError,
@@ -30,6 +30,7 @@ from tests.checkpoints import (
 from tests.commands import run_msconv, run_python
 from tests.conftest import Checkpoints
 from tests.conversions import convert, prepare
+from tests.mindirs import entry, small
 from tests.stream.crashes import Crash, crash
 
 
@@ -172,7 +173,7 @@ def test_graphs_survive_a_crash_between_ready_and_the_end(
         patch.setattr(Journal, "remove", die)
         with pytest.raises(Crash):
             convert(model, out)
-    graph = Graph("cpu", "decode", "graphs/cpu/decode.mindir", 1, "xxh3:0", "2.10.0", 1, [], [], [])
+    graph = entry(small())
     manifest = read_manifest(out)
     write_manifest(
         out, type(manifest)(**{**{f: getattr(manifest, f) for f in manifest.__struct_fields__}, "graphs": [graph]})
