@@ -236,7 +236,8 @@ def test_a_graph_that_may_not_be_read_is_a_finding(own_artifact: Path, tmp_path:
             graphs=[msgspec.structs.replace(g, size=size) for g in read_manifest(own_artifact).graphs[:1]],
         )
     report = examine(machine(tmp_path), own_artifact)
-    assert finding(report, "artifact").state == "wrong"
+    assert "decode.mindir" in finding(report, "file").found
+    assert finding(report, "file").state == "wrong"
     assert not report.can["serve_cpu"]
 
 
@@ -254,4 +255,4 @@ def test_it_runs_where_a_package_cannot_be_imported(compiled: Path, name: str) -
     assert done.code == 4, done.stderr
     states = {f["name"]: f["state"] for f in done.json["findings"]}
     assert states[name] == "missing"
-    assert states["artifact"] == ("wrong" if name == "numpy" else "ok")
+    assert states["artifact"] == "ok"
