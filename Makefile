@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-rehearsal test-digests browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-rehearsal test-names test-digests browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -54,6 +54,10 @@ test-rehearsal: setup compiler
 # The bytes of weights and graphs in all layouts, against those of before; `make test` takes some of them.
 test-digests: setup
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/digests
+
+# Every published name of a supported model, as a small random one; `make test` takes one of each kind.
+test-names: setup
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_other_names.py
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed

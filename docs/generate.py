@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from msconv.cli import COMMANDS, cli
-from msconv.cli.console import INTERRUPTED
+from msconv.cli.result import INTERRUPTED
 from msconv.recipes import RecipeError
 from msconv_runtime import errors
 

@@ -72,8 +72,8 @@ def msconv() -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def compiled(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole artifact of `untied` for one rank, with CPU graphs, unproven.  To be read, never changed."""
-    from msconv.compile import compile_graphs
-    from msconv.convert import prepare, run
+    from msconv.steps.compile import compile_graphs
+    from tests.conversions import prepare, run
 
     root = tmp_path_factory.mktemp("compiled") / "untied-tp1"
     run(prepare(checkpoint("untied"), 1, output=root))

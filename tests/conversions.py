@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from msconv.convert import Converted, prepare, run
+from msconv.location import LocalDirectory
+from msconv.steps import convert as step
+from msconv.steps.conversion import Conversion, Converted, run
+from msconv.stream.buffers import BufferSizes
 from tests.checkpoints import Bits, read_rank
+
+
+def prepare(model: Path, tp: int, ep: int = 1, *rest: Any, **options: Any) -> Conversion:
+    """Plan to convert a directory."""
+    return step.prepare(LocalDirectory(model), tp, ep, *rest, **options)
+
+
+def with_buffers(conversion: Conversion, buffers: BufferSizes) -> Conversion:
+    return replace(conversion, task=replace(conversion.task, buffers=buffers))
 
 
 def convert(model: Path, output: Path, tp: int = 1, force: bool = False, **options: Any) -> Converted:

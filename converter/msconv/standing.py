@@ -16,7 +16,7 @@ from msconv_runtime.targets import device_of
 
 @dataclass(frozen=True)
 class Standing:
-    """Of one target for NPUs.  `claimed`: its proof was not made on this machine."""
+    """How far one target for NPUs was tried.  `claimed`: its proof was not made on this machine."""
 
     target: str
     interpreted: bool
@@ -64,7 +64,7 @@ class Standing:
 
 
 def standings(manifest: Manifest) -> list[Standing]:
-    """Of each target for NPUs that the artifact has graphs for."""
+    """The standing of each target for NPUs that the artifact has graphs for."""
     targets = dict.fromkeys(g.target for g in manifest.graphs if not device_of(g.target).has_run)
     proofs = {t: manifest.proof_for(t) for t in targets}
     return [

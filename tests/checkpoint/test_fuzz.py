@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 
 from msconv.checkpoint.directory import Checkpoint, open_checkpoint
-from msconv.convert import prepare, run
 from msconv.layout.cuts import Mesh
 from msconv.layout.planning import make_plan
+from msconv.steps.conversion import run
 from msconv_runtime.errors import MsconvError
 from tests.checkpoints import read_rank
 from tests.commands import run_command
+from tests.conversions import prepare
 from tests.synthetic import describe, qwen3_config, qwen3_shapes
 
 pytestmark = pytest.mark.slow

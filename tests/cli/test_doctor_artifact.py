@@ -191,7 +191,7 @@ def test_ranks_are_held_against_cores_and_devices(own_artifact: Path, tmp_path: 
 
 
 def add_ascend(root: Path) -> None:
-    from msconv.compile import compile_graphs
+    from msconv.steps.compile import compile_graphs
 
     compile_graphs(root, "ascend910b")
 

@@ -26,11 +26,10 @@ def follow(page: Path, directory: Path) -> tuple[list[str], list[str], list[str]
         shutil.copytree(ROOT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     written, edited, ran = [], [], []
     for block in blocks(page.read_text()):
-        if block.language == "python":
-            if named := EDIT.search(block.before):
-                _edit(directory / named[1], block.text)
-                edited.append(named[1])
-                continue
+        if named := EDIT.search(block.before):
+            _edit(directory / named[1], block.text)
+            edited.append(named[1])
+        elif block.language == "python":
             named = FILE.search(block.before)
             assert named, f"no file is named before:\n{block.text}"
             path = directory / named[1]

@@ -19,7 +19,7 @@ NEW_TOKENS = 12
 CHUNK = 32
 
 
-def widened(fp8: Path, directory: Path) -> Path:
+def dequantised(fp8: Path, directory: Path) -> Path:
     """An FP8 checkpoint as bfloat16: what transformers can load here."""
     directory.mkdir()
     config = json.loads((fp8 / "config.json").read_text())
@@ -68,7 +68,7 @@ def test_a_server_gives_transformers_tokens(kind: str, tp: int, ep: int, tmp_pat
         make_deepseek_v3(source)
     else:
         source = quantise_fp8(add_mtp(make_deepseek_v3(source, "bfloat16")), tmp_path / "fp8", shards=3)
-        reference = widened(source, tmp_path / "wide")
+        reference = dequantised(source, tmp_path / "wide")
     torch.set_num_threads(1)
     model: Any = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
     rng = np.random.default_rng(5)

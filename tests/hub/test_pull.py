@@ -239,8 +239,8 @@ def test_several_shards_come_at_a_time_and_in_order(hub: Hub, tmp_path: Path) ->
 
 
 def test_compile_without_weights_takes_a_repository(hub: Hub, shards: Path, tmp_path: Path) -> None:
-    from msconv.checkpoint.reference import open_reference
-    from msconv.compile import begin_without_weights
+    from msconv.location import open_reference
+    from msconv.steps.compile import begin_without_weights
 
     out = tmp_path / "out"
     code = f"""
@@ -308,13 +308,13 @@ def download(name, file, revision, local_dir, tqdm_class):
     target.write_bytes(source.read_bytes())
     return str(target)
 hub.hf_hub_download = download
-import msconv.convert as convert
-run = convert.run
+import msconv.steps.conversion as steps
+run = steps.run
 def counted(conversion, force, advance, downloading, *rest):
     done = run(conversion, force, advance, came.append, *rest)
     print("came", sum(came), "of", conversion.download_bytes, file=sys.stderr)
     return done
-convert.run = counted
+steps.run = counted
 from msconv.cli import main
 main()
 """

@@ -16,19 +16,20 @@ from typing import Any
 
 import pytest
 
-from msconv.compile import begin_without_weights
-from msconv.convert import prepare
-from msconv.estimate import estimate
 from msconv.families import configure
 from msconv.layout.cuts import Mesh
 from msconv.layout.memory import kv_bytes_per_token
 from msconv.layout.model import TensorInfo
 from msconv.layout.plan import Move, Plan
 from msconv.layout.planning import make_plan
-from msconv.reshard import prepare as prepare_reshard
+from msconv.location import LocalDirectory
+from msconv.steps.compile import begin_without_weights
+from msconv.steps.estimate import estimate
+from msconv.steps.reshard import prepare as prepare_reshard
 from msconv_runtime.dtypes import BY_CODE
 from msconv_runtime.errors import PlanError, UsageError
 from tests.commands import run_msconv, run_python
+from tests.conversions import prepare
 from tests.published import Tensors, deepseek_v3, nbytes, qwen3_moe, write_sparse
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -375,9 +376,9 @@ def test_ep_that_does_not_divide_tp_is_wrong_use_in_every_command(
         if command == "convert":
             prepare(tmp_path, tp, ep, output=out)
         elif command == "plan":
-            estimate(tmp_path, tp, ep, None, out, 1, None, 1, 1, None)
+            estimate(LocalDirectory(tmp_path), tp, ep, None, out, 1, None, 1, 1, None)
         elif command == "compile":
-            begin_without_weights(tmp_path, tp, ep, out)
+            begin_without_weights(LocalDirectory(tmp_path), tp, ep, out)
         else:
             prepare_reshard(tmp_path, tp, ep, out)
     assert caught.value.exit_code == 2
@@ -439,7 +440,10 @@ def test_a_quantised_plan_does_not_depend_on_where_the_shapes_come_from(tmp_path
     configured = tmp_path / "configured" / "model"
     configured.mkdir(parents=True)
     (configured / "config.json").write_text(json.dumps(config))
-    a, b = (estimate(m, 4, 2, None, tmp_path / "out", 1, None, 1, 1, None) for m in (stored, configured))
+    a, b = (
+        estimate(LocalDirectory(m), 4, 2, None, tmp_path / "out", 1, None, 1, 1, None)
+        for m in (stored, configured)
+    )
     assert b.plan.parameters == a.plan.parameters
     assert b.plan.output_bytes == a.plan.output_bytes
     assert b.plan.read_bytes == a.plan.read_bytes

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 
 from msconv import quant
-from msconv.convert import prepare
-from msconv.reshard import prepare as prepare_reshard
+from msconv.steps.reshard import prepare as prepare_reshard
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import PlanError
 from tests.checkpoints import Stored, edit_json, make_qwen3, read_checkpoint, read_rank, write_safetensors
-from tests.conversions import convert
+from tests.conversions import convert, prepare
 from tests.docs.following import text_of
 from tests.docs.test_adding_a_weight_format import PAGE
 from tests.moe_checkpoints import QUANTISED, make_deepseek_v3, make_qwen3_moe, widen
@@ -132,7 +131,7 @@ def test_codes_times_scales_are_the_values_of_each_rank(
 def test_cut_anew_it_is_the_direct_conversion(
     model: Model, tmp_path: Path, family: str, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    from msconv.convert import run
+    from msconv.steps.conversion import run
 
     convert(model(family), tmp_path / "before", before[0], ep=before[1])
     convert(model(family), tmp_path / "direct", after[0], ep=after[1])

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import msconv_runtime.artifact as format_
-from msconv.convert import prepare, run
+from msconv.steps.conversion import run
 from msconv_runtime.artifact import (
     Artifact,
     Manifest,
@@ -31,6 +31,7 @@ from msconv_runtime.artifact.integrity import Damage, check_artifact
 from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError
 from tests.conftest import Checkpoints
+from tests.conversions import prepare
 from tests.mindirs import entry, small
 
 TP = 4

@@ -64,7 +64,7 @@ def kept(built: Path, fresh: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from msconv.compile import compile_graphs
+    from msconv.steps.compile import compile_graphs
 
     root = tmp_path_factory.mktemp("compiled") / "artifact"
     convert(checkpoint("bfloat16_shards"), root)

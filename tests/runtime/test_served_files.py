@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from msconv.reshard import prepare as prepare_reshard
+from msconv.steps.reshard import prepare as prepare_reshard
 from msconv_runtime.artifact import Artifact, File, digest_bytes, read_manifest, write_manifest
 from msconv_runtime.artifact.consistency import contradiction
 from msconv_runtime.artifact.integrity import check_artifact

@@ -24,7 +24,7 @@ PROMPTS = [[1, 2, 3], [4, 5]]
 
 @pytest.fixture(scope="module")
 def artifact(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from msconv.compile import compile_graphs
+    from msconv.steps.compile import compile_graphs
 
     root = tmp_path_factory.mktemp("session") / "artifact"
     convert(checkpoint("short_context"), root)

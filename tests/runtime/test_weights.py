@@ -8,12 +8,13 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from msconv.convert import prepare, run
+from msconv.steps.conversion import run
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.weights import LoadMode, RankWeights
 from msconv_runtime.errors import ArtifactError
 from tests.checkpoints import read_rank
 from tests.conftest import Checkpoints
+from tests.conversions import prepare
 
 
 def weights_of(model: Path, output: Path, rank: int = 0, mode: LoadMode = "mmap") -> RankWeights:

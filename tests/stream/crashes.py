@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import msconv.stream.execute as streaming
+import msconv.stream.movers.threads as threads
 from tests.commands import Result, run_command
 from tests.stream.faults import Fault
 
@@ -22,7 +23,7 @@ class Crash(Exception):
 
 def crash(units: int, work: Callable[[], object]) -> None:
     """The work dies after some units, each durably done by then."""
-    original = streaming.move_unit
+    original = threads.move_unit
     left = [units]
 
     def move(*args: Any, **kwargs: Any) -> Any:
@@ -32,7 +33,7 @@ def crash(units: int, work: Callable[[], object]) -> None:
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "move_unit", move)
+        patch.setattr(threads, "move_unit", move)
         patch.setattr(streaming, "CHECKPOINT_BYTES", 1)
         with pytest.raises(Crash):
             work()

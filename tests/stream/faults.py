@@ -173,7 +173,7 @@ def _change(path: Path, how: str) -> None:
 
 def run(fault: Fault, arguments: list[str]) -> int:
     """The command, with the fault.  Its exit code."""
-    import msconv.convert
+    import msconv.steps.convert
     import msconv.stream.execute
     from msconv.cli import main
 
@@ -219,8 +219,8 @@ def sweep(
     """Let `do` happen at every step of a command that writes into `root`, and in half of the cases once more while
     the next run resumes.  The command finds, as `begin` says, `nothing`, `the last step undone`, `a lost file` or
     `all done`.  Returns the steps' names, how many runs ended early, and what went wrong."""
-    import msconv.convert
-    import msconv.reshard  # noqa: F401  (once, before the forks)
+    import msconv.steps.convert
+    import msconv.steps.reshard  # noqa: F401  (once, before the forks)
     from tests.synthetic import digests
 
     rng = random.Random(seed)

@@ -12,8 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from msconv.convert import Converted, run
-from msconv.reshard import prepare as prepare_reshard
+from msconv.steps.conversion import Converted, run
+from msconv.steps.reshard import prepare as prepare_reshard
 from msconv_runtime.artifact import Artifact, Weights, read_manifest
 from msconv_runtime.artifact.integrity import check_artifact
 from tests.checkpoints import (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from msconv.convert import prepare, run
+from msconv.steps.conversion import run
 from msconv.stream.buffers import BufferSizes
 from msconv_runtime.artifact import Artifact, read_manifest
 from msconv_runtime.artifact.integrity import check_artifact
@@ -32,7 +32,7 @@ from tests.checkpoints import (
 )
 from tests.commands import run_msconv
 from tests.conftest import Checkpoints
-from tests.conversions import config_of, convert, join
+from tests.conversions import config_of, convert, join, prepare, with_buffers
 
 CASES = [(variant, tp) for variant in ("untied", "tied", "attention_bias") for tp in (1, 2, 4, 8)]
 CASES += [("bfloat16_shards", tp) for tp in (2, 8)] + [("sixteen_heads", tp) for tp in (2, 4, 8, 16)]
@@ -93,7 +93,7 @@ def test_a_block_smaller_than_a_tensor_writes_the_same_bytes(
 ) -> None:
     convert(checkpoint("untied"), tmp_path / "whole", 4)
     conversion = prepare(checkpoint("untied"), 4, output=tmp_path / "blocks")
-    run(replace(conversion, jobs=2, buffers=BufferSizes(4096, 4096)))
+    run(with_buffers(replace(conversion, jobs=2), BufferSizes(4096, 4096)))
     assert read_tree(tmp_path / "blocks") == read_tree(tmp_path / "whole")
 
 
@@ -248,7 +248,7 @@ def test_another_conversion_into_a_finished_artifact_is_refused(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from msconv.stream.lock import exclusive
+from msconv.workspace.lock import exclusive
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from msconv.convert import prepare, run
+from msconv.steps.conversion import run
 from msconv.stream.buffers import buffer_sizes
 from msconv_runtime.artifact import read_manifest
 from tests.checkpoints import (
     read_checkpoint,
 )
 from tests.commands import run_msconv
-from tests.conversions import convert
+from tests.conversions import convert, prepare, with_buffers
 from tests.moe_checkpoints import (
     Block,
     add_mtp,
@@ -137,12 +136,12 @@ def test_some_matrices_left_out_of_quantisation(model: Models, tmp_path: Path, p
     source = own(model("deepseek FP8"), tmp_path)
     whole = read_checkpoint(model("deepseek FP8").with_name("plain"))
 
-    def widened(tensors: Tensors) -> None:
+    def dequantised(tensors: Tensors) -> None:
         for name in [n for n in tensors if n.endswith(f"{plain}_proj.weight") and ".layers.2." not in n]:
             tensors[name] = whole[name]
             del tensors[name + "_scale_inv"]
 
-    change(source, widened)
+    change(source, dequantised)
     convert(source, tmp_path / "out", 2, ep=2, dtype=dtype)
     check(tmp_path / "out", source, 2, 2, dtype)
 
@@ -172,7 +171,7 @@ def test_workers_and_small_blocks_write_the_same_bytes(
         convert(model(kind), tmp_path / f"jobs-{tp}", tp, ep=ep, jobs=jobs)
         assert digests(tmp_path / f"jobs-{tp}") == digests(artifact(kind, tp, ep))
         conversion = prepare(model(kind), tp, ep, output=tmp_path / f"blocks-{tp}", jobs=jobs)
-        run(replace(conversion, buffers=buffer_sizes(conversion.plan)))
+        run(with_buffers(conversion, buffer_sizes(conversion.plan)))
         assert digests(tmp_path / f"blocks-{tp}") == digests(artifact(kind, tp, ep))
 
 
@@ -181,7 +180,7 @@ def test_small_blocks_of_a_cast_write_the_same_bytes(
     artifact: Artifacts, model: Models, tmp_path: Path, kind: str
 ) -> None:
     conversion = prepare(model(kind), 4, 2, KINDS[kind][1], tmp_path / "out", jobs=2)
-    run(replace(conversion, buffers=buffer_sizes(conversion.plan)))
+    run(with_buffers(conversion, buffer_sizes(conversion.plan)))
     assert digests(tmp_path / "out") == digests(artifact(kind, 4, 2))
 
 

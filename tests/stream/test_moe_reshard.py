@@ -7,18 +7,17 @@ import random
 import re
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from msconv.convert import prepare, run
-from msconv.reshard import prepare as prepare_reshard
+from msconv.steps.conversion import run
+from msconv.steps.reshard import prepare as prepare_reshard
 from msconv.stream.buffers import buffer_sizes
 from msconv_runtime.artifact import TensorEntry
 from msconv_runtime.errors import ArtifactError
 from tests.commands import run_msconv
-from tests.conversions import convert
+from tests.conversions import convert, prepare, with_buffers
 from tests.stream.crashes import crash, faulty
 from tests.stream.faults import Fault
 from tests.stream.moe_models import MESHES, RESHARDED, Artifacts, Models, assert_nothing, reshard, weights_of
@@ -47,7 +46,7 @@ def test_a_cast_is_made_once(artifact: Artifacts, tmp_path: Path, kind: str) -> 
 @pytest.mark.parametrize("kind", RESHARDED)
 def test_small_blocks_reshard_to_the_same_bytes(artifact: Artifacts, tmp_path: Path, kind: str) -> None:
     conversion = prepare_reshard(artifact(kind, 4, 4), 2, 1, tmp_path / "out", jobs=3)
-    run(replace(conversion, buffers=buffer_sizes(conversion.plan)))
+    run(with_buffers(conversion, buffer_sizes(conversion.plan)))
     assert digests(tmp_path / "out") == digests(artifact(kind, 2, 1))
 
 

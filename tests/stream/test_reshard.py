@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from msconv.convert import Converted, prepare, run
-from msconv.reshard import prepare as prepare_reshard
+from msconv.steps.conversion import Converted, run
+from msconv.steps.reshard import prepare as prepare_reshard
 from msconv_runtime.artifact import Graph, TensorEntry, read_manifest, write_manifest
 from msconv_runtime.errors import ArtifactError, MsconvError
 from tests.checkpoints import make_qwen3
 from tests.commands import run_command, run_msconv
+from tests.conversions import prepare, with_buffers
 from tests.stream.crashes import FAULTS, crash, faulty
 from tests.stream.faults import Fault
 from tests.synthetic import digests, qwen3_config, write_synthetic
@@ -105,13 +106,12 @@ def test_any_number_of_workers_writes_the_same_bytes(artifacts: Path, tmp_path: 
 
 @pytest.mark.parametrize("tp", [2, 8])
 def test_blocks_smaller_than_a_tensor_write_the_same_bytes(artifacts: Path, tmp_path: Path, tp: int) -> None:
-    from dataclasses import replace
 
     from msconv.stream.buffers import BufferSizes
 
     for old in (1, 16):
         conversion = prepare_reshard(artifacts / f"untied-tp{old}", tp, output=tmp_path / str(old), jobs=2)
-        run(replace(conversion, buffers=BufferSizes(1024, 1024)))
+        run(with_buffers(conversion, BufferSizes(1024, 1024)))
         assert digests(tmp_path / str(old)) == digests(artifacts / f"untied-tp{tp}")
 
 

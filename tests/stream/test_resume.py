@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import msconv.stream.execute as streaming
-from msconv.convert import prepare, run
+from msconv.steps.conversion import run
 from msconv.stream.journal import Journal
-from msconv_runtime.artifact import Artifact, Graph, read_manifest, write_manifest
+from msconv.stream.outputs import Outputs
+from msconv_runtime.artifact import Artifact, read_manifest, write_manifest
 from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import (
     ArtifactError,
@@ -29,7 +29,8 @@ from tests.checkpoints import (
 )
 from tests.commands import run_msconv, run_python
 from tests.conftest import Checkpoints
-from tests.conversions import convert
+from tests.conversions import convert, prepare
+from tests.mindirs import entry, small
 from tests.stream.crashes import Crash, crash
 
 
@@ -41,7 +42,8 @@ KILLED = """
 import os, signal, sys, time
 import msconv.stream.execute as streaming
 tensors, how = int(sys.argv[1]), sys.argv[2]
-original, streaming.CHECKPOINT_BYTES = streaming.move_unit, 1
+import msconv.stream.movers.threads as threads
+original, streaming.CHECKPOINT_BYTES = threads.move_unit, 1
 def move(*args, **kwargs):
     global tensors
     tensors -= 1
@@ -50,7 +52,7 @@ def move(*args, **kwargs):
         os.kill(os.getpid(), getattr(signal, how))
         time.sleep(0.3)
     return original(*args, **kwargs)
-streaming.move_unit = move
+threads.move_unit = move
 sys.argv[1:] = sys.argv[3:]
 from msconv.cli import main
 main()
@@ -145,7 +147,7 @@ def test_ready_is_never_there_while_weights_are_not(
         with pytest.raises(Crash):
             convert(model, out, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(streaming.Outputs, "publish", die)
+        patch.setattr(Outputs, "publish", die)
         with suppress(Crash):
             convert(model, out, 2)
     try:
@@ -171,7 +173,7 @@ def test_graphs_survive_a_crash_between_ready_and_the_end(
         patch.setattr(Journal, "remove", die)
         with pytest.raises(Crash):
             convert(model, out)
-    graph = Graph("cpu", "decode", "graphs/cpu/decode.mindir", 1, "xxh3:0", "2.10.0", 1, [], [], [])
+    graph = entry(small())
     manifest = read_manifest(out)
     write_manifest(
         out, type(manifest)(**{**{f: getattr(manifest, f) for f in manifest.__struct_fields__}, "graphs": [graph]})

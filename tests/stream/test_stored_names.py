@@ -10,9 +10,8 @@ import pytest
 
 from msconv.checkpoint.directory import open_checkpoint
 from msconv.checkpoint.unsupported import UnsupportedCheckpoint
-from msconv.convert import prepare
 from tests.checkpoints import Stored, read_safetensors, write_safetensors
-from tests.conversions import convert
+from tests.conversions import convert, prepare
 from tests.moe_checkpoints import make_deepseek_v3, make_qwen3_moe
 from tests.synthetic import digests, qwen3_config, write_synthetic
 

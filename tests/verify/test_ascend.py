@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from msconv.compile import compile_graphs
-from msconv.convert import prepare, run
 from msconv.families import configure
 from msconv.graph.export import export
 from msconv.graph.spec import Local
 from msconv.layout.cuts import Mesh
+from msconv.steps.compile import compile_graphs
+from msconv.steps.conversion import run
 from msconv.verify.prove import Proof, prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.roles import DECODE
@@ -22,6 +22,7 @@ from msconv_runtime.targets import target_named
 from tests.checkpoints import make_qwen3
 from tests.commands import run_msconv, run_python
 from tests.conftest import Checkpoints
+from tests.conversions import prepare
 from tests.synthetic import qwen3_config
 
 pytestmark = pytest.mark.slow

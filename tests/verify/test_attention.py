@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 import msconv.families
-from msconv.compile import compile_graphs
 from msconv.families import configure
 from msconv.families.config import Family, Reader
 from msconv.families.qwen3 import QWEN3
 from msconv.graph.spec import CannotCompute, Local
 from msconv.layout.cuts import Mesh
 from msconv.layout.model import Table
+from msconv.steps.compile import compile_graphs
 from msconv.verify.prove import prove
 from msconv_runtime import Session
 from msconv_runtime.errors import CheckpointError

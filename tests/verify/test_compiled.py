@@ -21,7 +21,7 @@ from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.kernels import LIBRARY, library
-from msconv_runtime.kernels.check import call, narrow, widened
+from msconv_runtime.kernels.check import call, narrow, upcast
 from tests.conftest import Checkpoints
 from tests.conversions import convert
 from tests.verify.faults import attention, mlp, name_of
@@ -38,7 +38,7 @@ def _one_thread() -> None:
 
 def both(name: str, *inputs: Array) -> tuple[list[Array], list[Array]]:
     """What the compiled kernel and the interpreter's give."""
-    tensors = [torch.from_numpy(widened(a)) for a in inputs]
+    tensors = [torch.from_numpy(upcast(a)) for a in inputs]
     expected = KERNELS[f"{LIBRARY}:{name}"].run(EXACT, dict(EXPECTED), *tensors)
     arrays = [e.numpy() for e in (expected if isinstance(expected, tuple) else (expected,))]
     path = library().path
@@ -160,7 +160,7 @@ def test_what_is_out_of_range_is_refused_before_memory_is_touched(name: str, inp
 
 @pytest.fixture(scope="module")
 def sound(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from msconv.compile import compile_graphs
+    from msconv.steps.compile import compile_graphs
 
     root = tmp_path_factory.mktemp("compiled") / "sound"
     convert(checkpoint("untied"), root, tp=2)
@@ -265,7 +265,7 @@ def test_without_a_fault_all_phases_are_proven(sound: Path, tmp_path: Path) -> N
 
 
 def test_the_graph_takes_matrices_as_they_are_stored(checkpoint: Checkpoints, tmp_path: Path) -> None:
-    from msconv.compile import compile_graphs
+    from msconv.steps.compile import compile_graphs
 
     stored = {"bfloat16_shards": "bfloat16", "float16": "float32", "untied": "float32"}
     for name, dtype in stored.items():

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from msconv.cli.verify import command
-from msconv.compile import compile_graphs
+from msconv.steps.compile import compile_graphs
 from msconv.verify.compare import compare
 from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest, write_manifest

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from msconv.compile import compile_graphs
+from msconv.steps.compile import compile_graphs
 from msconv.verify import prove as proving
 from msconv.verify.compare import compare
 from msconv.verify.prove import Proof, prove
@@ -241,7 +241,8 @@ def test_attention_over_latents_is_refused_where_the_primitive_does_not_take_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, int]
 ) -> None:
     """PagedAttention's rows are whole latents, FlashAttentionScore's as wide as the widest of a head's parts."""
-    from msconv.compile import begin_without_weights
+    from msconv.location import LocalDirectory
+    from msconv.steps.compile import begin_without_weights
     from msconv_runtime.errors import UsageError
 
     class Exported(Exception):
@@ -256,7 +257,7 @@ def test_attention_over_latents_is_refused_where_the_primitive_does_not_take_it(
         make_deepseek_v3(model, **{**DEEPSEEK, **values})
         for path in model.glob("*.safetensors"):
             path.unlink()
-        begin_without_weights(model, 1, 1, root)
+        begin_without_weights(LocalDirectory(model), 1, 1, root)
         with pytest.raises(refusal):
             compile_graphs(root, "ascend910b")
 

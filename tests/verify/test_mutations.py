@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from msconv.compile import compile_graphs
-from msconv.convert import prepare, run
+from msconv.steps.compile import compile_graphs
+from msconv.steps.conversion import run
 from msconv.verify.compare import compare
 from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
 from tests.checkpoints import make_qwen3
 from tests.commands import run_msconv
+from tests.conversions import prepare
 from tests.verify.faults import FAULTS, attention
 from tests.verify.planting import Fault, edit_graphs, edit_weights
 

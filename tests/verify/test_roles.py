@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msconv.compile import compile_graphs
 from msconv.mindir.program import parse
+from msconv.steps.compile import compile_graphs
 from msconv.verify.lockstep import Lockstep, check_declared
 from msconv_runtime import Session
 from msconv_runtime.artifact import Artifact

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from msconv.compile import compile_graphs
-from msconv.convert import prepare, run
+from msconv.steps.compile import compile_graphs
+from msconv.steps.conversion import run
 from msconv.verify.prove import Proof, prove
 from msconv.verify.reference import source_of
 from msconv_runtime.artifact import digest_bytes, digest_of, read_manifest, write_manifest
@@ -20,6 +20,7 @@ from msconv_runtime.errors import ArtifactError, UsageError, VerificationFailed
 from tests.checkpoints import Bits, read_safetensors, read_tree
 from tests.commands import run_msconv
 from tests.conftest import Checkpoints
+from tests.conversions import prepare
 
 RANK_0 = "weights/model-rank-0-part-0.safetensors"
 

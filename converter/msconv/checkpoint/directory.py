@@ -14,6 +14,7 @@ from msconv_runtime.errors import CheckpointError, UsageError
 from ..families import DecoderConfig, Family, configure
 from ..layout.model import TensorInfo
 from ..layout.names import listing, shorten
+from ..quant import WeightFormat
 from .headers import parse_json, read_header
 from .naming import named
 from .surroundings import model_name, tokenizer_note, unnamed_note
@@ -164,7 +165,7 @@ def open_checkpoint(
         raise CheckpointError("\n".join(errors), "Download the files again that are named here.")
     if unsupported:
         raise UnsupportedCheckpoint("\n".join(e.message for e in unsupported[:SOME]), unsupported[0].hint)
-    refuse_names(str(root), tensors)
+    refuse_names(str(root), tensors.keys() - _companions(tensors, base.config.formats))
     found = named(tensors, base.config, str(root))
     notes = (*found.notes, tokenizer_note(present), unnamed_note(present, names))
     return replace(
@@ -175,6 +176,11 @@ def open_checkpoint(
         stacked=found.stacked,
         notes=tuple(note for note in notes if note),
     )
+
+
+def _companions(tensors: Mapping[str, TensorInfo], formats: tuple[WeightFormat, ...]) -> set[str]:
+    """Scales and the like, which the configuration's weight formats account for."""
+    return {c for f in formats for name in tensors if f.claims(name, tensors) for c in f.companions(name)}
 
 
 def _read_shards(

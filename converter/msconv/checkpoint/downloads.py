@@ -62,7 +62,7 @@ class Downloads:
             raise self._error or Cancelled
 
     def delete(self, name: str) -> None:
-        """Of a file that is not needed again and whose place is our own."""
+        """Delete a file that is not needed again and whose place is our own."""
         with self._changed:
             self._landed.pop(name).unlink(missing_ok=True)
             self._deleted += 1
@@ -75,7 +75,7 @@ class Downloads:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Until no thread is left: at once, or when a silent server runs into its timeout."""
+        """Wait until no thread is left: at once, or when a silent server runs into its timeout."""
         self.cancel()
         for thread in self._threads:
             thread.join()
@@ -125,3 +125,14 @@ class Downloads:
                 f"{need - free:,} are missing.",
                 "Free that much, point HF_HOME at a larger disk, or use --delete-source-as-you-go.  " + RESUMES,
             )
+
+
+def bring(repository: Repository, names: list[str]) -> None:
+    """These files are on this machine on return.  Raises MsconvError."""
+    downloads = Downloads(repository)
+    try:
+        downloads.expect(names, lambda n: None)
+        for name in names:
+            downloads.wait(name)
+    finally:
+        downloads.stop()

@@ -146,7 +146,7 @@ class Repository:
         return place.final
 
     def download_small(self, names: Iterable[str]) -> None:
-        """Those of the files that the repository has."""
+        """The files among these that the repository has."""
         for name in names:
             if name in self.files:
                 self.download(name, lambda n: None, threading.Event())

@@ -1,4 +1,4 @@
-"""The command line.  One file a command: parse, call, print.  Data on stdout, everything else on stderr."""
+"""The command line.  One file a command: parse, call, show its Result.  Data on stdout, all else on stderr."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMANDS = {
 
 
 class _Lazy(click.Group):
-    """Imports a command's module when it is asked for: `msconv --help` stays quick."""
+    """Group that imports a command's module when it is asked for: `msconv --help` stays quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -88,7 +88,7 @@ def cli(quiet: bool, verbose: bool) -> None:
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
-    from .console import report
+    from .result import report
 
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs start with it ignored
         signal.signal(number, _interrupt)
@@ -102,7 +102,7 @@ def main() -> None:
         code = e.code if isinstance(e.code, int) else 1
     except BaseException as e:
         _ignore_signals()  # another one would interrupt what is said about the first
-        code = report(e, as_json="--json" in sys.argv)
+        code = report(e)
     try:
         sys.stdout.flush()
     except OSError:  # nobody reads any more, or there is no room for the answer

@@ -1,4 +1,4 @@
-"""What every command has: --quiet and --verbose, and its values printed with where each came from."""
+"""Command, with what all of them have: --quiet and --verbose, and its values printed with where each came from."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from msconv_runtime.units import human_bytes
+
 from .. import __version__
 from . import console
+from .options import Size
+from .result import take_json
 
 RECIPE, NOTES = "msconv.recipe", "msconv.notes"  # in a context's meta
 PACKAGES = ("numpy", "click", "msgspec", "huggingface_hub", "mindspore", "torch", "transformers", "sglang")
@@ -62,8 +66,9 @@ class Command(click.Command):
             console.say(note)
         if console.is_verbose():
             console.say(versions())
-        if values := resolved(ctx, console.is_verbose()):
+        if values := resolved(ctx, shows_all=console.is_verbose()):
             console.say("Values: " + ", ".join(values))
+        take_json(ctx)
         try:
             return super().invoke(ctx)
         finally:
@@ -71,9 +76,9 @@ class Command(click.Command):
                 console.say(f"{self.name}: {time.monotonic() - started:.2f} s")
 
 
-def resolved(ctx: click.Context, everything: bool) -> list[str]:
-    """`tp 4 (recipe Qwen3-8B)` of each option that the environment or a recipe set, or has its turn to: of all of
-    them if there is a recipe.  `everything`: of all there are."""
+def resolved(ctx: click.Context, shows_all: bool) -> list[str]:
+    """Values as `tp 4 (recipe Qwen3-8B)`: those that the environment or a recipe set, and with a recipe all that
+    it could have set.  `shows_all`: of every option that has one."""
     sources = {
         p: ctx.get_parameter_source(p.name or "") for p in ctx.command.params if isinstance(p, click.Option)
     }
@@ -82,13 +87,8 @@ def resolved(ctx: click.Context, everything: bool) -> list[str]:
     values = []
     for param, source in sources.items():
         value = ctx.params.get(param.name or "")
-        elsewhere = source in (ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
-        if (
-            value is None
-            or value == ()
-            or param.is_eager
-            or not (everything or elsewhere or param.name in governed)
-        ):
+        is_set = source in (ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
+        if value is None or value == () or param.is_eager or not (shows_all or is_set or param.name in governed):
             continue
         place = SOURCES.get(source or ParameterSource.DEFAULT, "")
         if source is ParameterSource.ENVIRONMENT:
@@ -96,14 +96,14 @@ def resolved(ctx: click.Context, everything: bool) -> list[str]:
         elif source is ParameterSource.DEFAULT_MAP and recipe:
             place = f"recipe {recipe.name}"
         said = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        if isinstance(param.type, console.Size):
-            said = console.human(value)
+        if isinstance(param.type, Size):
+            said = human_bytes(value)
         values.append(f"{param.opts[0].removeprefix('--')} {said} ({place})")
     return values
 
 
 def versions() -> str:
-    """msconv's, Python's, and those of the packages that are there; none is imported."""
+    """Versions of msconv, Python and the packages that are there; none is imported."""
     found = [f"msconv {__version__}", f"Python {platform.python_version()}"]
     for name in PACKAGES:
         try:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.targets import CPU, TARGETS
+from msconv_runtime.units import human_bytes
 
-from ..checkpoint.reference import Hub, open_reference
+from ..checkpoint.reference import Hub
+from ..location import open_reference
 from .command import Command
-from .console import (
-    artifact_argument,
-    complete_targets,
-    emit,
-    find_artifact,
-    human,
-    json_option,
-    say,
-    step,
-)
+from .console import find_artifact, say, step
+from .options import artifact_argument, complete_targets, output_option
 from .references import compare_layout, convert_command, model_option, recipe_option, source_option
 from .report import refresh
+from .result import Result, json_option, show
+
+if TYPE_CHECKING:
+    from ..steps.compile import Compiled
 
 
 @click.command("compile", cls=Command)
@@ -38,7 +37,7 @@ from .report import refresh
 @recipe_option
 @click.option("--tp", type=click.IntRange(1, 1024), help="With --model: tensor-parallel ranks.")
 @click.option("--ep", default=1, type=click.IntRange(1, 1024), help="With --model: expert-parallel ranks.")
-@click.option("--output", type=click.Path(path_type=Path), help="With --model: the artifact to make.")
+@output_option("With --model: the artifact to make.")
 @source_option
 @json_option
 def command(
@@ -49,7 +48,6 @@ def command(
     ep: int,
     output: Path | None,
     hub: Hub,
-    as_json: bool,
 ) -> None:
     """Compile an artifact's static graphs, ahead of time, for one or more targets.
 
@@ -61,7 +59,7 @@ def command(
     msconv compile artifacts/Qwen3-8B-tp4 --target ascend910b --target cpu
     msconv compile --model models/Qwen3-32B --tp 8 --target ascend910b --output graphs-only
     """
-    from .. import compile as compiler
+    from ..steps import compile as compiler
 
     if model is not None:
         if artifact is not None or tp is None or output is None:
@@ -73,38 +71,37 @@ def command(
     else:
         root = find_artifact(artifact)
         compare_layout(Artifact(root).manifest)
-    made = []
+    made: list[Compiled] = []
     for target in dict.fromkeys(targets or (CPU.name,)):
         with step(f"compiling for {target}"):
             done = compiler.compile_graphs(root, target, say)
-        for m in done:
-            say(
-                f"{m.graph.path}: {m.graph.nodes} nodes, {human(m.graph.size)}, {m.seconds:.1f} s, "
-                f"peak memory {human(m.peak_rss_bytes)}"
-            )
+        for compiled in done:
+            say(_line(compiled))
         made += done
         refresh(root)
-    if as_json:
-        emit(
-            {
-                "artifact": str(root),
-                "graphs": [
-                    {
-                        "target": m.graph.target,
-                        "phase": m.graph.phase,
-                        "role": m.graph.role,
-                        "variant": m.graph.variant,
-                        "path": str(root / m.graph.path),
-                        "nodes": m.graph.nodes,
-                        "seconds": round(m.seconds, 3),
-                        "peak_rss_bytes": m.peak_rss_bytes,
-                    }
-                    for m in made
-                ],
-            }
-        )
-    if model is not None and Artifact(root).manifest.weights is None:
-        assert tp is not None
-        say(f"Next: {convert_command(tp, ep)} --output {root} adds the weights")
-    else:
-        say(f"Next: msconv verify {root} --target {made[-1].graph.target}")
+    next_step = f"msconv verify {root} --target {made[-1].graph.target}"
+    if tp is not None and Artifact(root).manifest.weights is None:
+        next_step = f"{convert_command(tp, ep)} --output {root} adds the weights"
+    show(Result({"artifact": str(root), "graphs": [_data(root, m) for m in made]}, next=next_step))
+
+
+def _data(root: Path, compiled: Compiled) -> dict[str, Any]:
+    graph = compiled.graph
+    return {
+        "target": graph.target,
+        "phase": graph.phase,
+        "role": graph.role,
+        "variant": graph.variant,
+        "path": str(root / graph.path),
+        "nodes": graph.nodes,
+        "seconds": round(compiled.seconds, 3),
+        "peak_rss_bytes": compiled.peak_rss_bytes,
+    }
+
+
+def _line(compiled: Compiled) -> str:
+    graph = compiled.graph
+    return (
+        f"{graph.path}: {graph.nodes} nodes, {human_bytes(graph.size)}, {compiled.seconds:.1f} s, "
+        f"peak memory {human_bytes(compiled.peak_rss_bytes)}"
+    )

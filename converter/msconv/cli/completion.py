@@ -6,7 +6,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from .command import Command
-from .console import emit, json_option, say
+from .result import Result, json_option, show
 
 INSTALL = {
     "bash": "msconv completion bash > ~/.local/share/bash-completion/completions/msconv",
@@ -18,7 +18,7 @@ INSTALL = {
 @click.command("completion", cls=Command)
 @click.argument("shell", type=click.Choice(list(INSTALL)))
 @json_option
-def command(shell: str, as_json: bool) -> None:
+def command(shell: str) -> None:
     """Print the script that completes commands, options and names in a shell.
 
     Artifacts in artifacts/ and recipes are completed too.
@@ -33,8 +33,4 @@ def command(shell: str, as_json: bool) -> None:
     shell_class = get_completion_class(shell)
     assert shell_class
     script = shell_class(cli, {}, "msconv", "_MSCONV_COMPLETE").source()
-    if as_json:
-        emit({"shell": shell, "script": script})
-    else:
-        click.echo(script)
-    say(f"Next: {INSTALL[shell]}")
+    show(Result({"shell": shell, "script": script}, verbatim=script, next=INSTALL[shell]))

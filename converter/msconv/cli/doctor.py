@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +14,9 @@ from msconv_runtime.serving.engine import chosen_engine
 from msconv_runtime.targets import CPU
 
 from .command import Command
-from .console import ARTIFACTS, artifact_argument, emit, json_option, say, visible
+from .console import ARTIFACTS, visible
+from .options import artifact_argument
+from .result import Result, json_option, show
 
 WORDS = {"serve_cpu": "serve on a CPU", "serve_npu": "serve on an NPU"}
 COLOURS = {"ok": "green", "untested": "yellow", "missing": "yellow", "wrong": "red"}
@@ -22,7 +25,7 @@ COLOURS = {"ok": "green", "untested": "yellow", "missing": "yellow", "wrong": "r
 @click.command("doctor", cls=Command)
 @artifact_argument
 @json_option
-def command(artifact: Path | None, as_json: bool) -> None:
+def command(artifact: Path | None) -> None:
     """Say what this machine can do, what is missing, and whether ARTIFACT can be served here.
 
     Imports neither MindSpore nor torch.  Exit 0 if all is fine for converting (a machine without NPU is) and
@@ -39,36 +42,42 @@ def command(artifact: Path | None, as_json: bool) -> None:
             raise UsageError(e.message, e.hint) from None
     machine = Machine(output=artifact or ARTIFACTS)
     report = examine(machine, artifact, needs=chosen_engine().needs)
-    if as_json:
-        emit(
-            {
-                "ok": not report.blockers,
-                "python": machine.python,
-                "findings": [
-                    {"name": f.name, "state": f.state, "found": f.found, "needed": f.needed, "hint": f.hint}
-                    for f in report.findings
-                ],
-                "can": report.can,
-                "artifact": report.artifact,
-            }
-        )
-        if report.blockers:
-            raise click.exceptions.Exit(EnvironmentProblem.exit_code)
-    else:
-        click.echo(describe(report))
+    failure = None
     if blockers := report.blockers:
         names = ", ".join(dict.fromkeys(f.name for f in blockers))
-        raise EnvironmentProblem(f"This is in the way: {names}.", blockers[0].hint)
+        failure = EnvironmentProblem(f"This is in the way: {names}.", blockers[0].hint)
+    show(
+        Result(
+            _data(machine, report),
+            verbatim=describe(report),
+            failure=failure,
+            next="" if failure else _next_command(artifact, report),
+        )
+    )
+
+
+def _next_command(artifact: Path | None, report: Report) -> str:
     if artifact is None:
-        say("Next: msconv convert --model <dir> --tp N")
-    elif report.artifact and report.artifact["proven"].get(CPU.name):
-        say(f"Next: msconv serve {artifact}")
-    else:
-        say(f"Next: msconv verify {artifact}")
+        return "msconv convert --model <dir> --tp N"
+    is_proven = report.artifact and report.artifact["proven"].get(CPU.name)
+    return f"msconv {'serve' if is_proven else 'verify'} {artifact}"
+
+
+def _data(machine: Machine, report: Report) -> dict[str, Any]:
+    return {
+        "ok": not report.blockers,
+        "python": machine.python,
+        "findings": [
+            {"name": f.name, "state": f.state, "found": f.found, "needed": f.needed, "hint": f.hint}
+            for f in report.findings
+        ],
+        "can": report.can,
+        "artifact": report.artifact,
+    }
 
 
 def describe(report: Report) -> str:
-    """A line a finding, state first; then what can be done."""
+    """Lines, one a finding, state first; then what can be done.  What is foreign in them is visible already."""
     width = max(len(f.name) for f in report.findings)
     lines = []
     for f in report.findings:

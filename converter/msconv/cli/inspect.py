@@ -8,22 +8,25 @@ from typing import Any
 import click
 
 from msconv_runtime.artifact import Artifact, Manifest
-from msconv_runtime.artifact.integrity import check_artifact, check_graphs
+from msconv_runtime.artifact.integrity import Damage, check_artifact, check_graphs
 from msconv_runtime.artifact.served import other_files
 from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.errors import ArtifactError
+from msconv_runtime.units import human_bytes
 
 from ..layout.names import fold
 from ..standing import standings
 from .command import Command
-from .console import artifact_argument, byte_progress, emit, find_artifact, human, json_option, say, show, visible
+from .console import byte_progress, find_artifact, visible
+from .options import artifact_argument
+from .result import Result, json_option, show
 
 
 @click.command("inspect", cls=Command)
 @artifact_argument
 @click.option("--check", is_flag=True, help="Read every byte and compare digests.")
 @json_option
-def command(artifact: Path | None, check: bool, as_json: bool) -> None:
+def command(artifact: Path | None, check: bool) -> None:
     """Show what an artifact holds; --check reads every byte.
 
     \b
@@ -46,26 +49,30 @@ def command(artifact: Path | None, check: bool, as_json: bool) -> None:
     if damage:  # a proof holds for the bytes it was made on
         data["proven"] = dict.fromkeys(data["proven"])
         data["standing"] = {}
-    if as_json:
-        emit(data)
-        if damage:
-            raise click.exceptions.Exit(ArtifactError.exit_code)
-    else:
-        show(describe(_single_lines(data)))
-    if damage:
-        places = (f"{d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:50])
-        lines = "\n".join(f"  {visible(place, keep='')}" for place in places)
-        raise ArtifactError(
-            f"{root}: {len(damage)} places differ from the manifest:\n{lines}",
-            "Copy the artifact again, or convert again with --force.",
+    show(
+        Result(
+            data,
+            describe(_single_lines(data)),
+            lines=["Every byte is as the manifest says."] * (check and not damage),
+            failure=_failure(root, damage),
+            next="" if damage else next_command(root, manifest),
         )
-    if check:
-        say("Every byte is as the manifest says.")
-    say(f"Next: {next_command(root, manifest)}")
+    )
+
+
+def _failure(root: Path, damage: list[Damage]) -> ArtifactError | None:
+    if not damage:
+        return None
+    places = (f"{d.path}: {d.tensor or 'file'}: {d.problem}" for d in damage[:50])
+    lines = "\n".join(f"  {visible(place, keep='')}" for place in places)
+    return ArtifactError(
+        f"{root}: {len(damage)} places differ from the manifest:\n{lines}",
+        "Copy the artifact again, or convert again with --force.",
+    )
 
 
 def next_command(root: Path, manifest: Manifest) -> str:
-    """What an artifact lacks most: weights, graphs, a proof, or only a server."""
+    """Command for what an artifact lacks most: weights, graphs, a proof, or only a server."""
     targets = list(dict.fromkeys(g.target for g in manifest.graphs))
     if manifest.weights is None:
         parallel = manifest.parallel
@@ -77,7 +84,7 @@ def next_command(root: Path, manifest: Manifest) -> str:
 
 
 def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
-    """The manifest as people ask for it.  `proven` per target holds only for these very bytes."""
+    """Facts of the manifest as people ask for them.  `proven` per target holds only for these very bytes."""
     w = manifest.weights
     targets = list(dict.fromkeys(g.target for g in manifest.graphs))
     proofs = {t: manifest.proof_for(t) for t in targets}
@@ -141,7 +148,7 @@ def _named(graph: dict[str, Any]) -> str:
 
 
 def _casts(manifest: Manifest, target: str) -> str:
-    """What binding this target's graphs does to the stored type: "" if it copies nothing."""
+    """Casts of the stored type that binding this target's graphs makes: "" if it copies nothing."""
     if manifest.weights is None:
         return ""
     stored = {t.name: t.dtype for t in manifest.weights.tensors}
@@ -155,7 +162,7 @@ def _casts(manifest: Manifest, target: str) -> str:
 
 
 def _single_lines(value: Any) -> Any:
-    """The same with no string that could pass for a line of ours."""
+    """Copy of data in which no string could pass for a line of ours."""
     if isinstance(value, dict):
         return {_single_lines(k): _single_lines(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -164,14 +171,14 @@ def _single_lines(value: Any) -> Any:
 
 
 def _beside(data: dict[str, Any]) -> str:
-    """What is vouched for besides weights and graphs."""
+    """Line about what is vouched for besides weights and graphs."""
     if not data["files"]:
         return "files: made before files had digests; of those beside, only config.json is vouched for"
     return f"files: {', '.join(f['name'] for f in data['files'])}"
 
 
 def describe(data: dict[str, Any]) -> str:
-    """The summary as text."""
+    """Text of the summary."""
     m, w = data["model"], data["weights"]
     lines = [
         f"{data['artifact']}: {m['source']} ({m['family']}, {m['parameters'] / 1e9:.3f} billion parameters), "
@@ -182,7 +189,8 @@ def describe(data: dict[str, Any]) -> str:
     else:
         cast = f" (cast from {w['source_dtype']})" if w["source_dtype"] != w["dtype"] else ""
         lines.append(
-            f"weights: {w['dtype']}{cast}, {human(w['rank_bytes'])} per rank, {w['files']} files, {w['digest']}"
+            f"weights: {w['dtype']}{cast}, {human_bytes(w['rank_bytes'])} per rank, {w['files']} files, "
+            f"{w['digest']}"
         )
         lines += [f"  padded: {p['name']} {p['size']} -> {p['padded']}" for p in w["padded"]]
         lines += [f"  kept: {k['name']}" + f"  x{k['count']}" * (k["count"] > 1) for k in data["coverage"]["kept"]]
@@ -196,7 +204,7 @@ def describe(data: dict[str, Any]) -> str:
     for g in data["graphs"]:
         casts = f", binding casts {g['casts']}" if g["casts"] else ""
         lines.append(
-            f"graph: {g['target']} {_named(g)}: {g['nodes']} nodes, {human(g['bytes'])}, "
+            f"graph: {g['target']} {_named(g)}: {g['nodes']} nodes, {human_bytes(g['bytes'])}, "
             f"mindspore {g['mindspore']}{casts}"
         )
     for target, p in data["proven"].items():

@@ -6,17 +6,21 @@ from pathlib import Path
 
 import click
 
+from msconv_runtime.units import human_bytes
+
 from .command import Command
-from .console import byte_progresses, emit, human, json_option, say
+from .console import byte_progresses
 from .inspect import next_command
+from .options import output_option
 from .report import refresh
+from .result import Result, json_option, show
 
 
 @click.command("pull", cls=Command)
 @click.argument("repository")
-@click.option("--output", type=click.Path(path_type=Path), help="[default: artifacts/<name>]")
+@output_option("[default: artifacts/<name>]")
 @json_option
-def command(repository: str, output: Path | None, as_json: bool) -> None:
+def command(repository: str, output: Path | None) -> None:
     """Download an artifact from a repository of a Hugging Face hub: owner/name[@revision].
 
     Run again after an interruption: it goes on to the byte.  Digests of the hub are checked as bytes arrive, those
@@ -30,15 +34,16 @@ def command(repository: str, output: Path | None, as_json: bool) -> None:
     from ..share.parts import weight_bytes
 
     planned = pull.prepare(repository, output)
-    done_before = planned.is_done
+    was_complete = planned.is_done
     bars = {
-        "downloading": 0 if done_before else planned.missing_bytes(),
-        "checking": 0 if done_before else weight_bytes(planned.manifest),
+        "downloading": 0 if was_complete else planned.missing_bytes(),
+        "checking": 0 if was_complete else weight_bytes(planned.manifest),
     }
     with byte_progresses(bars) as advance:
         done = pull.run(planned, advance["downloading"], advance["checking"], refresh)
-    if as_json:
-        emit(
+    verb = "Already complete" if was_complete else "Pulled"
+    show(
+        Result(
             {
                 "artifact": str(done.artifact),
                 "repository": done.repository,
@@ -46,10 +51,11 @@ def command(repository: str, output: Path | None, as_json: bool) -> None:
                 "bytes_read": done.bytes_read,
                 "files": done.files,
                 "seconds": round(done.seconds, 3),
-            }
+            },
+            lines=[
+                f"{verb}: {done.artifact}, commit {done.commit[:12]}, {done.files} files, "
+                f"downloaded {human_bytes(done.bytes_read)} in {done.seconds:.1f} s"
+            ],
+            next=next_command(done.artifact, planned.manifest),
         )
-    say(
-        f"{'Already complete' if done_before else 'Pulled'}: {done.artifact}, commit {done.commit[:12]}, "
-        f"{done.files} files, downloaded {human(done.bytes_read)} in {done.seconds:.1f} s"
     )
-    say(f"Next: {next_command(done.artifact, planned.manifest)}")

@@ -7,9 +7,12 @@ from pathlib import Path
 import click
 
 from msconv_runtime.artifact import Artifact
+from msconv_runtime.units import human_bytes
 
 from .command import Command
-from .console import artifact_argument, byte_progress, emit, find_artifact, human, json_option, say
+from .console import byte_progress, find_artifact
+from .options import artifact_argument
+from .result import Result, json_option, show
 
 
 @click.command("push", cls=Command)
@@ -19,9 +22,7 @@ from .console import artifact_argument, byte_progress, emit, find_artifact, huma
 @click.option("--private", is_flag=True, help="If the repository is created: only for those who may see it.")
 @click.option("--check", is_flag=True, help="First read every byte and compare digests.")
 @json_option
-def command(
-    artifact: Path | None, to: str, revision: str | None, private: bool, check: bool, as_json: bool
-) -> None:
+def command(artifact: Path | None, to: str, revision: str | None, private: bool, check: bool) -> None:
     """Upload an artifact to a repository of a Hugging Face hub, with a card that says what it is.
 
     Run again after an interruption: what is there already is not uploaded again.  Only the last commit has READY,
@@ -43,8 +44,14 @@ def command(
         parts.check(opened, "Convert or compile again; nothing was uploaded.", check, advance)
     with byte_progress("uploading", weights) as advance:
         done = push(root, manifest, name, revision or "", private, advance)
-    if as_json:
-        emit(
+    verb = "Pushed" if done.bytes_uploaded else "Already there"
+    summary = (
+        f"{verb}: {done.artifact} to {name}, commit {done.commit[:12]}, {done.files} files, "
+        f"uploaded {human_bytes(done.bytes_uploaded)} in {done.seconds:.1f} s"
+    )
+    card = [f"{parts.CARD} of {name} was not written by msconv and was left as it is."] * done.kept_card
+    show(
+        Result(
             {
                 "artifact": str(done.artifact),
                 "repository": done.repository,
@@ -52,13 +59,8 @@ def command(
                 "bytes_uploaded": done.bytes_uploaded,
                 "files": done.files,
                 "seconds": round(done.seconds, 3),
-            }
+            },
+            lines=[*card, summary],
+            next=f"msconv pull {name}{'@' + revision if revision else ''}",
         )
-    if done.kept_card:
-        say(f"{parts.CARD} of {name} was not written by msconv and was left as it is.")
-    verb = "Pushed" if done.bytes_uploaded else "Already there"
-    say(
-        f"{verb}: {done.artifact} to {name}, commit {done.commit[:12]}, {done.files} files, "
-        f"uploaded {human(done.bytes_uploaded)} in {done.seconds:.1f} s"
     )
-    say(f"Next: msconv pull {name}{'@' + revision if revision else ''}")

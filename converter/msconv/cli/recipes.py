@@ -1,4 +1,4 @@
-"""`msconv recipes`: what there is, and one with the commands it stands for."""
+"""`msconv recipes`: all there are, and one with the commands it stands for."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import msgspec
 
 from ..recipes import Recipe, all_recipes, find_recipe, read_recipe
 from .command import Command
-from .console import emit, json_option, say, show
 from .references import complete_recipes, reference, unknown
+from .result import Result, json_option, show
 
 
 @click.command("recipes", cls=Command)
 @click.argument("name", required=False, shell_complete=complete_recipes)
 @json_option
-def command(name: str | None, as_json: bool) -> None:
+def command(name: str | None) -> None:
     """List recipes, or show one and its commands.
 
     NAME may also be a .yaml file, and the directory in MSCONV_RECIPES is looked at first.  A recipe is a layout
@@ -29,30 +29,23 @@ def command(name: str | None, as_json: bool) -> None:
     """
     if name is None:
         found = [read_recipe(path) for path in all_recipes().values()]
-        if as_json:
-            emit({"recipes": [details(r) for r in found]})
-        else:
-            show(table(found))
-        say("Next: msconv recipes NAME shows one and its commands.")
+        data = {"recipes": [details(r) for r in found]}
+        show(Result(data, table(found), next="msconv recipes NAME shows one and its commands."))
         return
     recipe = find_recipe(name)
     if recipe is None:
         raise unknown(name, "no recipe has this name")
-    if as_json:
-        emit(details(recipe))
-    else:
-        show(describe(recipe))
-    say(f"Next: msconv plan --model {reference(recipe)}")
+    show(Result(details(recipe), describe(recipe), next=f"msconv plan --model {reference(recipe)}"))
 
 
 def details(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with every value, and its commands."""
+    """Every value of the recipe, and its commands."""
     return {**msgspec.to_builtins(recipe), "commands": commands(recipe)}
 
 
 def commands(recipe: Recipe) -> list[str]:
-    """What to type, from the checkpoint to the server."""
-    from ..convert import default_name
+    """Commands to type, from the checkpoint to the server."""
+    from ..workspace.names import default_name
 
     named = reference(recipe)
     artifact = f"artifacts/{default_name(recipe.model.partition('/')[2], recipe.tp, recipe.ep)}"
@@ -65,12 +58,12 @@ def commands(recipe: Recipe) -> list[str]:
 
 
 def verified(recipe: Recipe) -> str:
-    """On what kinds of device something of it has run."""
+    """Kinds of device on which something of it has run."""
     return ", ".join(sorted({run.device for run in recipe.verified_on})) or "not run yet"
 
 
 def table(recipes: list[Recipe]) -> str:
-    """A line a recipe."""
+    """Table with a line a recipe."""
     head = ("RECIPE", "MODEL", "TP", "EP", "DEVICES", "MEMORY EACH", "SIZED FOR", "VERIFIED ON")
     rows = [
         (
@@ -93,7 +86,7 @@ def table(recipes: list[Recipe]) -> str:
 
 
 def describe(recipe: Recipe) -> str:
-    """One recipe in words."""
+    """Text about one recipe."""
     devices = recipe.devices
     nodes = f" on {devices.nodes} machines" if devices.nodes > 1 else ""
     flags = " ".join(f"{flag} {value}".strip() for flag, value in recipe.serve_flags().items())

@@ -1,5 +1,5 @@
-"""--model, --source and --recipe: from a name to what is meant by it.  A recipe's values become defaults of the
-command's other options, so that flags and the environment come before them."""
+"""Options --model, --source and --recipe: from a name to what is meant by it.  A recipe's values become defaults
+of the command's other options, so that flags and the environment come before them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def used_recipe() -> Recipe | None:
 
 
 def convert_command(tp: int, ep: int) -> str:
-    """`msconv convert` of what --model was typed as: for hints."""
+    """Command `msconv convert` of what --model was typed as: for hints."""
     ctx = click.get_current_context()
     typed = ctx.meta[TYPED]
     words = ["msconv", "convert", "--model", typed, "--tp", str(tp), *(("--ep", str(ep)) if ep > 1 else ())]
@@ -53,13 +53,13 @@ def convert_command(tp: int, ep: int) -> str:
 
 
 def recipe_argument() -> str:
-    """` --recipe NAME` for the next command, "" without a recipe."""
+    """Argument ` --recipe NAME` for the next command, "" without a recipe."""
     recipe = used_recipe()
     return f" --recipe {reference(recipe)}" if recipe else ""
 
 
 def reference(recipe: Recipe) -> str:
-    """What names it on the command line: its name, or its file if that is in no known place."""
+    """Name of a recipe on the command line: its own, or its file if that is in no known place."""
     return recipe.name if all_recipes().get(recipe.name) == Path(recipe.path) else shlex.quote(recipe.path)
 
 
@@ -121,8 +121,8 @@ def _resolve_recipe(ctx: click.Context, param: click.Parameter, value: str | Non
 
 
 def _use(ctx: click.Context, recipe: Recipe | None) -> None:
-    """Make its values defaults.  --model and --recipe may come in any order; without --model an artifact is what
-    the command is about, and has a layout."""
+    """Make a recipe's values defaults.  --model and --recipe may come in any order; without --model an
+    artifact is what the command is about, and has a layout."""
     known = ctx.meta.get(RECIPE)
     if recipe and known and recipe != known:
         raise UsageError(f"{known.name} and {recipe.name}: two recipes.", "Give one of them.")
@@ -139,12 +139,12 @@ def unknown(value: str, problem: str) -> UsageError:
     return UsageError(f"{value}: {problem}.", meant + "`msconv recipes` lists recipes; owner/name is pulled.")
 
 
-def model_option(required: bool, text: str) -> Callable[[Any], Any]:
-    """--model REF.  The command gets a directory or `owner/name[@revision]`; of a recipe, what it names."""
+def model_option(is_required: bool, text: str) -> Callable[[Any], Any]:
+    """Option --model REF.  The command gets a directory or `owner/name[@revision]`; of a recipe, what it names."""
     return click.option(
         "--model",
         metavar="REF",
-        required=required,
+        required=is_required,
         is_eager=True,
         callback=_resolve_model,
         shell_complete=complete_models,
@@ -175,5 +175,5 @@ source_option = click.option(
     type=click.Choice(HUBS),
     default=HUBS[0],
     show_default=True,
-    help="The hub that owner/name is on.",
+    help="The hub that owner/name of --model is on.",
 )

@@ -3,63 +3,73 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from msconv_runtime.errors import VerificationFailed
 
 from .command import Command
-from .console import artifact_argument, complete_targets, emit, find_artifact, import_torch_alone, json_option, say
+from .console import find_artifact, import_torch_alone, say
+from .options import artifact_argument, complete_targets, grouped, parted_from_flags, reference_option
 from .report import refresh
+from .result import Result, json_option, show
+
+if TYPE_CHECKING:
+    from ..rehearsal.judgement import Rehearsal
+    from ..rehearsal.plan import Options
 
 SHOWN = 20  # problems
 
 
+def _options(prompts: int | None, nnodes: int, **values: Any) -> Options:
+    from ..rehearsal.plan import Options
+
+    return Options(prompts=prompts or 0, machines=nnodes, **values)
+
+
+rehearsal_options = grouped(
+    "options",
+    _options,
+    click.option(
+        "--target", shell_complete=complete_targets, help="Whose graphs.  [default: the only ones for an NPU]"
+    ),
+    click.option("--prompts", type=click.IntRange(1), help="Ask so many prompts only.  [default: all 13]"),
+    click.option(
+        "--exact/--no-exact",
+        default=None,
+        help="Compute in float32, or in the target's own precision.  [default: exact up to 2 GiB of weights]",
+    ),
+    reference_option,
+    click.option(
+        "--nnodes",
+        default=1,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Machines: so many servers, all here.",
+    ),
+    click.option("--port", type=click.IntRange(1, 65535), help="Port of the server.  [default: a free one]"),
+    click.option(
+        "--end",
+        type=click.Choice(["term", "kill"]),
+        default="term",
+        show_default=True,
+        help="How the server ends: by SIGTERM, or because one of its ranks is killed.",
+    ),
+    click.option(
+        "--keep", metavar="DIR", type=click.Path(path_type=Path), help="Keep logs and recorded calls there."
+    ),
+)
+
+
 @click.command("rehearse", cls=Command)
 @artifact_argument
-@click.option(
-    "--target", shell_complete=complete_targets, help="Whose graphs.  [default: the only ones for an NPU]"
-)
-@click.option("--prompts", type=click.IntRange(1), help="Ask so many prompts only.  [default: all 13]")
-@click.option(
-    "--exact/--no-exact",
-    default=None,
-    help="Compute in float32, or in the target's own precision.  [default: exact up to 2 GiB of weights]",
-)
-@click.option(
-    "--reference",
-    metavar="REF",
-    help="The source checkpoint: a directory or owner/name[@revision].  [default: where it was converted from]",
-)
-@click.option(
-    "--nnodes", default=1, show_default=True, type=click.IntRange(1), help="Machines: so many servers, all here."
-)
-@click.option("--port", type=click.IntRange(1, 65535), help="Port of the server.  [default: a free one]")
-@click.option(
-    "--end",
-    type=click.Choice(["term", "kill"]),
-    default="term",
-    show_default=True,
-    help="How the server ends: by SIGTERM, or because one of its ranks is killed.",
-)
-@click.option("--keep", metavar="DIR", type=click.Path(path_type=Path), help="Keep logs and recorded calls there.")
+@rehearsal_options
 @click.argument("sglang_args", nargs=-1, type=click.UNPROCESSED)
 @json_option
-def command(
-    artifact: Path | None,
-    target: str | None,
-    prompts: int | None,
-    exact: bool | None,
-    reference: str | None,
-    nnodes: int,
-    port: int | None,
-    end: Literal["term", "kill"],
-    keep: Path | None,
-    sglang_args: tuple[str, ...],
-    as_json: bool,
-) -> None:
+def command(artifact: Path | None, options: Options, sglang_args: tuple[str, ...]) -> None:
     """Serve an artifact on a stand-in for the NPU, and compare all that the server does.
 
     Starts the real SGLang with the command of `msconv serve --device npu`; the device is a stand-in on this
@@ -73,44 +83,42 @@ def command(
     msconv rehearse artifacts/Qwen3-0.6B-tp2 -- --dp-size 2
     """
     import_torch_alone()
-    from ..rehearsal.plan import Options
     from ..rehearsal.rehearse import rehearse
 
-    extra = list(sglang_args)
-    if artifact is not None and str(artifact).startswith("-"):
-        extra.insert(0, str(artifact))  # `msconv rehearse -- --flag`: there was no artifact
-        artifact = None
+    artifact, extra = parted_from_flags(artifact, sglang_args)
     root = find_artifact(artifact)
-    options = Options(target, prompts or 0, exact, nnodes, port, reference, keep, end, tuple(extra))
     try:
-        result = rehearse(root, options, say)
+        result = rehearse(root, replace(options, extra=tuple(extra)), say)
     finally:
         refresh(root)
     data = summary(result)
-    if as_json:
-        emit(data)
-    for line in lines(data):
-        say(line)
-    if not result.ok and as_json:
-        raise click.exceptions.Exit(VerificationFailed.exit_code)
-    if not result.ok:
-        problems = result.problems
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise VerificationFailed(
-            f"{root}: the rehearsal for {result.target} failed; problems: {len(problems)}\n"
-            + "\n".join(f"  {p}" for p in problems[:SHOWN])
-            + more,
-            "The first one is where to begin; `--keep DIR` keeps the server's log and the recorded calls.",
-        )
-    say(
+    done = [
         f"Rehearsed for {result.target}: {data['calls']['count']} graph calls agree, and so do the "
         f"{data['answers']['tokens']} tokens that came of them, {result.seconds:.0f} s.  It has run on no device."
+    ]
+    show(
+        Result(
+            data,
+            lines=[*lines(data), *done * result.ok],
+            failure=None if result.ok else _failure(root, result),
+            next=f"msconv serve {root} --device npu, on a host with NPUs",
+        )
     )
-    say(f"Next: msconv serve {root} --device npu, on a host with NPUs")
+
+
+def _failure(root: Path, result: Rehearsal) -> VerificationFailed:
+    problems = result.problems
+    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return VerificationFailed(
+        f"{root}: the rehearsal for {result.target} failed; problems: {len(problems)}\n"
+        + "\n".join(f"  {p}" for p in problems[:SHOWN])
+        + more,
+        "The first one is where to begin; `--keep DIR` keeps the server's log and the recorded calls.",
+    )
 
 
 def summary(result: Any) -> dict[str, Any]:
-    """The rehearsal's outcome as data."""
+    """Outcome of the rehearsal as data."""
     answers, replay = result.answers, result.replay
     return {
         "ok": result.ok,
@@ -146,12 +154,12 @@ def summary(result: Any) -> dict[str, Any]:
 
 
 def finite(error: float) -> float | None:
-    """None for what JSON has no number for: another shape, or not a number."""
+    """Number, or None for what JSON has none for: another shape, or not a number."""
     return error if math.isfinite(error) else None
 
 
 def lines(data: dict[str, Any]) -> list[str]:
-    """The same for people.  Nothing if the server did not answer at all."""
+    """Lines about that data.  None if the server did not answer at all."""
     if not data["requests"]:
         return []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -10,14 +11,16 @@ from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import UsageError
 
 from .command import Command
-from .console import artifact_argument, emit, find_artifact, json_option, say, show
+from .console import find_artifact, say
+from .options import artifact_argument, output_option
+from .result import Result, is_json_asked, json_option, show
 
 
 @click.command("report", cls=Command)
 @artifact_argument
-@click.option("--output", type=click.Path(path_type=Path), help="Another file.  [default: ARTIFACT/report.html]")
+@output_option("Another file.  [default: ARTIFACT/report.html]")
 @json_option
-def command(artifact: Path | None, output: Path | None, as_json: bool) -> None:
+def command(artifact: Path | None, output: Path | None) -> None:
     """Write report.html: proof, memory, coverage and graphs on one page that works offline.
 
     convert, compile and verify do so by themselves.  --json prints what the page says as data, and writes a page
@@ -27,26 +30,30 @@ def command(artifact: Path | None, output: Path | None, as_json: bool) -> None:
     msconv report artifacts/Qwen3-8B-tp4
     msconv report artifacts/Qwen3-8B-tp4 --output Qwen3-8B.html
     """
-    from ..report.page import facts, write_report
-    from ..stream.outputs import disk_error
+    from ..report.page import facts
 
     root = find_artifact(artifact)
-    if as_json:
-        emit(facts(root))
-    if as_json and output is None:
-        say(f"Next: msconv report {root} writes the page")
+    data = partial(facts, root)
+    if is_json_asked() and output is None:
+        show(Result(data, next=f"msconv report {root} writes the page"))
         return
+    path = _write(root, output)
+    show(Result(data, str(path), next=f"open {path} in a browser"))
+
+
+def _write(root: Path, output: Path | None) -> Path:
+    """Write the page.  Raises UsageError or ResourceError where that cannot be."""
+    from ..report.page import write_report
+    from ..workspace.disk import disk_error
+
     try:
-        path = write_report(root, output=output)
+        return write_report(root, output=output)
     except (IsADirectoryError, FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{output or root}: no file can be written there.", "Give --output a file in a directory that exists."
         ) from None
     except OSError as e:
         raise disk_error(e, root, 0) from None
-    if not as_json:
-        show(str(path))
-    say(f"Next: open {path} in a browser")
 
 
 def refresh(root: Path, manifest: Manifest | None = None) -> None:

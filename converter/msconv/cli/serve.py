@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,11 +16,57 @@ from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.serving.nodes import Nodes
 from msconv_runtime.serving.ports import refuse_taken
 from msconv_runtime.serving.settings import Settings
-from msconv_runtime.targets import CPU, DEVICES
+from msconv_runtime.targets import CPU, DEVICES, Target
 
 from .command import Command
-from .console import artifact_argument, complete_targets, emit, find_artifact, json_option, say, show
+from .console import find_artifact, say
+from .options import artifact_argument, complete_targets, grouped, parted_from_flags
 from .references import compare_layout, recipe_option, with_serve_flags
+from .result import Result, json_option, show
+
+if TYPE_CHECKING:
+    from msconv_runtime.artifact.weights import LoadMode
+
+
+def _settings(strict_aot: bool, check_digests: bool, load: LoadMode) -> Settings:
+    return Settings(strict_aot, check_digests, load)
+
+
+def _nodes(nnodes: int, node_rank: int, dist_init_addr: str | None) -> Nodes:
+    return Nodes(nnodes, node_rank, dist_init_addr)
+
+
+settings_options = grouped(
+    "settings",
+    _settings,
+    click.option("--check-digests", is_flag=True, help="Compare every byte with the manifest before loading."),
+    click.option(
+        "--strict-aot/--no-strict-aot",
+        default=True,
+        show_default=True,
+        help="Refuse to start if batches of other shapes would be compiled for.",
+    ),
+    click.option(
+        "--load",
+        type=click.Choice(["mmap", "read"]),
+        default="mmap",
+        show_default=True,
+        help="Map the rank's files, or read them: some drivers hang on mapped memory.",
+    ),
+)
+nodes_options = grouped(
+    "nodes",
+    _nodes,
+    click.option(
+        "--nnodes", default=1, show_default=True, type=click.IntRange(1), help="Machines that serve together."
+    ),
+    click.option(
+        "--node-rank", default=0, show_default=True, type=click.IntRange(0), help="Which of them this is."
+    ),
+    click.option(
+        "--dist-init-addr", metavar="HOST:PORT", help="Where the machines meet: a port of the first one."
+    ),
+)
 
 
 @click.command("serve", cls=Command, context_settings={"ignore_unknown_options": False})
@@ -32,25 +78,8 @@ from .references import compare_layout, recipe_option, with_serve_flags
 @click.option("--target", shell_complete=complete_targets, help="Whose graphs, if there are several for an NPU.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=30000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
-@click.option("--check-digests", is_flag=True, help="Compare every byte with the manifest before loading.")
-@click.option(
-    "--strict-aot/--no-strict-aot",
-    default=True,
-    show_default=True,
-    help="Refuse to start if batches of other shapes would be compiled for.",
-)
-@click.option(
-    "--load",
-    type=click.Choice(["mmap", "read"]),
-    default="mmap",
-    show_default=True,
-    help="Map the rank's files, or read them: some drivers hang on mapped memory.",
-)
-@click.option(
-    "--nnodes", default=1, show_default=True, type=click.IntRange(1), help="Machines that serve together."
-)
-@click.option("--node-rank", default=0, show_default=True, type=click.IntRange(0), help="Which of them this is.")
-@click.option("--dist-init-addr", metavar="HOST:PORT", help="Where the machines meet: a port of the first one.")
+@settings_options
+@nodes_options
 @click.option("--print-command", is_flag=True, help="Only print the command; start nothing.")
 @click.argument("sglang_args", nargs=-1, type=click.UNPROCESSED)
 @json_option
@@ -60,15 +89,10 @@ def command(
     target: str | None,
     host: str,
     port: int,
-    check_digests: bool,
-    strict_aot: bool,
-    load: Literal["mmap", "read"],
-    nnodes: int,
-    node_rank: int,
-    dist_init_addr: str | None,
+    settings: Settings,
+    nodes: Nodes,
     print_command: bool,
     sglang_args: tuple[str, ...],
-    as_json: bool,
 ) -> None:
     """Serve an artifact with SGLang.
 
@@ -80,37 +104,34 @@ def command(
     msconv serve artifacts/Qwen3-0.6B-tp1 -- --max-total-tokens 8192 --log-level debug
     msconv serve artifacts/DeepSeek-V3-tp32-ep32 --nnodes 4 --node-rank 1 --dist-init-addr 10.0.0.1:5000
     """
-    extra = list(sglang_args)
-    if artifact is not None and str(artifact).startswith("-"):
-        extra.insert(0, str(artifact))  # `msconv serve -- --flag`: there was no artifact
-        artifact = None
+    artifact, extra = parted_from_flags(artifact, sglang_args)
     root = find_artifact(artifact)
     opened = Artifact(root)
     compare_layout(opened.manifest)
-    settings = Settings(strict_aot, check_digests, load)
-    nodes = Nodes(nnodes, node_rank, dist_init_addr)
     flags = with_serve_flags(device, extra)
     launch = plan_launch(root, device, host, port, flags, settings, nodes, print_command, target)
-    if as_json:
-        emit({"argv": launch.argv, "environment": launch.environment})
+    data = {"argv": launch.argv, "environment": launch.environment}
     if print_command:
-        if not as_json:
-            show(launch.shell())
-        say("Next: the same without --print-command starts it.")
+        show(Result(data, launch.shell(), next="the same without --print-command starts it."))
         return
-    manifest = opened.manifest
-    served = launch.target
-    proof = manifest.proof_for(served.name)
-    if proof is None or check_graphs(opened):
-        say(f"Warning: {root} is UNPROVEN for {served.name}; `msconv verify {root}` compares it with its source.")
-    elif not is_checked_here(proof):
-        say(f"The proof for {served.name} is {CLAIMED}; `msconv verify {root}` checks it here.")
-    if not served.device.has_run:
-        say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")
-        if not manifest.rehearsals_for(served.name):
-            say(f"`msconv rehearse {root}` tries this on a machine without NPUs.")
+    show(Result(data))
+    _warn(opened, launch.target)
     refuse_taken(host, port)
     say(launch.shell())
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvpe(launch.argv[0], launch.argv, {**os.environ, **launch.environment})
+
+
+def _warn(artifact: Artifact, target: Target) -> None:
+    """Say what nobody has tried yet of an artifact's graphs for a target."""
+    root, manifest = artifact.root, artifact.manifest
+    proof = manifest.proof_for(target.name)
+    if proof is None or check_graphs(artifact):
+        say(f"Warning: {root} is UNPROVEN for {target.name}; `msconv verify {root}` compares it with its source.")
+    elif not is_checked_here(proof):
+        say(f"The proof for {target.name} is {CLAIMED}; `msconv verify {root}` checks it here.")
+    if not target.device.has_run:
+        say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")
+        if not manifest.rehearsals_for(target.name):
+            say(f"`msconv rehearse {root}` tries this on a machine without NPUs.")

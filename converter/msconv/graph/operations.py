@@ -100,7 +100,7 @@ class Operations(ABC):
         return key, value
 
     def expert_matrices(self, prefix: str) -> tuple[Matrix, Matrix]:
-        """Those of this rank's experts: gate and up fused [E, hidden, 2*ffn], down [E, ffn, hidden]."""
+        """Matrices of this rank's experts: gate and up fused [E, hidden, 2*ffn], down [E, ffn, hidden]."""
         count, hidden, ffn = self.local.experts, self.local.config.hidden, self.local.expert_ffn
         gate_up = self.matrix(prefix + "gate_up_proj.weight", (count, hidden, 2 * ffn))
         return gate_up, self.matrix(prefix + "down_proj.weight", (count, ffn, hidden))

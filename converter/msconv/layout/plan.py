@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one rank's weights, those of its experts: the same on every rank."""
+        """Bytes of the experts among one rank's weights: the same on every rank."""
         stacked = {m.tensor for moves in self.moves.values() for m in moves if m.is_transposed}
         return sum(self.tensors[i].nbytes for i in stacked)
 
@@ -103,7 +103,7 @@ class Plan:
         return self.formats[name].companions(name) if self.is_decoded(name) else ()
 
     def ranks(self, move: Move) -> list[int]:
-        """Those that get this move's bytes."""
+        """Ranks that get this move's bytes."""
         return [r for r in self.mesh.ranks if move.owner in (-1, self.mesh.ep_rank(r))]
 
     def reads(self, unit: tuple[str, ...]) -> tuple[str, ...]:

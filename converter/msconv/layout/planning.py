@@ -100,7 +100,7 @@ class _Draft:
         self.tensors.append((tensor.name, dtype, joined, tuple(math.prod(s) * item for s in shapes)))
 
     def add_stacked(self, tensor: Tensor) -> None:
-        """Of each of a rank's experts, its pieces transposed, side by side."""
+        """The pieces of each of a rank's experts, transposed, side by side."""
         dtype, shapes, width = tensor.dtype or self.dtype, self._shapes(tensor), tensor.width
         local = self.sizes.experts // self.mesh.ep
         for i, piece in enumerate(tensor.pieces):
@@ -120,5 +120,5 @@ class _Draft:
             self.tensors.append((kind, dtype, shape, (math.prod(shape) * DTYPES[dtype].nbytes,)))
 
     def _shapes(self, tensor: Tensor) -> list[tuple[int, ...]]:
-        """Of one rank's part of each piece."""
+        """Shapes of one rank's part of each piece."""
         return [part_shape(p.cut, p.shape, self.mesh, self.sizes.dims) for p in tensor.pieces]

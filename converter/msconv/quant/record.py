@@ -146,7 +146,7 @@ class WeightFormat(Kept, ABC):
         return tuple(s.of(matrix) for s in self.sources[1:])
 
     def decoder(self, matrix: str, companions: Sequence[Array], dtype: np.dtype[Any]) -> Decoder | None:
-        """For one matrix, from its companions' values, to `dtype`.  None: nothing is decoded.  Raises
+        """The decoder of one matrix, from its companions' values, to `dtype`.  None: nothing is decoded.  Raises
         CheckpointError for companions that cannot be right."""
         return None
 

@@ -28,7 +28,7 @@ class Stored:
                 self._files |= {(file.rank, name): path for name in opened.keys()}  # noqa: SIM118
 
     def digest(self, rank: int, name: str, dtype: str) -> str:
-        """Of the values of one tensor as `dtype`; "" if there is none."""
+        """The digest of one tensor's values as `dtype`; "" if there is none."""
         path = self._files.get((rank, name))
         if path is None:
             return ""

@@ -13,7 +13,7 @@ from msconv_runtime.artifact import Artifact, Rehearsed
 from msconv_runtime.errors import UsageError, VerificationFailed
 
 from ..graph.toolchain import mindspore_version
-from ..stream.lock import exclusive
+from ..workspace.lock import exclusive
 from .build import build_device
 from .client import LONG, HttpClient
 from .judgement import Rehearsal, compare

@@ -218,7 +218,7 @@ def _rows(call: Call, role: str, memory: Memory, problems: list[str]) -> list[Ro
 
 
 def _digest_of_any_groups(data: bytes) -> str:
-    """Of a graph whose groups are all called the same, in one order of bytes."""
+    """Bytes of a graph whose groups are all called the same, in one order of bytes."""
     from mindspore.train import mind_ir_pb2
 
     model = mind_ir_pb2.ModelProto.FromString(data)

@@ -14,7 +14,6 @@ from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.roles import best_variant
 from msconv_runtime.targets import TARGETS, device_of
 
-from ..convert import default_name
 from ..families import DecoderConfig, family_named
 from ..layout.constants import RANK_CONSTANTS
 from ..layout.coverage import unused_names
@@ -23,6 +22,7 @@ from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
 from ..layout.model import expand
 from ..layout.names import fold
 from ..standing import standings
+from ..workspace.names import default_name
 from ..workspace.timings import Timing
 from .groups import KV_CACHE, ORDER, folded, group_of
 from .verification import verification

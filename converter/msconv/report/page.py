@@ -9,7 +9,7 @@ from typing import Any
 from msconv_runtime.artifact import Artifact, Manifest, replace_file
 
 from ..checkpoint.reference import configuration
-from ..convert import REPORT
+from ..workspace.names import REPORT
 from ..workspace.timings import read_timings
 from .data import describe
 

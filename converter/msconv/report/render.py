@@ -16,6 +16,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from msconv_runtime.units import human_bytes
+
 from .groups import ORDER
 
 HERE = Path(__file__).parent
@@ -90,11 +92,7 @@ def short(n: float) -> str:
 
 def size(n: float) -> str:
     """Bytes: 1.50 GiB."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f}\u00a0{unit}" if unit == "bytes" else f"{n:.2f}\u00a0{unit}"
-        n /= 1024
-    return f"{n:,.2f}\u00a0TiB"
+    return human_bytes(n, space="\u00a0")
 
 
 def percent(share: float) -> str:

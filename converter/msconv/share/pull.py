@@ -38,9 +38,11 @@ from ..checkpoint.hub import Repository, resolve
 from ..checkpoint.hub_errors import explain
 from ..checkpoint.reference import REPOSITORY
 from ..checkpoint.transfer import Cancelled, Progress, RemoteFile, fetch
-from ..convert import Publish, refuse_foreign
-from ..stream.lock import exclusive
-from ..stream.outputs import disk_error, out_of_space
+from ..workspace.clearing import refuse_foreign
+from ..workspace.disk import disk_error, out_of_space
+from ..workspace.lock import exclusive
+from ..workspace.recording import Publish
+from ..workspace.state import record_source
 from .parts import NAMES, PART, Sum, check, has_digest, parts, split_reference
 
 AT_ONCE = 4
@@ -156,7 +158,7 @@ def run(
             check(Artifact(root, pull.manifest), CHANGED, True, checking)
             model = pull.manifest.model
             if REPOSITORY.fullmatch(source := f"{model.source}@{model.commit}"):
-                replace_file(root / STATE_DIR / "source", f"{source}\n".encode())
+                record_source(root, source)
             publish(root, pull.manifest)
             replace_file(root / MANIFEST, pull.data)
             replace_file(root / READY, f"{digest_bytes(pull.data)}\n".encode())

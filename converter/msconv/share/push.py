@@ -29,8 +29,8 @@ from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 from ..checkpoint.hub import Repository, resolve
 from ..checkpoint.hub_errors import HubError, explain
 from ..checkpoint.transfer import Cancelled, Patience, Progress, read_range
-from ..convert import REPORT
 from ..layout.names import shorten
+from ..workspace.names import REPORT
 from .card import MARK, card
 from .parts import CARD, NAMES, PART, Sum, has_digest, parts, split_reference
 

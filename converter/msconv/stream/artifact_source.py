@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,49 @@ from ..layout.model import TensorInfo
 from ..layout.plan import Move, Plan
 from ..quant.kernels import transpose
 from .rank_parts import pad_hash
-from .source import Source, read_exactly
+from .source import Source, SourceLocation, read_exactly
 
 TRANSPOSE_BYTES = 1 << 20  # of a transposed part, read at a time
 
 
-class ArtifactSource(Source):
-    """A plan's outputs, seen as its sources.  `plan` is the one the artifact was written by."""
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A file as it was when the plan was made: size in bytes, time of its last change."""
 
-    def __init__(self, root: Path, plan: Plan, weights: Weights) -> None:
-        self.root, self.plan, self.weights = root, plan, weights
+    path: str
+    size: int
+    mtime_ns: int
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.size} {self.mtime_ns}"
+
+
+@dataclass(frozen=True)
+class ArtifactFiles(SourceLocation):
+    """An artifact's weights.  `plan`: the one they were written by."""
+
+    root: Path
+    plan: Plan
+    weights: Weights
+    files: tuple[FileState, ...]
+
+    def open(self) -> Source:
+        return ArtifactSource(self)
+
+
+def file_states(root: Path, weights: Weights) -> tuple[FileState, ...]:
+    """All weight files as they are now."""
+    stats = ((f.path, (root / f.path).stat()) for f in weights.files)
+    return tuple(FileState(path, s.st_size, s.st_mtime_ns) for path, s in stats)
+
+
+class ArtifactSource(Source):
+    """A plan's outputs, seen as its sources."""
+
+    def __init__(self, artifact: ArtifactFiles) -> None:
+        self.root, self.plan, self.weights = artifact.root, artifact.plan, artifact.weights
+        self._planned = artifact.files
         self._fds: dict[Path, int] = {}
-        self._stats = {p: p.stat() for p in (root / f.path for f in weights.files)}
         self._lock = threading.Lock()
         self._hashes: dict[tuple[int, int, int], tuple[xxhash.xxh3_128, int]] = {}
 
@@ -92,12 +124,13 @@ class ArtifactSource(Source):
                 os.posix_fadvise(fd, self.plan.part_offset(move), size, os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
-        for path, stat in self._stats.items():
+        for planned in self._planned:
+            path = self.root / planned.path
             try:
                 now = path.stat()
             except OSError as e:
                 raise ArtifactError(f"{path}: disappeared while it was resharded: {e.strerror}.") from None
-            if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+            if (now.st_size, now.st_mtime_ns) != (planned.size, planned.mtime_ns):
                 raise ArtifactError(f"{path}: changed while it was resharded.", "Run it again with --force.")
         bad = [
             f"  {file_name(rank, tensor.file)}: {tensor.name}"
@@ -138,8 +171,8 @@ class ArtifactSource(Source):
             self._hashes[key] = (hasher, done + len(out))
 
     def _digest(self, rank: int, tensor: int) -> str:
-        """Of one rank's tensor: from what was read on the way, else (another rank's copy was read, or an
-        earlier run did it) by reading it now."""
+        """The digest of one rank's tensor: from what was read on the way, else (another rank's copy was read, or
+        an earlier run did it) by reading it now."""
         digests = []
         for part, size in enumerate(self.plan.tensors[tensor].parts):
             if (rank, tensor, part) not in self._hashes:

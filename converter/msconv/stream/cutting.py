@@ -25,7 +25,7 @@ def cut_rows(
     buffers: Buffers,
     name: str,
 ) -> NDArray[np.uint8] | None:
-    """Those rows and columns of the block that are in the box, in the part's type, as contiguous bytes; None if no
+    """Rows and columns of the block that are in the box, in the part's type, as contiguous bytes; None if no
     row is.  `first`: the block's first row in the source, which has `cols` columns."""
     pitch = cols * DTYPES[dtype].nbytes
     top, bottom = max(first, box.row) - first, min(first + len(block) // pitch, box.row + box.rows) - first

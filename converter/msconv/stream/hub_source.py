@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msconv_runtime.artifact import digest_bytes
@@ -15,17 +15,29 @@ from ..checkpoint.headers import PREFIX_BYTES, header_length
 from ..checkpoint.hub import Repository
 from ..checkpoint.transfer import Cancelled, Progress
 from ..layout.model import TensorInfo
-from .source import DirectorySource, Source
+from .source import DirectorySource, Source, SourceLocation
 from .transform import Stopped
+
+
+@dataclass(frozen=True)
+class HubShards(SourceLocation):
+    """The shards of a repository at a commit, and the tensors that its headers name."""
+
+    repository: Repository
+    files: Mapping[str, ShardFile]
+    tensors: Mapping[str, TensorInfo]
+
+    def open(self) -> Source:
+        return HubSource(self)
 
 
 class HubSource(Source):
     """The shards of a repository.  Where its own directory is used, those that were read are deleted."""
 
-    def __init__(self, repository: Repository, files: Mapping[str, ShardFile], tensors: Mapping[str, TensorInfo]):
-        self._planned, self._tensors = files, tensors
-        self._downloads = Downloads(repository)
-        self._own = repository.own
+    def __init__(self, shards: HubShards) -> None:
+        self._planned, self._tensors = shards.files, shards.tensors
+        self._downloads = Downloads(shards.repository)
+        self._own = shards.repository.own
         self._here: dict[str, ShardFile] = {}
         self._inner = DirectorySource(self._here)
         self._unread: dict[str, set[str]] = {}

@@ -8,33 +8,12 @@ from types import TracebackType
 
 import msgspec
 
-from msconv_runtime.artifact import STATE_DIR, digest_of, replace_file
+from msconv_runtime.artifact import replace_file
 from msconv_runtime.errors import PlanError
 
+from ..workspace.names import JOURNAL
+from ..workspace.state import Identity
 from .transform import Moved
-
-JOURNAL = "journal.jsonl"
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What must be the same for a half-done conversion to go on: digests by what they cover."""
-
-    tool: str
-    source: str
-    config: str
-    layout: str
-
-    def digest(self) -> str:
-        return digest_of([self.tool, self.source, self.config, self.layout])
-
-    def differences(self, other: Identity) -> list[str]:
-        words = {
-            "tool": "msconv itself (another version)",
-            "source": "the source files (size, time or header)",
-            "config": "config.json",
-            "layout": "the layout (--tp, --ep or --dtype)",
-        }
-        return [text for field, text in words.items() if getattr(self, field) != getattr(other, field)]
 
 
 class _Line(msgspec.Struct, frozen=True):
@@ -47,7 +26,7 @@ class Journal:
     """Open with `resume`: reads what is there, or begins anew."""
 
     def __init__(self, root: Path, identity: Identity) -> None:
-        self.path = root / STATE_DIR / JOURNAL
+        self.path = root / JOURNAL
         self.identity = identity
         self.done: dict[str, Moved] = {}
         self._fd = -1

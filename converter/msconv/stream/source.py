@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +42,23 @@ class Source(Protocol):
         """Raises CheckpointError if any file changed since the plan was made."""
 
     def close(self) -> None: ...
+
+
+class SourceLocation(Protocol):
+    """Where a source is: a value of paths, sizes, names and revisions, which any process can open for itself."""
+
+    def open(self) -> Source:
+        """Begin to read.  Nothing is read yet."""
+
+
+@dataclass(frozen=True)
+class DirectoryShards(SourceLocation):
+    """The shards of a local checkpoint, by their names."""
+
+    files: Mapping[str, ShardFile]
+
+    def open(self) -> Source:
+        return DirectorySource(self.files)
 
 
 class DirectorySource(Source):

@@ -19,7 +19,7 @@ from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
 from ..graph.toolchain import mindspore_version
 from ..layout.coverage import unused_names
-from ..stream.lock import exclusive
+from ..workspace.lock import exclusive
 from .compare import DECODE_STEPS, Candidate, Comparison, compare, half_precision_bound
 from .reference import Reference, source_of
 

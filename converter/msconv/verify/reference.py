@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msconv_runtime.artifact import STATE_DIR, Manifest
+from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
-from ..checkpoint.reference import REPOSITORY, bring, open_reference
+from ..checkpoint.reference import REPOSITORY
 from ..families import Family
+from ..location import open_reference
 from ..quant import format_of
+from ..workspace.state import recorded_source
 from .routing import closeness
 
 Logits = NDArray[np.float32]
@@ -239,13 +241,10 @@ def source_of(root: Path, given: str | Path | None) -> Path:
     """The reference directory: given, or the one the artifact was converted from on this machine.  What is on a
     hub is downloaded, if it is not in the cache."""
     if given is not None:
-        return bring(given if isinstance(given, Path) else open_reference(given))
-    try:
-        recorded = (root / STATE_DIR / "source").read_text().strip()
-    except OSError:
-        recorded = ""
+        return open_reference(str(given)).bring()
+    recorded = recorded_source(root)
     if REPOSITORY.fullmatch(recorded):
-        return bring(open_reference(recorded))
+        return open_reference(recorded).bring()
     if not recorded or not Path(recorded, "config.json").is_file():
         raise UsageError(
             f"{root}: the checkpoint it was converted from is not on this machine.",

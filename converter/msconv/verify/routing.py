@@ -26,7 +26,7 @@ def closeness(logits: Any, moe: Moe, bias: Any | None) -> Any:
 
 
 def _gap(scores: Any, count: int) -> Any:
-    """Between the last that is taken and the first that is not."""
+    """The distance between the last that is taken and the first that is not."""
     if count >= scores.shape[1]:
         return scores.new_full((len(scores),), float("inf"))
     best = scores.topk(count + 1, -1)[0]

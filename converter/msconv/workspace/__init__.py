@@ -1,1 +1,2 @@
-"""The artifact's directory while it is made: what is there, what may be put there, and notes beside it."""
+"""The artifact's directory while it is made: its name, its lock, what may be put there, how far it has come, what
+is recorded in it."""

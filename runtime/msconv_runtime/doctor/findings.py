@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ..units import human_bytes
+
 State = Literal["ok", "missing", "untested", "wrong"]
 Ability = Literal["convert", "compile", "verify", "serve_cpu", "serve_npu"]
 ALL: tuple[Ability, ...] = get_args(Ability)
@@ -52,4 +54,4 @@ def to_serve(kind: str) -> Ability:
 
 
 def gib(size: int | None) -> str:
-    return "cannot be read" if size is None else f"{size / (1 << 30):.2f} GiB"
+    return "cannot be read" if size is None else human_bytes(size, "GiB")

@@ -71,7 +71,7 @@ def examples(rng: np.random.Generator) -> Examples:
     found: Examples = {
         "Product": ([x, matrix], [x @ matrix.T]),
         "Product of few rows": ([x[:3], matrix], [x[:3] @ matrix.T]),
-        "Product with bfloat16": ([x, narrow(matrix)], [x @ widened(narrow(matrix)).T]),
+        "Product with bfloat16": ([x, narrow(matrix)], [x @ upcast(narrow(matrix)).T]),
         "Rows": ([matrix, ids], [matrix[ids]]),
         "Norm": ([x, weight, eps], [norm(x, eps) * weight]),
         "AddNorm": ([delta, x, weight, eps], [norm(x + delta, eps) * weight, x + delta]),
@@ -96,7 +96,7 @@ def examples(rng: np.random.Generator) -> Examples:
     chosen, start = rng.integers(0, 7, (tokens, top_k)).astype(np.int32), ints(2)
     gate_up, down, shares = normal(3, width, 2 * ffn) / 8, normal(3, ffn, width) / 8, normal(tokens, top_k)
     for name, stored in (("Experts", [gate_up, down]), ("Experts in bfloat16", [narrow(gate_up), narrow(down)])):
-        expected = experts(x, shares, chosen - start, *(widened(a) for a in stored))
+        expected = experts(x, shares, chosen - start, *(upcast(a) for a in stored))
         found[name] = ([x, shares, chosen, start, *stored], [expected])
     return found
 
@@ -106,7 +106,7 @@ def narrow(x: Array) -> Array:
     return (x.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def widened(x: Array) -> Array:
+def upcast(x: Array) -> Array:
     return (x.astype(np.uint32) << 16).view(np.float32) if x.dtype == np.uint16 else x
 
 

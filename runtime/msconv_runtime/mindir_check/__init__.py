@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
+from ..targets import TARGETS
 from . import schema
 from .allowed import (
     ALLOWED,
@@ -65,8 +66,8 @@ def refusal(data: bytes, graph: Graph, ranks: int) -> str:
 
 
 def kind_of(target: str, variant: str) -> str:
-    """Which table of primitives a graph is held against: cpu, compiled or ascend."""
-    return "compiled" if variant else "cpu" if target == "cpu" else "ascend"
+    """Which table of primitives a graph is held against: those of operations, or compiled."""
+    return variant or TARGETS[target].operations
 
 
 class _Check:

@@ -1,4 +1,4 @@
-"""From one layout to another without the source checkpoint: padding and replication undone and redone."""
+"""Resharding: another layout without the source checkpoint; padding and replication are undone and redone."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from msconv_runtime.artifact.files import check_size
 from msconv_runtime.artifact.served import refuse_wrong_files
 from msconv_runtime.errors import ArtifactError
 
-from .checkpoint.directory import AUXILIARY
-from .checkpoint.reference import configuration
-from .convert import Conversion, default_name, identify, recordable
-from .families import family_named
-from .layout.cuts import Mesh, make_mesh
-from .layout.model import Table, TensorInfo, expected_sources
-from .layout.plan import Plan
-from .layout.planning import make_plan
-from .stream.artifact_source import ArtifactSource
-from .stream.execute import plan_memory
+from ..checkpoint.directory import AUXILIARY
+from ..checkpoint.reference import configuration
+from ..families import family_named
+from ..layout.cuts import Mesh, make_mesh
+from ..layout.model import Table, TensorInfo, expected_sources
+from ..layout.plan import Plan
+from ..layout.planning import make_plan
+from ..stream.artifact_source import ArtifactFiles, file_states
+from ..stream.execute import plan_memory
+from ..stream.outputs import RankFiles
+from ..stream.task import Task
+from ..workspace.names import default_output, recordable
+from ..workspace.state import recorded_source
+from .conversion import Conversion, identify
 
 
 def prepare(
     root: Path, tp: int, ep: int = 1, output: Path | None = None, jobs: int = 1, max_memory: int | None = None
 ) -> Conversion:
     """Plan to write the artifact at `root` anew for another mesh.  The weight files become those of a direct
-    conversion, byte for byte.  `convert.run` carries it out."""
+    conversion, byte for byte.  `conversion.run` carries it out."""
     mesh = make_mesh(tp, ep)
     artifact = Artifact(root)
     manifest, weights = artifact.manifest, artifact.weights
@@ -38,26 +42,20 @@ def prepare(
     refuse_wrong_files(artifact)
     recorded = [f.name for f in manifest.files]
     buffers, planned = plan_memory(plan, jobs, max_memory)
-    stats = ((f.path, (root / f.path).stat()) for f in weights.files)
+    source = ArtifactFiles(root, old, weights, file_states(root, weights))
+    output = output or default_output(manifest.model.source, tp, ep)
     return Conversion(
         name=manifest.model.source,
-        family=manifest.model.family,
-        plan=plan,
-        source=ArtifactSource(root, old, weights),
-        identity=identify(
-            [weights.digest, *(f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in stats)],
-            manifest.model.config_digest,
-            plan,
-        ),
+        model=manifest.model,
+        shards={},
+        task=Task(plan, source, RankFiles(output, mesh.tp, len(plan.files)), buffers),
+        identity=identify([weights.digest, *map(str, source.files)], manifest.model.config_digest, plan),
         reads=root,
-        origin=_origin(root),
+        origin=recorded_source(root) or recordable(root),
         auxiliary=[root / n for n in recorded or AUXILIARY if (root / n).is_file()],
-        describe=lambda moved: manifest.model,
         dropped=weights.dropped,
         source_dtype=weights.source_dtype,
-        output=output or Path("artifacts") / default_name(manifest.model.source, tp, ep),
         jobs=jobs,
-        buffers=buffers,
         planned_memory_bytes=planned,
     )
 
@@ -96,11 +94,3 @@ def _plan_of(artifact: Artifact) -> Plan:
         file = f"part-{plan.tensors[moves[0].tensor].file}"
         placed[name] = TensorInfo(name, info.dtype, info.shape, file, plan.part_offset(moves[0]), info.nbytes)
     return Plan(**{**vars(plan), "sources": placed})
-
-
-def _origin(root: Path) -> str:
-    """The checkpoint this all came from, so that `verify` finds it; the artifact itself if unknown."""
-    try:
-        return (root / ".msconv" / "source").read_text().strip()
-    except OSError:
-        return recordable(root)

@@ -12,7 +12,7 @@ from pathlib import Path
 from msconv_runtime.artifact import STATE_DIR
 from msconv_runtime.errors import BusyError, ResourceError
 
-from .outputs import disk_error
+from .disk import disk_error
 
 
 @contextmanager

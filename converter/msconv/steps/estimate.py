@@ -5,26 +5,22 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msconv_runtime.errors import PlanError
 
-from .checkpoint.directory import Checkpoint, has_weights, open_checkpoint
-from .checkpoint.reference import open_configuration
-from .convert import default_name, missing_bytes
-from .layout.checks import TP_CHOICES
-from .layout.cuts import Mesh, make_mesh
-from .layout.memory import DeviceMemory, kv_bytes_per_token
-from .layout.model import expected_sources
-from .layout.plan import Plan
-from .layout.planning import make_plan
-from .stream.execute import plan_memory
-
-if TYPE_CHECKING:
-    from .checkpoint.hub import Repository
+from ..checkpoint.directory import Checkpoint
+from ..layout.checks import TP_CHOICES
+from ..layout.cuts import Mesh, make_mesh
+from ..layout.memory import DeviceMemory, kv_bytes_per_token
+from ..layout.model import expected_sources
+from ..layout.plan import Plan
+from ..layout.planning import make_plan
+from ..location import Location, bytes_to_download
+from ..stream.execute import plan_memory
+from ..workspace.names import default_output
 
 PROBE_BYTES = 64 << 20
 
@@ -45,7 +41,7 @@ class Estimate:
 
 
 def estimate(
-    model: Path | Repository,
+    model: Location,
     tp: int,
     ep: int,
     dtype: str | None,
@@ -55,11 +51,14 @@ def estimate(
     context: int,
     batch: int,
     device_bytes: int | None,
-    harmless: Iterable[str] = (),
+    harmless: Collection[str] = (),
 ) -> Estimate:
     """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
     mesh = make_mesh(tp, ep)
-    checkpoint, assumed = _open(model, tuple(harmless))
+    checkpoint = model.open_configuration(harmless)
+    assumed = not model.has_weights()
+    if not assumed:
+        checkpoint = model.open_checkpoint(harmless)
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     sources = checkpoint.tensors
     if assumed:
@@ -78,30 +77,16 @@ def estimate(
         if memory(tried).fits(device_bytes or 0):
             smallest = choice
             break
-    download = plan.read_bytes if assumed else 0
-    if not isinstance(model, Path) and not assumed:
-        download = missing_bytes(model, plan)
-    target = output or Path("artifacts") / default_name(checkpoint.name, tp, ep)
     return Estimate(
         checkpoint=checkpoint,
         plan=plan,
         device=memory(plan),
         peak_memory_bytes=plan_memory(plan, jobs, max_memory)[1],
-        download_bytes=download,
-        seconds=_seconds(plan, target),
+        download_bytes=plan.read_bytes if assumed else bytes_to_download(model, plan),
+        seconds=_seconds(plan, output or default_output(checkpoint.name, tp, ep)),
         smallest_tp=smallest,
         assumed=assumed,
     )
-
-
-def _open(model: Path | Repository, harmless: tuple[str, ...]) -> tuple[Checkpoint, bool]:
-    """The checkpoint, and whether there is only its configuration."""
-    opened = open_configuration(model, harmless)
-    if isinstance(model, Path):
-        return (open_checkpoint(model, harmless=harmless), False) if has_weights(model) else (opened, True)
-    from .checkpoint import hub
-
-    return (hub.open_checkpoint(model, harmless), False) if hub.has_weights(model) else (opened, True)
 
 
 def _seconds(plan: Plan, target: Path) -> float | None:

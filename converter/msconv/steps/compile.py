@@ -9,7 +9,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,7 +17,6 @@ from msconv_runtime.artifact import (
     Artifact,
     Graph,
     Manifest,
-    Model,
     Parallel,
     digest_bytes,
     is_artifact,
@@ -29,21 +27,22 @@ from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
 from msconv_runtime.roles import DECODE, ROLES
 from msconv_runtime.targets import Target, target_named
 
-from .checkpoint.directory import AUXILIARY
-from .checkpoint.reference import configuration, open_configuration
-from .convert import TOOL, copy_files, peak_rss_bytes, recordable, refuse_foreign
-from .families import DecoderConfig
-from .graph.spec import CannotCompute, Exported, Local
-from .graph.toolchain import mindspore_version
-from .layout.coverage import misfits
-from .layout.cuts import Mesh, make_mesh
-from .layout.model import expected_sources
-from .layout.planning import make_plan
-from .stream.lock import exclusive
-from .workspace.timings import add_timings
-
-if TYPE_CHECKING:
-    from .checkpoint.hub import Repository
+from ..checkpoint.reference import configuration
+from ..families import DecoderConfig
+from ..graph.spec import CannotCompute, Exported, Local
+from ..graph.toolchain import mindspore_version
+from ..layout.coverage import misfits
+from ..layout.cuts import Mesh, make_mesh
+from ..layout.model import expected_sources
+from ..layout.planning import make_plan
+from ..location import Location
+from ..process import peak_rss_bytes
+from ..workspace.clearing import refuse_foreign
+from ..workspace.lock import exclusive
+from ..workspace.names import TOOL
+from ..workspace.recording import copy_files, model_of
+from ..workspace.state import refuse_another_model
+from ..workspace.timings import add_timings
 
 LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a graph
 SOME = 20  # weights that do not fit, named in a message
@@ -67,38 +66,24 @@ class Compiled:
     peak_rss_bytes: int
 
 
-def begin_without_weights(model: Path | Repository, tp: int, ep: int, root: Path) -> None:
+def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None:
     """Make `root` an artifact with a configuration and no weights: enough to compile for.  A later conversion
     into the same directory completes it.  Raises UsageError or ArtifactError if it holds something else."""
     mesh = make_mesh(tp, ep)
-    source = open_configuration(model)
-    if isinstance(model, Path):
-        recordable(model)
-    else:
-        model.download_small(AUXILIARY)
+    source = model.open_configuration()
+    model.origin()  # raises, if a later conversion could not record it
+    model.bring_small()
     table, sizes = source.family.table, source.config.sizes()
     plan = make_plan(table, sizes, expected_sources(table, sizes, "bfloat16"), mesh)
+    parallel = Parallel(tp, ep)
     refuse_foreign(root, source.root)
     with exclusive(root):
         if is_artifact(root):
             found = Artifact(root).manifest
-            if found.model.config_digest != source.config_digest or found.parallel != Parallel(tp, ep):
-                raise ArtifactError(
-                    f"{root}: holds an artifact of another model or layout ({found.model.source}, "
-                    f"tp {found.parallel.tp}, ep {found.parallel.ep}).",
-                    "Give another --output.",
-                )
+            refuse_another_model(root, found, source.config_digest, parallel, "Give another --output.")
             return
         files = copy_files(source.auxiliary, root)
-        described = Model(
-            family=source.family.name,
-            architecture=source.family.architecture,
-            source=source.repository or source.name,
-            config_digest=source.config_digest,
-            commit=source.commit,
-            parameters=plan.parameters,
-        )
-        parallel = Parallel(tp, ep)
+        described = model_of(source, plan.parameters)
         write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel, files=files))
 
 
@@ -179,7 +164,7 @@ def _remove_others(directory: Path, graphs: list[Graph]) -> None:
 
 def _export(local: Local) -> Made:
     mindspore = mindspore_version()
-    from .graph.export import export
+    from ..graph.export import export
 
     return Made(export(local), mindspore, peak_rss_bytes())
 

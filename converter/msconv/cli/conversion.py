@@ -1,0 +1,103 @@
+"""Options of a layout and words about a conversion, for the commands that make or plan one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msconv_runtime.units import human_bytes
+
+from ..checkpoint.reference import Hub
+from .console import say
+from .options import (
+    Decorator,
+    dtype_option,
+    ep_option,
+    grouped,
+    jobs_option,
+    memory_option,
+    output_option,
+    tp_option,
+    worker_count,
+)
+from .references import harmless_option, model_option, recipe_option, source_option
+from .result import Result
+
+if TYPE_CHECKING:
+    from ..steps.conversion import Conversion, Converted
+
+
+@dataclass(frozen=True)
+class LayoutOptions:
+    """Values of the options that convert and plan share: which checkpoint, into what, and what it may take."""
+
+    model: str
+    tp: int
+    ep: int
+    dtype: str | None
+    output: Path | None
+    jobs: int | None
+    max_memory: int | None
+    hub: Hub
+    harmless: tuple[str, ...]
+
+    @property
+    def num_jobs(self) -> int:
+        """The worker threads that are meant."""
+        return worker_count(self.jobs)
+
+
+def layout_options(model: str, output: str) -> Decorator:
+    """Options that the command gets as one `layout`.  `model`, `output`: help lines of those two."""
+    return grouped(
+        "layout",
+        LayoutOptions,
+        model_option(True, model),
+        recipe_option,
+        tp_option,
+        ep_option,
+        dtype_option,
+        output_option(output),
+        jobs_option,
+        memory_option,
+        source_option,
+        harmless_option,
+    )
+
+
+def say_plan(conversion: Conversion) -> None:
+    """Say what will be done."""
+    for note in conversion.notes:
+        say(note)
+    plan = conversion.plan
+    mesh = f"tp {plan.mesh.tp}" + (f", ep {plan.mesh.ep}" if plan.mesh.ep > 1 else "")
+    say(
+        f"{conversion.name}: {conversion.family}, {plan.parameters / 1e9:.3f} billion parameters, "
+        f"{plan.source_dtype} -> {plan.dtype}, {mesh}: "
+        f"{human_bytes(plan.rank_bytes)} per rank, {human_bytes(plan.output_bytes)} in all"
+    )
+    if plan.source_dtype != plan.dtype:
+        say(f"Values are cast from {plan.source_dtype} to {plan.dtype}; the manifest records it.")
+    if plan.vocab[1] > plan.vocab[0]:
+        say(f"Vocabulary of {plan.vocab[0]} padded to {plan.vocab[1]} rows; the padding is never sampled.")
+
+
+def converted(done: Converted, lines: Sequence[str], next_step: str) -> Result:
+    """The result of a conversion that was done.  `lines` follow the one that sums it up."""
+    rate = done.bytes_read / max(done.seconds, 1e-9) / 1e9
+    verb = "Already complete" if not done.bytes_read else "Resumed and finished" if done.resumed else "Written"
+    summary = (
+        f"{verb}: {done.artifact}, read {human_bytes(done.bytes_read)}, wrote {human_bytes(done.bytes_written)} "
+        f"in {done.seconds:.1f} s ({rate:.2f} GB/s), peak memory {human_bytes(done.peak_rss_bytes)}"
+    )
+    data = {
+        "artifact": str(done.artifact),
+        "bytes_read": done.bytes_read,
+        "bytes_written": done.bytes_written,
+        "seconds": round(done.seconds, 3),
+        "peak_rss_bytes": done.peak_rss_bytes,
+        "resumed": done.resumed,
+    }
+    return Result(data, lines=[summary, *lines], next=next_step)

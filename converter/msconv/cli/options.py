@@ -1,0 +1,113 @@
+"""Options and arguments that commands share, and what they are completed with."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from msconv_runtime.artifact import is_artifact
+from msconv_runtime.dtypes import VALUE_DTYPES
+
+from .console import ARTIFACTS
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 512M, 2GiB, 1000000."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower().removesuffix("ib").removesuffix("b")
+        scale = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}.get(text[-1:], 1)
+        try:
+            number = float(text[:-1] if scale > 1 else text)
+        except ValueError:
+            self.fail(f"{value!r} is not a size; write 512M or 2G.", param, ctx)
+        if not 0 < number * scale < 1 << 60:
+            self.fail(f"{value!r} is out of range.", param, ctx)
+        return int(number * scale)
+
+
+def grouped(name: str, make: Callable[..., Any], *options: Decorator) -> Decorator:
+    """Options whose values a command gets as one argument: `name`, made of them by `make`, by their names."""
+
+    def no_command() -> None: ...
+
+    for option in options:
+        option(no_command)
+    params: list[click.Parameter] = no_command.__click_params__  # type: ignore[attr-defined]
+    taken = [p.name for p in params if p.name and p.expose_value]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def call(**values: Any) -> Any:
+            made = make(**{option: values.pop(option) for option in taken})
+            return command(**values, **{name: made})
+
+        for option in reversed(options):
+            option(call)
+        return call
+
+    return decorate
+
+
+def worker_count(jobs: int | None) -> int:
+    """The threads that --jobs asks for."""
+    return jobs or min(2, os.cpu_count() or 1)
+
+
+def parted_from_flags(artifact: Path | None, sglang_args: tuple[str, ...]) -> tuple[Path | None, list[str]]:
+    """Take ARTIFACT and what follows apart: of `msconv serve -- --flag` click makes the flag ARTIFACT."""
+    if artifact is not None and str(artifact).startswith("-"):
+        return None, [str(artifact), *sglang_args]
+    return artifact, list(sglang_args)
+
+
+def complete_artifacts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Artifacts in artifacts/, and the shell's own directories."""
+    found = sorted(str(p) for p in ARTIFACTS.glob("*") if is_artifact(p))
+    items = [CompletionItem(name) for name in found if name.startswith(incomplete)]
+    return [*items, CompletionItem(incomplete, type="dir")]
+
+
+def complete_targets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of targets."""
+    from msconv_runtime.targets import TARGETS
+
+    return [CompletionItem(target) for target in TARGETS if target.startswith(incomplete)]
+
+
+artifact_argument = click.argument(
+    "artifact", required=False, type=click.Path(path_type=Path), shell_complete=complete_artifacts
+)
+tp_option = click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
+ep_option = click.option(
+    "--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks."
+)
+dtype_option = click.option(
+    "--dtype", type=click.Choice(VALUE_DTYPES), help="Element type.  [default: the checkpoint's]"
+)
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]"
+)
+memory_option = click.option("--max-memory", type=Size(), help="Ceiling on memory, for example 512M.")
+reference_option = click.option(
+    "--reference",
+    metavar="REF",
+    help="The source checkpoint: a directory or owner/name[@revision].  [default: where it was converted from]",
+)
+
+
+def output_option(text: str) -> Decorator:
+    """Option --output, explained by `text`."""
+    return click.option("--output", type=click.Path(path_type=Path), help=text)

@@ -1,0 +1,170 @@
+"""Where a model is: a directory, or a repository on a hub.  Decided here, once: all else asks the location."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from msconv_runtime.errors import UsageError
+
+from .checkpoint import directory
+from .checkpoint.directory import AUXILIARY, Checkpoint
+from .checkpoint.reference import REPOSITORY, Hub
+from .layout.plan import Plan
+from .stream.source import DirectoryShards, SourceLocation
+from .workspace.names import recordable
+
+if TYPE_CHECKING:
+    from .checkpoint.hub import Repository  # imported when there is one: the hub's client takes a while
+
+
+class Location(Protocol):
+    """A place that a checkpoint, or its configuration alone, is read from."""
+
+    def has_weights(self) -> bool:
+        """Whether there are weights, or an index that promises them."""
+
+    def open_configuration(self, harmless: Collection[str] = ()) -> Checkpoint:
+        """Only config.json: enough to plan and to compile.  `harmless`: keys of it, on no list, that a person says
+        change nothing.  Raises MsconvError."""
+
+    def open_checkpoint(self, harmless: Collection[str] = ()) -> Checkpoint:
+        """Configuration and the headers of all shards.  Raises MsconvError."""
+
+    def bring_small(self) -> None:
+        """Configuration and tokenizer are on this machine on return."""
+
+    def bring(self) -> Path:
+        """The whole checkpoint as a directory: downloaded, if it is not."""
+
+    def missing_bytes(self, shards: Iterable[str]) -> int:
+        """Bytes of these files that are not on this machine yet."""
+
+    def origin(self) -> str:
+        """What an artifact records of it.  Raises UsageError if that cannot be recorded."""
+
+    def deleting_into(self, downloads: Path) -> Location:
+        """The same, but shards go to `downloads` and are deleted from there as they have been read.
+        Raises UsageError if they are not ours to delete."""
+
+    def shards(self, checkpoint: Checkpoint) -> SourceLocation:
+        """Where the tensors of this checkpoint are read from: a value."""
+
+
+@dataclass(frozen=True)
+class LocalDirectory(Location):
+    """A directory on this machine."""
+
+    root: Path
+
+    def has_weights(self) -> bool:
+        return directory.has_weights(self.root)
+
+    def open_configuration(self, harmless: Collection[str] = ()) -> Checkpoint:
+        return directory.open_configuration(self.root, harmless)
+
+    def open_checkpoint(self, harmless: Collection[str] = ()) -> Checkpoint:
+        return directory.open_checkpoint(self.root, harmless=harmless)
+
+    def bring_small(self) -> None:
+        """They are here."""
+
+    def bring(self) -> Path:
+        return self.root
+
+    def missing_bytes(self, shards: Iterable[str]) -> int:
+        return 0
+
+    def origin(self) -> str:
+        return recordable(self.root)
+
+    def deleting_into(self, downloads: Path) -> Location:
+        raise UsageError(
+            f"{self.root}: is a directory; --delete-source-as-you-go deletes only what a conversion downloads "
+            "itself.",
+            "Leave the flag out, or give owner/name on Hugging Face.",
+        )
+
+    def shards(self, checkpoint: Checkpoint) -> SourceLocation:
+        return DirectoryShards(checkpoint.files)
+
+
+@dataclass(frozen=True)
+class HubRepository(Location):
+    """owner/name at a commit."""
+
+    repository: Repository
+
+    def has_weights(self) -> bool:
+        from .checkpoint import hub
+
+        return hub.has_weights(self.repository)
+
+    def open_configuration(self, harmless: Collection[str] = ()) -> Checkpoint:
+        from .checkpoint import hub
+
+        return hub.open_configuration(self.repository, harmless)
+
+    def open_checkpoint(self, harmless: Collection[str] = ()) -> Checkpoint:
+        from .checkpoint import hub
+
+        return hub.open_checkpoint(self.repository, harmless)
+
+    def bring_small(self) -> None:
+        self.repository.download_small(AUXILIARY)
+
+    def bring(self) -> Path:
+        from .checkpoint import hub
+        from .checkpoint.downloads import bring
+
+        self.repository.download_small((*AUXILIARY, *hub.CONFIGURATION))
+        bring(self.repository, hub.shards(self.repository))
+        return self.repository.root
+
+    def missing_bytes(self, shards: Iterable[str]) -> int:
+        return self.repository.missing_bytes(shards)
+
+    def origin(self) -> str:
+        return self.repository.reference
+
+    def deleting_into(self, downloads: Path) -> Location:
+        return HubRepository(replace(self.repository, own=downloads))
+
+    def shards(self, checkpoint: Checkpoint) -> SourceLocation:
+        from .stream.hub_source import HubShards
+
+        return HubShards(self.repository, checkpoint.files, checkpoint.tensors)
+
+
+def bytes_to_download(location: Location, plan: Plan) -> int:
+    """Bytes of the shards that a conversion reads and that are not on this machine yet."""
+    return location.missing_bytes({plan.sources[n].file for n in plan.read_names})
+
+
+def open_reference(ref: str, hub: Hub = "huggingface", weights: bool = True) -> Location:
+    """A directory, if there is one of this name, else the repository owner/name[@revision] as its commit is now.
+
+    `weights`: they will be needed (ModelScope's client brings them at once).
+    Raises MsconvError; a string that can be neither is taken for a directory.
+    """
+    path = Path(ref)
+    match = REPOSITORY.fullmatch(ref)
+    if match is None or _exists(path):
+        return LocalDirectory(path)
+    name, revision = match[1], match[2] or ""
+    if hub == "modelscope":
+        from .checkpoint.modelscope import download
+
+        return LocalDirectory(download(name, revision, weights))
+    from .checkpoint.hub import open_repository
+
+    return HubRepository(open_repository(name, revision))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return True

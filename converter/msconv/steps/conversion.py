@@ -1,0 +1,221 @@
+"""A planned conversion, and carrying it out: weights are moved, then all else is written, the manifest last.
+
+What is converted may be a checkpoint or an artifact of another layout: all that differs was planned before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from msconv_runtime.artifact import (
+    FORMAT,
+    READY,
+    Dropped,
+    Manifest,
+    Model,
+    Parallel,
+    digest_bytes,
+    digest_of,
+    write_manifest,
+)
+from msconv_runtime.errors import CheckpointError
+
+from ..checkpoint.directory import ShardFile
+from ..layout.plan import Plan
+from ..process import peak_rss_bytes
+from ..stream.entries import source_files, weights_entry
+from ..stream.execute import Watch, execute
+from ..stream.journal import Journal
+from ..stream.movers import Mover
+from ..stream.movers.threads import LocalThreads
+from ..stream.outputs import has_all_files
+from ..stream.source import Progress, Source
+from ..stream.task import Task
+from ..stream.transform import Moved
+from ..workspace.clearing import clear, clear_downloads, refuse_foreign
+from ..workspace.disk import disk_error
+from ..workspace.lock import exclusive
+from ..workspace.names import JOURNAL, TOOL
+from ..workspace.recording import Publish, copy_files
+from ..workspace.state import Identity, previous_manifest, record_identity, record_source
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A planned conversion that has not started: values only.
+
+    `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit.
+    `model`: what the manifest will say, but for the digests of `shards`, which are known when they were read.
+    `notes`: what people should know of it.
+    """
+
+    name: str
+    model: Model
+    shards: Mapping[str, ShardFile]
+    task: Task
+    identity: Identity
+    reads: Path
+    origin: str
+    auxiliary: list[Path]
+    dropped: list[Dropped]
+    source_dtype: str
+    jobs: int
+    planned_memory_bytes: int
+    download_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> str:
+        return self.model.family
+
+    @property
+    def plan(self) -> Plan:
+        return self.task.plan
+
+    @property
+    def output(self) -> Path:
+        """The artifact's directory."""
+        return self.task.outputs.root
+
+    @property
+    def parallel(self) -> Parallel:
+        return Parallel(self.plan.mesh.tp, self.plan.mesh.ep)
+
+    @property
+    def extra_bytes(self) -> int:
+        """What is written besides the weights: copied files, journal, manifest (60 bytes a digest) and report."""
+        digests = len(self.plan.tensors) * (self.plan.mesh.tp + 4)
+        return sum(p.stat().st_size for p in self.auxiliary) + 200 * digests + (256 << 10)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did.  Bytes are those of this run; `resumed`: an earlier run had begun."""
+
+    artifact: Path
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_rss_bytes: int
+    resumed: bool
+
+
+def identify(files: Iterable[str], config_digest: str, plan: Plan) -> Identity:
+    """What must stay the same for a half-done conversion to go on.  `files`: what tells each source file."""
+    headers = (digest_bytes(f.header) for f in plan.files)
+    return Identity(TOOL, digest_of(files), config_digest, digest_of([str(plan.mesh), plan.dtype, *headers]))
+
+
+def run(
+    conversion: Conversion,
+    force: bool = False,
+    progress: Progress = lambda n: None,
+    downloading: Progress = lambda n: None,
+    publish: Publish = lambda root, manifest: None,
+    mover: Mover | None = None,
+) -> Converted:
+    """Convert, or go on with a conversion.  The artifact is READY on return.
+    `progress` gets the bytes that were moved, `downloading` those that came from a hub.  `publish` may add
+    what describes the artifact, when all but the manifest and READY is in place.  `mover`: who moves the weights,
+    by default threads of this process."""
+    started = time.monotonic()
+    root, plan = conversion.output, conversion.plan
+    refuse_foreign(root, conversion.reads)
+    with exclusive(root):
+        if force:
+            clear(root)
+        previous = previous_manifest(root, conversion.identity, conversion.parallel)
+        if previous is not None and _has_ended(conversion, previous):
+            publish(root, previous)
+            return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
+        watch = Watch(progress, downloading)
+        before = _convert(conversion, previous, watch, publish, mover or LocalThreads(conversion.jobs))
+        clear_downloads(root)
+    redone = sum(plan.unit_bytes(u) for u in plan.units if not plan.is_done(u, before))
+    share = redone / max(1, plan.read_bytes)
+    seconds = time.monotonic() - started
+    return Converted(root, redone, round(plan.output_bytes * share), seconds, peak_rss_bytes(), bool(before))
+
+
+def _has_ended(conversion: Conversion, previous: Manifest) -> bool:
+    """Whether nothing is left to do.  Something is, if a rank file is gone, or if the run that wrote READY did not
+    get to its end: the disk may have refused to keep it."""
+    if previous.weights is None or (conversion.output / JOURNAL).exists():
+        return False
+    return has_all_files(conversion.task.outputs, conversion.plan, only_published=True)
+
+
+def _convert(
+    conversion: Conversion, previous: Manifest | None, watch: Watch, publish: Publish, mover: Mover
+) -> set[str]:
+    """Move what is not in its place, and finish.  Returns the names that an earlier run had moved."""
+    root, plan = conversion.output, conversion.plan
+    source = conversion.task.source.open()
+    try:
+        with Journal.resume(root, conversion.identity) as journal:
+            if previous is not None and previous.weights is not None:
+                (root / READY).unlink()
+            if journal.done and not has_all_files(conversion.task.outputs, plan):
+                journal.restart()
+            if not journal.done:
+                _check_twins(plan, source, watch.downloaded)
+            before = set(journal.done)
+            extra_bytes = conversion.extra_bytes
+            moved = execute(conversion.task, source, journal, mover, watch, extra_bytes)
+            try:
+                _finish(conversion, moved, previous, publish)
+            except OSError as e:
+                raise disk_error(e, root, extra_bytes) from None
+            journal.remove()
+    finally:
+        source.close()
+    return before
+
+
+def _check_twins(plan: Plan, source: Source, downloading: Progress) -> None:
+    """A tensor dropped because another holds the same bytes must really do so."""
+    source.expect([n for name, _, twin in plan.dropped if twin for n in (name, twin)], downloading)
+    for name, _, twin in plan.dropped:
+        if not twin:
+            continue
+        a, b = plan.sources[name], plan.sources[twin]
+        is_same = (a.dtype, a.shape) == (b.dtype, b.shape)
+        for begin in range(0, a.nbytes if is_same else 0, 4 << 20):
+            n = min(4 << 20, a.nbytes - begin)
+            left, right = bytearray(n), bytearray(n)
+            source.read(a, begin, memoryview(left))
+            source.read(b, begin, memoryview(right))
+            is_same = is_same and left == right
+        if not is_same:
+            raise CheckpointError(
+                f"{name}: the configuration ties it to {twin}, but its values are different.",
+                'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.',
+            )
+
+
+def _finish(
+    conversion: Conversion, moved: Mapping[str, Moved], previous: Manifest | None, publish: Publish
+) -> None:
+    """Write everything but the weights; the manifest and READY last."""
+    root, model = conversion.output, conversion.model
+    copied = copy_files(conversion.auxiliary, root)
+    record_source(root, conversion.origin)
+    record_identity(root, conversion.identity)
+    if conversion.shards:
+        model = msgspec.structs.replace(model, files=source_files(conversion.shards, conversion.plan, moved))
+    manifest = Manifest(
+        format=FORMAT,
+        tool=TOOL,
+        model=model,
+        parallel=conversion.parallel,
+        weights=weights_entry(conversion.plan, moved, conversion.source_dtype, conversion.dropped),
+        graphs=previous.graphs if previous else [],
+        files=copied,
+    )
+    publish(root, manifest)
+    write_manifest(root, manifest)

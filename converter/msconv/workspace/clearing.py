@@ -1,0 +1,48 @@
+"""What may be put into a directory, and what is taken out of it: only what msconv wrote."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from msconv_runtime.artifact import MANIFEST, READY, STATE_DIR, is_artifact
+from msconv_runtime.errors import UsageError
+
+from ..checkpoint.directory import AUXILIARY
+from .names import DOWNLOADS, IDENTITY, JOURNAL, REPORT
+
+
+def refuse_foreign(root: Path, source: Path | None = None) -> None:
+    """Raises UsageError if `root` is the source itself or holds something that msconv did not write."""
+    try:
+        if not root.exists():
+            return
+    except (OSError, ValueError):
+        raise UsageError(
+            f"{str(root)[:300]}: no directory can have this name.", "Give another --output."
+        ) from None
+    if not root.is_dir():
+        raise UsageError(f"{root}: is a file, not a directory.", "Give another --output.")
+    if source is not None and root.resolve() == source.resolve():
+        raise UsageError(f"{root}: the output is the source directory.", "Give another --output.")
+    is_ours = (root / STATE_DIR).is_dir() or is_artifact(root)
+    if not is_ours and any(root.iterdir()):
+        raise UsageError(
+            f"{root}: holds something else than an artifact; nothing was touched.",
+            "Give an empty or new directory with --output.",
+        )
+
+
+def clear(root: Path) -> None:
+    """Remove what msconv wrote, and only that.  READY goes first."""
+    for name in (READY, MANIFEST, REPORT, JOURNAL, IDENTITY, *AUXILIARY):
+        (root / name).unlink(missing_ok=True)
+    for path in (root / "weights").glob("model-rank-*-part-*.safetensors*"):
+        path.unlink()
+    shutil.rmtree(root / "graphs", ignore_errors=True)
+    clear_downloads(root)
+
+
+def clear_downloads(root: Path) -> None:
+    """Remove the shards that this artifact's conversion downloaded for itself."""
+    shutil.rmtree(root / DOWNLOADS, ignore_errors=True)
