@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from msconv.share.card import MARK, card
-from msconv_runtime.artifact import Graph, Verified, read_manifest
+from msconv_runtime.artifact import FORMAT, Graph, Verified, read_manifest
 from tests.cli.interface import fields
 from tests.cli.test_interface import frozen_fields
 from tests.commands import Result, run_msconv, run_python
@@ -301,9 +301,9 @@ def test_a_repository_that_is_no_artifact_is_not_pulled(share: Hub, tmp_path: Pa
 def test_a_newer_format_is_not_pulled(share: Hub, own: Path, tmp_path: Path) -> None:
     done(push(own))
     manifest = share.repos[NAME].directory / "msconv.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 2}))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": FORMAT + 1}))
     share.reset()
-    refused(run_msconv("pull", NAME), 1, "format 2", "Upgrade msconv")
+    refused(run_msconv("pull", NAME), 1, f"format {FORMAT + 1}", "Upgrade msconv")
     assert not any(n.endswith(".safetensors") for n in share.served)
     assert not (tmp_path / "artifacts").exists()
 

@@ -15,13 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import msconv_runtime.artifact as format_
 from msconv.steps.conversion import run
 from msconv_runtime.artifact import (
+    FORMAT,
     Artifact,
     Manifest,
     decode_manifest,
     digest_bytes,
+    directory,
     encode_manifest,
     is_artifact,
     read_manifest,
@@ -92,7 +93,7 @@ def test_a_finished_artifact_is_read_and_intact(finished: Path) -> None:
 def test_a_manifest_is_the_same_after_a_round_trip(finished: Path) -> None:
     data = (finished / "msconv.json").read_bytes()
     assert encode_manifest(decode_manifest(data, "here")) == data
-    assert json.loads(data)["format"] == 1
+    assert json.loads(data)["format"] == FORMAT
 
 
 def test_nothing_is_no_artifact(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_an_altered_manifest_is_refused(root: Path) -> None:
     assert "changed or half copied" in refused(root).message
 
 
-@pytest.mark.parametrize("version", [2, 99, 2**40])
+@pytest.mark.parametrize("version", [FORMAT + 1, 99, 2**40])
 def test_a_newer_format_is_refused_by_its_number(root: Path, version: int) -> None:
     def newer(raw: dict[str, Any]) -> None:
         raw.clear()
@@ -233,7 +234,7 @@ def test_a_crash_while_the_manifest_is_replaced_leaves_the_old_or_the_new(
     """Three files are replaced: READY for both manifests, the manifest, READY for the new one."""
     old = read_manifest(root)
     new = msgspec.structs.replace(old, tool="msconv 9.9.9")
-    original, calls = format_.replace_file, [0]
+    original, calls = directory.replace_file, [0]
 
     def crashing(path: Path, data: bytes) -> None:
         if calls[0] == step:
@@ -242,7 +243,7 @@ def test_a_crash_while_the_manifest_is_replaced_leaves_the_old_or_the_new(
         original(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(format_, "replace_file", crashing)
+        patch.setattr(directory, "replace_file", crashing)
         with pytest.raises(KeyboardInterrupt):
             write_manifest(root, new)
     assert read_manifest(root) == (old if step < 2 else new)
@@ -267,7 +268,7 @@ def test_the_first_manifest_is_not_vouched_for_before_it_is_there(
     tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(finished)
-    original = format_.replace_file
+    original = directory.replace_file
 
     def crashing(path: Path, data: bytes) -> None:
         if path.name == "READY":
@@ -275,7 +276,7 @@ def test_the_first_manifest_is_not_vouched_for_before_it_is_there(
         original(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(format_, "replace_file", crashing)
+        patch.setattr(directory, "replace_file", crashing)
         with pytest.raises(KeyboardInterrupt):
             write_manifest(tmp_path, manifest)
     assert "READY is missing" in refused(tmp_path).message
