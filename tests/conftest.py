@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -17,6 +18,22 @@ from tests.commands import Result, run_msconv
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="msconv-tests-")  # proofs made here are none of the user's
 
 Checkpoints = Callable[[str], Path]
+
+
+def add_tokenizer(checkpoint: Path) -> None:
+    """A tokenizer.json of single letters, so that a server can be asked for."""
+    letters = [chr(c) for c in range(33, 127)] + ["\u0120"]  # the last is how byte-level tokenizers write a space
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": bytes_,
+        "decoder": bytes_,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {},
@@ -76,7 +93,9 @@ def compiled(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) 
     from tests.conversions import prepare, run
 
     root = tmp_path_factory.mktemp("compiled") / "untied-tp1"
-    run(prepare(checkpoint("untied"), 1, output=root))
+    source = Path(shutil.copytree(checkpoint("untied"), root.parent / "source"))
+    add_tokenizer(source)
+    run(prepare(source, 1, output=root))
     compile_graphs(root, "cpu")
     return root
 

@@ -82,7 +82,11 @@ def test_an_npu_gets_its_command_for_elsewhere_and_is_missed_here(own_ascend: Pa
     said = dict(zip(found.argv[3::2], found.argv[4::2], strict=True))
     wanted = {"--device": "npu", "--attention-backend": "ascend", "--dtype": "bfloat16", "--page-size": "128"}
     assert wanted.items() <= said.items()
-    assert found.environment == {"MSCONV_TARGET": "ascend910b", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
+    assert found.environment == {
+        "MSCONV_TARGET": "ascend910b",
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     with pytest.raises(EnvironmentProblem, match=r"torch_npu[\s\S]*CANN[\s\S]*devices"):
         plan_launch(own_ascend, "npu", "0.0.0.0", 30000, [])
 

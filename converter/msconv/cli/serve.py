@@ -110,6 +110,8 @@ def command(
     compare_layout(opened.manifest)
     flags = with_serve_flags(device, extra)
     launch = plan_launch(root, device, host, port, flags, settings, nodes, print_command, target)
+    for flag in launch.untried:
+        say(f"{flag}: nobody has tried this flag with an artifact; it is passed on.")
     data = {"argv": launch.argv, "environment": launch.environment}
     if print_command:
         show(Result(data, launch.shell(), next="the same without --print-command starts it."))
@@ -117,7 +119,7 @@ def command(
     show(Result(data))
     _warn(opened, launch.target)
     refuse_taken(host, port)
-    say(launch.shell())
+    say(launch.shell(hide_keys=True))
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvpe(launch.argv[0], launch.argv, {**os.environ, **launch.environment})

@@ -17,6 +17,8 @@ from .machine import Machine
 from .memory import memory_findings
 from .packages import Needs
 
+TOKENIZER = "tokenizer.json"
+OTHERS = ("tiktoken", "tokenization", "vocab", "spiece")  # tokenizers of other kinds begin so
 MAX_DAMAGE = 20  # files that are named
 
 
@@ -41,11 +43,28 @@ def artifact_findings(
     if weights is None:
         hint = f"`msconv convert --model <dir> --tp {tp} --output {root}`"
         found.append(Finding("weights", "missing", "none", "those of the model", hint, SERVE))
+    found += _tokenizer(root, needs)
     for target in _targets(manifest):
         found += _graphs(machine, root, manifest, target, not damage)
     found += _ranks(machine, root, tp)
     proven = {f.name.removeprefix("proof "): f.state == "ok" for f in found if f.name.startswith("proof ")}
     return {**short, "proven": proven}, [*found, *damage, *memory]
+
+
+def _tokenizer(root: Path, needs: Needs) -> Iterator[Finding]:
+    """Servers take texts; without a tokenizer that they can read without running code, token ids only."""
+    if not needs.no_tokenizer:
+        return
+    if (root / TOKENIZER).is_file():
+        yield Finding("tokenizer", "ok", TOKENIZER)
+        return
+    others = sorted(p.name for p in root.glob("*") if p.name.startswith(OTHERS))
+    found = f"{', '.join(others)}, no {TOKENIZER}" if others else f"no {TOKENIZER}"
+    hint = (
+        f"save the model's fast tokenizer (transformers: `save_pretrained`) as {TOKENIZER} beside the "
+        f"checkpoint and convert again; or serve with `-- {needs.no_tokenizer}` and send token ids"
+    )
+    yield Finding("tokenizer", "missing", found, f"{TOKENIZER}, to take and give text", hint, SERVE)
 
 
 def _targets(manifest: Manifest) -> Iterator[str]:

@@ -40,11 +40,13 @@ class Variable(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a serving engine needs beside msconv's own.  `tokens_flag`: its flag for the size of the KV pool."""
+    """What a serving engine needs beside msconv's own.  `tokens_flag`: its flag for the size of the KV pool.
+    `no_tokenizer`: its flag for a server without a tokenizer, "" for an engine that takes token ids only."""
 
     packages: Mapping[str, Package] = field(default_factory=dict)
     variables: Mapping[str, Variable] = field(default_factory=dict)
     tokens_flag: str = ""
+    no_tokenizer: str = ""
 
     @property
     def all_packages(self) -> dict[str, Package]:

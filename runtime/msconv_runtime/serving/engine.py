@@ -64,6 +64,14 @@ class Engine(ABC):
     def problems(self, artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
         """Why the user's flags do not fit the artifact, or its pool the target's graphs; each with what to do."""
 
+    def untried(self, given: Mapping[str, str]) -> list[str]:
+        """The user's flags that are passed on and that nobody has tried with an artifact."""
+        return []
+
+    def without_keys(self, argv: list[str]) -> list[str]:
+        """A command for a log: keys and passwords in it are not shown."""
+        return argv
+
 
 def engine_names() -> list[str]:
     return sorted(path.parent.name for path in FOLDERS.glob("*/engine.py") if path.parent != Path(__file__).parent)

@@ -18,15 +18,19 @@ from .settings import USUAL, Settings
 
 @dataclass(frozen=True)
 class Launch:
-    """A process to start.  `environment` holds only what is added to the caller's.  `target`: whose graphs."""
+    """A process to start.  `environment` holds only what is added to the caller's.  `target`: whose graphs.
+    `untried`: flags of the user's that nobody has tried."""
 
     argv: list[str]
     environment: dict[str, str]
     target: Target
+    untried: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
 
-    def shell(self) -> str:
-        """As one would type it."""
-        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.argv)])
+    def shell(self, hide_keys: bool = False) -> str:
+        """As one would type it; `hide_keys`: for a log."""
+        argv = self.shown if hide_keys and self.shown else self.argv
+        return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(argv)])
 
 
 def plan_launch(
@@ -64,4 +68,5 @@ def plan_launch(
     if ranks // nodes.count != parallel.tp:
         settings = replace(settings, ranks_here=ranks // nodes.count)
     environment = settings.environment() | engine.environment(chosen, ranks, nodes.count)
-    return Launch([*argv, *extra], environment, chosen)
+    argv += extra
+    return Launch(argv, environment, chosen, tuple(engine.untried(given)), tuple(engine.without_keys(argv)))

@@ -25,6 +25,8 @@ def refuse(
     root = artifact.root
     findings = [] if elsewhere else _findings(engine, artifact, target, given)
     findings = [f for f in findings if machines == 1 or f.name not in OF_ALL_RANKS]
+    if engine.needs.no_tokenizer in given:
+        findings = [f for f in findings if f.name != "tokenizer"]
     problems = [f"{f.name}: {f.found}; needed: {f.needed}.  {f.hint}" for f in findings]
     problems += engine.problems(artifact, target, given)
     if not problems:

@@ -15,7 +15,9 @@ from ..serving.engine import Engine
 from ..serving.nodes import Nodes
 from ..targets import Target
 from . import flags
+from .accepted import untried
 from .environment import server_environment
+from .keys import hide_words
 from .plugin import PACKAGE
 
 NEEDS = Needs(
@@ -28,9 +30,13 @@ NEEDS = Needs(
     },
     variables={
         "SGLANG_EXTERNAL_MODEL_PACKAGE": Variable(f"|{re.escape(PACKAGE)}", "wrong", f"none, or {PACKAGE}", SERVE),
+        "SGLANG_RUST_SERVER": Variable(
+            "|0|(?i:false)", "wrong", "none: it would pass msconv's list of endpoints", SERVE
+        ),
         "SGLANG_PLUGINS": Variable(r"|(.*,)?\s*msconv\s*(,.*)?", "wrong", "none, or msconv among them", SERVE),
     },
     tokens_flag=flags.TOKENS,
+    no_tokenizer=flags.NO_TOKENIZER,
 )
 
 
@@ -68,6 +74,12 @@ class SGLang(Engine):
 
     def problems(self, artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
         return flags.given_problems(artifact, target, given)
+
+    def untried(self, given: Mapping[str, str]) -> list[str]:
+        return untried(given)
+
+    def without_keys(self, argv: list[str]) -> list[str]:
+        return hide_words(argv)
 
 
 ENGINE = SGLang()

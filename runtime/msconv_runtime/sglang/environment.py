@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..serving.settings import TARGET
 from ..targets import CPU, Target
+from .meeting import one_machine_environment
 
 STANDINS = Path(__file__).with_name("standins")
 NO_COREDUMP = {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}  # else a server that lost a process waits 60 s for CUDA
@@ -17,9 +18,8 @@ NO_COREDUMP = {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}  # else a server that l
 
 def server_environment(target: Target, ranks: int, machines: int) -> dict[str, str]:
     """What a server of so many ranks, over all machines, gets beside this process's environment."""
-    if not target.device.is_host:
-        return dict(NO_COREDUMP)
-    return NO_COREDUMP | cpu_environment() | rank_environment(ranks, machines)
+    common = NO_COREDUMP | (one_machine_environment() if machines == 1 else {})
+    return common if not target.device.is_host else common | cpu_environment() | rank_environment(ranks, machines)
 
 
 def rank_environment(ranks: int, machines: int = 1) -> dict[str, str]:
@@ -62,7 +62,7 @@ def cpu_environment() -> dict[str, str]:
 def use_cpu(tp: int = 1) -> None:
     """Make this process, and what it starts, fit for SGLang on a CPU: what `msconv serve` sets for a server.  Call
     it before sglang is imported."""
-    environment = {**cpu_environment(), **rank_environment(tp), TARGET: CPU.name}
+    environment = {**cpu_environment(), **rank_environment(tp), **one_machine_environment(), TARGET: CPU.name}
     for path in reversed(environment.get("PYTHONPATH", "").split(os.pathsep)):
         if path.startswith(str(STANDINS)) and path not in sys.path:
             sys.path.insert(0, path)

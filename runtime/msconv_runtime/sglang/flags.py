@@ -10,6 +10,8 @@ from ..kv_pool import Pool, page_problem, usual_pool, widest_cache
 from ..serving.flags import number
 from ..serving.nodes import Nodes
 from ..targets import Target
+from .accepted import flag_problems
+from .configuration import OVERRIDE, override_problems
 
 ALIASES = {
     "--tp-size": ("--tp", "--tensor-parallel-size"),
@@ -17,6 +19,7 @@ ALIASES = {
     "--model-path": ("--model",),
 }
 TOKENS, PAGE, DTYPE, KV_DTYPE = "--max-total-tokens", "--page-size", "--dtype", "--kv-cache-dtype"
+NO_TOKENIZER = "--skip-tokenizer-init"
 FIXED = ("--tp-size", "--ep-size", DTYPE, "--device")  # by the artifact
 SET_ELSEWHERE = {
     "model-path": "model",
@@ -91,16 +94,21 @@ def pool_problems(target: Target, cache: GraphInput, page: int, kv_dtype: str = 
     problems = []
     if why := page_problem(target, cache, page):
         problems.append(f"{PAGE} {page}: {why}")
-    if kv_dtype not in ("auto", cache.dtype) and (kv_dtype, cache.dtype) != ("bf16", "bfloat16"):
-        problems.append(f"{KV_DTYPE} {kv_dtype}: the graphs take a cache of {cache.dtype}")
-    return problems
+    return problems + type_problems(cache, kv_dtype)
+
+
+def type_problems(cache: GraphInput, kv_dtype: str) -> list[str]:
+    """Why graphs that take `cache` could not take a pool of elements of another type."""
+    if kv_dtype in ("auto", cache.dtype) or (kv_dtype, cache.dtype) == ("bf16", "bfloat16"):
+        return []
+    return [f"{KV_DTYPE} {kv_dtype}: the graphs take a cache of {cache.dtype}"]
 
 
 def given_problems(artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
     """All that is wrong with the user's flags.  Graphs with a page of their own take any of SGLang's."""
-    problems = fixed_problems(artifact, target, given)
-    if target.paging.slots is None:
-        page, kv_dtype = given_pool(artifact, target, given).page, given.get(KV_DTYPE, "auto")
-        unfit = pool_problems(target, widest_cache(artifact, target), page, kv_dtype)
-        problems += [f"{problem}.  Leave the flag out" for problem in unfit]
-    return problems
+    problems = flag_problems(given) + fixed_problems(artifact, target, given)
+    problems += override_problems(artifact, given.get(OVERRIDE, ""))
+    cache, kv_dtype = widest_cache(artifact, target), given.get(KV_DTYPE, "auto")
+    page = given_pool(artifact, target, given).page if target.paging.slots is None else 0
+    unfit = pool_problems(target, cache, page, kv_dtype) if page else type_problems(cache, kv_dtype)
+    return problems + [f"{problem}.  Leave the flag out" for problem in unfit]

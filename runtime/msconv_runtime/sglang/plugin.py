@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
-from .requests import check_request
+from . import meeting
+from .configuration import refuse_other
+from .endpoints import ENDPOINTS, Gate
+from .keys import hide_fields, hide_text, hide_words
+from .requests import check_answers, check_request
 
 PACKAGE = "msconv_runtime.sglang"
 SLOT = "MindSporeForCausalLM"  # the class that SGLang looks for under --model-impl mindspore
 MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
+AUTH = "sglang.srt.utils.auth"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 logger = logging.getLogger(__name__)
 
@@ -44,10 +50,21 @@ def activate() -> None:
     )
     HookRegistry.register(f"{CONFIGURATOR}._build_ascend_mla_kv_pool", _build_one_latent, HookType.AROUND)
     HookRegistry.register(f"{MANAGER}._validate_one_request", _refuse_request, HookType.BEFORE)
+    HookRegistry.register(f"{REQUEST}.normalize_batch_and_arguments", check_answers, HookType.BEFORE)
     for source in ("disk", "tensor", "distributed", "ipc"):
         refuse = functools.partial(_refuse_weights, (0,) if source == "disk" else ())
         HookRegistry.register(f"{MANAGER}.update_weights_from_{source}", refuse, HookType.AROUND)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_state, HookType.AFTER)
+    HookRegistry.register(
+        "sglang.srt.distributed.bootstrap._resolve_dist_init_method", _meet_at_one_address, HookType.AFTER
+    )
+    HookRegistry.register(f"{AUTH}.app_has_admin_force_endpoints", _guard_always, HookType.AROUND)
+    HookRegistry.register(f"{AUTH}.add_api_key_middleware", _add_gate, HookType.AFTER)
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.resolved_dict", _hide_fields, HookType.AFTER)
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.__repr__", hide_text, HookType.AFTER)
+    HookRegistry.register(
+        "sglang.srt.sampling.watermarking.core.redact_watermark_command_line", _hide_words, HookType.BEFORE
+    )
 
 
 def _slot_is_ours() -> bool:
@@ -55,10 +72,13 @@ def _slot_is_ours() -> bool:
 
 
 def _get_config(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """An artifact's weights are not quantised any more, whatever its source's config.json says."""
+    """An artifact's configuration is that of its graphs, or refused.  Its weights are not quantised any more,
+    whatever its source's config.json says."""
     config = original(model, *args, **kwargs)
-    if is_artifact(model) and getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    if is_artifact(model):
+        refuse_other(Artifact(model), config, kwargs.get("model_override_args"))
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
     return config
 
 
@@ -146,6 +166,48 @@ async def _refuse_weights(
     if not _is_served(manager.model_path):
         return await original(manager, *args, **kwargs)
     return False, "An artifact takes no other weights: convert again and start another server.", *rest
+
+
+def _meet_at_one_address(url: str, *, dist_port: int) -> str:
+    """Torch's store would listen at all addresses, whatever --host says."""
+    from sglang.srt.runtime_context import get_model, get_parallel
+
+    if not _is_served(get_model().model_path):
+        return url
+    meeting.register()
+    return meeting.meeting_url(url, get_parallel().nnodes)
+
+
+def _guard_always(original: Callable[[Any], bool], app: Any) -> bool:
+    """So that SGLang comes to `_add_gate` without keys as well."""
+    return _is_served(app.server_args.model_path) or original(app)
+
+
+def _add_gate(result: None, app: Any, *, api_key: str | None, admin_api_key: str | None) -> None:
+    """Put our allowlist before SGLang's own check of keys, which must ask for the same key as it."""
+    if not _is_served(app.server_args.model_path):
+        return
+    from sglang.srt.utils.auth import AuthLevel
+
+    for route in app.routes:
+        rule, endpoint = ENDPOINTS.get(getattr(route, "path", "")), getattr(route, "endpoint", None)
+        if rule is not None and rule.access == "admin" and endpoint is not None:
+            endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
+    app.add_middleware(Gate, admin_api_key=admin_api_key, running=_running)
+
+
+def _running() -> list[str]:
+    from sglang.srt.entrypoints import http_server
+
+    return list(http_server._global_state.tokenizer_manager.rid_to_state)
+
+
+def _hide_fields(values: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    return hide_fields(values)
+
+
+def _hide_words(argv: list[str], *rest: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (hide_words(list(argv)), *rest), {}
 
 
 @functools.cache

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
+WHOLE = 2**31 - 1  # SGLang's tensors take these as int32 or int64, its scheduler ends on what does not fit
+ANSWERS = 1024  # to one prompt: SGLang makes that many requests of it at once, before it looks at any
+FLOAT32 = 3.4e38
+SEEDS = 2**63 - 1
 NOT_ANSWERED = {  # fields of a request: the graphs take tokens and give logits
     "input_embeds": "take no embeddings",
     "positional_embed_overrides": "take no embeddings",
@@ -28,10 +33,17 @@ def check_request(obj: Any, input_ids: Any, size: int) -> None:
             "`-- --skip-tokenizer-init` and send input_ids."
         )
     sampling = getattr(obj, "sampling_params", None) or {}
-    for field, listed in (("input_ids", tokens), ("stop_token_ids", sampling.get("stop_token_ids") or ())):
+    named = {
+        "input_ids": tokens,
+        "stop_token_ids": sampling.get("stop_token_ids") or (),
+        "token_ids_logprob": getattr(obj, "token_ids_logprob", None) or (),
+        "logit_bias": [_whole(token) for token in sampling.get("logit_bias") or ()],
+    }
+    for field, listed in named.items():
         for token in listed:
             if not _is_one_of(token, size):
                 raise ValueError(f"{field} has the token {token!r}; the model's are 0 to {size - 1}.")
+    check_numbers(sampling, getattr(obj, "priority", None))
     if (most := getattr(obj, "top_logprobs_num", None) or 0) > size:
         raise ValueError(f"top_logprobs_num is {most}; the model has {size} tokens.")
     start = getattr(obj, "logprob_start_len", None)
@@ -40,6 +52,42 @@ def check_request(obj: Any, input_ids: Any, size: int) -> None:
             f"logprob_start_len {start} asks for log probabilities of the prompt: here are those of generated "
             "tokens only.  Leave it out."
         )
+
+
+def check_answers(obj: Any) -> None:
+    """Raises ValueError for a request that asks for too many answers to a prompt."""
+    given = getattr(obj, "sampling_params", None)
+    for sampling in given if isinstance(given, list) else [given]:
+        wanted = sampling.get("n") if isinstance(sampling, dict) else None
+        if isinstance(wanted, int) and wanted > ANSWERS:
+            raise ValueError(f"n is {str(wanted)[:40]}: at most {ANSWERS} answers to a prompt are given.")
+
+
+def check_numbers(sampling: dict[str, Any], priority: int | None) -> None:
+    """Raises ValueError for a number that is not one, or larger than SGLang's process of the model can take."""
+    for field, number in _numbers("", {**sampling, "priority": priority}):
+        most = SEEDS if field == "sampling_seed" else WHOLE
+        if isinstance(number, int) and abs(number) > most:
+            raise ValueError(f"{field} is {str(number)[:40]}; at most {most} is taken.")
+        if isinstance(number, float) and not abs(number) <= FLOAT32:
+            raise ValueError(f"{field} is {number}: a finite number of at most {FLOAT32:.2g} is needed.")
+
+
+def _numbers(field: str, value: Any) -> Iterator[tuple[str, int | float]]:
+    """Those in a parameter, with its name."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield field, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(field or str(name), inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(field, inner)
+
+
+def _whole(text: Any) -> Any:
+    """The number that a JSON object's name stands for, or the name."""
+    return int(text) if isinstance(text, str) and text.isdecimal() and len(text) < 20 else text
 
 
 def _is_one_of(token: Any, size: int) -> bool:
