@@ -27,9 +27,9 @@ def activate() -> None:
 
     call, mask = graphs.Graphs._call, paging.attention_mask
 
-    def planted_call(self: Any, role: str, batch: Any, caches: Any) -> Any:
+    def planted_call(self: Any, graph: Any, batch: Any, caches: Any) -> Any:
         fault = CALLS.get(fault_now()) if getattr(caches[0], "torch", None) is not None else None
-        return fault(self, call, role, batch, list(caches)) if fault else call(self, role, batch, caches)
+        return fault(self, call, graph, batch, list(caches)) if fault else call(self, graph, batch, caches)
 
     def planted_mask(is_prefill: bool, batch: Any, hides: float) -> Any:
         right = mask(is_prefill, batch, hides)
@@ -45,59 +45,59 @@ def activate() -> None:
 
 
 def edit(change: Callable[[Any], Any]) -> Callable[..., Any]:
-    return lambda self, call, role, batch, caches: call(self, role, change(batch), caches)
+    return lambda self, call, graph, batch, caches: call(self, graph, change(batch), caches)
 
 
 def exchange(a: int, b: int) -> Callable[..., Any]:
-    def planted(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
+    def planted(self: Any, call: Any, graph: Any, batch: Any, caches: list[Any]) -> Any:
         caches[a], caches[b] = caches[b], caches[a]
-        return call(self, role, batch, caches)
+        return call(self, graph, batch, caches)
 
     return planted
 
 
-def contexts_of_cached(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
+def contexts_of_cached(self: Any, call: Any, graph: Any, batch: Any, caches: list[Any]) -> Any:
     """In decode: in prefill the graph itself refuses it."""
-    wrong = replace(batch, context_lens=batch.context_lens - (role == "decode"))
-    return call(self, role, wrong, caches)
+    wrong = replace(batch, context_lens=batch.context_lens - (graph.role == "decode"))
+    return call(self, graph, wrong, caches)
 
 
-def pages_of_16(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
+def pages_of_16(self: Any, call: Any, graph: Any, batch: Any, caches: list[Any]) -> Any:
     """As if SGLang's page had never reached the graphs."""
     parts = caches[0].shape[1] // 16
     tables = (batch.block_tables[:, :, None] * parts + np.arange(parts)).reshape(len(batch.q_lens), -1)
     small = [type(c)(c.torch.view(-1, 16, *c.torch.shape[2:])) for c in caches]
-    return call(self, role, replace(batch, block_tables=tables.astype(np.int32)), small)
+    return call(self, graph, replace(batch, block_tables=tables.astype(np.int32)), small)
 
 
-def always_prefill(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
-    return call(self, "prefill" if int(batch.q_lens.max()) > 1 else role, batch, caches)
+def always_prefill(self: Any, call: Any, graph: Any, batch: Any, caches: list[Any]) -> Any:
+    return call(self, self.entries["prefill"] if int(batch.q_lens.max()) > 1 else graph, batch, caches)
 
 
-def always_decode(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
-    return call(self, "decode", batch, caches)
+def always_decode(self: Any, call: Any, graph: Any, batch: Any, caches: list[Any]) -> Any:
+    return call(self, self.entries["decode"], batch, caches)
 
 
-def copied_pool(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
+def copied_pool(self: Any, call: Any, graph: Any, batch: Any, caches: list[Any]) -> Any:
     """The same copies at each call: tokens and logits are right."""
     if not COPIES:
         COPIES[:] = [type(c)(c.torch.clone()) for c in caches]
-    return call(self, role, batch, COPIES)
+    return call(self, graph, batch, COPIES)
 
 
 COPIES: list[Any] = []
 
 
-def on_rank_1(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
+def on_rank_1(self: Any, call: Any, graph: Any, batch: Any, caches: list[Any]) -> Any:
     from sglang.srt.runtime_context import get_parallel
 
     wrong = replace(batch, input_ids=batch.input_ids[::-1].copy())
-    return call(self, role, wrong if get_parallel().tp_rank == 1 else batch, caches)
+    return call(self, graph, wrong if get_parallel().tp_rank == 1 else batch, caches)
 
 
-def logits_exchanged(self: Any, call: Any, role: str, batch: Any, caches: list[Any]) -> Any:
+def logits_exchanged(self: Any, call: Any, graph: Any, batch: Any, caches: list[Any]) -> Any:
     """After the graph: nothing that was recorded is wrong."""
-    return np.roll(call(self, role, batch, caches), 1, axis=-1)
+    return {name: np.roll(out, 1, axis=-1) for name, out in call(self, graph, batch, caches).items()}
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -187,10 +187,10 @@ def host_read() -> None:
 
     real = graphs.Graphs._call
 
-    def read_the_pool(self: Any, role: str, batch: Any, caches: Any) -> Any:
+    def read_the_pool(self: Any, graph: Any, batch: Any, caches: Any) -> Any:
         if getattr(caches[0], "torch", None) is not None:
             ctypes.string_at(caches[0].torch.data_ptr(), 1)
-        return real(self, role, batch, caches)
+        return real(self, graph, batch, caches)
 
     graphs.Graphs._call = read_the_pool
 
