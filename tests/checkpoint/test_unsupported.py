@@ -13,7 +13,7 @@ import pytest
 
 from msconv.checkpoint.directory import open_checkpoint, open_configuration
 from msconv.layout.cuts import Mesh
-from msconv.layout.plan import make_plan
+from msconv.layout.planning import make_plan
 from msconv_runtime.artifact import MANIFEST
 from msconv_runtime.errors import CheckpointError, MsconvError
 from tests.checkpoints import Stored, edit_json, read_safetensors, write_safetensors

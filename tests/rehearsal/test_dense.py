@@ -97,7 +97,7 @@ def ask(planted: Planted, fault: str) -> None:
 def problems(planted: Planted) -> dict[str, list[str]]:
     """By fault, what the calls have that were made while it was on."""
     replicas = read_replicas(planted.work / CALLS)
-    replayer = Replayer(planted.plan.root, planted.plan.manifest, planted.plan.target, True, BOUND)
+    replayer = Replayer(planted.plan.artifact, planted.plan.target, True, BOUND)
     found = replayer.run(replicas[0], planted.plan.scenario.page, whole=False, enough=10**6).problems
     numbers = [int(re.match(r"call (\d+) ", p)[1]) for p in found]  # type: ignore[index]
     sorted_in = {

@@ -30,10 +30,10 @@ UNCHECKED = "import sys; from msconv_runtime import Session, binding; binding.ch
 SESSION = "import sys; from msconv_runtime import Session; Session(sys.argv[1], compiled=False)"
 SLOT = """
 import os, sys
-os.environ["MSCONV_NATIVE"] = "0"
+os.environ["MSCONV_COMPILED"] = "0"
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.graphs import Place
-from msconv_runtime.sglang.preload import load
+from msconv_runtime.serving.loading import load
 load(Artifact(sys.argv[1]), Place())
 """
 Forge = Callable[[Any, Path], None]

@@ -40,6 +40,7 @@ MODEL = {
     "mind_ir_version": (3,),
 }
 VERSION = re.compile(r"\d+\.\d+\.\d+[\w.+-]{0,40}", re.ASCII)
+NUMBERED = re.compile(r"\w{1,64}:\d{1,9}(?::\w{1,20})?", re.ASCII)
 NAME = re.compile(r"\w{0,64}", re.ASCII)
 KERNEL = re.compile(r"(msconv-native-\d{1,9}):\w{1,64}", re.ASCII)
 PREFIX = "msconv:"
@@ -104,8 +105,11 @@ class _Check:
         known = self.allowed.get(title)
         if known is None:
             raise Malformed(f"{what}: no graph for {self.graph.target} has a {title[:60] or 'nameless one'}")
-        number = name.removeprefix(f"{kind}:")
-        if not number.isdecimal() or number == name or not NAME.fullmatch(found.get("instance_name", "")):
+        if (
+            not NUMBERED.fullmatch(name)
+            or not name.startswith(f"{kind}:")
+            or not NAME.fullmatch(found.get("instance_name", ""))
+        ):
             raise Malformed(f"{what}: has a name that no exporter gives")
         if found.get("prim_type") != (2 if known.is_function else 1):
             raise Malformed(f"{what}: is of prim_type {found.get('prim_type')}")
