@@ -6,7 +6,8 @@ import functools
 from typing import Any
 
 from msconv.families import FAMILIES
-from msconv.families.config import DecoderConfig, read_config
+from msconv.families.config import DecoderConfig
+from msconv.families.config_json import read_config
 from msconv.layout.cuts import make_mesh
 from msconv_runtime.artifact import Graph, digest_bytes
 from msconv_runtime.roles import ROLES
