@@ -56,6 +56,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+class AllInBfloat16(dict[str, str]):
+    """The stored type of every weight, whatever its name."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return "bfloat16"
+
+
 def config_named(model: str) -> DecoderConfig:
     family = next(f for f in FAMILIES if f.name == model.partition(" ")[0])
     return read_config({"model_type": family.name, **MODELS[model]}, family, model)
@@ -67,8 +74,10 @@ def exported(
 ) -> tuple[bytes, Graph]:
     """The graph's bytes, and its entry."""
     from msconv.graph.export import export
+    from msconv.graph.spec import Local
 
-    made = export(config_named(model), make_mesh(tp, ep), TARGETS[target], ROLES[role], variant, "bfloat16")
+    types = AllInBfloat16()
+    made = export(Local(config_named(model), make_mesh(tp, ep), TARGETS[target], ROLES[role], variant, types))
     entry = Graph(
         target=target,
         role=role,

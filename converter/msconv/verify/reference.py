@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import ChainMap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,8 @@ class SourceWeights:
             return value
 
         self._require(name)
-        stored = format_of(name, self.checkpoint.tensors, self.checkpoint.config.formats)
+        headers = ChainMap(self.checkpoint.tensors, dict(self.checkpoint.stacked))
+        stored = format_of(name, headers, self.checkpoint.config.formats)
         return stored.reference(name, self._read, rounds) if stored else rounds(self._read(name))
 
     def _require(self, name: str) -> Any:

@@ -31,7 +31,7 @@ from .schema import DTYPES
 from .wire import Malformed, read
 
 if TYPE_CHECKING:
-    from ..artifact.manifest import Graph
+    from ..artifact.manifest import Graph, GraphOutput
 
 MODEL = {
     "ir_version": ("1.0", "1.1"),  # of MindSpore 2.8 and 2.10
@@ -164,7 +164,7 @@ class _Check:
         for i, (data, expected) in enumerate(zip(many, wanted, strict=True)):
             what = f"input {i}"
             found = read(data, schema.VALUE, what)
-            if found.get("name") != f"{PREFIX}inputs{i}" or len(found["tensor"]) != 1:
+            if found.get("name") != f"{PREFIX}inputs{i}" or len(found["tensor"]) != 1 or len(found) != 2:
                 raise Malformed(f"{what}: has the name {found.get('name', '')[:60]!r}, or not one type")
             held = schema.tensor(found["tensor"][0], what, "ref_key")
             self._fits(what, held, expected.dtype, expected.shape)
@@ -172,13 +172,26 @@ class _Check:
         return names
 
     def output(self, many: list[bytes], nodes: int) -> None:
-        """One, the last node's, as wide as the manifest says."""
-        if len(many) != 1 or len(self.graph.outputs) != 1:
-            raise Malformed(f"the graph: gives {len(many)} outputs, {len(self.graph.outputs)} by the manifest")
+        """One value, the last node's, as wide as the manifest says: a tensor, or a tuple of several."""
+        if len(many) != 1:
+            raise Malformed(f"the graph: gives {len(many)} values, not one")
         found = read(many[0], schema.VALUE, "the output")
-        if found.get("name") != f"n{nodes - 1}" or len(found["tensor"]) != 1:
+        if found.get("name") != f"n{nodes - 1}":
             raise Malformed("the output: is not what the last node gives")
-        held, expected = schema.tensor(found["tensor"][0], "the output"), self.graph.outputs[0]
+        if "attr_info" in found:
+            if found["tensor"] or found.get("denotation") != "Tuple":
+                raise Malformed("the output: is a tuple and something else")
+            given = schema.tuple_of_tensors(found["attr_info"], "the output")
+        else:
+            if len(found["tensor"]) != 1 or "denotation" in found:
+                raise Malformed("the output: is not one tensor")
+            given = [schema.tensor(found["tensor"][0], "the output")]
+        if len(given) != len(self.graph.outputs):
+            raise Malformed(f"the graph: gives {len(given)} outputs, {len(self.graph.outputs)} by the manifest")
+        for held, expected in zip(given, self.graph.outputs, strict=True):
+            self._fits_output(held, expected)
+
+    def _fits_output(self, held: dict[str, Any], expected: GraphOutput) -> None:
         given = held["dims"]
         shape = [n if n is not None or not i else given[i] for i, n in enumerate(expected.shape[: len(given)])]
         if len(shape) != len(expected.shape):

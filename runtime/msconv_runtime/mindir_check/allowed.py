@@ -92,7 +92,7 @@ PRIMITIVES = {
     "Concat": function(2),
     "Cos": function(1),
     "CumSum": function(4),
-    "Depend": builtin(2, {"side_effect_propagate": 1}),
+    "Depend": Primitive((2, 2), ("tensor", "tuple"), False, ({"side_effect_propagate": 1},)),
     "Div": function(2),
     "Equal": function(2),
     "ExpandDims": function(2),

@@ -49,7 +49,12 @@ PRIMITIVE: Message = {
     4: Field("instance_name", "text"),
     5: Field("prim_type", "int"),
 }
-VALUE: Message = {1: Field("name", "text"), 2: Field("tensor", "bytes", many=True)}
+VALUE: Message = {
+    1: Field("name", "text"),
+    2: Field("tensor", "bytes", many=True),
+    4: Field("denotation", "text"),
+    5: Field("attr_info", "bytes"),
+}
 TENSOR: Message = {
     1: Field("dims", "int", many=True),
     2: Field("data_type", "int"),
@@ -128,6 +133,23 @@ def result(data: bytes, what: str) -> str:
             if part.get("type") != TENSORS:
                 raise Malformed(f"{what}: gives a tuple of values of kind {part.get('type')}")
     return "tuple"
+
+
+def tuple_of_tensors(data: bytes, what: str) -> list[dict[str, Any]]:
+    """Types and shapes of a tuple of fixed length.  Raises Malformed for any other value."""
+    found = read(data, ATTRIBUTE, what)
+    _only(found, what, "values", "seq_info")
+    if found.get("type") != TUPLE or len(found["values"]) > MOST_ITEMS:
+        raise Malformed(f"{what}: is no tuple of tensors")
+    _sequence(found.get("seq_info"), what)
+    held = []
+    for item in found["values"]:
+        part = read(item, ATTRIBUTE, what)
+        _only(part, what, "tensors")
+        if part.get("type") != TENSORS:
+            raise Malformed(f"{what}: is a tuple of values of kind {part.get('type')}")
+        held.append(tensor(_single(part["tensors"], what), what))
+    return held
 
 
 def _scalar(found: dict[str, Any], what: str, *names: str) -> None:
