@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -93,7 +94,13 @@ def test_an_npu_gets_its_command_for_elsewhere_and_is_missed_here(own_ascend: Pa
 
 def test_one_of_several_ascend_targets_must_be_named(own_ascend: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(own_ascend)
-    other = [replace(g, target="ascend910c") for g in manifest.graphs if g.target == "ascend910b"]
+    graphs = own_ascend / "graphs"
+    shutil.copytree(graphs / "ascend910b", graphs / "ascend910c")
+    other = [
+        replace(g, target="ascend910c", path=g.path.replace("910b", "910c"))
+        for g in manifest.graphs
+        if g.target == "ascend910b"
+    ]
     write_manifest(own_ascend, replace(manifest, graphs=[*manifest.graphs, *other]))
     with pytest.raises(UsageError, match="ascend910b, ascend910c"):
         plan_launch(own_ascend, "npu", "0.0.0.0", 30000, [], elsewhere=True)

@@ -182,8 +182,9 @@ def test_a_wrong_mask_fails_in_the_first_attention(
     spoil, target, phase = MASKS[name]
     right = lockstep.attention_mask
 
-    def wrong(when: str, *more: Any) -> Any:
-        return spoil(torch.from_numpy(right(when, *more)), when).numpy().copy()
+    def wrong(is_prefill: bool, *more: Any) -> Any:
+        mask = torch.from_numpy(right(is_prefill, *more))
+        return spoil(mask, "prefill" if is_prefill else "decode").numpy().copy()
 
     monkeypatch.setattr(lockstep, "attention_mask", wrong)
     assert re.search(attention(0) + ".* " + phase + "$", named(own(), target))
