@@ -17,7 +17,7 @@ import pytest
 
 from msconv.steps.conversion import Converted, run
 from msconv.steps.reshard import prepare as prepare_reshard
-from msconv_runtime.artifact import Graph, GraphInput, TensorEntry, read_manifest, write_manifest
+from msconv_runtime.artifact import Graph, GraphInput, GraphOutput, TensorEntry, read_manifest, write_manifest
 from msconv_runtime.errors import ArtifactError, MsconvError
 from tests.checkpoints import make_qwen3
 from tests.commands import run_command, run_msconv
@@ -341,7 +341,8 @@ def test_graphs_are_not_copied_and_the_message_says_how_to_compile_them(own: Any
     (artifact / "graphs" / "cpu").mkdir(parents=True)
     (artifact / "graphs" / "cpu" / "decode.mindir").write_bytes(b"graph")
     caches = [GraphInput("k_cache.0", "float32", [None, 1, 2, 16], "cache")]
-    graph = Graph("cpu", "decode", "graphs/cpu/decode.mindir", 5, "xxh3:0", "2.10.0", 1, caches, [], [])
+    logits = [GraphOutput("logits", "float32", [None, 1003])]
+    graph = Graph("cpu", "decode", "graphs/cpu/decode.mindir", 5, "xxh3:0", "2.10.0", 1, caches, logits, [])
     write_manifest(artifact, msgspec.structs.replace(read_manifest(artifact), graphs=[graph]))
     done = run_msconv("reshard", artifact, "--tp", 8, "--output", tmp_path / "out", "--json")
     assert done.code == 0, done.stderr
