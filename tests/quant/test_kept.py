@@ -18,7 +18,7 @@ import pytest
 from msconv import quant
 from msconv.steps.reshard import prepare as prepare_reshard
 from msconv_runtime.artifact import read_manifest
-from msconv_runtime.errors import PlanError
+from msconv_runtime.errors import CheckpointError, PlanError
 from tests.checkpoints import Stored, edit_json, make_qwen3, read_checkpoint, read_rank, write_safetensors
 from tests.conversions import convert, prepare
 from tests.docs.following import text_of
@@ -211,5 +211,5 @@ def test_what_does_not_fit_is_refused(
 def test_codes_without_a_configuration_are_refused(model: Model, tmp_path: Path) -> None:
     save(model("qwen3"), tmp_path / "model", read_checkpoint(model("qwen3")))
     edit_json(tmp_path / "model" / "config.json", quantization_config=None)
-    with pytest.raises(PlanError, match="is int8, and config"):
+    with pytest.raises(CheckpointError, match=r"INT8 with a scale a tensor or a row.*28 tensors"):
         prepare(tmp_path / "model", 1)

@@ -165,7 +165,7 @@ def open_checkpoint(
         raise CheckpointError("\n".join(errors), "Download the files again that are named here.")
     if unsupported:
         raise UnsupportedCheckpoint("\n".join(e.message for e in unsupported[:SOME]), unsupported[0].hint)
-    refuse_names(str(root), tensors.keys() - _companions(tensors, base.config.formats))
+    refuse_names(str(root), [n for n in tensors if not n.endswith(_companion_endings(base.config.formats))])
     found = named(tensors, base.config, str(root))
     notes = (*found.notes, tokenizer_note(present), unnamed_note(present, names))
     return replace(
@@ -178,9 +178,9 @@ def open_checkpoint(
     )
 
 
-def _companions(tensors: Mapping[str, TensorInfo], formats: tuple[WeightFormat, ...]) -> set[str]:
-    """Scales and the like, which the configuration's weight formats account for."""
-    return {c for f in formats for name in tensors if f.claims(name, tensors) for c in f.companions(name)}
+def _companion_endings(formats: tuple[WeightFormat, ...]) -> tuple[str, ...]:
+    """What the names of scales and the like end with, which the configuration's weight formats account for."""
+    return tuple(stored.name.rpartition("}")[2] for f in formats for stored in f.sources[1:])
 
 
 def _read_shards(
