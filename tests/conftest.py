@@ -93,7 +93,7 @@ def compiled(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) 
     from tests.conversions import prepare, run
 
     root = tmp_path_factory.mktemp("compiled") / "untied-tp1"
-    source = Path(shutil.copytree(checkpoint("untied"), root.parent / "source"))
+    source = Path(shutil.copytree(checkpoint("untied"), root.parent / "source" / "untied"))
     add_tokenizer(source)
     run(prepare(source, 1, output=root))
     compile_graphs(root, "cpu")
