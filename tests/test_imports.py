@@ -123,3 +123,9 @@ def test_serving_doctor_and_command_line_know_no_engine() -> None:
     for module, imported in graph.items():
         if module.startswith(free):
             assert not [name for name in imported if name.startswith("msconv_runtime.sglang")], module
+
+
+def test_programs_of_before_find_use_cpu_where_it_was() -> None:
+    from msconv_runtime.sglang import environment, launch
+
+    assert launch.use_cpu is environment.use_cpu
