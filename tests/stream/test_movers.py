@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
+import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,7 @@ from msconv.checkpoint.transfer import RemoteFile
 from msconv.location import HubRepository
 from msconv.steps.conversion import Conversion, run
 from msconv.steps.reshard import prepare as prepare_reshard
+from msconv.stream.source import DirectorySource
 from msconv_runtime.errors import CheckpointError, ResourceError
 from tests.checkpoints import read_tree
 from tests.conftest import Checkpoints
@@ -99,3 +103,61 @@ def test_outputs_that_nobody_allocated_cannot_be_opened(checkpoint: Checkpoints,
     with pytest.raises(ResourceError, match="No such file"):
         conversion.task.outputs.open()
     assert not list((tmp_path / "out" / "weights").iterdir())
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_while_workers_begin_closes_nothing_under_them(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """One that comes when a thread has just started; and one more while it is waited for."""
+    conversion = prepare(checkpoint("untied"), 2, output=tmp_path / "out", jobs=2)
+    begin, wait_for = threading.Thread.start, threading.Condition.wait_for
+    read, closed, problems = DirectorySource.read, DirectorySource.close, list[str]()
+    reading = threading.Event()
+    left = [times - 1]
+
+    def slow(self: DirectorySource, *args: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            reading.set()
+            time.sleep(0.05)
+        try:
+            read(self, *args)  # type: ignore[arg-type]
+        except Exception as e:
+            problems.append(f"{type(e).__name__}: {e}")
+            raise
+        if getattr(self, "is_closed", False):
+            problems.append("read after it was closed")
+
+    def close(self: DirectorySource) -> None:
+        self.is_closed = True  # type: ignore[attr-defined]
+        closed(self)
+
+    def start(self: threading.Thread) -> None:
+        begin(self)
+        if self.name.startswith("move-"):
+            reading.wait(5)
+            raise KeyboardInterrupt
+
+    def wait(self: threading.Condition, *args: Any, **kwargs: Any) -> Any:
+        if left[0] and threading.current_thread() is threading.main_thread():
+            left[0] -= 1
+            raise KeyboardInterrupt
+        return wait_for(self, *args, **kwargs)
+
+    for kind, name, value in (
+        (DirectorySource, "read", slow),
+        (DirectorySource, "close", close),
+        (threading.Thread, "start", start),
+        (threading.Condition, "wait_for", wait),
+    ):
+        monkeypatch.setattr(kind, name, value)
+    with pytest.raises(KeyboardInterrupt):
+        run(conversion)
+    monkeypatch.undo()
+    assert reading.is_set()
+    assert not left[0]
+    assert not problems
+    run(conversion)
+    again = prepare(checkpoint("untied"), 2, output=tmp_path / "again")
+    run(again)
+    assert read_tree(tmp_path / "out") == read_tree(tmp_path / "again")

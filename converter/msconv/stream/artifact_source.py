@@ -145,9 +145,10 @@ class ArtifactSource(Source):
             )
 
     def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        with self._lock:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()
 
     def _owners(self, info: TensorInfo, move: Move) -> list[tuple[int, Box, int]]:
         """(rank, rectangle, rows above it in the rank's part), one rank for each rectangle: where ranks share

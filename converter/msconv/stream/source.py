@@ -96,9 +96,10 @@ class DirectorySource(Source):
                 os.close(self._fds.pop(name))
 
     def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        with self._lock:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()
 
     def _open(self, name: str) -> int:
         with self._lock:
