@@ -59,7 +59,7 @@ class Local:
 
     def kept(self, matrix: str) -> Kept:
         """How the matrix of this name is stored."""
-        return kept_format(self.types.get(matrix, ""), self.config.formats)
+        return kept_format(matrix, self.types, self.config.formats)
 
     def attention(self, layer: int) -> Attention:
         """One rank's share of a layer's attention."""

@@ -106,7 +106,7 @@ def expected_sources(
             shape = sizes.shape(part)
             weight_format: WeightFormat = PLAIN
             if is_matrix(output.rule, part):
-                weight_format = kept_format(stored.get(output.name, ""), sizes.formats)
+                weight_format = kept_format(output.name, stored, sizes.formats)
                 if quantised and sizes.formats and not part.cut.pad:
                     weight_format = sizes.formats[0]
             if weight_format is PLAIN:

@@ -5,7 +5,7 @@ Every WeightFormat class that a file in this directory makes is one: a new forma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -53,9 +53,23 @@ def unconfigured(dtype: str) -> WeightFormat | None:
     return next((kind() for kind in FORMATS if kind.element == dtype), None)
 
 
-def kept_format(dtype: str, formats: Sequence[WeightFormat]) -> WeightFormat:
-    """The format in which an artifact keeps a matrix whose first tensor has this element type."""
-    return next((f for f in formats if f.is_kept and f.element == dtype), PLAIN)
+def kept_format(matrix: str, types: Collection[str], formats: Sequence[WeightFormat]) -> WeightFormat:
+    """The format in which an artifact, whose tensors have the names in `types`, keeps the matrix of this name."""
+    return next((f for f in formats if f.is_kept and all(s.of(matrix) in types for s in f.stored)), PLAIN)
 
 
-__all__ = ["FORMATS", "PLAIN", "WeightFormat", "format_of", "kept_format", "read_formats", "unconfigured"]
+def format_named(name: str) -> WeightFormat | None:
+    """The format that an artifact is kept in, by its name in the manifest."""
+    return next((kind() for kind in FORMATS if kind.name == name), None)
+
+
+__all__ = [
+    "FORMATS",
+    "PLAIN",
+    "WeightFormat",
+    "format_named",
+    "format_of",
+    "kept_format",
+    "read_formats",
+    "unconfigured",
+]

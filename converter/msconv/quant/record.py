@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Along = Literal["matrix", "rows", "whole"]
+Along = Literal["matrix", "rows", "sums", "input", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
