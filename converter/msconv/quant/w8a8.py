@@ -49,6 +49,9 @@ class W8A8Dynamic(WeightFormat):
     def multiply(self, ops: Any) -> Any:
         return ops.dynamic_product()
 
+    def multiply_experts(self, ops: Any) -> Any:
+        return ops.dynamic_experts_product()
+
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * read(SCALES.of(matrix))
 
@@ -76,6 +79,9 @@ class W8A8Static(WeightFormat):
 
     def multiply(self, ops: Any) -> Any:
         return ops.static_product()
+
+    def multiply_experts(self, ops: Any) -> Any:
+        return ops.static_experts_product()
 
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * (read(DEQ_SCALES.of(matrix)) / read(INPUT_SCALE.of(matrix))).reshape(-1, 1)
