@@ -1,6 +1,6 @@
 """A decoder of int8 matrices in float64 NumPy, all ranks one after the other: what graphs are held against.
 
-Written from the models' papers and the arithmetic in msconv.quant.w8a8, and from nothing that exports or interprets.
+Written from the models' papers and the arithmetic in msconv.quant.w8a8, not from what exports or interprets.
 Its codes are led: where a quotient lies so near the middle of two codes that float32 may take either, it takes the
 graph's.  What is further away counts as unexplained.
 """

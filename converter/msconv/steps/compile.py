@@ -23,6 +23,7 @@ from msconv_runtime.artifact import (
     replace_file,
     write_manifest,
 )
+from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
 from msconv_runtime.roles import DECODE, ROLES
 from msconv_runtime.targets import Target, target_named
@@ -119,6 +120,7 @@ def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | N
             exports.append(result.exported.proto)
         graphs = [m.graph for m in made]
         _check_weights(artifact, target, graphs)
+        _check_scales(artifact, graphs)
         for graph, proto in zip(graphs, exports, strict=True):
             path = root / graph.path
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,3 +219,15 @@ def _check_weights(artifact: Artifact, target: Target, graphs: list[Graph]) -> N
             f"{artifact.root}: weights and {target.name} graphs do not fit:\n{lines}",
             "Convert again with --force.",
         )
+
+
+def _check_scales(artifact: Artifact, graphs: list[Graph]) -> None:
+    """Raises ArtifactError for scales of codes that are not of the type in which the graphs take them."""
+    taken = {p.name: p.dtype for g in graphs for p in g.reads}
+    if artifact.manifest.weights is None or not any(name.endswith("_scale") for name in taken):
+        return
+    for rank in range(artifact.tp):
+        weights = RankWeights(artifact, rank)
+        for name, dtype in taken.items():
+            if weights.is_scale(name):
+                weights.array(name, dtype)
