@@ -99,6 +99,9 @@ class W8A8Dynamic(WeightFormat):
         kernels.encode(values, scales, out)
         return scales
 
+    def multiply_experts(self, ops: Any) -> Any:
+        return ops.dynamic_experts_product()
+
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * read(SCALES.of(matrix))
 
@@ -151,6 +154,9 @@ class W8A8Static(WeightFormat):
         shares = -round(offset) * sums.astype(np.int64)
         shares[0] += total.astype(np.int64) - shares.sum(0)
         return shares.astype(np.int32)
+
+    def multiply_experts(self, ops: Any) -> Any:
+        return ops.static_experts_product()
 
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * (read(DEQ_SCALES.of(matrix)) / read(INPUT_SCALE.of(matrix))).reshape(-1, 1)

@@ -91,7 +91,7 @@ def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None
 def compile_graphs(
     root: Path, target_name: str, tell: Callable[[str], None] | None = None, quant: str | None = None
 ) -> list[Compiled]:
-    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.  `quant`: what the
+    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.  `quant`: what
     weights will be quantised to, where there are none yet.
 
     A graph of compiled kernels that cannot compute this model is left out, and `tell` hears why: the target's

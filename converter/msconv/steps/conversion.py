@@ -215,7 +215,7 @@ def _check_left_out(plan: Plan, source: Source, downloading: Progress) -> None:
 
 
 def _fitting(manifest: Manifest) -> list[Graph]:
-    """The graphs that read just these weights: those compiled before may be of matrices in another weight format."""
+    """The graphs that read just these weights: earlier ones may be of matrices in another weight format."""
     weights = manifest.weights
     stored = {t.name: t.shape for t in weights.tensors} if weights else {}
     targets = {g.target for g in manifest.graphs}
