@@ -17,6 +17,9 @@ typedef int8_t i8x16 __attribute__((vector_size(16), aligned(1)));
 typedef int32_t i32x4 __attribute__((vector_size(16), aligned(4)));
 typedef float f32x4 __attribute__((vector_size(16), aligned(4)));
 
+#define UNROLLED _Pragma("GCC unroll 8")  // so that sums stay in registers
+#define NEVER_INLINE static __attribute__((noinline))  // a function's registers are its own
+
 namespace {
 
 constexpr int64_t MOST_DEPTH = 131071;  // 128 * 128 * depth is an int32
@@ -112,9 +115,14 @@ INLINE void encode_input(const float* x, float scale, float offset, Codes& to, i
   });
 }
 
-// sums[r][j] = x[r] . w[j] for `R` rows of codes and `N` of weights.  `ahead`: what follows the rows of w, in bytes.
+// sums[r][j] = x[r] . w[j] for `R` rows of codes and `N` of weights.  `ahead`: what follows the rows of w, in bytes, or 0.
 #ifdef MSCONV_VNNI
 INLINE __m512i unsigned_of(__m512i w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
+
+// sums += products of four bytes a lane.  (GCC 12 moves every sum to another register around its own function.)
+INLINE void add_products(__m512i& sums, __m512i weights, __m512i codes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(codes));
+}
 
 // The four totals of each.
 INLINE __m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
@@ -126,32 +134,43 @@ INLINE __m128i totals(__m512i a, __m512i b, __m512i c, __m512i d) {
 }
 
 template <int R, int N>
-INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w, int64_t ahead, int32_t (*sums)[4]) {
-  __m512i s[R][4] = {};
-  auto step = [&](int64_t k, __mmask64 there) __attribute__((always_inline)) {
+NEVER_INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w, int64_t ahead, int32_t (*sums)[4]) {
+  const int8_t *u[R], *from[N];
+  UNROLLED
+  for (int r = 0; r < R; r++) u[r] = x.row(row + r);
+  for (int j = 0; j < N; j++) from[j] = w[j];
+  __m512i s[R][N];
+  UNROLLED
+  for (int r = 0; r < R; r++)
+    UNROLLED
+    for (int j = 0; j < N; j++) s[r][j] = _mm512_setzero_si512();
+  const int64_t depth = x.depth;
+  for (int64_t k = 0; k < depth; k += 64) {
+    const __mmask64 there = depth - k >= 64 ? ~__mmask64(0) : ~__mmask64(0) >> (64 - (depth - k));
     __m512i v[N];
-    for (int j = 0; j < N; j++) v[j] = unsigned_of(_mm512_maskz_loadu_epi8(there, w[j] + k));
-    for (int r = 0; r < R; r++) {
-      const __m512i u = _mm512_load_si512(x.row(row + r) + k);
-      for (int j = 0; j < N; j++) s[r][j] = _mm512_dpbusd_epi32(s[r][j], v[j], u);
+    UNROLLED
+    for (int j = 0; j < N; j++) {
+      __builtin_prefetch(from[j] + ahead + k, 0, 2);
+      v[j] = unsigned_of(_mm512_maskz_loadu_epi8(there, from[j] + k));
     }
-  };
-  int64_t k = 0;
-  for (; k + 64 <= x.depth; k += 64) {
-    if (ahead)
-      for (int j = 0; j < N; j++) __builtin_prefetch(w[j] + ahead + k, 0, 2);
-    step(k, ~__mmask64(0));
+    UNROLLED
+    for (int r = 0; r < R; r++) {
+      const __m512i codes = _mm512_load_si512(u[r] + k);
+      UNROLLED
+      for (int j = 0; j < N; j++) add_products(s[r][j], v[j], codes);
+    }
   }
-  if (k < x.depth) step(k, ~__mmask64(0) >> (64 - (x.depth - k)));
+  UNROLLED
   for (int r = 0; r < R; r++) {
+    const __m512i *of = s[r], none = _mm512_setzero_si512();
+    const __m128i all = N == 4 ? totals(of[0], of[1 % N], of[2 % N], of[3 % N]) : totals(of[0], none, none, none);
     const __m128i off = _mm_set1_epi32(int32_t(uint32_t(x.sums[row + r]) * 128u));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums[r]),
-                     _mm_sub_epi32(totals(s[r][0], s[r][1], s[r][2], s[r][3]), off));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(sums[r]), _mm_sub_epi32(all, off));
   }
 }
 #else
 template <int R, int N>
-INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w, int64_t, int32_t (*sums)[4]) {
+NEVER_INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w, int64_t, int32_t (*sums)[4]) {
   for (int r = 0; r < R; r++)
     for (int j = 0; j < N; j++) {
       const int8_t *u = x.row(row + r), *v = w[j];

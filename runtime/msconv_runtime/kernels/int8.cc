@@ -73,23 +73,34 @@ INLINE void pack(const int8_t* b, int64_t width, int64_t deep, int64_t columns, 
 
 // sums[R][64] += rows of codes from k on, times 64 packed columns.
 template <int R>
-INLINE void packed_tile(const Codes& x, const int64_t* rows, int64_t k, int64_t deep, const int8_t* packed,
-                        int32_t* sums, int64_t stride) {
+NEVER_INLINE void packed_tile(const Codes& x, const int64_t* rows, int64_t k, int64_t deep, const int8_t* packed,
+                              int32_t* sums, int64_t stride) {
+  const int8_t* u[R];
+  UNROLLED
+  for (int r = 0; r < R; r++) u[r] = x.row(rows[r]) + k;
   __m512i s[R][4];
+  UNROLLED
   for (int r = 0; r < R; r++)
+    UNROLLED
     for (int j = 0; j < 4; j++)
       s[r][j] = k ? _mm512_loadu_si512(sums + r * stride + j * LANES)
                   : _mm512_set1_epi32(int32_t(0u - uint32_t(x.sums[rows[r]]) * 128u));
   for (int64_t d = 0; d < deep; d += 4) {
     __m512i v[4];
+    UNROLLED
     for (int j = 0; j < 4; j++) v[j] = _mm512_load_si512(packed + d * COLUMNS + j * 64);
+    UNROLLED
     for (int r = 0; r < R; r++) {
       int32_t four;
-      memcpy(&four, x.row(rows[r]) + k + d, 4);
-      for (int j = 0; j < 4; j++) s[r][j] = _mm512_dpbusd_epi32(s[r][j], v[j], _mm512_set1_epi32(four));
+      memcpy(&four, u[r] + d, 4);
+      const __m512i codes = _mm512_set1_epi32(four);
+      UNROLLED
+      for (int j = 0; j < 4; j++) add_products(s[r][j], v[j], codes);
     }
   }
+  UNROLLED
   for (int r = 0; r < R; r++)
+    UNROLLED
     for (int j = 0; j < 4; j++) _mm512_storeu_si512(sums + r * stride + j * LANES, s[r][j]);
 }
 
