@@ -82,7 +82,7 @@ def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None
             found = Artifact(root).manifest
             refuse_another_model(root, found, source.config_digest, parallel, "Give another --output.")
             return
-        files = copy_files(source.auxiliary, root)
+        files = copy_files(source.auxiliary, root, source.config_bytes)
         described = model_of(source, plan.parameters)
         write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel, files=files))
 
