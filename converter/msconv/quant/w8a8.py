@@ -84,6 +84,9 @@ class W8A8Dynamic(WeightFormat):
     def multiply(self, ops: Any) -> Any:
         return ops.dynamic_product()
 
+    def multiply_experts(self, ops: Any) -> Any:
+        return ops.dynamic_experts_product()
+
     def encode(self, matrix: str, values: NDArray[np.float32], out: Array) -> Array:
         """The scale is the row's largest magnitude / 127, rounded to bfloat16: Ascend's grouped product takes no
         other.  Codes are made with the rounded one."""
@@ -98,9 +101,6 @@ class W8A8Dynamic(WeightFormat):
         scales[:] = np.maximum((scales / LARGEST).astype(ml_dtypes.bfloat16).astype(np.float32), SMALLEST_SCALE)
         kernels.encode(values, scales, out)
         return scales
-
-    def multiply_experts(self, ops: Any) -> Any:
-        return ops.dynamic_experts_product()
 
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * read(SCALES.of(matrix))
@@ -149,14 +149,14 @@ class W8A8Static(WeightFormat):
     def multiply(self, ops: Any) -> Any:
         return ops.static_product()
 
+    def multiply_experts(self, ops: Any) -> Any:
+        return ops.static_experts_product()
+
     def shares(self, total: Array, sums: Array, offset: float) -> Array:
         """Each rank takes out what the offset added to its own columns; what is left, a bias, is on rank 0."""
         shares = -round(offset) * sums.astype(np.int64)
         shares[0] += total.astype(np.int64) - shares.sum(0)
         return shares.astype(np.int32)
-
-    def multiply_experts(self, ops: Any) -> Any:
-        return ops.static_experts_product()
 
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * (read(DEQ_SCALES.of(matrix)) / read(INPUT_SCALE.of(matrix))).reshape(-1, 1)
