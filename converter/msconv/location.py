@@ -119,7 +119,8 @@ class HubRepository(Location):
         from .checkpoint import hub
         from .checkpoint.downloads import bring
 
-        self.repository.download_small((*AUXILIARY, *hub.CONFIGURATION))
+        index = directory.index_of(self.repository.files, self.repository.reference)
+        self.repository.download_small((*AUXILIARY, *hub.CONFIGURATION, index))
         bring(self.repository, hub.shards(self.repository))
         return self.repository.root
 

@@ -86,6 +86,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context: Tokens
     requests: Count
     ep: Count = 1
+    quant: Literal["", "w8a8"] = ""
     revision: str = NEWEST
     serve: dict[str, str | int | float | bool] = {}
     verified_on: list[Run] = []
@@ -128,6 +129,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "tp": self.tp,
             "ep": self.ep,
             "dtype": self.dtype,
+            "quant": self.quant or None,
             "targets": self.targets,
             "context": self.context,
             "batch": self.requests,

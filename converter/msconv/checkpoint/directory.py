@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from ..families import DecoderConfig, Family, configure
 from ..layout.model import TensorInfo
 from ..layout.names import listing, shorten
 from ..quant import WeightFormat
+from ..quant.modelslim import DESCRIPTION
+from ..quant.modelslim import METHOD as MODELSLIM
 from .headers import parse_json, read_header
 from .naming import named
 from .surroundings import model_name, tokenizer_note, unnamed_note
@@ -24,6 +27,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_OF = re.compile(r"model-\d+-of-\d+\.safetensors")
 SOME = 12  # files or tensors in a message
+INDEX_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]{0,199}\.safetensors\.index\.json")
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@ -]{0,199}\.safetensors")
 MAX_JSON_BYTES = 16 << 20
 MAX_CONFIG_BYTES = 1 << 20
@@ -67,7 +71,9 @@ class Checkpoint:
     """A readable source.  `tensors` by the table's names; empty when only the configuration is there.  `stored`:
     the names in the files, where they are others; `stacked`: tensors of several experts, of which `tensors` has
     the parts.  `repository` and `commit`: of a hub, "" of a directory.  `harmless`: keys of config.json that a
-    person said change nothing.  `notes`: what to tell people before anything is converted."""
+    person said change nothing.  `notes`: what to tell people before anything is converted.  `config_bytes`: the
+    config.json of an artifact, without the description of weights that it keeps as codes.  `description`: the
+    digest of ModelSlim's, "" if there is none."""
 
     root: Path
     name: str
@@ -82,6 +88,8 @@ class Checkpoint:
     stacked: Mapping[str, TensorInfo] = field(default_factory=dict)
     harmless: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    config_bytes: bytes = b""
+    description: str = ""
 
     def find(self, name: str) -> TensorInfo | None:
         """A tensor, or several experts in one; None if there is none of this name."""
@@ -118,9 +126,40 @@ def open_configuration(root: Path, harmless: Iterable[str] = ()) -> Checkpoint:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: not a JSON object.")
     harmless = tuple(harmless)
+    described = _description(root)
+    if described is not None:
+        if raw.get("quantization_config"):
+            raise CheckpointError(
+                f"{root}: config.json has a quantization_config, and {DESCRIPTION} is there too: which of them "
+                "describes the weights is not clear.",
+                "Take away the one that is not of these weights.",
+            )
+        raw = {**raw, "quantization_config": {"quant_method": MODELSLIM, "description": described[0]}}
     family, config = configure(raw, str(path), harmless)
-    digest = digest_bytes(data)
-    return Checkpoint(root, model_name(root), family, config, digest, {}, {}, harmless=harmless)
+    if described is None and any(f.is_kept for f in config.formats):  # a server would load the weights by it
+        raw = {k: v for k, v in raw.items() if k != "quantization_config"}
+        data = json.dumps(raw, indent=2).encode() + b"\n"
+    return Checkpoint(
+        root,
+        model_name(root),
+        family,
+        config,
+        digest_bytes(data),
+        {},
+        {},
+        harmless=harmless,
+        config_bytes=data,
+        description=described[1] if described else "",
+    )
+
+
+def _description(root: Path) -> tuple[object, str] | None:
+    """What ModelSlim says of the tensors, and its digest."""
+    path = root / DESCRIPTION
+    if not path.is_file():
+        return None
+    data = read_small(path, MAX_JSON_BYTES)
+    return parse_json(data, str(path)), digest_bytes(data)
 
 
 def _refuse_without_config(root: Path) -> NoReturn:
@@ -180,7 +219,8 @@ def open_checkpoint(
 
 def _companion_endings(formats: tuple[WeightFormat, ...]) -> tuple[str, ...]:
     """What the names of scales and the like end with, which the configuration's weight formats account for."""
-    return tuple(stored.name.rpartition("}")[2] for f in formats for stored in f.sources[1:])
+    names = (n for f in formats for n in (*f.companions("x.weight"), *(d.name for d in f.left_out("x.weight"))))
+    return tuple(name.removeprefix("x.weight").removeprefix("x") for name in names)
 
 
 def _read_shards(
@@ -242,7 +282,7 @@ def _read_shard(path: Path) -> Shard:
 
 def has_weights(root: Path) -> bool:
     """Whether there are weights, or an index that promises them."""
-    return (root / INDEX).exists() or any(root.glob("*.safetensors"))
+    return any(root.glob("*.safetensors")) or any(root.glob("*.safetensors.index.json"))
 
 
 def read_small(path: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
@@ -255,11 +295,26 @@ def read_small(path: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror}.") from None
 
 
+def index_of(names: Collection[str], where: str) -> str:
+    """The index among these files: tools that quantise give it other names.  "" if there is none.  Raises
+    CheckpointError if there are several, and none of the usual name."""
+    found = sorted(n for n in names if INDEX_NAME.fullmatch(n))
+    if INDEX in found:
+        return INDEX
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{where}: has {len(found)} indexes: {', '.join(found[:SOME])}.",
+            "Leave that of the weights.",
+        )
+    return found[0] if found else ""
+
+
 def read_index(root: Path) -> dict[str, str]:
     """{tensor: file name}, {} if there is no index.  Raises CheckpointError for one that cannot be believed."""
-    path = root / INDEX
-    if not path.exists():
+    name = index_of(_files(root), str(root))
+    if not name:
         return {}
+    path = root / name
     raw = parse_json(read_small(path, MAX_JSON_BYTES), str(path))
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

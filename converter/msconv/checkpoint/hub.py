@@ -27,14 +27,15 @@ from huggingface_hub.utils._runtime import is_xet_available
 
 from msconv_runtime.errors import CheckpointError
 
+from ..quant.modelslim import DESCRIPTION
 from . import directory
-from .directory import AUXILIARY, INDEX, SHARD_NAME, SINGLE, Checkpoint, Shard, ShardFile
+from .directory import AUXILIARY, INDEX, INDEX_NAME, SHARD_NAME, SINGLE, Checkpoint, Shard, ShardFile
 from .headers import PREFIX_BYTES, header_length, parse_header, read_header
 from .hub_errors import HubError, Purpose, explain
 from .transfer import Cancelled, Patience, Progress, RemoteFile, fetch, read_range
 from .unsupported import UnsupportedCheckpoint, weightless
 
-CONFIGURATION = ("config.json", "generation_config.json", INDEX)
+CONFIGURATION = ("config.json", "generation_config.json", DESCRIPTION)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 FIRST_RANGE = 64 << 10  # holds the whole header of most shards
@@ -209,7 +210,7 @@ def open_repository(name: str, revision: str = "") -> Repository:
     Raises HubError, UsageError, CheckpointError."""
     if constants.is_offline_mode():
         return _from_cache(name, revision)
-    repository = resolve(name, revision, lambda n: n in (*AUXILIARY, INDEX) or bool(SHARD_NAME.fullmatch(n)))
+    repository = resolve(name, revision, _is_wanted)
     if "config.json" not in repository.files:
         asked = f"{name}@{revision}" if revision else name
         if found := weightless((*repository.files, *repository.others)):
@@ -217,6 +218,10 @@ def open_repository(name: str, revision: str = "") -> Repository:
         raise CheckpointError(f"{asked}: has no config.json.", "Give the repository of a model in safetensors.")
     _remember(repository)
     return repository
+
+
+def _is_wanted(name: str) -> bool:
+    return name in (*AUXILIARY, DESCRIPTION) or bool(INDEX_NAME.fullmatch(name) or SHARD_NAME.fullmatch(name))
 
 
 def resolve(name: str, revision: str, wanted: Callable[[str], bool], purpose: Purpose = "convert") -> Repository:
@@ -283,20 +288,20 @@ def _from_cache(name: str, revision: str) -> Repository:
     files = {
         p.name: RemoteFile(p.name, p.stat().st_size, p.resolve().name)
         for p in found.root.iterdir()
-        if p.is_file() and (p.name in (*AUXILIARY, INDEX) or SHARD_NAME.fullmatch(p.name))
+        if p.is_file() and _is_wanted(p.name)
     }
     return replace(found, files=files)
 
 
 def open_configuration(repository: Repository, harmless: Iterable[str] = ()) -> Checkpoint:
     """Only config.json, downloaded if need be.  Raises as directory.open_configuration does, and HubError."""
-    repository.download_small(CONFIGURATION)
+    repository.download_small((*CONFIGURATION, directory.index_of(repository.files, repository.reference)))
     return _named(directory.open_configuration(repository.root, harmless), repository)
 
 
 def has_weights(repository: Repository) -> bool:
     """Whether there are safetensors, or an index that promises them."""
-    return any(SHARD_NAME.fullmatch(name) or name == INDEX for name in repository.files)
+    return any(SHARD_NAME.fullmatch(name) or INDEX_NAME.fullmatch(name) for name in repository.files)
 
 
 def open_checkpoint(repository: Repository, harmless: Iterable[str] = ()) -> Checkpoint:
@@ -324,7 +329,9 @@ def _named(checkpoint: Checkpoint, repository: Repository) -> Checkpoint:
 
 def shards(repository: Repository) -> list[str]:
     """The weights' files: what the index names, or the only one."""
-    index = directory.read_index(repository.root) if INDEX in repository.files else {}
+    index = (
+        directory.read_index(repository.root) if directory.index_of(repository.files, repository.reference) else {}
+    )
     names = sorted(set(index.values())) or [SINGLE]
     missing = [n for n in names if n not in repository.files]
     if not missing:

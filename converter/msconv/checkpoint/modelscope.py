@@ -6,7 +6,8 @@ from pathlib import Path
 
 from msconv_runtime.errors import EnvironmentProblem
 
-from .directory import AUXILIARY, INDEX, SINGLE, read_index
+from ..quant.modelslim import DESCRIPTION
+from .directory import AUXILIARY, SINGLE, read_index
 from .hub_errors import RESUMES, HubError
 
 
@@ -28,6 +29,6 @@ def download(name: str, revision: str = "", weights: bool = True) -> Path:
             raise HubError(f"{name}: ModelScope: {type(e).__name__}: {str(e)[:300]}", RESUMES) from e
 
     if not weights:
-        return bring(["config.json", "generation_config.json"])
-    root = bring([*AUXILIARY, INDEX])
+        return bring(["config.json", "generation_config.json", DESCRIPTION])
+    root = bring([*AUXILIARY, DESCRIPTION, "*.safetensors.index.json"])
     return bring(sorted(set(read_index(root).values())) or [SINGLE])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Literal
 
 from msconv_runtime.artifact import Artifact
 
 from ..families import DecoderConfig, configure
+from ..quant import format_named
 from .headers import parse_json
 
 Hub = Literal["huggingface", "modelscope"]
@@ -20,4 +22,7 @@ def configuration(artifact: Artifact) -> DecoderConfig:
     where = str(artifact.root / "config.json")
     raw = parse_json(artifact.config_bytes(), where)
     assert isinstance(raw, dict)
-    return configure(raw, where, artifact.manifest.model.harmless)[1]
+    config = configure(raw, where, artifact.manifest.model.harmless)[1]
+    weights = artifact.manifest.weights
+    kept = [format_named(name) for name in weights.quant.split(", ")] if weights else []
+    return replace(config, formats=(*config.formats, *(f for f in kept if f is not None)))

@@ -19,6 +19,7 @@ from .options import (
     jobs_option,
     memory_option,
     output_option,
+    quant_option,
     tp_option,
     worker_count,
 )
@@ -37,6 +38,7 @@ class LayoutOptions:
     tp: int
     ep: int
     dtype: str | None
+    quant: str | None
     output: Path | None
     jobs: int | None
     max_memory: int | None
@@ -59,6 +61,7 @@ def layout_options(model: str, output: str) -> Decorator:
         tp_option,
         ep_option,
         dtype_option,
+        quant_option,
         output_option(output),
         jobs_option,
         memory_option,
@@ -80,6 +83,10 @@ def say_plan(conversion: Conversion) -> None:
     )
     if plan.source_dtype != plan.dtype:
         say(f"Values are cast from {plan.source_dtype} to {plan.dtype}; the manifest records it.")
+    for kept in sorted({f.kept_as.title for f in plan.formats.values() if f.is_kept}):
+        say(f"Matrices stay as they are stored: {kept}.")
+    for made in sorted({f.title for f in plan.encoded.values()}):
+        say(f"{len(plan.encoded)} matrices become {made}; embedding, head, norms and routers stay as values.")
     if plan.vocab[1] > plan.vocab[0]:
         say(f"Vocabulary of {plan.vocab[0]} padded to {plan.vocab[1]} rows; the padding is never sampled.")
 

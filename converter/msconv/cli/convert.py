@@ -55,6 +55,7 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
         layout.max_memory,
         delete_source,
         layout.harmless,
+        layout.quant,
     )
     say_plan(conversion)
     if dry_run:
@@ -76,6 +77,7 @@ def _planned(conversion: Conversion, layout: LayoutOptions) -> Result:
         {
             "ranks": [rank for _ in plan.mesh.ranks],
             "download_bytes": conversion.download_bytes,
+            "quant": plan.quant,
             "output_bytes": plan.output_bytes,
             "peak_memory_bytes": conversion.planned_memory_bytes,
         },

@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 from msconv_runtime.artifact import is_artifact
 from msconv_runtime.dtypes import VALUE_DTYPES
 
+from ..quant.record import QUANT
 from .console import ARTIFACTS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -96,6 +97,11 @@ ep_option = click.option(
 )
 dtype_option = click.option(
     "--dtype", type=click.Choice(VALUE_DTYPES), help="Element type.  [default: the checkpoint's]"
+)
+quant_option = click.option(
+    "--quant",
+    type=click.Choice(list(QUANT)),
+    help="Quantise the layers' matrices: w8a8, int8 with a scale a token.  [default: as stored]",
 )
 jobs_option = click.option(
     "--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]"

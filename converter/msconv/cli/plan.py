@@ -77,6 +77,7 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
         device.batch,
         device.device_memory,
         layout.harmless,
+        layout.quant,
     )
     for note in planned.checkpoint.notes:
         say(note)
@@ -104,6 +105,7 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
         "family": e.checkpoint.family.name,
         "parameters": plan.parameters,
         "dtype": plan.dtype,
+        "quant": plan.quant,
         "ranks": [rank for _ in plan.mesh.ranks],
         "source_bytes": plan.read_bytes,
         "download_bytes": e.download_bytes,
@@ -121,13 +123,14 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
 def _costs(e: Estimate, num_jobs: int) -> list[str]:
     """Lines about the conversion."""
     plan = e.plan
+    kinds = f"{plan.quant} and {plan.dtype}" if plan.quant else plan.dtype
     rank_bytes, expert_bytes = human_bytes(plan.rank_bytes), human_bytes(plan.expert_bytes)
     lines = [
         f"{e.checkpoint.name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
         + (", shapes from config.json (no weights here yet)" if e.assumed else ""),
         f"source      {human_bytes(plan.read_bytes)} of {plan.source_dtype}; "
         f"to download {human_bytes(e.download_bytes)}",
-        f"output      {human_bytes(plan.output_bytes)} of {plan.dtype}: {plan.mesh.tp} ranks of {rank_bytes}",
+        f"output      {human_bytes(plan.output_bytes)} of {kinds}: {plan.mesh.tp} ranks of {rank_bytes}",
     ]
     if experts := plan.sizes.experts:
         shared = "whole" if plan.mesh.moe_tp == 1 else f"each over {plan.mesh.moe_tp} ranks"

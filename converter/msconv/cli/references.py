@@ -45,7 +45,7 @@ def convert_command(tp: int, ep: int) -> str:
     ctx = click.get_current_context()
     typed = ctx.meta[TYPED]
     words = ["msconv", "convert", "--model", typed, "--tp", str(tp), *(("--ep", str(ep)) if ep > 1 else ())]
-    for name, flag in (("dtype", "--dtype"), ("hub", "--source")):
+    for name, flag in (("dtype", "--dtype"), ("quant", "--quant"), ("hub", "--source")):
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             words += [flag, str(ctx.params[name])]
     words += [word for key in ctx.params.get("harmless", ()) for word in ("--harmless", key)]

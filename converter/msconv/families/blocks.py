@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..layout.cuts import COLS, COPY, EXPERT_COLS, EXPERT_ROWS, HEAD_COLS, HEADS, KV_HEADS, ROWS, VOCAB, Cut
-from ..layout.rules import OWN, Drop, Part, Rule, fuse, keep, stack
+from ..layout.rules import OWN, Drop, Part, Rule, fuse, keep, maybe, stack
 
 LAYER = "model.layers.{layer}."
 ATTN, MLP = LAYER + "self_attn.", LAYER + "mlp."
@@ -18,6 +18,11 @@ def qkv(kind: str, *inner: str, when: str = "") -> Rule:
         Part(f"{ATTN}v_proj.{kind}", ("kv", *inner), KV_HEADS),
         when=when,
     )
+
+
+def norm(name: str, width: str) -> tuple[Rule, Rule]:
+    """A norm's weight, and the bias that tools which shift outliers give it: y = norm(x) * weight + bias."""
+    return keep(name + ".weight", (width,), COPY), maybe(name + ".bias", (width,), COPY)
 
 
 def gate_up_parts(prefix: str, ffn: str, cut: Cut) -> tuple[Part, Part]:
@@ -39,14 +44,14 @@ def gated_mlp(prefix: str, ffn: str) -> tuple[Rule, Rule]:
 
 
 ATTENTION = (
-    keep(LAYER + "input_layernorm.weight", ("hidden",), COPY),
+    *norm(LAYER + "input_layernorm", "hidden"),
     qkv("weight", "hidden"),
     qkv("bias", when="attention_bias"),
     keep(ATTN + "q_norm.weight", ("head_dim",), COPY),
     keep(ATTN + "k_norm.weight", ("head_dim",), COPY),
     keep(ATTN + "o_proj.weight", ("hidden", "q"), HEAD_COLS),
     keep(ATTN + "o_proj.bias", ("hidden",), COPY, when="attention_bias"),  # added after the all-reduce
-    keep(LAYER + "post_attention_layernorm.weight", ("hidden",), COPY),
+    *norm(LAYER + "post_attention_layernorm", "hidden"),
 )
 
 DENSE_MLP = gated_mlp(MLP, "ffn")
@@ -66,11 +71,11 @@ ROUTER_BIAS = (keep(MLP + "gate.e_score_correction_bias", ("experts",), COPY, dt
 
 SHARED_EXPERT = gated_mlp(MLP + "shared_experts.", "shared_ffn")
 
-EMBEDDING = (keep("model.embed_tokens.weight", ("vocab", "hidden"), VOCAB),)
+EMBEDDING = (keep("model.embed_tokens.weight", ("vocab", "hidden"), VOCAB, as_values=True),)
 
 HEAD = (
     keep("model.norm.weight", ("hidden",), COPY),
-    keep("lm_head.weight", ("vocab", "hidden"), VOCAB, when="untied"),
+    keep("lm_head.weight", ("vocab", "hidden"), VOCAB, when="untied", as_values=True),
 )
 
 DROPS = (

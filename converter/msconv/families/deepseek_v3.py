@@ -7,7 +7,7 @@ from typing import Any
 from ..layout.cuts import COPY, HEAD_COLS, Cut
 from ..layout.model import Table
 from ..layout.rules import Drop, keep, only, take
-from .blocks import ATTN, DENSE_MLP, DROPS, EMBEDDING, EXPERTS, HEAD, LAYER, ROUTER_BIAS, SHARED_EXPERT
+from .blocks import ATTN, DENSE_MLP, DROPS, EMBEDDING, EXPERTS, HEAD, LAYER, ROUTER_BIAS, SHARED_EXPERT, norm
 from .config import MAX_EXPERTS, Family, Mla, Moe, Reader
 from .keys import COMMON
 
@@ -17,17 +17,17 @@ KEY_HEADS = Cut("key_heads", 0, unit="heads", head="kv_b_head", rows="nope")
 VALUE_HEADS = Cut("value_heads", 0, unit="heads", head="kv_b_head", first="nope", rows="v_dim")
 
 LATENT_ATTENTION = (
-    keep(LAYER + "input_layernorm.weight", ("hidden",), COPY),
+    *norm(LAYER + "input_layernorm", "hidden"),
     keep(ATTN + "q_a_proj.weight", ("q_lora", "hidden"), COPY, when="q_lora"),
-    keep(ATTN + "q_a_layernorm.weight", ("q_lora",), COPY, when="q_lora"),
+    *only("q_lora", norm(ATTN + "q_a_layernorm", "q_lora")),
     keep(ATTN + "q_b_proj.weight", ("q", "q_lora"), QUERY_HEADS, when="q_lora"),
     keep(ATTN + "q_proj.weight", ("q", "hidden"), QUERY_HEADS, when="no_q_lora"),
     keep(ATTN + "kv_a_proj_with_mqa.weight", ("latent", "hidden"), LATENT),
-    keep(ATTN + "kv_a_layernorm.weight", ("kv_lora",), COPY),
+    *norm(ATTN + "kv_a_layernorm", "kv_lora"),
     take(ATTN + "kv_b_proj_k.weight", ATTN + "kv_b_proj.weight", ("kv_b", "kv_lora"), KEY_HEADS),
     take(ATTN + "kv_b_proj_v.weight", ATTN + "kv_b_proj.weight", ("kv_b", "kv_lora"), VALUE_HEADS),
     keep(ATTN + "o_proj.weight", ("hidden", "o"), HEAD_COLS),
-    keep(LAYER + "post_attention_layernorm.weight", ("hidden",), COPY),
+    *norm(LAYER + "post_attention_layernorm", "hidden"),
 )
 
 

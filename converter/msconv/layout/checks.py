@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from msconv_runtime.dtypes import VALUE_DTYPES
 
-from ..quant import PLAIN
+from ..quant import PLAIN, WeightFormat
+from ..quant.record import LeftOut, Stored
 from .cuts import Mesh, problem
 from .model import Output, Sizes, Table, TensorInfo, is_matrix
 from .names import fold, listing
@@ -19,8 +20,8 @@ TP_CHOICES = (1, 2, 4, 8, 16, 32)
 
 def dropped_sources(
     table: Table, sizes: Sizes, sources: Mapping[str, TensorInfo], used: set[str]
-) -> tuple[tuple[str, str, str], ...]:
-    """(name, reason, name of its twin or "") of sources that no rule takes and a drop names."""
+) -> list[LeftOut]:
+    """Sources that no rule takes and a drop names."""
     out = []
     after = range(sizes.layers, sizes.layers + sizes.dims.get("mtp_layers", 0))
     patterns = [
@@ -34,9 +35,9 @@ def dropped_sources(
             continue
         for pattern, drop in patterns:
             if fnmatch.fnmatchcase(name, pattern):
-                out.append((name, drop.reason, drop.twin))
+                out.append(LeftOut(name, drop.reason, drop.twin))
                 break
-    return tuple(out)
+    return out
 
 
 def coverage(
@@ -44,12 +45,13 @@ def coverage(
     sizes: Sizes,
     sources: Mapping[str, TensorInfo],
     formats: Formats,
-    dropped: tuple[tuple[str, str, str], ...],
+    dropped: Sequence[LeftOut],
 ) -> list[str]:
     """Sources that are missing, unknown, or of another shape than the configuration says."""
+    errors: list[str] = []
     missing: list[str] = []
     wrong: dict[str, list[str]] = {}
-    used: set[str] = {name for name, _, _ in dropped}
+    used: set[str] = {d.name for d in dropped}
 
     def expect(name: str, shape: tuple[int, ...], why: str) -> None:
         used.add(name)
@@ -78,8 +80,9 @@ def coverage(
         elif len(info.shape) == 2:  # others are no weights at all: said with their element types
             for tensor in chosen.sources[1:]:
                 expect(tensor.of(name), tensor.shape(*info.shape), f"{chosen.needs} need")
+    for chosen in sizes.formats:
+        errors += chosen.disagreements(sources)
     unused = [name for name in sources if name not in used]
-    errors = []
     if missing:
         errors.append(f"Missing from the checkpoint ({len(missing)}):\n{listing(missing)}")
     if unused:
@@ -108,7 +111,7 @@ def common_dtype(
             if name in formats and is_matrix(output.rule, part):
                 for tensor in formats[name].sources[1:]:
                     companion = sources.get(tensor.of(name))
-                    if companion is not None and not _fits(companion.dtype, tensor.dtype):
+                    if companion is not None and not _fits(companion.dtype, tensor):
                         odd.setdefault(companion.dtype, []).append(companion.name)
             elif info.dtype not in VALUE_DTYPES:
                 odd.setdefault(info.dtype, []).append(name)
@@ -127,9 +130,10 @@ def common_dtype(
     return max(seen, key=lambda d: len(seen[d])) if seen else "float32"
 
 
-def _fits(dtype: str, wanted: str) -> bool:
+def _fits(dtype: str, tensor: Stored) -> bool:
     """Whether a companion of this type can be read as the one that its format names."""
-    return dtype == wanted or (wanted in ("", *VALUE_DTYPES) and dtype in VALUE_DTYPES)
+    wanted = tensor.dtype
+    return dtype in (wanted, tensor.bits) or (wanted in ("", *VALUE_DTYPES) and dtype in VALUE_DTYPES)
 
 
 def mixtures(outputs: list[Output], formats: Formats) -> list[str]:
@@ -141,6 +145,27 @@ def mixtures(outputs: list[Output], formats: Formats) -> list[str]:
             kinds = "; ".join(f"{name} is {chosen.title}" for name, chosen in list(kept.items())[:4])
             errors.append(f"{output.name}: is made of matrices in several weight formats: {kinds}.")
     return errors
+
+
+def unfit(outputs: list[Output], formats: Formats, quant: WeightFormat | None) -> list[str]:
+    """Matrices in a weight format that has no place where they are, and those that are quantised already where
+    that is asked."""
+    found: dict[str, list[str]] = {}
+    for output in outputs:
+        for part, name in output.sources:
+            chosen = formats.get(name, PLAIN)
+            if not chosen.is_kept or not is_matrix(output.rule, part):
+                continue
+            if output.rule.as_values and not chosen.has_values:
+                what = f"is {chosen.title}, and graphs read it as values"
+            elif output.rule.stacked and not chosen.of_experts:
+                what = f"is {chosen.title}: grouped products of experts have no such scale"
+            elif quant is not None:
+                what = f"is {chosen.title} already"
+            else:
+                continue
+            found.setdefault(what, []).append(name)
+    return [f"{name}: {what}." for what, names in found.items() for name, _ in fold(names)]
 
 
 def divisions(outputs: list[Output], sizes: Sizes, mesh: Mesh) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from msconv_runtime.dtypes import DTYPES
@@ -66,6 +66,11 @@ class Output:
     sources: tuple[tuple[Part, str], ...]
 
 
+def present(outputs: list[Output], sources: Container[str]) -> list[Output]:
+    """Those outputs that are made: all but optional ones that the checkpoint has not."""
+    return [o for o in outputs if not o.rule.optional or o.sources[0][1] in sources]
+
+
 def is_matrix(rule: Rule, part: Part) -> bool:
     """Whether a weight format may store it: a matrix whose element type no rule pins."""
     return len(part.shape) == 2 and not rule.dtype
@@ -91,24 +96,29 @@ def _output(rule: Rule, sizes: Sizes, layer: int | None) -> Output:
     return Output(rule, name(rule.dst), tuple((p, name(p.src, e)) for e in experts for p in rule.parts))
 
 
+def _expected(rule: Rule, matrix: str, formats: tuple[WeightFormat, ...]) -> WeightFormat:
+    """The format in which a configuration says that a matrix is stored."""
+    return next((f for f in formats if f.expects(matrix) and (f.has_values or not rule.as_values)), PLAIN)
+
+
 def expected_sources(
     table: Table, sizes: Sizes, dtype: str, own: Mapping[str, str] | None = None, quantised: bool = False
 ) -> dict[str, TensorInfo]:
     """Every source tensor that the configuration promises, with its shape: headers without a checkpoint.
 
     `own`: element types of an artifact's tensors by name, for rules that keep the checkpoint's and for what is
-    kept as codes.  `quantised`: the matrices of all layers are stored in the first of the configuration's
-    formats, as published checkpoints do it."""
+    kept as codes.  `quantised`: the matrices of all layers are stored in the configuration's formats, as published
+    checkpoints do it."""
     out: dict[str, TensorInfo] = {}
     stored = own or {}
-    for output in expand(table, sizes):
+    for output in present(expand(table, sizes), stored):
         for part, name in output.sources:
             shape = sizes.shape(part)
             weight_format: WeightFormat = PLAIN
             if is_matrix(output.rule, part):
                 weight_format = kept_format(output.name, stored, sizes.formats)
-                if quantised and sizes.formats and not part.cut.pad:
-                    weight_format = sizes.formats[0]
+                if quantised and not part.cut.pad:
+                    weight_format = _expected(output.rule, name, sizes.formats)
             if weight_format is PLAIN:
                 kind = output.rule.dtype or dtype
                 kind = stored.get(output.name, dtype) if kind == OWN else kind

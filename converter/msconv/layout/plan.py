@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ..quant.record import LeftOut
 from . import constants
 from .constants import Constant
 from .cuts import Box, Cut, Mesh, boxes, row_order
@@ -25,7 +26,9 @@ class Move:
     """A source tensor goes, cut, to part `part` of output tensor `tensor`.
 
     `owner`: the group of expert-parallel ranks that has this expert; -1, every rank.  `column`: where its columns
-    begin in the part, transposed, of a stacked tensor; -1, it is not transposed.
+    begin in the part, transposed, of a stacked tensor; -1, it is not transposed.  `item`: of a source that is
+    encoded, which of the tensors that are made of it.  `sums_of`: each rank gets its own columns' share, of sums
+    over the columns of that matrix.
     """
 
     tensor: int
@@ -33,6 +36,8 @@ class Move:
     cut: Cut
     owner: int = -1
     column: int = -1
+    item: int = 0
+    sums_of: str = ""
 
     @property
     def is_transposed(self) -> bool:
@@ -42,8 +47,8 @@ class Move:
 @dataclass(frozen=True)
 class Plan:
     """`units`: source tensors that are moved together, each in one.  `formats`: of matrices that are not plain, by
-    name.  `dropped`: (source name, reason, name of its twin or "").  `vocab`: (real rows, padded rows of all
-    ranks)."""
+    name.  `encoded`: into what values are brought, by name.  `dropped`: sources that are not read.  `vocab`: (real
+    rows, padded rows of all ranks)."""
 
     mesh: Mesh
     sizes: Sizes
@@ -56,8 +61,9 @@ class Plan:
     formats: Formats
     sources: Mapping[str, TensorInfo]
     constants: tuple[Constant, ...]
-    dropped: tuple[tuple[str, str, str], ...]
+    dropped: tuple[LeftOut, ...]
     vocab: tuple[int, int] = field(default=(0, 0))
+    encoded: Formats = field(default_factory=dict)
 
     @property
     def rank_bytes(self) -> int:
@@ -92,7 +98,8 @@ class Plan:
     @property
     def quant(self) -> str:
         """The weight formats in which matrices are kept, by name; "" if all are values."""
-        return ", ".join(sorted({f.name for f in self.formats.values() if f.is_kept}))
+        kept = {f.kept_as.name for f in self.formats.values() if f.is_kept}
+        return ", ".join(sorted(kept | {f.name for f in self.encoded.values()}))
 
     def is_decoded(self, name: str) -> bool:
         """Whether a source is codes that become values while they are moved."""
@@ -119,7 +126,12 @@ class Plan:
         return all(n in done for n in self.reads(unit))
 
     def boxes(self, name: str, move: Move, rank: int) -> tuple[Box, ...]:
-        return boxes(move.cut, self.sources[name].shape, self.mesh, self.sizes.dims, rank)
+        return boxes(move.cut, self.shape(name, move), self.mesh, self.sizes.dims, rank)
+
+    def shape(self, name: str, move: Move) -> tuple[int, ...]:
+        """Of what is cut: the source, or what is made of it."""
+        shape = self.sources[name].shape
+        return self.encoded[name].stored[move.item].shape(*shape) if move.item else shape
 
     def row_order(self, move: Move) -> NDArray[np.intp] | None:
         """How rows change places within a head, or None."""

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.errors import PlanError
 
-from .checks import common_dtype, coverage, divisions, dropped_sources, mixtures, other_layout
+from ..quant import WeightFormat
+from .checks import common_dtype, coverage, divisions, dropped_sources, mixtures, other_layout, unfit
 from .constants import RANK_CONSTANTS, Constant, constants_for
 from .cuts import Mesh, part_shape
 from .files import PART_BYTES, place
-from .model import Sizes, Table, TensorInfo, expand
+from .model import Sizes, Table, TensorInfo, expand, present
 from .plan import Move, Plan
-from .stored import Tensor, formats_of, tensors_of
+from .stored import Tensor, encoded_as, formats_of, left_out, tensors_of
 
 
 def make_plan(
@@ -25,19 +26,24 @@ def make_plan(
     mesh: Mesh,
     dtype: str | None = None,
     part_bytes: int = PART_BYTES,
+    quant: WeightFormat | None = None,
 ) -> Plan:
     """Plan a conversion.  Raises PlanError that lists every missing, unused, misshapen or indivisible tensor.
-    `dtype` None keeps the sources' own; matrices that are decoded take that of the others."""
-    outputs = expand(table, sizes)
+    `dtype` None keeps the sources' own; matrices that are decoded take that of the others.  `quant`: what matrices
+    of values are brought into."""
+    outputs = present(expand(table, sizes), sources)
     formats = formats_of(outputs, sizes, sources)
     used = {name for o in outputs for _, name in o.sources}
     used |= {c for name, chosen in formats.items() for c in chosen.companions(name)}
-    dropped = dropped_sources(table, sizes, sources, used)
+    dropped = [
+        *(d for o in outputs for d in left_out(o, sources, formats)),
+        *dropped_sources(table, sizes, sources, used),
+    ]
     errors = coverage(outputs, sizes, sources, formats, dropped)
     is_damaged = bool(errors)
     source_dtype = common_dtype(outputs, sources, formats, dtype, errors)
     mixed = mixtures(outputs, formats)
-    errors += mixed + divisions(outputs, sizes, mesh)
+    errors += mixed + unfit(outputs, formats, quant) + divisions(outputs, sizes, mesh)
     if is_damaged:
         hint = (
             "The files are whole: downloading them again gives the same.  Check that config.json belongs to these "
@@ -49,8 +55,11 @@ def make_plan(
         raise PlanError("\n".join(errors), hint)
 
     draft = _Draft(sizes, mesh, dtype or source_dtype)
+    encoded: dict[str, WeightFormat] = {}
     for output in outputs:
-        for tensor in tensors_of(output, sizes, sources, formats):
+        if chosen := encoded_as(output, formats, quant):
+            encoded |= {name: chosen for _, name in output.sources}
+        for tensor in tensors_of(output, sizes, sources, formats, quant):
             if tensor.width:
                 draft.add_stacked(tensor)
             else:
@@ -65,18 +74,20 @@ def make_plan(
         tensors=placed,
         files=files,
         moves={name: tuple(moves) for name, moves in draft.moves.items()},
-        units=tuple(draft.units),
+        units=tuple((*unit, *(draft.sums[n] for n in unit if n in draft.sums)) for unit in draft.units),
         formats=formats,
         sources=sources,
         constants=tuple(draft.constants),
-        dropped=dropped,
+        dropped=tuple(dropped),
         vocab=draft.vocab,
+        encoded=encoded,
     )
 
 
 @dataclass
 class _Draft:
-    """Tensors (name, element type, shape, bytes of parts) one after the other, and what moves into them."""
+    """Tensors (name, element type, shape, bytes of parts) one after the other, and what moves into them.  `sums`:
+    {matrix: the source of sums over its columns}, which is moved with it."""
 
     sizes: Sizes
     mesh: Mesh
@@ -84,6 +95,7 @@ class _Draft:
     tensors: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     moves: dict[str, list[Move]] = field(default_factory=dict)
     units: dict[tuple[str, ...], None] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
     constants: list[Constant] = field(default_factory=list)
     vocab: tuple[int, int] = (0, 0)
 
@@ -91,8 +103,12 @@ class _Draft:
         """Pieces joined along rows."""
         dtype, shapes = tensor.dtype or self.dtype, self._shapes(tensor)
         for i, piece in enumerate(tensor.pieces):
-            self.moves.setdefault(piece.source, []).append(Move(len(self.tensors), i, piece.cut))
-            self.units[(piece.source,)] = None
+            move = Move(len(self.tensors), i, piece.cut, item=piece.item, sums_of=piece.sums_of)
+            self.moves.setdefault(piece.source, []).append(move)
+            if piece.sums_of:
+                self.sums[piece.sums_of] = piece.source
+            else:
+                self.units[(piece.source,)] = None
             if piece.cut.pad:
                 self.vocab = (piece.shape[0], shapes[i][0] * self.mesh.tp)
         joined = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
@@ -106,7 +122,8 @@ class _Draft:
         for i, piece in enumerate(tensor.pieces):
             owner, slot = divmod(i // width, local)
             column = sum(s[0] for s in shapes[i // width * width : i])
-            self.moves.setdefault(piece.source, []).append(Move(len(self.tensors), slot, piece.cut, owner, column))
+            move = Move(len(self.tensors), slot, piece.cut, owner, column, piece.item)
+            self.moves.setdefault(piece.source, []).append(move)
         names = [piece.source for piece in tensor.pieces]
         self.units |= dict.fromkeys(tuple(names[i : i + width]) for i in range(0, len(names), width))
         shape = (*reversed(shapes[0][1:]), sum(s[0] for s in shapes[:width]))

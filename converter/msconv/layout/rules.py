@@ -24,7 +24,8 @@ class Rule:
 
     `stacked`: one matrix for each of a rank's experts, [E, in, out], as grouped matrix products want them: each
     part transposed, side by side.  `when` names traits of the model or of the layer, all of which must hold.
-    `dtype` pins an element type against `--dtype`; OWN keeps the checkpoint's.
+    `dtype` pins an element type against `--dtype`; OWN keeps the checkpoint's.  `as_values`: its matrix is not
+    quantised, whatever is asked.  `optional`: left out where the checkpoint has no such tensor.
     """
 
     dst: str
@@ -32,6 +33,8 @@ class Rule:
     when: str = ""
     dtype: str = ""
     stacked: bool = False
+    as_values: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +49,21 @@ class Drop:
     twin: str = ""
 
 
-def keep(name: str, shape: tuple[str, ...], cut: Cut, when: str = "", dtype: str = "") -> Rule:
+def keep(
+    name: str, shape: tuple[str, ...], cut: Cut, when: str = "", dtype: str = "", as_values: bool = False
+) -> Rule:
     """A tensor under its own name."""
-    return Rule(name, (Part(name, shape, cut),), when, dtype)
+    return Rule(name, (Part(name, shape, cut),), when, dtype, as_values=as_values)
+
+
+def maybe(name: str, shape: tuple[str, ...], cut: Cut) -> Rule:
+    """A tensor that some checkpoints have, in their own element type."""
+    return Rule(name, (Part(name, shape, cut),), dtype=OWN, optional=True)
 
 
 def take(dst: str, src: str, shape: tuple[str, ...], cut: Cut) -> Rule:
-    """Some of a tensor, under another name."""
-    return Rule(dst, (Part(src, shape, cut),))
+    """Some of a tensor, under another name; never quantised."""
+    return Rule(dst, (Part(src, shape, cut),), as_values=True)
 
 
 def fuse(dst: str, *parts: Part, when: str = "") -> Rule:

@@ -10,7 +10,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from .plain import PLAIN
-from .record import Header, WeightFormat, shown
+from .record import QUANT, Header, WeightFormat, shown
 from .unsupported import unsupported_method
 
 LOOPS = ("compiled", "kernels")  # files that are no formats; numba may be missing
@@ -38,7 +38,9 @@ def read_formats(raw: Mapping[str, object], problems: list[str]) -> tuple[Weight
         return ()
     found = tuple(f for kind in FORMATS if (f := kind.read(config, problems)) is not None)
     if not found:
-        problems.append("quantization_config: " + unsupported_method(config, [kind.method for kind in FORMATS]))
+        problems.append(
+            "quantization_config: " + unsupported_method(config, dict.fromkeys(kind.method for kind in FORMATS))
+        )
     return found
 
 
@@ -46,6 +48,11 @@ def format_of(matrix: str, headers: Mapping[str, Header], formats: Sequence[Weig
     """The format in which a checkpoint stores the matrix of this name: one of `formats`, or plain.  None if none
     of them has such element types."""
     return next((f for f in (*formats, PLAIN) if f.claims(matrix, headers)), None)
+
+
+def format_asked(quant: str | None) -> WeightFormat | None:
+    """The format that `--quant` names."""
+    return format_named(QUANT[quant]) if quant else None
 
 
 def unconfigured(dtype: str) -> WeightFormat | None:
@@ -66,7 +73,9 @@ def format_named(name: str) -> WeightFormat | None:
 __all__ = [
     "FORMATS",
     "PLAIN",
+    "QUANT",
     "WeightFormat",
+    "format_asked",
     "format_named",
     "format_of",
     "kept_format",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 
 TILE = 16  # rows that are read side by side: more of them, and their cache lines push each other out
 
@@ -41,6 +42,36 @@ def look_up_transposed(codes: Any, tables: Any, top: int, left: int, rows: int, 
                     place[j, i] = table[piece[i, j]]
             i0 = i1
         j0 = j1
+
+
+@compile_loop
+def widen(words: Any, out: Any) -> None:
+    for i in range(words.size):
+        out[i] = np.uint32(words[i]) << np.uint32(16)
+
+
+@compile_loop
+def largest_magnitudes(values: Any, out: Any) -> None:
+    """By their bits without the sign: those of numbers are in order, and what is not finite comes last."""
+    rows, columns = values.shape
+    bits, found = values.view(np.uint32), out.view(np.uint32)
+    for i in range(rows):
+        largest = np.uint32(0)
+        row = bits[i]
+        for j in range(columns):
+            largest = max(largest, row[j] & np.uint32(0x7FFFFFFF))
+        found[i, 0] = largest
+
+
+@compile_loop
+def encode(values: Any, scales: Any, out: Any) -> None:
+    rows, columns = values.shape
+    for i in range(rows):
+        scale = scales[i, 0]
+        row, codes = values[i], out[i]
+        for j in range(columns):
+            code = np.rint(row[j] / scale)
+            codes[j] = np.int8(min(max(code, np.float32(-127)), np.float32(127)))
 
 
 @compile_loop

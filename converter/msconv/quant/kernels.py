@@ -10,10 +10,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+CODE = 127  # the largest int8 code
 TILE = 64  # square that is transposed at a time: in and out fit the processor's first cache
 
 
@@ -35,6 +37,18 @@ class Numpy:
             for i0, i1 in _pieces(top, top + codes.shape[0], rows):
                 piece = codes[i0 - top : i1 - top, j0 - left : j1 - left]
                 out[j0 - left : j1 - left, i0 - top : i1 - top] = tables[i0 // rows, j0 // columns].take(piece.T)
+
+    @staticmethod
+    def widen(words: Array, out: Array) -> None:
+        np.left_shift(words, 16, out=out, dtype=np.uint32)
+
+    @staticmethod
+    def largest_magnitudes(values: Array, out: Array) -> None:
+        np.abs(values).max(1, out=out[:, 0], initial=0.0)
+
+    @staticmethod
+    def encode(values: Array, scales: Array, out: Array) -> None:
+        np.clip(np.rint(values / scales), -CODE, CODE, out=out, casting="unsafe")
 
     @staticmethod
     def transpose(matrix: Array, out: Array) -> None:
@@ -61,6 +75,21 @@ def look_up_transposed(
 ) -> None:
     """out[j, i] = tables[(top + i) // rows, (left + j) // columns, codes[i, j]]."""
     _kernels().look_up_transposed(codes, tables, top, left, rows, columns, out)
+
+
+def widen(words: Array, out: Array) -> None:
+    """bfloat16 as 16-bit words [N] -> the same values as the words of float32 [N]."""
+    _kernels().widen(words, out)
+
+
+def largest_magnitudes(values: Array, out: Array) -> None:
+    """out[i, 0] = the largest |values[i, j]|; not finite if one of them is not."""
+    _kernels().largest_magnitudes(values, out)
+
+
+def encode(values: Array, scales: Array, out: Array) -> None:
+    """out[i, j] = values[i, j] / scales[i, 0], rounded half to even, from -127 to 127."""
+    _kernels().encode(values, scales, out)
 
 
 def transpose(matrix: Array, out: Array) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+QUANT: Mapping[str, str] = {"w8a8": "w8a8-dynamic"}  # what `--quant` takes, and the format that is made
 Along = Literal["matrix", "rows", "sums", "input", "whole"]
 
 
@@ -25,13 +26,16 @@ class Stored:
     `name`: with `{matrix}` for the matrix's own name (`...q_proj.weight`), or `{module}` for what comes before its
     last dot.  `shape`: from the matrix's rows and columns.  `dtype`: its element type, "" for that of the
     artifact's values.  `along`: what its entries belong to, and so how they are cut: `matrix`, as the matrix is;
-    `rows`, one entry or row of entries for each row of the matrix, in the same order; `whole`, all of them on
-    every rank."""
+    `rows`, one entry or row of entries for each row of the matrix, in the same order; `sums`, likewise, but each
+    a sum over the matrix's columns, and divided over ranks as they are; `input`, the input of the product, which
+    matrices that are joined share; `whole`, all of them on every rank.  `bits`: the element type of whole numbers
+    as which a checkpoint may have it, twice as wide, with its bits in their lower half."""
 
     name: str
     shape: Callable[[int, int], tuple[int, ...]]
     dtype: str = ""
     along: Along = "matrix"
+    bits: str = ""
 
     def of(self, matrix: str) -> str:
         """Its name, for the matrix of that name."""
@@ -82,6 +86,17 @@ class Kept:
         return ops.experts_product() if decode is None else ops.experts_product_with(decode)
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A tensor of a checkpoint that an artifact does without, and why.  `twin`: another that must hold the same
+    bytes, or leaving it out would lose something; `is_zero`: all of it must be 0, for the same reason."""
+
+    name: str
+    reason: str
+    twin: str = ""
+    is_zero: bool = False
+
+
 class Header(Protocol):
     """What a safetensors header says of a tensor."""
 
@@ -111,7 +126,9 @@ class WeightFormat(Kept, ABC):
     checkpoint whose configuration does not say more than its name.
 
     `name`: in the manifest.  `title`: for people.  `method`: what `quant_method` calls it.  `element`: the element
-    type of its codes.  `keys` of a `quantization_config` that `read` obeys; those in `harmless` change nothing,
+    type of its codes.  `of_experts`: experts' matrices may be stored in it.  `has_values`: graphs may read it as
+    values, not only multiply by it.  `keys` of a `quantization_config` that `read` obeys; those in `harmless`
+    change nothing,
     for the reason there.  Every other key is refused.
     """
 
@@ -119,6 +136,8 @@ class WeightFormat(Kept, ABC):
     title: ClassVar[str]
     method: ClassVar[str]
     element: ClassVar[str]
+    of_experts: ClassVar[bool] = True
+    has_values: ClassVar[bool] = True
     keys: ClassVar[frozenset[str]] = frozenset({"quant_method"})
     harmless: ClassVar[Mapping[str, str]] = {}
 
@@ -146,6 +165,34 @@ class WeightFormat(Kept, ABC):
     def is_kept(self) -> bool:
         """Whether an artifact has its codes as they are; else they are decoded while they are converted."""
         return self.stored[0].dtype != ""
+
+    @property
+    def kept_as(self) -> WeightFormat:
+        """The format in which an artifact has it, where several checkpoints' formats become one."""
+        return self
+
+    def expects(self, matrix: str) -> bool:
+        """Whether the configuration says that the matrix of this name is stored so."""
+        return True
+
+    def left_out(self, matrix: str) -> tuple[LeftOut, ...]:
+        """Tensors that a checkpoint may have besides, of the matrix of this name, and that nothing reads."""
+        return ()
+
+    def disagreements(self, headers: Mapping[str, Header]) -> list[str]:
+        """What a checkpoint's configuration says of its tensors and their headers do not bear out."""
+        return []
+
+    def encode(self, matrix: str, values: NDArray[np.float32], out: Array) -> Array:
+        """Rows of a matrix [R, C] as codes, into `out` [R, C]; returns what each row has besides, [R, 1], as
+        `stored` wants it.  Rows are encoded each by itself.  Raises CheckpointError for values that have no code.
+        Only of formats that `--quant` names."""
+        raise NotImplementedError(f"{self.name} is not made, only read")
+
+    def shares(self, total: Array, sums: Array, offset: float) -> Array:
+        """Of a tensor `along` sums, [O] int32, each rank's share, [ranks, O]; together they are `total`.
+        `sums`: of each rank's columns of the codes, [ranks, O]; `offset`: of the input."""
+        raise NotImplementedError(f"{self.name} has no sums")
 
     def companions(self, matrix: str) -> tuple[str, ...]:
         """Names of a checkpoint's other tensors of the matrix."""

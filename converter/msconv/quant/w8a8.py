@@ -6,37 +6,65 @@ have one scale and offset, found by calibration; `y = (codes of x . codes of W +
 quant_bias takes the offset out again.  Codes are rounded half to even; products of whole numbers are exact.
 
 The names and the arithmetic are those of Ascend's ModelSlim and of the aclnn operators DynamicQuant, Quant and
-QuantMatmulV4 (CANN 8.2 to 8.5).
+QuantMatmulV4 (CANN 8.2 to 8.5).  ModelSlim's description says which matrix has which, tensor by tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
-from .record import Stored, WeightFormat
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from msconv_runtime.errors import CheckpointError
+
+from . import kernels, modelslim
+from .record import Array, Header, LeftOut, Stored, WeightFormat
 
 CODES = Stored("{matrix}", lambda rows, columns: (rows, columns), "int8")
 SCALES = Stored("{matrix}_scale", lambda rows, columns: (rows, 1), "float32", "rows")
-DEQ_SCALES = Stored("{module}.deq_scale", lambda rows, columns: (rows,), "float32", "rows")
+DEQ_SCALES = Stored("{module}.deq_scale", lambda rows, columns: (rows,), "float32", "rows", bits="int64")
 QUANT_BIAS = Stored("{module}.quant_bias", lambda rows, columns: (rows,), "int32", "sums")
 INPUT_SCALE = Stored("{module}.input_scale", lambda rows, columns: (1,), "float32", "input")
 INPUT_OFFSET = Stored("{module}.input_offset", lambda rows, columns: (1,), "float32", "input")
 
+LARGEST = 127  # of a code that is made here; ModelSlim's reach -128
+SMALLEST_SCALE = 2.0**-126  # of a row of zeros
+
+DYNAMIC_TYPES = ("W8A8_DYNAMIC", "W8A8_MIX")
+MIX = "W8A8_MIX: served with a scale a token, in prompts and in decoding, as vllm-ascend serves it"
+ZERO = "offset of symmetric codes: zero"
+
 
 @dataclass(frozen=True, slots=True)
 class W8A8Dynamic(WeightFormat):
-    """Activations get their scales while the graph runs."""
+    """Activations get their scales while the graph runs.  `types`: of a checkpoint's tensors, by ModelSlim."""
+
+    types: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     name = "w8a8-dynamic"
     title = "int8 (W8A8, a scale a token)"
-    method = "modelslim"
+    method = modelslim.METHOD
     element = "int8"
+    has_values: ClassVar[bool] = False
+    keys = modelslim.KEYS
 
     @classmethod
     def read(cls, config: Mapping[str, object], problems: list[str]) -> Self | None:
-        return None
+        if config.get("quant_method") != cls.method:
+            return None
+        return cls(modelslim.read(config, problems))
+
+    def claims(self, matrix: str, headers: Mapping[str, Header]) -> bool:
+        if self.types:
+            return headers[matrix].dtype == self.element and self.types.get(matrix) in DYNAMIC_TYPES
+        return headers[matrix].dtype == self.element and SCALES.of(matrix) in headers
+
+    def expects(self, matrix: str) -> bool:
+        return not self.types or self.types.get(matrix) in DYNAMIC_TYPES
 
     @property
     def sources(self) -> tuple[Stored, ...]:
@@ -44,7 +72,14 @@ class W8A8Dynamic(WeightFormat):
 
     @property
     def stored(self) -> tuple[Stored, ...]:
-        return self.sources
+        return (CODES, SCALES)
+
+    def left_out(self, matrix: str) -> tuple[LeftOut, ...]:
+        static = (DEQ_SCALES, QUANT_BIAS, INPUT_SCALE, INPUT_OFFSET)
+        return (LeftOut(f"{matrix}_offset", ZERO, is_zero=True), *(LeftOut(s.of(matrix), MIX) for s in static))
+
+    def disagreements(self, headers: Mapping[str, Header]) -> list[str]:
+        return modelslim.disagreements(self.types, headers)
 
     def multiply(self, ops: Any) -> Any:
         return ops.dynamic_product()
@@ -52,22 +87,52 @@ class W8A8Dynamic(WeightFormat):
     def multiply_experts(self, ops: Any) -> Any:
         return ops.dynamic_experts_product()
 
+    def encode(self, matrix: str, values: NDArray[np.float32], out: Array) -> Array:
+        """The scale is the row's largest magnitude / 127, rounded to bfloat16: Ascend's grouped product takes no
+        other.  Codes are made with the rounded one."""
+        scales = np.empty((len(values), 1), np.float32)
+        kernels.largest_magnitudes(values, scales)
+        if not np.isfinite(scales).all():
+            bad = int(np.flatnonzero(~np.isfinite(scales))[0])
+            raise CheckpointError(
+                f"{matrix}: holds values that are no finite numbers (row {bad} of a block of rows).",
+                "Download the file that holds it again; a sound checkpoint has none.",
+            )
+        scales[:] = np.maximum((scales / LARGEST).astype(ml_dtypes.bfloat16).astype(np.float32), SMALLEST_SCALE)
+        kernels.encode(values, scales, out)
+        return scales
+
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * read(SCALES.of(matrix))
 
 
 @dataclass(frozen=True, slots=True)
 class W8A8Static(WeightFormat):
-    """One scale and offset for all activations of an input."""
+    """One scale and offset for all activations of an input.  `types`: as W8A8Dynamic's."""
+
+    types: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     name = "w8a8-static"
     title = "int8 (W8A8, one scale an input)"
-    method = "modelslim"
+    method = modelslim.METHOD
     element = "int8"
+    of_experts: ClassVar[bool] = False
+    has_values: ClassVar[bool] = False
+    keys = modelslim.KEYS
 
     @classmethod
     def read(cls, config: Mapping[str, object], problems: list[str]) -> Self | None:
-        return None
+        if config.get("quant_method") != cls.method:
+            return None
+        return cls(modelslim.read(config, []))
+
+    def claims(self, matrix: str, headers: Mapping[str, Header]) -> bool:
+        if self.types:
+            return headers[matrix].dtype == self.element and self.types.get(matrix) == "W8A8"
+        return headers[matrix].dtype == self.element and DEQ_SCALES.of(matrix) in headers
+
+    def expects(self, matrix: str) -> bool:
+        return self.types.get(matrix) == "W8A8"
 
     @property
     def sources(self) -> tuple[Stored, ...]:
@@ -75,13 +140,23 @@ class W8A8Static(WeightFormat):
 
     @property
     def stored(self) -> tuple[Stored, ...]:
-        return self.sources
+        return (CODES, DEQ_SCALES, QUANT_BIAS, INPUT_SCALE, INPUT_OFFSET)
+
+    def left_out(self, matrix: str) -> tuple[LeftOut, ...]:
+        reason = "deq_scale is this times the input's scale"
+        return (LeftOut(SCALES.of(matrix), reason), LeftOut(f"{matrix}_offset", ZERO, is_zero=True))
 
     def multiply(self, ops: Any) -> Any:
         return ops.static_product()
 
     def multiply_experts(self, ops: Any) -> Any:
         return ops.static_experts_product()
+
+    def shares(self, total: Array, sums: Array, offset: float) -> Array:
+        """Each rank takes out what the offset added to its own columns; what is left, a bias, is on rank 0."""
+        shares = -round(offset) * sums.astype(np.int64)
+        shares[0] += total.astype(np.int64) - shares.sum(0)
+        return shares.astype(np.int32)
 
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * (read(DEQ_SCALES.of(matrix)) / read(INPUT_SCALE.of(matrix))).reshape(-1, 1)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from msconv_runtime.roles import DECODE, ROLES
 from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.reference import configuration
-from ..families import DecoderConfig
+from ..families import DecoderConfig, family_named
 from ..graph.spec import CannotCompute, Exported, Local
 from ..graph.toolchain import mindspore_version
 from ..layout.coverage import misfits
@@ -38,6 +38,7 @@ from ..layout.model import expected_sources
 from ..layout.planning import make_plan
 from ..location import Location
 from ..process import peak_rss_bytes
+from ..quant import format_asked
 from ..workspace.clearing import refuse_foreign
 from ..workspace.lock import exclusive
 from ..workspace.names import TOOL
@@ -83,26 +84,27 @@ def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None
             found = Artifact(root).manifest
             refuse_another_model(root, found, source.config_digest, parallel, "Give another --output.")
             return
-        files = copy_files(source.auxiliary, root)
+        files = copy_files(source.auxiliary, root, source.config_bytes)
         described = model_of(source, plan.parameters)
         write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel, files=files))
 
 
-def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | None = None) -> list[Compiled]:
-    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.
+def compile_graphs(
+    root: Path, target_name: str, tell: Callable[[str], None] | None = None, quant: str | None = None
+) -> list[Compiled]:
+    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.  `quant`: what
+    weights will be quantised to, where there are none yet.
 
     A graph of compiled kernels that cannot compute this model is left out, and `tell` hears why: the target's
     other graphs serve in its place.  Raises CannotCompute for any other graph, and for that one if nobody listens.
     """
     target = target_named(target_name)
-    config = configuration(Artifact(root))
+    config, types = _stored(Artifact(root), quant)
     _check_heads(config, target)
     export = _export if config.layers <= LAYERS_AT_HOME else _export_in_a_process
     with exclusive(root):
         artifact = Artifact(root)
         mesh = Mesh(artifact.tp, artifact.ep)
-        weights = artifact.manifest.weights
-        types = {t.name: t.dtype for t in weights.tensors} if weights else {}
         made: list[Compiled] = []
         exports: list[bytes] = []
         for role, variant in target.graphs:
@@ -130,6 +132,21 @@ def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | N
         add_timings(root, ((m.graph, m.seconds) for m in made))
         _remove_others(root / "graphs" / target.name, graphs)
     return made
+
+
+def _stored(artifact: Artifact, quant: str | None) -> tuple[DecoderConfig, dict[str, str]]:
+    """The configuration, and the element type of each weight; {} of an artifact without weights, unless they will
+    be quantised."""
+    config, weights = configuration(artifact), artifact.manifest.weights
+    if weights is not None:
+        return config, {t.name: t.dtype for t in weights.tensors}
+    made, family = format_asked(quant), family_named(artifact.manifest.model.family)
+    if made is None or family is None:
+        return config, {}
+    sizes = config.sizes()
+    sources = expected_sources(family.table, sizes, "bfloat16", quantised=True)
+    plan = make_plan(family.table, sizes, sources, Mesh(artifact.tp, artifact.ep), quant=made)
+    return replace(config, formats=(*config.formats, made)), {t.name: t.dtype for t in plan.tensors}
 
 
 def _entry(local: Local, made: Made) -> Graph:

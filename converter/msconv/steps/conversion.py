@@ -16,6 +16,7 @@ from msconv_runtime.artifact import (
     FORMAT,
     READY,
     Dropped,
+    Graph,
     Manifest,
     Model,
     Parallel,
@@ -26,6 +27,7 @@ from msconv_runtime.artifact import (
 from msconv_runtime.errors import CheckpointError
 
 from ..checkpoint.directory import ShardFile
+from ..layout.coverage import misfits
 from ..layout.plan import Plan
 from ..process import peak_rss_bytes
 from ..stream.entries import source_files, weights_entry
@@ -51,7 +53,7 @@ class Conversion:
 
     `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit.
     `model`: what the manifest will say, but for the digests of `shards`, which are known when they were read.
-    `notes`: what people should know of it.
+    `config`: the artifact's config.json, b"" if it is copied.  `notes`: what people should know of it.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Conversion:
     jobs: int
     planned_memory_bytes: int
     download_bytes: int = 0
+    config: bytes = b""
     notes: tuple[str, ...] = ()
 
     @property
@@ -163,7 +166,7 @@ def _convert(
             if journal.done and not has_all_files(conversion.task.outputs, plan):
                 journal.restart()
             if not journal.done:
-                _check_twins(plan, source, watch.downloaded)
+                _check_left_out(plan, source, watch.downloaded)
             before = set(journal.done)
             extra_bytes = conversion.extra_bytes
             moved = execute(conversion.task, source, journal, mover, watch, extra_bytes)
@@ -177,25 +180,51 @@ def _convert(
     return before
 
 
-def _check_twins(plan: Plan, source: Source, downloading: Progress) -> None:
-    """A tensor dropped because another holds the same bytes must really do so."""
-    source.expect([n for name, _, twin in plan.dropped if twin for n in (name, twin)], downloading)
-    for name, _, twin in plan.dropped:
-        if not twin:
+def _check_left_out(plan: Plan, source: Source, downloading: Progress) -> None:
+    """Raises CheckpointError if leaving a tensor out would lose something: one that must hold the same bytes as
+    another, or zeros."""
+    checked = [d for d in plan.dropped if d.twin or d.is_zero]
+    source.expect([n for d in checked for n in (d.name, d.twin) if n], downloading)
+    for entry in checked:
+        info = plan.sources[entry.name]
+        twin = plan.sources[entry.twin] if entry.twin else None
+        is_same = twin is None or (info.dtype, info.shape) == (twin.dtype, twin.shape)
+        for begin in range(0, info.nbytes if is_same else 0, 4 << 20):
+            n = min(4 << 20, info.nbytes - begin)
+            found, wanted = bytearray(n), bytearray(n)
+            source.read(info, begin, memoryview(found))
+            if twin is not None:
+                source.read(twin, begin, memoryview(wanted))
+            is_same = is_same and found == wanted
+        if is_same:
             continue
-        a, b = plan.sources[name], plan.sources[twin]
-        is_same = (a.dtype, a.shape) == (b.dtype, b.shape)
-        for begin in range(0, a.nbytes if is_same else 0, 4 << 20):
-            n = min(4 << 20, a.nbytes - begin)
-            left, right = bytearray(n), bytearray(n)
-            source.read(a, begin, memoryview(left))
-            source.read(b, begin, memoryview(right))
-            is_same = is_same and left == right
-        if not is_same:
+        if twin is None:
             raise CheckpointError(
-                f"{name}: the configuration ties it to {twin}, but its values are different.",
+                f"{entry.name}: is not zero; it would be left out ({entry.reason}).",
+                "Quantise the model with symmetric weights: no graph has an offset for them.",
+            )
+        if entry.name == "lm_head.weight":
+            raise CheckpointError(
+                f"{entry.name}: the configuration ties it to {entry.twin}, but its values are different.",
                 'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.',
             )
+        raise CheckpointError(
+            f"{entry.name}: differs from {entry.twin}, though {entry.reason}.",
+            "Quantise the model again: one product serves both, and it has one input scale.",
+        )
+
+
+def _fitting(manifest: Manifest) -> list[Graph]:
+    """The graphs that read just these weights: earlier ones may be of matrices in another weight format."""
+    weights = manifest.weights
+    stored = {t.name: t.shape for t in weights.tensors} if weights else {}
+    targets = {g.target for g in manifest.graphs}
+    kept = {
+        target
+        for target in targets
+        if not misfits(stored, [(p.name, p.shape) for g in manifest.graphs if g.target == target for p in g.reads])
+    }
+    return [g for g in manifest.graphs if g.target in kept]
 
 
 def _finish(
@@ -203,7 +232,7 @@ def _finish(
 ) -> None:
     """Write everything but the weights; the manifest and READY last."""
     root, model = conversion.output, conversion.model
-    copied = copy_files(conversion.auxiliary, root)
+    copied = copy_files(conversion.auxiliary, root, conversion.config)
     record_source(root, conversion.origin)
     record_identity(root, conversion.identity)
     if conversion.shards:
@@ -217,5 +246,6 @@ def _finish(
         graphs=previous.graphs if previous else [],
         files=copied,
     )
+    manifest = msgspec.structs.replace(manifest, graphs=_fitting(manifest))
     publish(root, manifest)
     write_manifest(root, manifest)

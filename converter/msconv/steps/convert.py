@@ -8,6 +8,7 @@ from pathlib import Path
 from ..layout.cuts import make_mesh
 from ..layout.planning import make_plan
 from ..location import Location, bytes_to_download
+from ..quant import format_asked
 from ..stream.entries import dropped_tensors
 from ..stream.execute import plan_memory
 from ..stream.outputs import RankFiles
@@ -27,16 +28,19 @@ def prepare(
     max_memory: int | None = None,
     delete_source: bool = False,
     harmless: Collection[str] = (),
+    quant: str | None = None,
 ) -> Conversion:
     """Read headers and plan.  Moves nothing; of a repository, only small files are downloaded.
     `delete_source`: its shards go to the output's own directory and are deleted as their bytes are in place.
-    `harmless`: keys of config.json, on no list, that a person says change nothing.
+    `harmless`: keys of config.json, on no list, that a person says change nothing.  `quant`: what matrices are
+    quantised to, one of QUANT.
     Raises any MsconvError there is to raise beforehand."""
     mesh = make_mesh(tp, ep)
     model.bring_small()
     checkpoint = model.open_checkpoint(harmless)
     origin = model.origin()
-    plan = make_plan(checkpoint.family.table, checkpoint.config.sizes(), checkpoint.tensors, mesh, dtype)
+    table, sizes = checkpoint.family.table, checkpoint.config.sizes()
+    plan = make_plan(table, sizes, checkpoint.tensors, mesh, dtype, quant=format_asked(quant))
     buffers, planned = plan_memory(plan, jobs, max_memory)
     output = output or default_output(checkpoint.name, tp, ep)
     if delete_source:
@@ -46,7 +50,11 @@ def prepare(
         model=model_of(checkpoint, plan.parameters),
         shards=checkpoint.files,
         task=Task(plan, model.shards(checkpoint), RankFiles(output, mesh.tp, len(plan.files)), buffers),
-        identity=identify((f.identity for f in checkpoint.files.values()), checkpoint.config_digest, plan),
+        identity=identify(
+            [*(f.identity for f in checkpoint.files.values()), *filter(None, [checkpoint.description])],
+            checkpoint.config_digest,
+            plan,
+        ),
         reads=checkpoint.root,
         origin=origin,
         auxiliary=checkpoint.auxiliary,
@@ -56,4 +64,5 @@ def prepare(
         planned_memory_bytes=planned,
         download_bytes=bytes_to_download(model, plan),
         notes=checkpoint.notes,
+        config=checkpoint.config_bytes,
     )

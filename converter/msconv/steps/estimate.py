@@ -19,6 +19,7 @@ from ..layout.model import expected_sources
 from ..layout.plan import Plan
 from ..layout.planning import make_plan
 from ..location import Location, bytes_to_download
+from ..quant import format_asked
 from ..stream.execute import plan_memory
 from ..workspace.names import default_output
 
@@ -52,6 +53,7 @@ def estimate(
     batch: int,
     device_bytes: int | None,
     harmless: Collection[str] = (),
+    quant: str | None = None,
 ) -> Estimate:
     """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
     mesh = make_mesh(tp, ep)
@@ -63,7 +65,8 @@ def estimate(
     sources = checkpoint.tensors
     if assumed:
         sources = expected_sources(table, sizes, checkpoint.config.dtype or "bfloat16", quantised=True)
-    plan = make_plan(table, sizes, sources, mesh, dtype)
+    made = format_asked(quant)
+    plan = make_plan(table, sizes, sources, mesh, dtype, quant=made)
 
     def memory(p: Plan) -> DeviceMemory:
         return DeviceMemory(p.rank_bytes, kv_bytes_per_token(sizes, p.mesh, p.dtype), context, batch)
@@ -71,7 +74,7 @@ def estimate(
     smallest = None
     for choice in TP_CHOICES if device_bytes else ():
         try:
-            tried = make_plan(table, sizes, sources, Mesh(choice), dtype)
+            tried = make_plan(table, sizes, sources, Mesh(choice), dtype, quant=made)
         except PlanError:
             continue
         if memory(tried).fits(device_bytes or 0):

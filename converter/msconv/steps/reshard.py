@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from msconv_runtime.artifact import Artifact
@@ -38,7 +39,7 @@ def prepare(
     config = configuration(artifact)
     table = _table(artifact)
     old = _plan_of(artifact)
-    plan = make_plan(table, config.sizes(), old.sources, mesh, weights.dtype)
+    plan = replace(make_plan(table, config.sizes(), old.sources, mesh, weights.dtype), dropped=())
     refuse_wrong_files(artifact)
     recorded = [f.name for f in manifest.files]
     buffers, planned = plan_memory(plan, jobs, max_memory)
@@ -88,7 +89,7 @@ def _plan_of(artifact: Artifact) -> Plan:
             "Convert the checkpoint again.",
         )
     # where each source lies in rank 0's files: what is read in one pass follows the disk
-    placed: dict[str, TensorInfo] = {}
+    placed: dict[str, TensorInfo] = {d.name: plan.sources[d.name] for d in plan.dropped}  # said, and not read
     for name, moves in plan.moves.items():
         info = plan.sources[name]
         file = f"part-{plan.tensors[moves[0].tensor].file}"

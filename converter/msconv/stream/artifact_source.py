@@ -82,6 +82,8 @@ class ArtifactSource(Source):
         for move in self.plan.moves[info.name]:
             if move.is_transposed:
                 self._read_transposed(info, move, rows)
+            elif move.sums_of:
+                self._read_sums(move, rows)
             else:
                 self._read_rows(info, move, first, rows)
 
@@ -103,6 +105,14 @@ class ArtifactSource(Source):
                 heads = piece.reshape(-1, len(order), box.cols)
                 piece = heads[:, np.argsort(order)].reshape(piece.shape)
             place[:, box.col : box.col + box.cols] = piece
+
+    def _read_sums(self, move: Move, out: NDArray[Any]) -> None:
+        """All ranks' shares together, whole."""
+        share, total = np.empty(len(out), np.int32), np.zeros(len(out), np.int64)
+        for rank in self.plan.ranks(move):
+            self._read(rank, move, 0, share.view(np.uint8).data)
+            total += share
+        out[:, 0] = total.astype(np.int32).view(out.dtype)
 
     def _read_transposed(self, info: TensorInfo, move: Move, rows: NDArray[Any]) -> None:
         """Parts are [in, out]: some of their rows at a time become columns."""

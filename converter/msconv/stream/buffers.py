@@ -13,6 +13,8 @@ from ..layout.cuts import matrix
 from ..layout.plan import Plan
 from ..quant.kernels import memory_bytes
 
+ENCODED_BYTES = 4  # values are encoded from float32
+
 
 @dataclass(frozen=True, slots=True)
 class BufferSizes:
@@ -47,13 +49,18 @@ def buffer_sizes(plan: Plan, least: int = 1) -> BufferSizes:
         for name in unit:
             info, move = plan.sources[name], plan.moves[name][0]
             item = max(DTYPES[info.dtype].nbytes, DTYPES[plan.tensors[move.tensor].dtype].nbytes)
+            if name in plan.encoded:  # through float32
+                item = ENCODED_BYTES
+                chunk = max(chunk, matrix(info.shape)[1] * item)
             if move.is_transposed:
                 chunk = max(chunk, plan.part_matrix(move)[1] * item)
                 raw = max(raw, sum(plan.sources[n].nbytes for n in unit))
             else:
                 chunk = max(chunk, matrix(info.shape)[1] * item * rows_together(plan, name))
     decoded = [name for name in plan.moves if plan.is_decoded(name)]
-    has_loops = decoded or any(move.is_transposed for moves in plan.moves.values() for move in moves)
+    has_loops = (
+        decoded or plan.encoded or any(move.is_transposed for moves in plan.moves.values() for move in moves)
+    )
     tables = max((_decoder_bytes(plan, name, chunk) for name in decoded), default=0)
     return BufferSizes(max(raw, chunk), chunk, memory_bytes() if has_loops else 0, tables)
 
@@ -64,5 +71,5 @@ def rows_together(plan: Plan, name: str) -> int:
 
 
 def _decoder_bytes(plan: Plan, name: str, chunk: int) -> int:
-    is_transposed = plan.moves[name][0].is_transposed
+    is_transposed = plan.moves[name][0].is_transposed and name not in plan.encoded
     return plan.formats[name].decoder_bytes(plan.sources[name].shape, chunk, is_transposed)

@@ -57,7 +57,16 @@ def _ordered(rows: NDArray[Any], order: NDArray[np.intp] | None) -> NDArray[Any]
 
 
 def cast(values: NDArray[Any], out: NDArray[Any], name: str) -> None:
-    """Raises CheckpointError if float16 cannot hold a number."""
+    """Raises CheckpointError if float16 cannot hold a number.  Of int64 -> float32 the bits are taken, not the
+    numbers: so ModelSlim writes scales for float16 models."""
+    if values.dtype == np.int64 and out.dtype == np.float32:
+        if (values >> 32).any():
+            raise CheckpointError(
+                f"{name}: int64 that should hold the bits of float32 in its lower half has others above them.",
+                "Download the file that holds it again, or quantise the model again.",
+            )
+        np.copyto(out.view(np.uint32), values.astype(np.uint32))
+        return
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, values, casting="unsafe")
     if out.dtype == np.float16 and (lost := int(np.isinf(out).sum()) - int(np.isinf(values).sum())):

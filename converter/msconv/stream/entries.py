@@ -93,6 +93,6 @@ def source_files(shards: Mapping[str, ShardFile], plan: Plan, moved: Mapping[str
 def dropped_tensors(plan: Plan) -> list[Dropped]:
     """Names that were left out, folded, with the reason."""
     reasons: dict[str, list[str]] = {}
-    for name, reason, _ in plan.dropped:
-        reasons.setdefault(reason, []).append(name)
+    for left_out in plan.dropped:
+        reasons.setdefault(left_out.reason, []).append(left_out.name)
     return [Dropped(n, count, reason) for reason, names in reasons.items() for n, count in fold(names)]

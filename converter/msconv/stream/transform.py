@@ -13,14 +13,18 @@ from numpy.typing import NDArray
 from msconv_runtime.dtypes import DTYPES
 
 from ..layout.cuts import Box, matrix
+from ..layout.model import TensorInfo
 from ..layout.plan import Move, Plan
-from ..quant.kernels import transpose
-from ..quant.record import Decoder
-from .buffers import Buffers, rows_together
+from ..quant.kernels import transpose, widen
+from ..quant.record import Decoder, WeightFormat
+from ..quant.w8a8 import INPUT_OFFSET
+from .buffers import ENCODED_BYTES, Buffers, rows_together
 from .cutting import cast, cut_rows, too_large
 from .outputs import Outputs
 from .rank_parts import RankPart, rank_parts
 from .source import Source
+
+VALUES = "float32"  # from which codes are made
 
 
 class Stopped(Exception):
@@ -79,11 +83,8 @@ def _decoder(work: Work, name: str, digests: dict[str, str]) -> Decoder | None:
         return None
     companions = []
     for info in (plan.sources[n] for n in plan.decoded_with(name)):
-        data = bytearray(info.nbytes)
-        work.source.read(info, 0, memoryview(data))
-        digests[info.name] = "xxh3:" + xxhash.xxh3_128_hexdigest(data)
-        companions.append(np.frombuffer(data, DTYPES[info.dtype].numpy).reshape(info.shape))
-    out = plan.tensors[plan.moves[name][0].tensor].dtype
+        companions.append(_read_whole(work, info, digests))
+    out = VALUES if name in plan.encoded else plan.tensors[plan.moves[name][0].tensor].dtype
     return plan.formats[name].decoder(name, companions, DTYPES[out].numpy)
 
 
@@ -92,12 +93,14 @@ def _move_rows(
 ) -> list[RankPart]:
     """A block of rows is read once, cut for every rank, cast, hashed and written."""
     plan, buffers = work.plan, work.buffers
-    (name,) = unit
+    name = unit[0]
     info = plan.sources[name]
     rows, cols = matrix(info.shape)
     pitch = cols * DTYPES[info.dtype].nbytes
-    places = [place for move in plan.moves[name] for place in rank_parts(plan, name, move)]
-    out = places[0].dtype
+    places = [(move.item, place) for move in plan.moves[name] for place in rank_parts(plan, name, move)]
+    encoded = plan.encoded.get(name)
+    sums = ColumnSums(plan, name, unit[1]) if len(unit) > 1 else None
+    out = VALUES if encoded else places[0][1].dtype
     widest = cols * max(DTYPES[info.dtype].nbytes, DTYPES[out].nbytes)
     together = rows_together(plan, name)
     step = max(together, buffers.chunk_bytes // max(1, widest) // together * together)
@@ -111,14 +114,83 @@ def _move_rows(
         block, dtype = raw, info.dtype
         if name in decoders:
             block, dtype = _decode(name, raw.reshape(count, cols), row, decoders[name], out, buffers), out
-        for place in places:
+        made = [(block, dtype, cols)]
+        if encoded:
+            codes = raw[: count * cols].view(np.int8).reshape(count, cols)
+            made = encode(encoded, name, block, dtype, cols, codes, buffers)
+        if sums is not None:
+            sums.add(raw.view(np.int8).reshape(count, cols), row)
+        for item, place in places:
             for box in place.boxes:
-                piece = cut_rows(block, dtype, cols, row, box, place, buffers, name)
+                piece = cut_rows(*made[item], row, box, place, buffers, name)
                 if piece is not None:
                     place.write(piece, work.outputs)
         work.advance(len(raw))
     digests[name] = "xxh3:" + hasher.hexdigest()
-    return places
+    found = [place for _, place in places]
+    return found if sums is None else found + sums.write(work, digests)
+
+
+def encode(
+    encoded: WeightFormat,
+    name: str,
+    block: NDArray[np.uint8],
+    dtype: str,
+    cols: int,
+    codes: NDArray[Any],
+    buffers: Buffers,
+) -> list[tuple[NDArray[np.uint8], str, int]]:
+    """Rows of values -> what they are stored as: (bytes, element type, columns) of each tensor.  `codes` [R, cols]
+    may lie where the values did, if those are not float32."""
+    count = len(codes)
+    words = buffers.decoded[: count * cols * 4]
+    if dtype == "bfloat16":
+        widen(block.view(np.uint16), words.view(np.uint32))
+    elif block.ctypes.data != words.ctypes.data:
+        np.copyto(words.view(np.float32), block.view(DTYPES[dtype].numpy), casting="unsafe")
+    values = words.view(np.float32).reshape(count, cols)
+    others = encoded.encode(name, values, codes)
+    of_codes, of_others = encoded.stored
+    return [
+        (codes.reshape(-1).view(np.uint8), of_codes.dtype, cols),
+        (others.reshape(-1).view(np.uint8), of_others.dtype, 1),
+    ]
+
+
+class ColumnSums:
+    """Sums over each rank's columns of a matrix of codes, row by row, and the shares of what they are part of."""
+
+    def __init__(self, plan: Plan, matrix_name: str, name: str) -> None:
+        self.plan, self.matrix, self.name = plan, matrix_name, name
+        (move,) = plan.moves[matrix_name]
+        self.boxes = [plan.boxes(matrix_name, move, rank)[0] for rank in plan.mesh.ranks]
+        self.sums = np.zeros((plan.mesh.tp, plan.sources[matrix_name].shape[0]), np.int64)
+
+    def add(self, codes: NDArray[np.int8], first: int) -> None:
+        for rank, box in enumerate(self.boxes):
+            part = codes[:, box.col : box.col + box.cols]
+            self.sums[rank, first : first + len(codes)] = part.sum(1, dtype=np.int64)
+
+    def write(self, work: Work, digests: dict[str, str]) -> list[RankPart]:
+        plan, info = self.plan, self.plan.sources[self.name]
+        weight_format = plan.formats[self.matrix]
+        total = _read_whole(work, info, digests)
+        offset = _read_whole(work, plan.sources[INPUT_OFFSET.of(self.matrix)], {})
+        shares = weight_format.shares(total, self.sums, float(offset[0]))
+        (move,) = plan.moves[self.name]
+        places = rank_parts(plan, self.name, move)
+        for place, share in zip(places, shares, strict=True):
+            place.write(np.ascontiguousarray(share).view(np.uint8), work.outputs)
+        work.advance(info.nbytes)
+        return places
+
+
+def _read_whole(work: Work, info: TensorInfo, digests: dict[str, str]) -> NDArray[Any]:
+    """A small source; its digest is noted."""
+    data = bytearray(info.nbytes)
+    work.source.read(info, 0, memoryview(data))
+    digests[info.name] = "xxh3:" + xxhash.xxh3_128_hexdigest(data)
+    return np.frombuffer(data, DTYPES[info.dtype].numpy).reshape(info.shape)
 
 
 def _decode(
@@ -164,6 +236,7 @@ def _transpose(
     """One expert's matrices are read whole and written transposed, side by side: [in, out]."""
     plan, buffers = work.plan, work.buffers
     sources: list[_Whole] = []
+    others: list[_Whole] = []
     begin = 0
     for name in unit:
         info = plan.sources[name]
@@ -176,13 +249,50 @@ def _transpose(
         decoder = decoders.get(name)
         if decoder is not None:
             decoder.check(words)
-        sources.append(_Whole(name, info.dtype, words, decoder, plan.moves[name][0]))
+        whole = _Whole(name, info.dtype, words, decoder, plan.moves[name][0])
+        if name in plan.encoded:
+            whole, rest = _encoded(work, whole)
+            others.append(rest)
+        sources.append(whole)
+    places = _write_transposed(work, sources)
+    return places + (_write_transposed(work, others) if others else [])
+
+
+def _encoded(work: Work, whole: _Whole) -> tuple[_Whole, _Whole]:
+    """Codes where the values were, and what each row has besides, [out, 1]."""
+    plan, buffers, name = work.plan, work.buffers, whole.name
+    encoded = plan.encoded[name]
+    rows, cols = whole.words.shape
+    raw = whole.words.reshape(-1).view(np.uint8)
+    codes = raw[: rows * cols].view(np.int8).reshape(rows, cols)
+    of_others = encoded.stored[1]
+    rest = np.empty((rows, 1), DTYPES[of_others.dtype].bits)
+    step = max(1, buffers.chunk_bytes // (cols * ENCODED_BYTES))
+    for first in range(0, rows, step):
+        work.go_on()
+        block = whole.words[first : first + step]
+        dtype = whole.dtype
+        data = block.reshape(-1).view(np.uint8)
+        if whole.decoder is not None:
+            data, dtype = _decode(name, block, first, whole.decoder, VALUES, buffers), VALUES
+        made = encode(encoded, name, data, dtype, cols, codes[first : first + step], buffers)
+        rest[first : first + step] = made[1][0].view(rest.dtype).reshape(-1, 1)
+    move, of_rest = plan.moves[name]
+    return (
+        _Whole(name, encoded.stored[0].dtype, codes.view(np.uint8), None, move),
+        _Whole(name, of_others.dtype, rest, None, of_rest),
+    )
+
+
+def _write_transposed(work: Work, sources: list[_Whole]) -> list[RankPart]:
+    """Matrices transposed, side by side."""
+    plan, buffers = work.plan, work.buffers
     move = sources[0].move
     dtype = plan.tensors[move.tensor].dtype
     out = DTYPES[dtype].numpy
     height, width = plan.part_matrix(move)
     step = max(1, buffers.chunk_bytes // (width * max(out.itemsize, *(s.words.itemsize for s in sources))))
-    places = rank_parts(plan, unit[0], move)
+    places = rank_parts(plan, sources[0].name, move)
     for place in places:
         boxes = [plan.boxes(s.name, s.move, place.rank)[0] for s in sources]
         for first in range(0, height, step):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from msconv_runtime.artifact import File, Manifest, Model, replace_file
+from msconv_runtime.artifact.opened import CONFIG
 from msconv_runtime.artifact.served import describe_file
 
 from ..checkpoint.directory import Checkpoint
@@ -26,11 +27,12 @@ def model_of(checkpoint: Checkpoint, parameters: int) -> Model:
     )
 
 
-def copy_files(paths: Iterable[Path], root: Path) -> list[File]:
-    """Copy what a server reads besides weights and graphs, and describe each for the manifest."""
+def copy_files(paths: Iterable[Path], root: Path, config: bytes = b"") -> list[File]:
+    """Copy what a server reads besides weights and graphs, and describe each for the manifest.  `config`: what
+    config.json shall be, if it is not copied."""
     files = []
     for path in paths:
-        entry, data = describe_file(path)
+        entry, data = describe_file(path, config if path.name == CONFIG else b"")
         replace_file(root / path.name, data)
         files.append(entry)
     return files

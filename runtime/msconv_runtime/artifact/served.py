@@ -25,9 +25,9 @@ MOST_FILE_BYTES = 256 << 20
 MOST_NAMED = 50
 
 
-def describe_file(path: Path) -> tuple[File, bytes]:
-    """The manifest's entry of a file, and its bytes.  Raises ArtifactError, OSError."""
-    data = read_file(path, MOST_FILE_BYTES)
+def describe_file(path: Path, data: bytes = b"") -> tuple[File, bytes]:
+    """The manifest's entry of a file, and its bytes: `data`, if they are known.  Raises ArtifactError, OSError."""
+    data = data or read_file(path, MOST_FILE_BYTES)
     return File(path.name, len(data), digest_bytes(data)), data
 
 
