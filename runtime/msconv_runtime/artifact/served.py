@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .directory import MANIFEST, READY, STATE_DIR
+from .directory import MANIFEST, READY, SIGNATURE, STATE_DIR
 from .files import read_file, read_sized
 from .manifest import File, digest_bytes
 from .opened import Artifact
 
-OWN = {MANIFEST, READY, "report.html", "README.md", ".gitattributes"}  # read by no server, or vouched for
+OWN = {MANIFEST, READY, SIGNATURE, "report.html", "README.md", ".gitattributes"}  # read by no server, or checked
 READ = re.compile(  # what SGLang, transformers or Python would open in a model's directory
     r".*\.(json|jinja|model|tiktoken|py|pyc|so|safetensors|bin|pt|pth|ckpt|gguf|npz|msgpack|h5)|merges.txt|vocab.txt",
     re.ASCII | re.IGNORECASE | re.DOTALL,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
+from ..serving.signed import refuse_unsigned_once
 from . import meeting
 from .configuration import refuse_other
 from .endpoints import ENDPOINTS, Gate
@@ -74,6 +75,8 @@ def _slot_is_ours() -> bool:
 def _get_config(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """An artifact's configuration is that of its graphs, or refused.  Its weights are not quantised any more,
     whatever its source's config.json says."""
+    if is_artifact(model):
+        refuse_unsigned_once(Path(model))
     config = original(model, *args, **kwargs)
     if is_artifact(model):
         refuse_other(Artifact(model), config, kwargs.get("model_override_args"))
