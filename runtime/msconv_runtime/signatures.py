@@ -113,7 +113,6 @@ def _hashing(files: list[Path]) -> Any:
         found: dict[str, str]
 
         def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
-            self.found = {}
             made = super().hash(model_path, files_to_hash=files)
             self.found = {r.identifier: r.digest.digest_hex for r in made.resource_descriptors()}
             return made
@@ -121,7 +120,9 @@ def _hashing(files: list[Path]) -> Any:
         def add_ignored_paths(self, **paths: Any) -> None:
             """A signature does not say which files are left out."""
 
-    return OnlyThese().set_ignored_paths(paths=(), ignore_git_paths=False)
+    config = OnlyThese()
+    config.found = {}
+    return config.set_ignored_paths(paths=(), ignore_git_paths=False)
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -147,10 +148,11 @@ def _verifier(key: Path) -> Any:
 def _unfit(key: Path, kind: str, error: Exception) -> UsageError:
     why = error.strerror if isinstance(error, OSError) else str(error)[:200]
     make = {
-        "private": "`openssl ecparam -name prime256v1 -genkey -noout -out KEY` makes one; it may have no password.",
+        "private": "`openssl ecparam -name prime256v1 -genkey -noout -out KEY` makes one.",
         "public": "`openssl ec -in KEY -pubout -out KEY.pub` makes it of a private one.",
     }
-    return UsageError(f"{key}: is no {kind} elliptic-curve key in PEM (P-256, P-384 or P-521): {why}", make[kind])
+    what = "elliptic-curve key in PEM (P-256, P-384 or P-521), without a password"
+    return UsageError(f"{key}: is no {kind} {what}: {why}.", make[kind])
 
 
 def _read(root: Path) -> bytes:
