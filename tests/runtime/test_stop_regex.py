@@ -51,13 +51,9 @@ ENDLESS = [
     r"(a)?(?(1)(a+)+|b)$",
     r"(\d+,)+",
 ]
-WORST = [
-    "a" * SEARCHED,
-    "a" * (SEARCHED - 1) + "b",
-    "ab" * (SEARCHED // 2),
-    "a\n" * (SEARCHED // 2),
-    "\n" * SEARCHED,
-]
+HALF = SEARCHED // 2
+WORST = ["a" * SEARCHED, "a" * (SEARCHED - 1) + "b", "ab" * HALF, "a\n" * HALF, "\n" * SEARCHED]
+NONE = [None, "", [], "(", "[", "*", 3, [3], {"a": 1}, "a" * 10_000, "(" * 200, "a{5,2}"]
 LIMIT_S = 1.0  # a search of the most steps takes some 20 ms; machines are busy
 
 
@@ -83,9 +79,7 @@ def test_many_that_are_fine_alone_are_counted_together() -> None:
         check_stop_regex([r"x+y"] * 32)
 
 
-@pytest.mark.parametrize(
-    "given", [None, "", [], "(", "[", "*", 3, [3], {"a": 1}, "a" * 10_000, "(" * 200, "a{5,2}"]
-)
+@pytest.mark.parametrize("given", NONE, ids=lambda given: str(given)[:10])
 def test_what_is_none_is_left_to_sglang(given: object) -> None:
     check_stop_regex(given)
 
@@ -107,9 +101,8 @@ def parts(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     )
 
 
-EXPRESSIONS = st.recursive(
-    st.sampled_from(["a", "b", ".", r"\s", "[ab]", "[^b]", "$", "^", "ab"]), parts, max_leaves=8
-)
+LEAVES = ["a", "b", ".", r"\s", "[ab]", "[^b]", "$", "^", "ab"]
+EXPRESSIONS = st.recursive(st.sampled_from(LEAVES), parts, max_leaves=8)
 
 
 @settings(max_examples=400, deadline=None)
