@@ -190,7 +190,7 @@ def test_no_manifest_can(own_artifact: Path) -> None:
 
 
 @pytest.mark.slow
-@FUZZ
+@settings(FUZZ, max_examples=15)
 @given(FILE_NAMES, FILE_NAMES)
 def test_names_of_files_cannot(
     compiled: Path, tmp_path_factory: pytest.TempPathFactory, name: str, root: str
@@ -234,7 +234,7 @@ def configurations(text: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@settings(FUZZ, max_examples=20)
+@settings(FUZZ, max_examples=10)
 @given(TEXTS, FILE_NAMES)
 def test_a_checkpoint_cannot(
     checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory, text: str, name: str
