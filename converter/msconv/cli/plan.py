@@ -122,8 +122,9 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
     """Lines about the conversion."""
     plan = e.plan
     rank_bytes, expert_bytes = human_bytes(plan.rank_bytes), human_bytes(plan.expert_bytes)
+    name = visible(e.checkpoint.name, keep="")
     lines = [
-        f"{visible(e.checkpoint.name, keep='')}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
+        f"{name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
         + (", shapes from config.json (no weights here yet)" if e.assumed else ""),
         f"source      {human_bytes(plan.read_bytes)} of {plan.source_dtype}; "
         f"to download {human_bytes(e.download_bytes)}",
