@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from msconv_runtime.serving.settings import REQUIRE_SIGNATURE
 from msconv_runtime.sglang.environment import cpu_environment
+from tests.commands import run_msconv
 from tests.e2e.servers import NEW_TOKENS, Server, expected, make_artifact, run, serving
+from tests.signing import Keys, make_keys
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -22,8 +26,16 @@ CHUNK = 64
 
 
 @pytest.fixture(scope="module")
-def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifact(random_checkpoint, tmp_path_factory.mktemp("serve") / "artifact")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return make_keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture(scope="module")
+def artifact(random_checkpoint: Path, keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Signed, and served by who requires that."""
+    root = make_artifact(random_checkpoint, tmp_path_factory.mktemp("serve") / "artifact")
+    run("sign", root, "--key", keys.private)
+    return root
 
 
 GRAPHS = {
@@ -33,10 +45,11 @@ GRAPHS = {
 
 
 @pytest.fixture(scope="module", params=GRAPHS)
-def server(artifact: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+def server(artifact: Path, keys: Keys, request: pytest.FixtureRequest) -> Iterator[Server]:
     log = artifact.with_name(f"server-{request.param}.log")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("MSCONV_COMPILED", request.param)
+        environment.setenv(REQUIRE_SIGNATURE, str(keys.public))
         with serving(artifact, log, "--chunked-prefill-size", str(CHUNK)) as s:
             yield s
 
@@ -103,6 +116,17 @@ def test_chat_completions_follow_the_chat_template(server: Server, model: Any, r
     text = tokenizer.decode(expected(model, list(ids), 12), skip_special_tokens=True)
     assert reply["choices"][0]["message"]["content"] == text
     assert reply["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_a_printed_command_checks_the_signature_itself(artifact: Path, keys: Keys, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(artifact, tmp_path / "own"))
+    shown = run_msconv("serve", root, "--require-signature", keys.public, "--print-command", "--json").json
+    (root / "notes.md").write_text("a file that the manifest would let pass")
+    environment = {**os.environ, **shown["environment"]}
+    done = subprocess.run(shown["argv"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "notes.md: was not signed" in done.stderr
+    assert "warmed up" not in done.stderr + done.stdout
 
 
 def test_other_models_go_to_upstreams_own_class(random_checkpoint: Path) -> None:

@@ -44,6 +44,7 @@ TRIED = frozenset(
         "--kv-cache-dtype",
         "--json-model-override-args",
         "--load-format",
+        "--enable-metrics",
     ]
 )
 

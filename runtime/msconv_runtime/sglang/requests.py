@@ -6,6 +6,8 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+from .stop_regex import check_stop_regex
+
 WHOLE = 2**31 - 1  # SGLang's tensors take these as int32 or int64, its scheduler ends on what does not fit
 ANSWERS = 1024  # to one prompt: SGLang makes that many requests of it at once, before it looks at any
 FLOAT32 = 3.4e38
@@ -21,7 +23,7 @@ def check_request(obj: Any, input_ids: Any, size: int) -> None:
     """Raises ValueError for one of SGLang's requests that the graphs of a model of `size` tokens cannot answer.
 
     No tokens, or such that no row of the embedding stands for; log probabilities of the prompt, which need all
-    its logits, or of more tokens than there are; NOT_ANSWERED.
+    its logits, or of more tokens than there are; expressions that take too long to search for; NOT_ANSWERED.
     """
     for field, why in NOT_ANSWERED.items():
         if (value := getattr(obj, field, None)) is not None and value is not False:
@@ -43,6 +45,7 @@ def check_request(obj: Any, input_ids: Any, size: int) -> None:
         for token in listed:
             if not _is_one_of(token, size):
                 raise ValueError(f"{field} has the token {token!r}; the model's are 0 to {size - 1}.")
+    check_stop_regex(sampling.get("stop_regex"))
     check_numbers(sampling, getattr(obj, "priority", None))
     if (most := getattr(obj, "top_logprobs_num", None) or 0) > size:
         raise ValueError(f"top_logprobs_num is {most}; the model has {size} tokens.")
