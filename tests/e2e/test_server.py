@@ -152,7 +152,7 @@ def test_scores_of_the_next_token(server: Server, model: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"logprob_start_len": 0, "top_logprobs_num": 490}, "at most 1048576"),
+        ({"logprob_start_len": 0, "top_logprobs_num": 500, "token_ids_logprob": [5] * 40}, "at most 1048576"),
         ({"logprob_start_len": -2}, "logprob_start_len is -2"),
     ],
 )
