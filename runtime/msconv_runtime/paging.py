@@ -143,8 +143,8 @@ def _part(batch: Batch, members: list[Stretch], page: int) -> tuple[list[int], l
 
 
 def take(batch: Batch, members: Sequence[Stretch], page: int) -> Batch:
-    """The batch that has these stretches of a batch's sequences, one of each at most.  What stands before a stretch
-    is taken to be in the cache when the graph runs."""
+    """The batch that has these stretches of a batch's sequences, one of each at most.  What stands before a
+    stretch is taken to be in the cache when the graph runs."""
     ends = np.cumsum(batch.q_lens)
     sequences = [sequence for sequence, _, _ in members]
     tokens = np.concatenate([np.arange(first, first + size) for _, first, size in members])
@@ -163,8 +163,8 @@ def take(batch: Batch, members: Sequence[Stretch], page: int) -> Batch:
 
 @dataclass(frozen=True)
 class Tails:
-    """The new tokens of each sequence of a batch from its `firsts[i]` on: those whose logits are asked for, one row
-    each, in the order of the sequences.  `firsts[i]` is 0 for all of them, and less than the sequence has."""
+    """The new tokens of each sequence of a batch from its `firsts[i]` on: those whose logits are asked for, one
+    row each, in the order of the sequences.  `firsts[i]` is 0 for all of them, and less than the sequence has."""
 
     batch: Batch
     firsts: Sequence[int]

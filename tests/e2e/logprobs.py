@@ -22,7 +22,12 @@ def reference(model: Any, ids: list[int]) -> Any:
 
 def ask(server: Server, ids: list[int], start: int, new: int = 1) -> dict[str, Any]:
     """One request, for all that can be asked for of its prompt from `start` on."""
-    more = {"return_logprob": True, "logprob_start_len": start, "top_logprobs_num": TOP, "token_ids_logprob": NAMED}
+    more = {
+        "return_logprob": True,
+        "logprob_start_len": start,
+        "top_logprobs_num": TOP,
+        "token_ids_logprob": NAMED,
+    }
     return server.generate(ids, new, **more)
 
 

@@ -34,7 +34,12 @@ def refusal(tokens: list[int], missing: str = "", **fields: Any) -> str:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"logprob_start_len": 2}, {"top_logprobs_num": 5, "token_ids_logprob": [1, 2]}, {"logprob_start_len": -1}],
+    [
+        {},
+        {"logprob_start_len": 2},
+        {"top_logprobs_num": 5, "token_ids_logprob": [1, 2]},
+        {"logprob_start_len": -1},
+    ],
 )
 def test_what_graphs_with_all_logits_answer_is_let_through(fields: dict[str, Any]) -> None:
     assert refusal([1, 2, 3], **fields) == ""
@@ -50,6 +55,7 @@ def test_without_such_graphs_only_what_asks_for_the_prompt_is_refused() -> None:
 
 def test_a_negative_begin_is_refused() -> None:
     assert "logprob_start_len is -2" in refusal([1, 2, 3], logprob_start_len=-2)
+    assert "logprob_start_len is 0.5" in refusal([1, 2, 3], logprob_start_len=0.5)
 
 
 def test_places_within_a_prompt_are_refused() -> None:

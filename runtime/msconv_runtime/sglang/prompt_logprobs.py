@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessorOutput
 from sglang.srt.layers.logprob_processor import InputLogprobProcessor
@@ -23,26 +24,26 @@ def asked(forward_batch: Any) -> LogitsMetadata | None:
     return metadata if metadata.extend_return_logprob else None
 
 
-def run(graphs: Graphs, batch: Batch, asked: LogitsMetadata, caches: list[Any], device: Any) -> Any:
+def run(graphs: Graphs, batch: Batch, metadata: LogitsMetadata, caches: list[Any], device: Any) -> Any:
     """SGLang's LogitsProcessorOutput for a batch in which log probabilities of prompts are asked for.
 
-    Of each sequence the tokens from `extend_logprob_start_lens_cpu` on give a row, or its last one alone where that
-    is where it ends: an ordinary request beside.  Tokens before them run as any prompt does."""
-    starts = asked.extend_logprob_start_lens_cpu
+    Of each sequence the tokens from `extend_logprob_start_lens_cpu` on give a row; where that is its end (an
+    ordinary request beside), its last one alone.  Tokens before them run as any prompt does."""
+    starts = metadata.extend_logprob_start_lens_cpu
     counts = [int(n) for n in batch.q_lens]
     tails = Tails(batch, [min(start, n - 1) for start, n in zip(starts, counts, strict=True)], graphs.page)
     if (before := tails.before()) is not None:
         graphs.prefill(before, caches)
-    sequences = [i for i, count in enumerate(tails.counts) for _ in range(count)]
-    last = [sum(tails.counts[: i + 1]) - 1 for i in range(len(counts))]
-    wanted = [row for row, i in enumerate(sequences) if starts[i] < counts[i]]
-    asked.sample_indices_cpu, asked.input_logprob_indices_cpu = last, wanted
-    asked.extend_input_logprob_token_ids_gpu = asked.extend_input_logprob_token_ids_gpu.cpu()
 
     def logits_of(rows: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         part = tails.rows(int(rows[0]), int(rows[-1]) + 1)
         return torch.from_numpy(graphs.every_token(part, caches))
 
+    sequences = [i for i, count in enumerate(tails.counts) for _ in range(count)]  # of each row
+    last = [int(end) - 1 for end in np.cumsum(tails.counts)]
+    wanted = [row for row, i in enumerate(sequences) if starts[i] < counts[i]]
+    metadata.sample_indices_cpu, metadata.input_logprob_indices_cpu = last, wanted
+    metadata.extend_input_logprob_token_ids_gpu = metadata.extend_input_logprob_token_ids_gpu.cpu()
     processor = InputLogprobProcessor(graphs.vocab_size)
     processor.enable_logprobs_chunk, processor.logprobs_chunk_size = True, graphs.rows_at_once
     result, logits = processor.forward(
@@ -52,7 +53,7 @@ def run(graphs: Graphs, batch: Batch, asked: LogitsMetadata, caches: list[Any], 
         token_to_seq_idx=sequences,
         lm_head=None,
         get_logits_fn=logits_of,
-        logits_metadata=asked,
+        logits_metadata=metadata,
     )
     output = LogitsProcessorOutput(next_token_logits=logits.to(device), hidden_states=None)
     result.write_input_to(output)

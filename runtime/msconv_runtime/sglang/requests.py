@@ -57,17 +57,19 @@ def check_prompt_logprobs(obj: Any, length: int, missing: str) -> None:
     """Raises ValueError for log probabilities of a prompt of `length` tokens that are not given: see
     `check_request`."""
     start = getattr(obj, "logprob_start_len", None)
-    if not getattr(obj, "return_logprob", False) or start in (None, -1) or start >= length:
+    if not getattr(obj, "return_logprob", False) or start in (None, -1):
         return
-    if start < 0:
-        raise ValueError(f"logprob_start_len is {start}; it is a position in the prompt, or -1 for none of it.")
+    if not isinstance(start, int) or start < 0:
+        raise ValueError(f"logprob_start_len is {start!r}; it is a position in the prompt, or -1 for none of it.")
+    if start >= length:
+        return
     if missing:
         raise ValueError(f"logprob_start_len {start} asks for log probabilities of the prompt: {missing}")
     values = (length - start) * ((getattr(obj, "top_logprobs_num", None) or 0) + len(_listed(obj)) + 1)
     if values > LOGPROBS:
         raise ValueError(
-            f"Log probabilities of {length - start} tokens of the prompt, {values // (length - start)} of each, are "
-            f"{values}: at most {LOGPROBS} are given to a request.  Ask for a smaller top_logprobs_num, fewer "
+            f"Log probabilities of {length - start} tokens of the prompt, {values // (length - start)} of each, "
+            f"are {values}: at most {LOGPROBS} are given to a request.  Ask for a smaller top_logprobs_num, fewer "
             "token_ids_logprob, or a larger logprob_start_len."
         )
 

@@ -96,8 +96,8 @@ class ArtifactModel(nn.Cell):
             self.graphs = loading.finish(self.artifact, self.place)
 
     def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
-        """SGLang's LogitsProcessorOutput: logits [B, V] float32 of each sequence's last token, and what is asked for
-        of the prompts' log probabilities."""
+        """SGLang's LogitsProcessorOutput: logits [B, V] float32 of each sequence's last token, and what is asked
+        for of the prompts' log probabilities."""
         if self.graphs is None:
             self.graphs = loading.finish(self.artifact, self.place)
         if not self.caches:
