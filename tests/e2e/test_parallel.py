@@ -20,6 +20,7 @@ from msconv_runtime import mccl
 from msconv_runtime.errors import EnvironmentProblem
 from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.sglang.environment import cores_by_rank, cpu_environment
+from tests.e2e import logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, left_after, make_artifact, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -53,7 +54,7 @@ def test_every_rank_runs_the_slot_and_the_graphs_own_collectives(server: Server)
     for rank in range(2):
         assert f"TP{rank}] msconv: rank {rank} of 2: mccl started" in log
         assert f"TP{rank}] msconv: groups ['msconv_tp'] created over ranks [0, 1]" in log
-    assert log.count("mixed_compiled warmed up") == 2
+    assert log.count("mixed_compiled and verify_compiled warmed up") == 2
     assert process_of(server.processes(), "msconv_runtime.mccl").is_running()
 
 
@@ -98,6 +99,16 @@ def test_what_concerns_everybody_needs_the_administrators_key(server: Server) ->
         assert server.status("/continue_generation", {}, KEY) == 200
         assert waiting.result(60)["output_ids"] == before
     assert KEY not in server.log
+
+
+def test_log_probabilities_of_prompts(server: Server, model: Any, prompts: list[list[int]]) -> None:
+    asked = [(ids, start) for ids in prompts for start in (0, len(ids) - 1)]
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(server.generate, ids, NEW_TOKENS) for ids in prompts[:4]]
+        answers = list(pool.map(lambda one: logprobs.ask(server, *one), asked))
+    for (ids, start), answer in zip(asked, answers, strict=True):
+        logprobs.check(model, ids, start, answer)
+    assert [o.result()["output_ids"] for o in others] == [expected(model, ids) for ids in prompts[:4]]
 
 
 def test_a_rank_killed_in_mid_request_ends_the_server(server: Server) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
+from ..roles import gives_all_logits
+from ..serving.settings import Settings
 from ..serving.signed import refuse_unsigned_once
 from . import meeting
 from .configuration import refuse_other
@@ -162,7 +164,7 @@ def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
     """A 400 to the client for what the graphs cannot answer: it would end the process that runs them, or be
     missing from the answer."""
     if _is_served(manager.model_path):
-        check_request(obj, input_ids, manager.model_config.vocab_size)
+        check_request(obj, input_ids, manager.model_config.vocab_size, _missing(manager.model_path))
 
 
 def _search_few_tokens(tokens: int, request: Any, *args: Any, **kwargs: Any) -> int:
@@ -237,6 +239,15 @@ def _serves() -> bool:
 def _is_served(path: str) -> bool:
     """Asked once: the disk may be gone later."""
     return is_artifact(path)
+
+
+@functools.cache
+def _missing(path: str) -> str:
+    """Why an artifact's graphs give no log probabilities of prompts, and what adds them; "" if they do."""
+    target = Settings.read().target
+    if gives_all_logits(Artifact(path).graphs(target)):
+        return ""
+    return f"this artifact has no graphs for them.  `msconv compile {path} --target {target}` adds them."
 
 
 def _add_state(reply: Any, *args: Any, **kwargs: Any) -> Any:
