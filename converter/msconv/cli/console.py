@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import click
 
 from msconv_runtime.artifact import is_artifact
-from msconv_runtime.errors import UsageError
+from msconv_runtime.errors import ArtifactError, UsageError
 
 ARTIFACTS = Path("artifacts")
 
@@ -126,15 +127,37 @@ def step(label: str) -> Iterator[None]:
         yield
 
 
-def find_artifact(given: Path | None) -> Path:
-    """The artifact that was named, or the newest in artifacts/ (and says which)."""
-    if given is not None:
+def _named(given: Path) -> Path:
+    """Raises ArtifactError with near names where there is no such directory, UsageError if several are meant."""
+    name = str(given)
+    if len(given.parts) != 1 or name.startswith((".", "-")) or os.path.lexists(given):
         return given
+    there = sorted(p.name for p in ARTIFACTS.glob("*") if is_artifact(p))
+    meant = [n for n in there if n == name] or [n for n in there if n.startswith(f"{name}-tp")]
+    if len(meant) == 1:
+        say(f"Artifact: {ARTIFACTS / meant[0]}")
+        return ARTIFACTS / meant[0]
+    if meant:
+        raise UsageError(
+            f"{name}: {len(meant)} artifacts are of this model.", f"Name one: {', '.join(meant[:8])}."
+        )
+    near = difflib.get_close_matches(name, there, 3)
+    if near:
+        where = f"no such directory, here or in {ARTIFACTS}/"
+        raise ArtifactError(f"{name}: {where}.", f"Did you mean {' or '.join(near)}?")
+    return given
+
+
+def find_artifact(given: Path | None) -> Path:
+    """The artifact that was named, or the newest in artifacts/ (and says which).  A name without a directory is
+    looked for in artifacts/, and so is a model's: `Qwen3-8B` of `artifacts/Qwen3-8B-tp4`."""
+    if given is not None:
+        return _named(given)
     found = [p for p in ARTIFACTS.glob("*") if is_artifact(p)]
     if not found:
         raise UsageError(
             f"No artifact was named and there is none in {ARTIFACTS}/.",
-            "`msconv convert --model <dir> --tp N` makes one.",
+            "`msconv convert DIR --tp N` makes one, DIR being a checkpoint; `msconv recipes` has examples.",
         )
     newest = max(found, key=lambda p: (p / "msconv.json").stat().st_mtime_ns)
     say(f"Artifact: {newest} (the newest in {ARTIFACTS}/)")

@@ -22,7 +22,7 @@ from .options import (
     tp_option,
     worker_count,
 )
-from .references import harmless_option, model_option, recipe_option, source_option
+from .references import first_argument, harmless_option, model_option, recipe_option, source_option
 from .result import Result
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def layout_options(model: str, output: str) -> Decorator:
     return grouped(
         "layout",
         LayoutOptions,
-        model_option(True, model),
+        first_argument,
+        model_option(model, is_required=True),
         recipe_option,
         tp_option,
         ep_option,

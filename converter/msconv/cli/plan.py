@@ -59,8 +59,8 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
     Reads headers only, and config.json alone if the weights are not there yet.
 
     \b
-    msconv plan --model Qwen3-32B                    the recipe, against its devices
-    msconv plan --model models/Qwen3-32B --tp 8
+    msconv plan Qwen3-32B                            the recipe, against its devices
+    msconv plan models/Qwen3-32B --tp 8
     msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
     """
     from ..steps.estimate import estimate

@@ -20,6 +20,7 @@ import click
 from msconv_runtime.errors import MsconvError
 
 from .console import colour, indented, is_verbose, say, visible
+from .typed import Mistyped
 
 JSON = "msconv.json"  # in a context's meta: whether --json was given
 INTERRUPTED = 130
@@ -128,8 +129,12 @@ def _explain(error: BaseException) -> tuple[str, str, str, int]:
 
 
 def _usage_hint(error: click.ClickException) -> str:
+    if isinstance(error, Mistyped):
+        return error.hint
     if isinstance(error, click.MissingParameter) and error.param and error.param.name == "tp":
         return "How many ranks?  Give --tp N, or a recipe that says it: `msconv recipes` lists them."
+    if isinstance(error, click.MissingParameter) and error.param and error.param.name == "model":
+        return "Which model?  A directory, owner/name on a hub, or a recipe: `msconv recipes` lists them."
     if isinstance(error, click.UsageError) and error.ctx:
         return f"`{error.ctx.command_path} --help` shows how."
     return ""
