@@ -15,6 +15,7 @@ from typing import Any
 
 from ..artifact import Artifact, is_artifact
 from . import meeting
+from .asked import in_clients_words
 from .configuration import refuse_other
 from .endpoints import ENDPOINTS, Gate
 from .keys import hide_fields, hide_text, hide_words
@@ -155,7 +156,10 @@ def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
     """A 400 to the client for what the graphs cannot answer: it would end the process that runs them, or be
     missing from the answer."""
     if _is_served(manager.model_path):
-        check_request(obj, input_ids, manager.model_config.vocab_size)
+        try:
+            check_request(obj, input_ids, manager.model_config.vocab_size)
+        except ValueError as e:
+            raise ValueError(in_clients_words(str(e))) from None
 
 
 async def _refuse_weights(
