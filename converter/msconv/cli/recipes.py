@@ -119,8 +119,6 @@ def describe(recipe: Recipe) -> str:
         lines.append("verified    not run yet: the sizes are worked out, not measured")
     typed = commands(recipe)
     if (machines := devices.nodes) > 1:
-        first = (
-            "FIRST=10.0.0.1  # the first machine's address; on each, then one of the lines below on each, in order"
-        )
+        first = "FIRST=10.0.0.1  # the first machine's address: on each machine, and then one of these lines"
         typed[-machines:-machines] = [first]
     return "\n".join([*lines, "", *(f"  {line}" for line in typed)])

@@ -8,12 +8,14 @@ from contextvars import ContextVar
 path: ContextVar[str] = ContextVar("path", default="")  # of the request that is being answered
 
 OPENAI = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+OLLAMA = {"max_new_tokens": "num_predict", "sampling_seed": "seed"}
 NAMES: dict[str, dict[str, str]] = {
     "/v1/chat/completions": {**OPENAI, "top_logprobs_num": "top_logprobs"},
     "/v1/completions": {**OPENAI, "top_logprobs_num": "logprobs", "input_ids": "prompt"},
     "/v1/responses": {**OPENAI, "max_new_tokens": "max_output_tokens", "top_logprobs_num": "top_logprobs"},
     "/v1/messages": {"max_new_tokens": "max_tokens"},
-    **dict.fromkeys(("/api/chat", "/api/generate"), {"max_new_tokens": "num_predict", "sampling_seed": "seed"}),
+    "/api/chat": OLLAMA,
+    "/api/generate": OLLAMA,
 }
 
 
