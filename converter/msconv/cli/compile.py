@@ -14,9 +14,11 @@ from msconv_runtime.units import human_bytes
 from ..checkpoint.reference import Hub
 from ..location import open_reference
 from .command import Command
-from .console import find_artifact, say, step
+from .console import find_artifact, say
 from .here import quoted, usual_target
+from .interrupts import leaving_at_once
 from .options import artifact_argument, complete_targets, output_option
+from .phases import phases
 from .references import compare_layout, convert_command, model_option, recipe_option, source_option
 from .report import refresh
 from .result import Result, json_option, show
@@ -78,8 +80,8 @@ def command(
     for target in targets:
         target_named(target)  # before the first one is compiled
     for target in dict.fromkeys(targets):
-        with step(f"compiling for {target}"):
-            done = compiler.compile_graphs(root, target, say)
+        with phases(f"compiling for {target}") as tell, leaving_at_once():
+            done = compiler.compile_graphs(root, target, say, tell)
         for compiled in done:
             say(_line(compiled))
         made += done

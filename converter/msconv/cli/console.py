@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -17,8 +19,10 @@ import click
 
 from msconv_runtime.artifact import is_artifact
 from msconv_runtime.errors import ArtifactError, UsageError
+from msconv_runtime.units import human_bytes
 
 ARTIFACTS = Path("artifacts")
+REPEAT_S = 30  # between two lines of progress, where there is no terminal
 
 
 class Volume(IntEnum):
@@ -44,7 +48,8 @@ def is_verbose() -> bool:
     return _volume is Volume.VERBOSE
 
 
-def _shows_progress() -> bool:
+def shows_progress() -> bool:
+    """Whether people look: on a terminal, unless --quiet."""
     return _volume > Volume.QUIET and sys.stderr.isatty()
 
 
@@ -101,22 +106,48 @@ def byte_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def byte_progresses(totals: dict[str, int]) -> Iterator[dict[str, Callable[[int], None]]]:
     """Progress bars one below the other, by their labels.  Those of nothing are not shown."""
-    if not _shows_progress():
-        yield dict.fromkeys(totals, lambda n: None)
+    if not shows_progress():
+        yield {label: _said_now_and_then(label, total) for label, total in totals.items()}
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    class Rate(ProgressColumn):
+        """In the units of all else that is said."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{human_bytes(speed)}/s" if speed else "?", style="progress.data.speed")
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), Rate(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=Console(stderr=True)) as progress:
         tasks = {n: progress.add_task(n, total=total, visible=total > 0) for n, total in totals.items()}
         yield {label: partial(progress.advance, task) for label, task in tasks.items()}
 
 
+def _said_now_and_then(label: str, total: int) -> Callable[[int], None]:
+    """A line every REPEAT_S seconds: for logs.  Threads may call it."""
+    lock, done = threading.Lock(), 0
+    started = last = time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        with lock:
+            done, now = done + n, time.monotonic()
+            if now - last < REPEAT_S or not total:
+                return
+            last = now
+            left = (now - started) / max(done, 1) * (total - done)
+            say(f"  {label}: {human_bytes(done)} of {human_bytes(total)}, about {left:.0f} s left")
+
+    return advance
+
+
 @contextmanager
 def step(label: str) -> Iterator[None]:
     """A line that says what takes time, with a spinner on a terminal."""
-    if not _shows_progress():
+    if not shows_progress():
         say(f"{label} ...")
         yield
         return

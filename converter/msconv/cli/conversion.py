@@ -87,11 +87,11 @@ def say_plan(conversion: Conversion) -> None:
 
 def converted(done: Converted, lines: Sequence[str], next_step: str) -> Result:
     """The result of a conversion that was done.  `lines` follow the one that sums it up."""
-    rate = done.bytes_read / max(done.seconds, 1e-9) / 1e9
+    rate = human_bytes(done.bytes_read / max(done.seconds, 1e-9))
     verb = "Already complete" if not done.bytes_read else "Resumed and finished" if done.resumed else "Written"
     summary = (
         f"{verb}: {done.artifact}, read {human_bytes(done.bytes_read)}, wrote {human_bytes(done.bytes_written)} "
-        f"in {done.seconds:.1f} s ({rate:.2f} GB/s), peak memory {human_bytes(done.peak_rss_bytes)}"
+        f"in {done.seconds:.1f} s ({rate}/s), peak memory {human_bytes(done.peak_rss_bytes)}"
     )
     data = {
         "artifact": str(done.artifact),

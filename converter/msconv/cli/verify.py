@@ -13,9 +13,11 @@ from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.targets import target_named
 
 from .command import Command
-from .console import find_artifact, import_torch_alone, step
+from .console import find_artifact, import_torch_alone
 from .here import machine_kind, quoted, usual_target
+from .interrupts import leaving_at_once
 from .options import artifact_argument, complete_targets, reference_option
+from .phases import phases
 from .report import refresh
 from .result import Result, json_option, show
 
@@ -44,13 +46,13 @@ def command(artifact: Path | None, target: str | None, reference: str | None, la
     msconv verify artifacts/Qwen3-0.6B-tp1 --reference models/Qwen3-0.6B
     """
     import_torch_alone()
-    from ..verify.prove import prove
-
     root = find_artifact(artifact)
     target = target_named(target or usual_target(Artifact(root))).name
     try:
-        with step(f"comparing {root} ({target}) with transformers"):
-            proof = prove(root, target, reference, layers)
+        with phases(f"comparing {root} ({target}) with transformers") as tell, leaving_at_once():
+            from ..verify.prove import prove
+
+            proof = prove(root, target, reference, layers, tell)
     except VerificationFailed:
         refresh(root)  # an earlier proof is gone
         raise
