@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +17,15 @@ from pathlib import Path
 import click
 import pytest
 
+from msconv.checkpoint.reach import unreachable
 from msconv.cli import COMMANDS, cli, here
 from msconv.cli.console import Volume, find_artifact, set_volume
 from msconv.cli.phases import Phases
 from msconv.cli.result import _explain
+from msconv.families import configure
+from msconv.published import published
+from msconv.recipes import all_recipes, read_recipe
+from msconv.steps import estimate
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 from msconv_runtime.targets import TARGETS, meant_target
@@ -322,3 +329,85 @@ def test_a_phase_says_how_long_it_will_take() -> None:
     work.tell("graphs", 0, 4)
     now[0] = 3700
     assert work.line() == "comparing: graphs, 0 of 4, 1:01:40 so far"
+
+
+# Without a network
+
+
+@pytest.mark.parametrize("line", ["convert --model Qwen3-8B --tp 4", "compile --model Qwen3-8B --tp 4 --output x"])
+def test_without_a_network_that_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    begun = time.monotonic()
+    done = run_msconv(*line.split(), cwd=tmp_path)
+    assert time.monotonic() - begun < 10  # 2 s on a machine that does nothing else; a client's retries take 16
+    assert done.code == 1
+    assert "Qwen/Qwen3-8B: no such directory here, and http://127.0.0.1:9 cannot be reached" in done.stderr
+    assert "give the directory of a checkpoint that is here" in done.stderr.splitlines()[-1]
+
+
+def test_a_hub_that_says_nothing_is_given_up() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(1)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert unreachable(f"http://{address}") == ""
+    assert "refused" in unreachable(f"http://{address}")
+    begun = time.monotonic()
+    assert unreachable("http://no-such-host.invalid")
+    assert time.monotonic() - begun < 3
+
+
+def test_a_proxy_is_asked_in_the_hubs_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert "127.0.0.1 port 9" in unreachable("https://no-such-host.invalid")
+
+
+def test_recipes_are_planned_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    done = run_msconv("plan", "Qwen3-0.6B", "--json")
+    assert done.code == 0, done.stderr
+    assert done.json["parameters"] == 751_632_384
+    assert done.json["free_bytes"] > 0
+    assert "Planned from the configuration that came with msconv." in done.stderr
+
+
+def test_every_recipe_has_its_models_configuration() -> None:
+    data = Path(__file__).parents[1] / "data" / "configs"
+    models = {read_recipe(path).model for path in all_recipes().values()}
+    assert len(models) > 15
+    for model in models:
+        directory = published(model)
+        assert directory, model
+        shipped = json.loads((directory / "config.json").read_text())
+        whole = json.loads((data / f"{model.partition('/')[2]}.json").read_text())
+        assert configure(shipped, "shipped") == configure(whole, "whole")
+    assert published("Qwen/Qwen3-8B@v1") == published("Qwen/Qwen3-8B")
+    assert published("Qwen/..") is None
+    assert published("else/Qwen3-8B") is None
+
+
+def test_a_plan_ends_with_the_conversion_that_fits(
+    tmp_path: Path, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = checkpoint("untied"), tmp_path / "out"
+    line = ("plan", str(model), "--tp", "1", "--output", str(out), "--device-memory")
+    whole = run_msconv(*line, "1G", "--json")
+    assert whole.json["fits"] is True
+    assert whole.stderr.splitlines()[-1] == f"Next: msconv convert --model {model} --tp 1 --output {out}"
+    less = run_msconv(*line, str(whole.json["ranks"][0]["device_bytes"]), "--json")
+    assert less.json["fits"] is False
+    tp = less.json["smallest_tp"]
+    assert tp > 1
+    assert f"--tp {tp} --output {out}  # the smallest tp that fits in" in less.stderr.splitlines()[-1]
+
+
+def test_a_plan_knows_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    assert estimate._lacking(tmp_path / "x" / "y", 900, 0) == 0
+    assert estimate._lacking(tmp_path / "x" / "y", 900, 200) == 100
+    assert estimate._lacking(tmp_path / "x" / "y", 1500, 0) == 500

@@ -59,6 +59,13 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def in_words(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.1 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def phases(label: str) -> Iterator[Tell]:
     """Show work that tells its phases: a line that stays current on a terminal; elsewhere one when it begins, and
