@@ -112,7 +112,7 @@ def _following(e: Estimate, layout: LayoutOptions, device: DeviceOptions) -> str
 
 
 def _location(layout: LayoutOptions) -> Location:
-    """Where the model is; where no hub can be asked, a recipe's model is the configuration that msconv has of it."""
+    """Where the model is; where no hub can be asked, a recipe's model is what msconv itself has of it."""
     try:
         return open_reference(layout.model, layout.hub, weights=False)
     except MsconvError as e:

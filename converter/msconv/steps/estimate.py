@@ -23,7 +23,7 @@ from ..location import Location, bytes_to_download
 from ..stream.execute import plan_memory
 from ..workspace.names import default_output
 
-PROBE_BYTES = 64 << 20
+PROBE_BYTES, PROBE_STEP, PROBE_S = 64 << 20, 8 << 20, 1.0
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,17 @@ def _lacking(target: Path, output_bytes: int, download_bytes: int) -> int:
 
 
 def _seconds(plan: Plan, target: Path) -> float | None:
-    """Reading and writing at the rate that a probe of some megabytes reaches where the output would be."""
+    """Reading and writing at the rate that a probe of some megabytes, or a second, reaches where the output would
+    be."""
     place = _there(target)
-    block = os.urandom(1 << 20) * (PROBE_BYTES >> 20)
+    block, size = os.urandom(1 << 20) * (PROBE_STEP >> 20), 0
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".msconv-probe-") as f:
             started = time.perf_counter()
-            f.write(block)
-            f.flush()
-            os.fdatasync(f.fileno())
+            while size < PROBE_BYTES and time.perf_counter() - started < PROBE_S:
+                size += f.write(block)
+                f.flush()
+                os.fdatasync(f.fileno())
             written = time.perf_counter() - started
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             started = time.perf_counter()
@@ -144,4 +146,4 @@ def _seconds(plan: Plan, target: Path) -> float | None:
             read = time.perf_counter() - started
     except OSError:
         return None
-    return (plan.read_bytes * read + plan.output_bytes * written) / PROBE_BYTES
+    return (plan.read_bytes * read + plan.output_bytes * written) / size
