@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from msconv_runtime.artifact.weights import LoadMode
 
 
-def _settings(strict_aot: bool, check_digests: bool, load: LoadMode) -> Settings:
-    return Settings(strict_aot, check_digests, load)
+def _settings(strict_aot: bool, check_digests: bool, load: LoadMode, ui: bool) -> Settings:
+    return Settings(strict_aot, check_digests, load, ui=ui)
 
 
 def _nodes(nnodes: int, node_rank: int, dist_init_addr: str | None) -> Nodes:
@@ -56,6 +56,7 @@ settings_options = grouped(
         show_default=True,
         help="Map the rank's files, or read them: some drivers hang on mapped memory.",
     ),
+    click.option("--ui", is_flag=True, help="Serve a chat page too, at /chat; it works offline."),
 )
 nodes_options = grouped(
     "nodes",
@@ -106,6 +107,7 @@ def command(
 
     \b
     msconv serve artifacts/Qwen3-0.6B-tp1 --port 30000
+    msconv serve artifacts/Qwen3-0.6B-tp1 --ui
     msconv serve artifacts/Qwen3-0.6B-tp1 -- --max-total-tokens 8192 --log-level debug
     msconv serve artifacts/DeepSeek-V3-tp32-ep32 --nnodes 4 --node-rank 1 --dist-init-addr 10.0.0.1:5000
     """

@@ -23,6 +23,7 @@ class Settings:
     strict_aot: a start that would compile for other shapes fails.  check_digests: every digest of the rank is
     compared before it loads.  load_mode: `mmap` or `read`.  target: whose graphs.  meeting_host: where the ranks
     of a CPU server meet.  ranks_here: how many share this machine's processors, 0 for all of the artifact's.
+    ui: serve the chat page.
     """
 
     strict_aot: bool = True
@@ -31,6 +32,7 @@ class Settings:
     target: str = CPU.name
     meeting_host: str = LOCALHOST
     ranks_here: int = 0
+    ui: bool = False
 
     def environment(self) -> dict[str, str]:
         """What differs from the defaults, and what this process's environment has."""
@@ -51,6 +53,7 @@ class Settings:
             os.environ.get(TARGET, CPU.name),
             os.environ.get("MSCONV_MEETING_HOST", LOCALHOST),
             int(ranks) if ranks.isdecimal() else 0,
+            os.environ.get("MSCONV_UI", "0") == "1",
         )
 
 

@@ -53,6 +53,7 @@ class SGLang(Engine):
         return {
             "--model-path": str(artifact.root),
             "--model-impl": "mindspore",
+            **flags.name_flags(artifact),
             **flags.device_flags(artifact, target),
             **flags.parallel_flags(artifact.manifest.parallel),
             **flags.node_flags(nodes),

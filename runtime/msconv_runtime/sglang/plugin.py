@@ -9,11 +9,16 @@ import functools
 import logging
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
+from ..serving.pages import Pages
+from ..serving.proof import proof_of
+from ..serving.ready import address, first_request, ready_lines
+from ..serving.settings import Settings
 from . import meeting
 from .asked import in_clients_words
 from .configuration import refuse_other
@@ -61,6 +66,7 @@ def activate() -> None:
     )
     HookRegistry.register(f"{AUTH}.app_has_admin_force_endpoints", _guard_always, HookType.AROUND)
     HookRegistry.register(f"{AUTH}.add_api_key_middleware", _add_gate, HookType.AFTER)
+    HookRegistry.register("sglang.srt.entrypoints.http_server._wait_and_warmup", _say_ready, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolved_dict", _hide_fields, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.__repr__", hide_text, HookType.AFTER)
     HookRegistry.register(
@@ -198,6 +204,28 @@ def _add_gate(result: None, app: Any, *, api_key: str | None, admin_api_key: str
         if rule is not None and rule.access == "admin" and endpoint is not None:
             endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
     app.add_middleware(Gate, admin_api_key=admin_api_key, running=_running)
+    settings, artifact = Settings.read(), Artifact(Path(app.server_args.model_path))
+    keys = tuple(key for key in (api_key, admin_api_key) if key)
+    app.add_middleware(Pages, proof=proof_of(artifact, settings.target), ui=settings.ui, keys=keys)
+
+
+def _say_ready(result: None, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Where the server is and what it can be asked, once it is ready."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    up = http_server._global_state.tokenizer_manager.server_status == ServerStatus.Up
+    if not up or not _is_served(server_args.model_path):
+        return
+    url, name = address(server_args.host, server_args.port), server_args.served_model_name
+    request = first_request(
+        url,
+        name,
+        Path(server_args.model_path),
+        not server_args.skip_tokenizer_init,
+        bool(server_args.api_key or server_args.admin_api_key),
+    )
+    print("\n".join(ready_lines(url, request, Settings.read().ui)), file=sys.stderr, flush=True)
 
 
 def _running() -> list[str]:
