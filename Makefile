@@ -80,4 +80,5 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf artifacts build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find artifacts -mindepth 1 ! -name README.md -delete
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
