@@ -80,5 +80,5 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	find artifacts -mindepth 1 ! -name README.md -delete
+	find artifacts -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

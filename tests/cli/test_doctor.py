@@ -392,3 +392,31 @@ def test_what_is_no_artifact_exits_2(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     check_error(run_msconv("doctor", name, "--json", cwd=tmp_path), 2, "usage")
+
+
+# Packages beside the engine
+
+
+@pytest.mark.parametrize(
+    ("sglang", "words"),
+    [
+        ("0.5.15", None),
+        ("0.5.16", "Llama do not import"),
+        ("0.5.19", "Llama do not import"),
+        ("0.5.21", "get_world_group is gone"),
+        ("0.5.23", "get_world_group is gone"),
+        ("0.6.0", "get_world_group is gone"),
+    ],
+)
+def test_a_model_package_that_does_not_go_with_this_sglang_is_named(
+    tmp_path: Path, sglang: str, words: str | None
+) -> None:
+    report = examine(machine(tmp_path, versions={"sglang": sglang, "sgl-mindspore": "0.1.0"}))
+    found = [f for f in report.findings if f.name == "sgl-mindspore"]
+    if words is None:
+        assert found == []
+        return
+    assert words in found[0].found
+    assert f"0.1.0 beside sglang {sglang}" in found[0].found
+    assert "artifact is served without it" in found[0].hint
+    assert found[0].stops == ()
