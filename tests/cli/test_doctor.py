@@ -73,7 +73,7 @@ def test_lines_are_aligned_and_the_next_command_comes_last(compiled: Path) -> No
     assert len({re.search(r"\S  +(\S)", line[10:]).start(1) for line in findings if len(line) > 30}) == 1  # type: ignore[union-attr]
     assert any("nothing of msconv has run on an NPU yet" in line for line in lines)
     assert done.stderr.splitlines()[-1] == f"Next: msconv verify {compiled}"
-    assert run_msconv("doctor").stderr.splitlines()[-1] == "Next: msconv convert --model <dir> --tp N"
+    assert run_msconv("doctor").stderr.splitlines()[-1].startswith("Next: msconv recipes  # ")
 
 
 def test_tables_agree_with_what_is_pinned_and_what_is_loaded() -> None:
