@@ -78,7 +78,7 @@ def test_metrics_count_what_was_generated(server: Server) -> None:
 
 
 def test_a_stop_expression_ends_an_answer(server: Server) -> None:
-    always_i = {str(ord("I") - 33): 100.0}  # the tokenizer's first token is "!"
+    always_i = {str(ord("I") - 33): 1000.0}  # the tokenizer's first token is "!"
     sampling = {"max_new_tokens": 400, "ignore_eos": True, "logit_bias": always_i, "stop_regex": "[A-Z]{300}$"}
     for length, expression in ((3, "I{3}$"), (400, "[A-Z]{300}$")):  # the second is longer than what is searched
         sampling["stop_regex"] = expression
