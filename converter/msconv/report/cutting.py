@@ -31,7 +31,7 @@ def cutting(table: Table, sizes: Sizes, mesh: Mesh) -> list[dict[str, Any]]:
 def _cut(output: Output, mesh: Mesh) -> tuple[str, int, str]:
     """Axis, pieces and words of an output's first part that is cut."""
     if output.rule.stacked:
-        shared = "whole" if mesh.moe_tp == 1 else "each over the ranks that share it"
+        shared = "each whole" if mesh.moe_tp == 1 else "each over the ranks that share it"
         return "rows", mesh.ep, f"experts divided over groups of ranks, {shared}"
     cuts = [part.cut for part, _ in output.sources if part.cut.axis is not None]
     pieces = max((mesh.moe_tp if cut.over == "moe_tp" else mesh.tp for cut in cuts), default=1)
