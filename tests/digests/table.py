@@ -2,8 +2,8 @@
 
 table.json was made by the code of 07fe90e, the last one before the names of things in an artifact changed: what is
 compared with it is what that code made of the same checkpoints.  Cases of int8 are from the code that first made
-them.  Only the command line and the files are used, so that this script runs on old code and new.  With a directory
-as argument, the artifacts are left there.
+them.  Only the command line and the files are used, so that this script runs on old code and new.  With a
+directory as argument, the artifacts are left there.
 """
 
 from __future__ import annotations
