@@ -89,4 +89,5 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf artifacts build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find artifacts -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

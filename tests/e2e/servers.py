@@ -113,12 +113,13 @@ def expected(model: Any, ids: list[int], new: int = NEW_TOKENS) -> list[int]:
 
 
 @contextmanager
-def serving(artifact: Path, log_path: Path, *sglang_args: str) -> Iterator[Server]:
-    """`msconv serve` on a free port until the block ends."""
+def serving(artifact: Path, log_path: Path, *sglang_args: str, options: tuple[str, ...] = ()) -> Iterator[Server]:
+    """`msconv serve`, with more of its own `options`, on a free port until the block ends."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
-    command = [sys.executable, "-m", "msconv", "serve", str(artifact), "--port", str(port), "--", *sglang_args]
+    own = [str(artifact), "--port", str(port), *options]
+    command = [sys.executable, "-m", "msconv", "serve", *own, "--", *sglang_args]
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     server = Server(port, process, log_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from msconv_runtime.errors import ArtifactError
 from msconv_runtime.signatures import described, refuse_unsigned
 from msconv_runtime.units import human_bytes
 
+from ..checkpoint.reference import REPOSITORY
 from ..layout.names import fold
 from ..standing import standings
 from .command import Command
 from .console import byte_progress, find_artifact, visible
+from .here import quoted
 from .options import artifact_argument, signature_option
 from .result import Result, json_option, show
 from .sign import signed_line
@@ -82,14 +85,18 @@ def _failure(root: Path, damage: list[Damage]) -> ArtifactError | None:
 
 def next_command(root: Path, manifest: Manifest) -> str:
     """Command for what an artifact lacks most: weights, graphs, a proof, or only a server."""
-    targets = list(dict.fromkeys(g.target for g in manifest.graphs))
+    targets, named = list(dict.fromkeys(g.target for g in manifest.graphs)), quoted(root)
     if manifest.weights is None:
-        parallel = manifest.parallel
-        return f"msconv convert --model REF --tp {parallel.tp} --ep {parallel.ep} --output {root} adds the weights"
+        parallel, source = manifest.parallel, manifest.model.source
+        known = REPOSITORY.fullmatch(source) or Path(source).is_dir()
+        layout = f"--tp {parallel.tp} --ep {parallel.ep} --output {named}"
+        return f"msconv convert {shlex.quote(source) if known else 'DIR'} {layout}  # adds the weights"
     if not targets:
-        return f"msconv compile {root}"
+        return f"msconv compile {named}"
     unproven = [t for t in targets if manifest.proof_for(t) is None]
-    return f"msconv verify {root} --target {visible(unproven[0], keep='')}" if unproven else f"msconv serve {root}"
+    return (
+        f"msconv verify {named} --target {visible(unproven[0], keep='')}" if unproven else f"msconv serve {named}"
+    )
 
 
 def summary(root: Path, manifest: Manifest) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from msconv_runtime.errors import UsageError
 
 from .command import Command
 from .console import find_artifact, say
+from .here import quoted
 from .options import artifact_argument, output_option
 from .result import Result, is_json_asked, json_option, show
 from .sign import stale
@@ -36,10 +37,10 @@ def command(artifact: Path | None, output: Path | None) -> None:
     root = find_artifact(artifact)
     data = partial(facts, root)
     if is_json_asked() and output is None:
-        show(Result(data, next=f"msconv report {root} writes the page"))
+        show(Result(data, next=f"msconv report {quoted(root)}  # writes the page"))
         return
     path = _write(root, output)
-    show(Result(data, str(path), next=f"open {path} in a browser"))
+    show(Result(data, str(path), next=f"xdg-open {quoted(path)}  # or any browser"))
 
 
 def _write(root: Path, output: Path | None) -> Path:

@@ -19,8 +19,9 @@ from ..layout.constants import RANK_CONSTANTS
 from ..layout.coverage import unused_names
 from ..layout.cuts import Mesh
 from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
-from ..layout.model import expand
+from ..layout.model import expand, present
 from ..layout.names import fold
+from ..quant import kept_format
 from ..standing import standings
 from ..workspace.names import default_name
 from ..workspace.timings import Timing
@@ -230,11 +231,12 @@ def _coverage(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: li
     """The artifact's tensors against the family's table, and each target's graphs against the tensors."""
     family = family_named(manifest.model.family)
     table = family.table if family else None
-    expected = {o.name for o in expand(table, config.sizes())} if table else set[str]()
-    expected |= {n for n in RANK_CONSTANTS if mesh.ep > 1 or (mesh.tp > 1 and n != "expert_start")}
     w = manifest.weights
     tensors = w.tensors if w else []
     stored = {t.name for t in tensors}
+    outputs = present(expand(table, config.sizes()), stored) if table else []
+    expected = {s.of(o.name) for o in outputs for s in kept_format(o.name, stored, config.formats).stored}
+    expected |= {n for n in RANK_CONSTANTS if mesh.ep > 1 or (mesh.tp > 1 and n != "expert_start")}
     dropped = [{"name": d.name, "tensors": d.count, "reason": d.reason} for d in w.dropped] if w else []
     return {
         "expected": len(expected),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from msconv_runtime.targets import Target
 
 from .reference import Logits, Reference, Trace
+from .telling import Tell, quietly
 
 FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random models, a fault is 1e-2 and up
 DECODE_STEPS = 16
@@ -176,6 +178,7 @@ def compare(
     steps: int = DECODE_STEPS,
     seed: int = 0,
     others: Mapping[str, Callable[[], Candidate]] = MappingProxyType({}),
+    tell: Tell = quietly,
 ) -> Comparison:
     """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
     shows (`probes`), with the reference's.  Then the same with `others`, by name, as long as nothing is wrong."""
@@ -186,10 +189,10 @@ def compare(
     lengths = [p + c + 2 * steps + e for p, c, e in zip(prompts, appended, every or [0] * len(EVERY), strict=True)]
     sequences, traces = draw(reference, lengths, vocab, np.random.default_rng(seed))
     result = Comparison(bound)
-    _scenario(result, candidate, "", sequences, traces, (prompts, appended, every, steps))
+    _scenario(result, candidate, "", sequences, traces, (prompts, appended, every, steps), tell)
     for name, make in others.items():
         if result.ok or result.ok_but_for_ties:
-            _scenario(result, make(), name + " ", sequences, traces, (prompts, appended, every, steps))
+            _scenario(result, make(), name + " ", sequences, traces, (prompts, appended, every, steps), tell)
     result.closest_routing = min(float(t.closest[: t.decided].min(initial=np.inf)) for t in traces)
     return result
 
@@ -201,17 +204,20 @@ def _scenario(
     sequences: list[list[int]],
     traces: list[Trace],
     lengths: tuple[list[int], list[int], list[int], int],
+    tell: Tell,
 ) -> None:
     """`lengths`: of prompts, of what is appended to them, of what is appended at last with all its logits, and how
     often to decode."""
     prompts, appended, every_token, steps = lengths
     done = [0] * len(sequences)
+    calls, num_calls = itertools.count(), 2 + 2 * steps + bool(every_token)
 
     def run(phase: str, counts: list[int], call: Callable[[list[list[int]]], Logits], every: bool = False) -> None:
         new = [s[d : d + n] for s, d, n in zip(sequences, done, counts, strict=True)]
         places = [(i, done[i] + t) for i, n in enumerate(counts) for t in range(n)]
         for i, n in enumerate(counts):
             done[i] += n
+        tell(f"{name}graphs".strip(), next(calls), num_calls)
         logits = call(new)
         rows = places if every else [(i, d - 1) for i, d in enumerate(done)]
         result.add_step(Seen(name + phase, places, rows, logits, dict(getattr(candidate, "probes", {}))), traces)

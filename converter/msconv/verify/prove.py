@@ -22,6 +22,7 @@ from ..layout.coverage import unused_names
 from ..workspace.lock import exclusive
 from .compare import DECODE_STEPS, Candidate, Comparison, compare, half_precision_bound
 from .reference import Reference, source_of
+from .telling import Tell, quietly
 
 LARGE_BYTES = 2 << 30
 FEW_STEPS = 2
@@ -45,12 +46,15 @@ class Proof:
         return self.comparison.ok and not self.missing and not self.unused
 
 
-def prove(root: Path, target_name: str, reference: str | Path | None, layers: int = 0) -> Proof:
+def prove(
+    root: Path, target_name: str, reference: str | Path | None, layers: int = 0, tell: Tell = quietly
+) -> Proof:
     """Compare the artifact's graphs and bytes with transformers.  A failed proof removes an earlier one.
 
     Weights that do not stay in memory are read anew at each step: of those models few decode steps are compared.
     `layers` above 0 compares the first layers only, in bounded memory; that is no proof of the whole and is
     not recorded as one.  Half-precision targets are also run in their own precision, and that is reported.
+    `tell`: hears of each phase how much of it is done.
     """
     started = time.monotonic()
     artifact = Artifact(root)
@@ -59,6 +63,7 @@ def prove(root: Path, target_name: str, reference: str | Path | None, layers: in
     target = target_named(target_name)
     source = source_of(root, reference)
     mindspore_version()
+    tell("reading every byte", 0, 1)
     try:
         refuse_damage(artifact, VerificationFailed)
     except VerificationFailed:
@@ -67,6 +72,7 @@ def prove(root: Path, target_name: str, reference: str | Path | None, layers: in
     missing, unused = _coverage(artifact, target)
     layers = layers if layers < config.layers else 0
     model = Reference(source, artifact.manifest, layers)
+    model.tell = tell
     is_large = sum(f.size for f in artifact.weights.files) > LARGE_BYTES
     comparison = compare(
         _candidate(artifact, target, layers),
@@ -75,8 +81,10 @@ def prove(root: Path, target_name: str, reference: str | Path | None, layers: in
         config.max_positions,
         steps=FEW_STEPS if is_large else DECODE_STEPS,
         others=_others(artifact, target, layers),
+        tell=tell,
     )
     ok = comparison.ok and not missing and not unused
+    tell("the target's own precision", 0, 1)
     half = _half_precision(artifact, target, model, config) if ok and not layers and not is_large else {}
     seconds = time.monotonic() - started
     proof = Proof(target.name, artifact.tp, comparison, missing, unused, seconds, layers, half)

@@ -25,6 +25,7 @@ class Settings:
     compared before it loads.  load_mode: `mmap` or `read`.  target: whose graphs.  meeting_host: where the ranks
     of a CPU server meet.  ranks_here: how many share this machine's processors, 0 for all of the artifact's.
     require_signature: the public key, in a file, by whose owner the artifact must be signed; "" for none.
+    ui: serve the chat page.
     """
 
     strict_aot: bool = True
@@ -34,6 +35,7 @@ class Settings:
     meeting_host: str = LOCALHOST
     ranks_here: int = 0
     require_signature: str = ""
+    ui: bool = False
 
     def environment(self) -> dict[str, str]:
         """What differs from the defaults, and what this process's environment has."""
@@ -55,6 +57,7 @@ class Settings:
             os.environ.get("MSCONV_MEETING_HOST", LOCALHOST),
             int(ranks) if ranks.isdecimal() else 0,
             os.environ.get(REQUIRE_SIGNATURE, ""),
+            os.environ.get("MSCONV_UI", "0") == "1",
         )
 
 

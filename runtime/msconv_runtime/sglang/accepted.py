@@ -39,6 +39,7 @@ TRIED = frozenset(
         "--skip-tokenizer-init",
         "--sleep-on-idle",
         "--log-level",
+        "--served-model-name",
         "--api-key",
         "--admin-api-key",
         "--kv-cache-dtype",

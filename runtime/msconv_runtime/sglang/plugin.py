@@ -9,15 +9,20 @@ import functools
 import logging
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
 from ..roles import gives_all_logits
+from ..serving.pages import Pages
+from ..serving.proof import proof_of
+from ..serving.ready import address, first_request, ready_lines
 from ..serving.settings import Settings
 from ..serving.signed import refuse_unsigned_once
 from . import meeting
+from .asked import in_clients_words
 from .configuration import refuse_other
 from .endpoints import ENDPOINTS, Gate
 from .keys import hide_fields, hide_text, hide_words
@@ -67,6 +72,7 @@ def activate() -> None:
     )
     HookRegistry.register(f"{AUTH}.app_has_admin_force_endpoints", _guard_always, HookType.AROUND)
     HookRegistry.register(f"{AUTH}.add_api_key_middleware", _add_gate, HookType.AFTER)
+    HookRegistry.register("sglang.srt.entrypoints.http_server._wait_and_warmup", _say_ready, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolved_dict", _hide_fields, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.__repr__", hide_text, HookType.AFTER)
     HookRegistry.register(
@@ -164,7 +170,10 @@ def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
     """A 400 to the client for what the graphs cannot answer: it would end the process that runs them, or be
     missing from the answer."""
     if _is_served(manager.model_path):
-        check_request(obj, input_ids, manager.model_config.vocab_size, _missing(manager.model_path))
+        try:
+            check_request(obj, input_ids, manager.model_config.vocab_size, _missing(manager.model_path))
+        except ValueError as e:
+            raise ValueError(in_clients_words(str(e))) from None
 
 
 def _search_few_tokens(tokens: int, request: Any, *args: Any, **kwargs: Any) -> int:
@@ -212,6 +221,28 @@ def _add_gate(result: None, app: Any, *, api_key: str | None, admin_api_key: str
         if rule is not None and rule.access == "admin" and endpoint is not None:
             endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
     app.add_middleware(Gate, admin_api_key=admin_api_key, running=_running)
+    settings, artifact = Settings.read(), Artifact(Path(app.server_args.model_path))
+    keys = tuple(key for key in (api_key, admin_api_key) if key)
+    app.add_middleware(Pages, proof=proof_of(artifact, settings.target), ui=settings.ui, keys=keys)
+
+
+def _say_ready(result: None, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Where the server is and what it can be asked, once it is ready."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    up = http_server._global_state.tokenizer_manager.server_status == ServerStatus.Up
+    if not up or not _is_served(server_args.model_path):
+        return
+    url, name = address(server_args.host, server_args.port), server_args.served_model_name
+    request = first_request(
+        url,
+        name,
+        Path(server_args.model_path),
+        not server_args.skip_tokenizer_init,
+        bool(server_args.api_key or server_args.admin_api_key),
+    )
+    print("\n".join(ready_lines(url, request, Settings.read().ui)), file=sys.stderr, flush=True)
 
 
 def _running() -> list[str]:
