@@ -228,7 +228,7 @@ def test_a_session_without_kernels_runs_the_other_graphs(artifact: Path, monkeyp
 
     monkeypatch.setattr("msconv_runtime.graphs.library", lambda: Library(None, "no C++ compiler"))
     session = Session(artifact)
-    assert sorted(session.graphs.cells) == ["decode", "prefill"]
+    assert sorted(session.graphs.cells) == ["decode", "prefill", "verify"]
     assert session.generate([[1, 2]], 3)
 
 

@@ -188,7 +188,7 @@ def exchanged(kernel: str, place: int, a: int, b: int) -> Callable[[GraphEdit], 
 
 def weight_of(place: int, other: int) -> Callable[[GraphEdit], None]:
     def change(edit: GraphEdit) -> None:
-        nodes = kernels(edit, "Product")
+        nodes = kernels(edit, "Product") or edit.all("MatMul")
         nodes[place].input[1] = nodes[other].input[1]
 
     return change
@@ -256,11 +256,22 @@ def test_a_fault_in_the_compiled_graph_is_caught(
     assert read_manifest(root).proof_for("cpu") is None
 
 
+@pytest.mark.parametrize("name", ["verify", "verify_compiled"])
+def test_a_fault_in_the_graph_of_all_logits_is_caught_there(sound: Path, tmp_path: Path, name: str) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "own"))
+    edit_graphs(root, "cpu", (name,), weight_of(3, 7))
+    proof = prove(root, "cpu", None)
+    assert not proof.ok
+    phase = "all tokens" if name == "verify" else "compiled all tokens"
+    assert proof.comparison.first.endswith(f"in {phase}"), proof.comparison.first
+    assert all(e < 1e-4 for other, e in proof.comparison.by_phase.items() if other != phase)
+
+
 def test_without_a_fault_all_phases_are_proven(sound: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(sound, tmp_path / "own"))
     proof = prove(root, "cpu", None)
     assert proof.ok
-    phases = ["prefill", "decode", "prefill on a cached prefix", "decode after it"]
+    phases = ["prefill", "decode", "prefill on a cached prefix", "decode after it", "all tokens"]
     assert list(proof.comparison.by_phase) == [*phases, *(f"compiled {p}" for p in phases)]
 
 

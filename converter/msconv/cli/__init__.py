@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "Serve an artifact with SGLang.",
     "reshard": "Write an artifact for another number of ranks, without the source checkpoint.",
     "inspect": "Show what an artifact holds; --check reads every byte.",
+    "sign": "Sign an artifact as it is, into model.sig: after all that changes it.",
     "report": "Write report.html: proof, memory, coverage and graphs on one page that works offline.",
     "push": "Upload an artifact to a repository of a Hugging Face hub, with a card that says what it is.",
     "pull": "Download an artifact from a repository of a Hugging Face hub: owner/name[@revision].",

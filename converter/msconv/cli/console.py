@@ -66,7 +66,7 @@ def indented(text: str) -> str:
 def say(text: str = "") -> None:
     """Print for people, on stderr, unless --quiet."""
     if _volume > Volume.QUIET:
-        click.echo(visible(text), err=True)
+        click.echo(indented(text), err=True)
 
 
 class _Warnings(logging.Handler):

@@ -114,6 +114,14 @@ reference_option = click.option(
 )
 
 
+signature_option = click.option(
+    "--require-signature",
+    metavar="PUBKEY",
+    type=click.Path(path_type=Path),
+    help="Refuse an artifact that the owner of this public key (PEM) has not signed as it is.",
+)
+
+
 def output_option(text: str) -> Decorator:
     """Option --output, explained by `text`."""
     return click.option("--output", type=click.Path(path_type=Path), help=text)

@@ -12,7 +12,7 @@ from msconv_runtime.units import human_bytes
 from ..layout.memory import RESERVED
 from ..location import open_reference
 from .command import Command
-from .console import say
+from .console import say, visible
 from .conversion import LayoutOptions, layout_options
 from .options import Size, grouped
 from .references import convert_command
@@ -125,8 +125,9 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
     plan = e.plan
     kinds = f"{plan.quant} and {plan.dtype}" if plan.quant else plan.dtype
     rank_bytes, expert_bytes = human_bytes(plan.rank_bytes), human_bytes(plan.expert_bytes)
+    name = visible(e.checkpoint.name, keep="")
     lines = [
-        f"{e.checkpoint.name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
+        f"{name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
         + (", shapes from config.json (no weights here yet)" if e.assumed else ""),
         f"source      {human_bytes(plan.read_bytes)} of {plan.source_dtype}; "
         f"to download {human_bytes(e.download_bytes)}",

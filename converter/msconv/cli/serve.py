@@ -15,12 +15,13 @@ from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.serving.nodes import Nodes
 from msconv_runtime.serving.ports import refuse_taken
-from msconv_runtime.serving.settings import Settings
+from msconv_runtime.serving.settings import REQUIRE_SIGNATURE, Settings
+from msconv_runtime.serving.signed import refuse_unsigned_once
 from msconv_runtime.targets import CPU, DEVICES, Target
 
 from .command import Command
 from .console import find_artifact, say
-from .options import artifact_argument, complete_targets, grouped, parted_from_flags
+from .options import artifact_argument, complete_targets, grouped, parted_from_flags, signature_option
 from .references import compare_layout, recipe_option, with_serve_flags
 from .result import Result, json_option, show
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
     from msconv_runtime.artifact.weights import LoadMode
 
 
-def _settings(strict_aot: bool, check_digests: bool, load: LoadMode) -> Settings:
-    return Settings(strict_aot, check_digests, load)
+def _settings(strict_aot: bool, check_digests: bool, load: LoadMode, require_signature: Path | None) -> Settings:
+    key = os.environ.get(REQUIRE_SIGNATURE, "") if require_signature is None else str(require_signature.absolute())
+    return Settings(strict_aot, check_digests, load, require_signature=key)
 
 
 def _nodes(nnodes: int, node_rank: int, dist_init_addr: str | None) -> Nodes:
@@ -53,6 +55,7 @@ settings_options = grouped(
         show_default=True,
         help="Map the rank's files, or read them: some drivers hang on mapped memory.",
     ),
+    signature_option,
 )
 nodes_options = grouped(
     "nodes",
@@ -106,6 +109,7 @@ def command(
     """
     artifact, extra = parted_from_flags(artifact, sglang_args)
     root = find_artifact(artifact)
+    refuse_unsigned_once(root, settings)
     opened = Artifact(root)
     compare_layout(opened.manifest)
     flags = with_serve_flags(device, extra)

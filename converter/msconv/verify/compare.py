@@ -18,7 +18,7 @@ from .reference import Logits, Reference, Trace
 FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random models, a fault is 1e-2 and up
 DECODE_STEPS = 16
 PROMPTS = (1, 5, 16, 17, 33, 70)  # below, at and above page boundaries
-DRAFT = 3  # tokens a sequence, when a graph gives all tokens' logits
+EVERY = (3, 40, 1, 2, 20, 9)  # appended at last, where a graph gives the logits of all of them
 REDRAWS = 6  # of sequences with a tie in routing
 CHUNKS = (3, 40, 1, 2, 300, 9)  # appended to what is cached by then
 
@@ -179,17 +179,17 @@ def compare(
 ) -> Comparison:
     """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
     shows (`probes`), with the reference's.  Then the same with `others`, by name, as long as nothing is wrong."""
-    room = max(1, max_positions - 2 * DECODE_STEPS - DRAFT)
+    room = max(1, max_positions - 2 * DECODE_STEPS - max(EVERY))
     prompts = [min(n, max(1, room // 2)) for n in PROMPTS]
     appended = [min(n, max(1, room - p)) for n, p in zip(CHUNKS, prompts, strict=True)]
-    drafts = DRAFT if getattr(candidate, "has_all_tokens", False) else 0
-    lengths = [p + c + 2 * steps + drafts for p, c in zip(prompts, appended, strict=True)]
+    every = list(EVERY if getattr(candidate, "has_all_tokens", False) else ())
+    lengths = [p + c + 2 * steps + e for p, c, e in zip(prompts, appended, every or [0] * len(EVERY), strict=True)]
     sequences, traces = draw(reference, lengths, vocab, np.random.default_rng(seed))
     result = Comparison(bound)
-    _scenario(result, candidate, "", sequences, traces, (prompts, appended, drafts, steps))
+    _scenario(result, candidate, "", sequences, traces, (prompts, appended, every, steps))
     for name, make in others.items():
         if result.ok or result.ok_but_for_ties:
-            _scenario(result, make(), name + " ", sequences, traces, (prompts, appended, drafts, steps))
+            _scenario(result, make(), name + " ", sequences, traces, (prompts, appended, every, steps))
     result.closest_routing = min(float(t.closest[: t.decided].min(initial=np.inf)) for t in traces)
     return result
 
@@ -200,10 +200,11 @@ def _scenario(
     name: str,
     sequences: list[list[int]],
     traces: list[Trace],
-    lengths: tuple[list[int], list[int], int, int],
+    lengths: tuple[list[int], list[int], list[int], int],
 ) -> None:
-    """`lengths`: of prompts, of what is appended to them, of drafts, and how often to decode."""
-    prompts, appended, drafts, steps = lengths
+    """`lengths`: of prompts, of what is appended to them, of what is appended at last with all its logits, and how
+    often to decode."""
+    prompts, appended, every_token, steps = lengths
     done = [0] * len(sequences)
 
     def run(phase: str, counts: list[int], call: Callable[[list[list[int]]], Logits], every: bool = False) -> None:
@@ -223,8 +224,8 @@ def _scenario(
     decode("decode")
     run("prefill on a cached prefix", appended, candidate.extend)
     decode("decode after it")
-    if drafts:
-        run("drafts, all tokens", [DRAFT] * len(sequences), candidate.extend_all, every=True)  # type: ignore[attr-defined]
+    if every_token and getattr(candidate, "has_all_tokens", False):
+        run("all tokens", every_token, candidate.extend_all, every=True)  # type: ignore[attr-defined]
     result.apart = max(result.apart, getattr(candidate, "apart", 0.0))
 
 

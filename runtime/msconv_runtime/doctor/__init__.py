@@ -11,7 +11,7 @@ from .artifact import artifact_findings
 from .ascend import ascend_findings
 from .findings import Ability, Finding, Report
 from .machine import Machine, system_findings
-from .packages import NO_ENGINE, Needs, Package, Variable, package_finding, variable_findings
+from .packages import NO_ENGINE, Needs, Package, Variable, flag_findings, package_finding, variable_findings
 
 
 def examine(machine: Machine, root: Path | None = None, tokens: int = 0, needs: Needs = NO_ENGINE) -> Report:
@@ -25,4 +25,4 @@ def examine(machine: Machine, root: Path | None = None, tokens: int = 0, needs: 
     return Report(findings + about, artifact)
 
 
-__all__ = ["Ability", "Finding", "Machine", "Needs", "Package", "Report", "Variable", "examine"]
+__all__ = ["Ability", "Finding", "Machine", "Needs", "Package", "Report", "Variable", "examine", "flag_findings"]

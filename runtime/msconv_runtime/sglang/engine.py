@@ -37,6 +37,7 @@ NEEDS = Needs(
     },
     tokens_flag=flags.TOKENS,
     no_tokenizer=flags.NO_TOKENIZER,
+    for_flags={"--enable-metrics": "prometheus_client"},
 )
 
 

@@ -14,16 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
+from ..roles import gives_all_logits
+from ..serving.settings import Settings
+from ..serving.signed import refuse_unsigned_once
 from . import meeting
 from .configuration import refuse_other
 from .endpoints import ENDPOINTS, Gate
 from .keys import hide_fields, hide_text, hide_words
 from .requests import check_answers, check_request
+from .stop_regex import searched, searched_tokens
 
 PACKAGE = "msconv_runtime.sglang"
 SLOT = "MindSporeForCausalLM"  # the class that SGLang looks for under --model-impl mindspore
 MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
+RUNNING = "sglang.srt.managers.schedule_batch.Req"
 AUTH = "sglang.srt.utils.auth"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 logger = logging.getLogger(__name__)
@@ -50,6 +55,8 @@ def activate() -> None:
     )
     HookRegistry.register(f"{CONFIGURATOR}._build_ascend_mla_kv_pool", _build_one_latent, HookType.AROUND)
     HookRegistry.register(f"{MANAGER}._validate_one_request", _refuse_request, HookType.BEFORE)
+    HookRegistry.register(f"{RUNNING}._stop_match_tail_len", _search_few_tokens, HookType.AFTER)
+    HookRegistry.register(f"{RUNNING}.tail_str", _search_the_end, HookType.AFTER)
     HookRegistry.register(f"{REQUEST}.normalize_batch_and_arguments", check_answers, HookType.BEFORE)
     for source in ("disk", "tensor", "distributed", "ipc"):
         refuse = functools.partial(_refuse_weights, (0,) if source == "disk" else ())
@@ -74,6 +81,8 @@ def _slot_is_ours() -> bool:
 def _get_config(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """An artifact's configuration is that of its graphs, or refused.  Its weights are not quantised any more,
     whatever its source's config.json says."""
+    if is_artifact(model):
+        refuse_unsigned_once(Path(model))
     config = original(model, *args, **kwargs)
     if is_artifact(model):
         refuse_other(Artifact(model), config, kwargs.get("model_override_args"))
@@ -155,7 +164,16 @@ def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
     """A 400 to the client for what the graphs cannot answer: it would end the process that runs them, or be
     missing from the answer."""
     if _is_served(manager.model_path):
-        check_request(obj, input_ids, manager.model_config.vocab_size)
+        check_request(obj, input_ids, manager.model_config.vocab_size, _missing(manager.model_path))
+
+
+def _search_few_tokens(tokens: int, request: Any, *args: Any, **kwargs: Any) -> int:
+    return searched_tokens(tokens, request.sampling_params) if _serves() else tokens
+
+
+def _search_the_end(text: str, request: Any, *args: Any, **kwargs: Any) -> str:
+    """What `check_stop_regex` counts with: expressions are searched for at the end of the text."""
+    return searched(text, request.sampling_params) if _serves() else text
 
 
 async def _refuse_weights(
@@ -170,9 +188,9 @@ async def _refuse_weights(
 
 def _meet_at_one_address(url: str, *, dist_port: int) -> str:
     """Torch's store would listen at all addresses, whatever --host says."""
-    from sglang.srt.runtime_context import get_model, get_parallel
+    from sglang.srt.runtime_context import get_parallel
 
-    if not _is_served(get_model().model_path):
+    if not _serves():
         return url
     meeting.register()
     return meeting.meeting_url(url, get_parallel().nnodes)
@@ -210,10 +228,26 @@ def _hide_words(argv: list[str], *rest: Any) -> tuple[tuple[Any, ...], dict[str,
     return (hide_words(list(argv)), *rest), {}
 
 
+def _serves() -> bool:
+    """Whether this process, once SGLang knows its model, serves an artifact."""
+    from sglang.srt.runtime_context import get_model
+
+    return _is_served(get_model().model_path)
+
+
 @functools.cache
 def _is_served(path: str) -> bool:
     """Asked once: the disk may be gone later."""
     return is_artifact(path)
+
+
+@functools.cache
+def _missing(path: str) -> str:
+    """Why an artifact's graphs give no log probabilities of prompts, and what adds them; "" if they do."""
+    target = Settings.read().target
+    if gives_all_logits(Artifact(path).graphs(target)):
+        return ""
+    return f"this artifact has no graphs for them.  `msconv compile {path} --target {target}` adds them."
 
 
 def _add_state(reply: Any, *args: Any, **kwargs: Any) -> Any:
