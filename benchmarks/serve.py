@@ -23,7 +23,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import statistics
@@ -114,25 +113,14 @@ class Places:
 def prepare(work: Path, model: str, layers: int, dtype: str, quant: str) -> Places:
     """Made once if they are kept."""
     places = Places(work / model, work / f"{model}-{dtype}", work / f"{model}-{dtype}-{quant}")
-    if not (places.source / "config.json").exists():
+    if not (places.source / "model.safetensors.index.json").exists():  # what is written last
         write_checkpoint(places.source, model, layers)
     for artifact, options in ((places.values, []), (places.quantised, ["--quant", quant])):
         if (artifact is places.quantised and not quant) or (artifact / "READY").exists():
             continue
         msconv = [sys.executable, "-m", "msconv"]
-        convert = [
-            "convert",
-            "--model",
-            places.source,
-            "--tp",
-            "1",
-            "--dtype",
-            dtype,
-            "--output",
-            artifact,
-            *options,
-        ]
-        subprocess.run([*msconv, *map(str, convert)], check=True)
+        convert = ["convert", "--model", str(places.source), "--tp", "1", "--dtype", dtype, *options]
+        subprocess.run([*msconv, *convert, "--output", str(artifact)], check=True)
         subprocess.run([*msconv, "compile", str(artifact), "--target", "cpu"], check=True)
     return places
 

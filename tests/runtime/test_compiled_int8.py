@@ -1,5 +1,5 @@
-"""Compiled kernels of int8: the same integers as NumPy's, bit for bit, with the processor's instructions for them and
-without."""
+"""Compiled kernels of int8: the same integers as NumPy's, bit for bit, with the processor's instructions for them
+and without."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def call(library: Path, name: str, inputs: Sequence[Array], *shapes: tuple[int, 
 
 
 def prepare(library: Path, name: str, arrays: Sequence[Array]) -> Callable[[], None]:
-    """One operation on these inputs, then outputs, to be run as often as one likes.  Outputs must be contiguous."""
+    """One operation on these inputs, then outputs, to be run any number of times.  Outputs must be contiguous."""
     arrays = [np.ascontiguousarray(a) for a in arrays]
     count = len(arrays)
     sizes = [(ctypes.c_int64 * a.ndim)(*a.shape) for a in arrays]
