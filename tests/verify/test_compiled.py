@@ -20,7 +20,7 @@ from msconv.verify.compare import compare
 from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.kernels import LIBRARY, library
+from msconv_runtime.kernels import LIBRARY, check, library
 from msconv_runtime.kernels.check import call, narrow, upcast
 from tests.conftest import Checkpoints
 from tests.conversions import convert
@@ -126,6 +126,25 @@ def test_experts(tokens: int, top_k: int, hidden: int, ffn: int, start: int, hal
     ]
     stored = [narrow(a) for a in stored] if half else stored
     same("Experts", normal(0, tokens, hidden), normal(3, tokens, top_k), ids, np.array([start], np.int32), *stored)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 20), depth=st.integers(1, 300), width=sizes)
+def test_products_of_int8_bit_for_bit(rows: int, depth: int, width: int) -> None:
+    rng = np.random.default_rng([rows, depth, width])
+    x, weight = normal(0, rows, depth), rng.integers(-128, 128, (width, depth)).astype(np.int8)
+    scales = rng.uniform(1e-3, 1e-2, (width, 1)).astype(np.float32)
+    bias = rng.integers(-999, 999, width).astype(np.int32)
+    static = [scales[:, 0], bias, np.array([0.0213], np.float32), np.array([-7], np.float32)]
+    for name, inputs in (("ProductInt8", [x, weight, scales]), ("ProductInt8Static", [x, weight, *static])):
+        (found,), (expected,) = both(name, *inputs)
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_experts_of_int8() -> None:
+    """Gates are so large that silu of one is itself, in whatever way it is computed: codes are the same."""
+    inputs, _ = check.examples(np.random.default_rng(0))["ExpertsInt8"]
+    same("ExpertsInt8", *inputs)
 
 
 def test_many_tokens_go_through_the_experts_in_parts() -> None:
