@@ -24,7 +24,9 @@ EVERYWHERE = ("--json", "--quiet", "--verbose")
 INTRODUCTION = """\
 # Commands
 
-For people and scripts that need every option, variable, field and exit code. Written by `python -m docs.generate`; a test compares it with the program.
+For people and scripts that need every option, variable, field and exit code.
+
+Written by `python -m docs.generate`; a test compares it with the program.
 
 Data goes to stdout, everything else to stderr. An option is taken from the command line, else from its variable,
 else from the recipe, else from its default. A flag's variable is set by `1`. Sizes are bytes or `512M`, `2GiB`.
