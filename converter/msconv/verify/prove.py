@@ -20,8 +20,9 @@ from ..families import DecoderConfig
 from ..graph.toolchain import mindspore_version
 from ..layout.coverage import unused_names
 from ..workspace.lock import exclusive
-from .compare import DECODE_STEPS, Candidate, Comparison, compare, half_precision_bound
+from .compare import Comparison, compare, half_precision_bound
 from .reference import Reference, source_of
+from .scenario import DECODE_STEPS, Candidate
 
 LARGE_BYTES = 2 << 30
 FEW_STEPS = 2
