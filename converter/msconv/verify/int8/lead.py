@@ -33,8 +33,10 @@ class Judged:
 
     @classmethod
     def of(cls, shape: tuple[int, int]) -> Judged:
-        counts = [np.zeros(shape, np.int64) for _ in range(4)]
-        return cls(*counts, np.zeros(shape), np.zeros(shape, np.int64))
+        def count() -> NDArray[np.int64]:
+            return np.zeros(shape, np.int64)
+
+        return cls(count(), count(), count(), count(), np.zeros(shape), count())
 
 
 @dataclass
