@@ -54,7 +54,9 @@ class RankFiles:
         with safe_open(self._where[name], framework="pt") as opened:  # kept open, its pages stay in memory
             stored = opened.get_tensor(name)
             to = stored.dtype
-            if stored.is_floating_point():
+            if declared == torch.int64 and stored.dtype == torch.float32:
+                stored, to = stored.view(torch.int32), torch.int64  # a scale's bits, see RankWeights.array
+            elif stored.is_floating_point():
                 stored = stored.to(declared) if self.as_bound and declared else stored
                 to = torch.float32 if self.context.exact else declared
             stored = stored.to(to, copy=True)

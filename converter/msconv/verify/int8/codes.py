@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Codes = NDArray[np.int8]
@@ -46,10 +47,15 @@ class Record:
     apart: str = ""
     _step: list[tuple[str, int, Codes, Ids | None]] = field(default_factory=list)
 
-    def saw(self, matrix: str, rank: int, codes: Codes, ids: Ids | None = None) -> None:
+    def begin(self) -> None:
+        """A call begins: what one before it left without a place is forgotten."""
+        self._step = []
+
+    def saw(self, rank: int, matrix: str, codes: torch.Tensor, ids: torch.Tensor | None) -> None:
         """One product of a call: codes [T, K]; of experts' matrices codes [T, k, K] with ids [T, k].  Rows of
         experts that this rank does not have may hold anything."""
-        self._step.append((matrix, rank, codes, ids))
+        found = codes.to(torch.int8).numpy().copy()
+        self._step.append((matrix, rank, found, None if ids is None else ids.long().numpy().copy()))
 
     def place(self, places: list[Place], phase: str) -> None:
         """The call that has just ended computed these tokens, in this order."""
@@ -61,7 +67,7 @@ class Record:
             elif ids is None:
                 self._put(matrix, rank if is_divided(matrix) else 0, codes, (first, second), where)
             else:
-                self._put_experts(matrix, rank, codes, ids.astype(np.int64), (first, second), where)
+                self._put_experts(matrix, rank, codes, ids, (first, second), where)
         self._step = []
 
     def _put(self, matrix: str, part: int, codes: Codes, at: Rows, where: str) -> None:
