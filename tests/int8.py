@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from msconv.families.config import DecoderConfig
 from msconv.quant.w8a8 import W8A8Dynamic, W8A8Static
@@ -18,6 +20,8 @@ STATIC = (".deq_scale", ".quant_bias", ".input_scale", ".input_offset")
 QUANTISED = re.compile(r"layers\.\d+\..*_proj(_with_mqa)?\.weight$")
 LEFT = re.compile(r"kv_b_proj|mlp\.gate\.")
 NORMS = re.compile(r"layers\.\d+\.(input_layernorm|post_attention_layernorm|self_attn\.(q|kv)_a_layernorm)\.bias$")
+ON_ALL_RANKS = re.compile(r"norm|\.gate\.|input_scale|input_offset|q_a_proj|kv_a_proj|o_proj\.bias")
+Array = NDArray[Any]
 KINDS = ("dynamic", "static", "mixed")  # mixed: attention static, all else dynamic
 
 
@@ -62,49 +66,44 @@ def quantised(config: DecoderConfig) -> DecoderConfig:
 
 class RandomWeights:
     """Weights of one rank that a graph asks for, as an artifact stores them; equal on all ranks where they must
-    be.  `declared`: shapes of the graph's parameters, by name."""
+    be.  `declared`: shapes of the graphs' parameters, by name.  `start`: the rank's first expert."""
 
-    def __init__(self, declared: Mapping[str, tuple[int, ...]], rank: int, ep_rank: int, experts: int) -> None:
-        self.declared, self.rank = declared, rank
-        self.experts_from = ep_rank * experts
+    def __init__(self, declared: Mapping[str, tuple[int, ...]], rank: int, start: int) -> None:
+        self.declared, self.rank, self.start = declared, rank, start
+        self.made: dict[str, torch.Tensor] = {}
 
     def get(self, name: str, declared: torch.dtype | None) -> torch.Tensor:
+        """In float32, codes and whole numbers as they are; scales that a graph takes as bits, as bits."""
         found = self.stored(name)
-        if declared == torch.int64:
-            return found.view(torch.int32).long()
-        return found
+        return found.view(torch.int32).long() if declared == torch.int64 else found
+
+    def of(self, name: str) -> Array | None:
+        """float64, or None if there is none of this name."""
+        return self.stored(name).double().numpy() if name in self.declared else None
 
     def stored(self, name: str) -> torch.Tensor:
-        shape = self.declared[name]
-        own = "_norm" in name or "layernorm" in name or "norm.weight" in name or ".gate." in name
-        seed = [*name.encode(), 0 if own or name.endswith((".input_scale", ".input_offset")) else self.rank]
-        rng = np.random.default_rng(seed)
+        if name not in self.made:
+            self.made[name] = self._make(name, self.declared[name])
+        return self.made[name]
+
+    def _make(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        rng = np.random.default_rng([0 if ON_ALL_RANKS.search(name) else self.rank, *name.encode()])
         if name == "vocab_start":
             return torch.tensor([self.rank * self.declared["model.embed_tokens.weight"][0]], dtype=torch.int32)
         if name == "expert_start":
-            return torch.tensor([self.experts_from], dtype=torch.int32)
+            return torch.tensor([self.start], dtype=torch.int32)
         if name == "rank_onehot":
             return torch.eye(shape[0])[self.rank].reshape(shape)
         if name.endswith(".quant_bias"):
             return torch.from_numpy(rng.integers(-2000, 2000, shape, dtype=np.int32))
-        if name.endswith((SCALE, ".deq_scale")) and not name.endswith(".input_scale"):
-            values = rng.uniform(0.5, 1.5, shape).astype(np.float32) * np.float32(0.002)
-            return torch.from_numpy(values).bfloat16().float()
-        if name.endswith(".input_scale"):
-            return torch.tensor([0.02 + 0.01 * rng.random()], dtype=torch.float32)
         if name.endswith(".input_offset"):
             return torch.tensor([float(rng.integers(-20, 20))])
-        return self.values(name, shape, rng)
-
-    def values(self, name: str, shape: tuple[int, ...], rng: np.random.Generator) -> torch.Tensor:
-        if self.is_int8(name):
+        if name + SCALE in self.declared or name.replace(".weight", ".deq_scale") in self.declared.keys() - {name}:
             return torch.from_numpy(rng.integers(-128, 128, shape, dtype=np.int8))
-        if name.endswith("norm.weight"):
-            return torch.from_numpy(rng.uniform(0.5, 1.5, shape).astype(np.float32)).bfloat16().float()
-        return torch.from_numpy(rng.normal(0, 0.15, shape).astype(np.float32)).bfloat16().float()
-
-    def is_int8(self, name: str) -> bool:
-        module = name.rpartition(".")[0]
-        return name + SCALE in self.declared or (
-            name.endswith(".weight") and module + ".deq_scale" in self.declared
-        )
+        if name.endswith((".weight_scale", ".deq_scale")):
+            values = rng.uniform(0.5, 1.5, shape) * (0.0012 if name.endswith(".weight_scale") else 3e-5)
+        elif name.endswith((".input_scale", "norm.weight")):
+            values = rng.uniform(0.5, 1.5, shape) * (0.03 if name.endswith("scale") else 1)
+        else:
+            values = rng.normal(0, 0.15, shape)
+        return torch.from_numpy(values.astype(np.float32)).bfloat16().float()  # as a bfloat16 model has them

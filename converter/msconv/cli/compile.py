@@ -15,7 +15,7 @@ from ..checkpoint.reference import Hub
 from ..location import open_reference
 from .command import Command
 from .console import find_artifact, say, step
-from .options import artifact_argument, complete_targets, output_option
+from .options import artifact_argument, complete_targets, output_option, quant_option
 from .references import compare_layout, convert_command, model_option, recipe_option, source_option
 from .report import refresh
 from .result import Result, json_option, show
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @recipe_option
 @click.option("--tp", type=click.IntRange(1, 1024), help="With --model: tensor-parallel ranks.")
 @click.option("--ep", default=1, type=click.IntRange(1, 1024), help="With --model: expert-parallel ranks.")
+@quant_option
 @output_option("With --model: the artifact to make.")
 @source_option
 @json_option
@@ -46,6 +47,7 @@ def command(
     model: str | None,
     tp: int | None,
     ep: int,
+    quant: str | None,
     output: Path | None,
     hub: Hub,
 ) -> None:
@@ -74,7 +76,7 @@ def command(
     made: list[Compiled] = []
     for target in dict.fromkeys(targets or (CPU.name,)):
         with step(f"compiling for {target}"):
-            done = compiler.compile_graphs(root, target, say)
+            done = compiler.compile_graphs(root, target, say, quant if model is not None else None)
         for compiled in done:
             say(_line(compiled))
         made += done

@@ -36,6 +36,12 @@ class Matrix(nn.Cell):
             return self.decode(*self.tensors)
         return self.tensors[0]
 
+    def operands(self) -> tuple[Any, ...]:
+        """What a product takes that knows several matrices: the matrix itself if it is decoded, else its tensors."""
+        if self.is_encoded:
+            return (self.decode(*self.tensors),)
+        return self.tensors
+
 
 class Decoded(nn.Cell):
     """A product with the matrix that `decode` makes of the tensors."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,12 +23,13 @@ from msconv_runtime.artifact import (
     replace_file,
     write_manifest,
 )
+from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
 from msconv_runtime.roles import DECODE, ROLES
 from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.reference import configuration
-from ..families import DecoderConfig
+from ..families import DecoderConfig, family_named
 from ..graph.spec import CannotCompute, Exported, Local
 from ..graph.toolchain import mindspore_version
 from ..layout.coverage import misfits
@@ -37,6 +38,7 @@ from ..layout.model import expected_sources
 from ..layout.planning import make_plan
 from ..location import Location
 from ..process import peak_rss_bytes
+from ..quant import format_asked
 from ..workspace.clearing import refuse_foreign
 from ..workspace.lock import exclusive
 from ..workspace.names import TOOL
@@ -87,21 +89,22 @@ def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None
         write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel, files=files))
 
 
-def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | None = None) -> list[Compiled]:
-    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.
+def compile_graphs(
+    root: Path, target_name: str, tell: Callable[[str], None] | None = None, quant: str | None = None
+) -> list[Compiled]:
+    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.  `quant`: what
+    weights will be quantised to, where there are none yet.
 
     A graph of compiled kernels that cannot compute this model is left out, and `tell` hears why: the target's
     other graphs serve in its place.  Raises CannotCompute for any other graph, and for that one if nobody listens.
     """
     target = target_named(target_name)
-    config = configuration(Artifact(root))
+    config, types = _stored(Artifact(root), quant)
     _check_heads(config, target)
     export = _export if config.layers <= LAYERS_AT_HOME else _export_in_a_process
     with exclusive(root):
         artifact = Artifact(root)
         mesh = Mesh(artifact.tp, artifact.ep)
-        weights = artifact.manifest.weights
-        types = {t.name: t.dtype for t in weights.tensors} if weights else {}
         made: list[Compiled] = []
         exports: list[bytes] = []
         for role, variant in target.graphs:
@@ -119,6 +122,7 @@ def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | N
             exports.append(result.exported.proto)
         graphs = [m.graph for m in made]
         _check_weights(artifact, target, graphs)
+        _check_scales(artifact, graphs)
         for graph, proto in zip(graphs, exports, strict=True):
             path = root / graph.path
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +132,21 @@ def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | N
         add_timings(root, ((m.graph, m.seconds) for m in made))
         _remove_others(root / "graphs" / target.name, graphs)
     return made
+
+
+def _stored(artifact: Artifact, quant: str | None) -> tuple[DecoderConfig, dict[str, str]]:
+    """The configuration, and the element type of each weight; {} of an artifact without weights, unless they will
+    be quantised."""
+    config, weights = configuration(artifact), artifact.manifest.weights
+    if weights is not None:
+        return config, {t.name: t.dtype for t in weights.tensors}
+    made, family = format_asked(quant), family_named(artifact.manifest.model.family)
+    if made is None or family is None:
+        return config, {}
+    sizes = config.sizes()
+    sources = expected_sources(family.table, sizes, "bfloat16", quantised=True)
+    plan = make_plan(family.table, sizes, sources, Mesh(artifact.tp, artifact.ep), quant=made)
+    return replace(config, formats=(*config.formats, made)), {t.name: t.dtype for t in plan.tensors}
 
 
 def _entry(local: Local, made: Made) -> Graph:
@@ -217,3 +236,15 @@ def _check_weights(artifact: Artifact, target: Target, graphs: list[Graph]) -> N
             f"{artifact.root}: weights and {target.name} graphs do not fit:\n{lines}",
             "Convert again with --force.",
         )
+
+
+def _check_scales(artifact: Artifact, graphs: list[Graph]) -> None:
+    """Raises ArtifactError for scales of codes that are not of the type in which the graphs take them."""
+    taken = {p.name: p.dtype for g in graphs for p in g.reads}
+    if artifact.manifest.weights is None or not any(name.endswith("_scale") for name in taken):
+        return
+    for rank in range(artifact.tp):
+        weights = RankWeights(artifact, rank)
+        for name, dtype in taken.items():
+            if weights.is_scale(name):
+                weights.array(name, dtype)

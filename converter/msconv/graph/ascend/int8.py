@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore.ops import auto_generate as fused
 
 from ..spec import Local
@@ -37,12 +37,13 @@ class StaticProduct(nn.Cell):
 
     def __init__(self, dtype: Any) -> None:
         super().__init__()
+        self.one = Tensor(1.0, ms.float32)
         self.quantise = fused.QuantV2()
         self.product = product(dtype)
 
     def construct(self, x: Any, weight: Any, deq_scale: Any, bias: Any, scale: Any, offset: Any) -> Any:
         x = ops.cast(x, ms.float32)
-        codes = self.quantise(x, 1.0 / scale, offset, False, "ROUND", ms.int8)
+        codes = self.quantise(x, self.one / scale, offset, False, "ROUND", ms.int8)
         return self.product(codes, weight, deq_scale, None, bias, None)
 
 

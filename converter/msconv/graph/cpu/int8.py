@@ -12,7 +12,6 @@ from mindspore import Tensor, nn, ops
 from ..operations import alike
 
 PIECE = 1024  # of the inner dimension: 1024 * 128 * 128 = 2**24, up to which float32 holds every whole number
-LARGEST = 127.0  # code of a row's largest value
 
 
 class Sums(nn.Cell):
@@ -59,11 +58,11 @@ class Quantise(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
         self.most = ops.ReduceMax(keep_dims=True)
-        self.one = Tensor(1.0, ms.float32)
+        self.largest_code, self.nothing = Tensor(127.0, ms.float32), Tensor(0.0, ms.float32)
 
     def construct(self, x: Any) -> Any:
-        scale = self.most(ops.abs(x), -1) / LARGEST
-        divisor = ops.select(scale > 0, scale, ops.ones_like(scale))
+        scale = self.most(ops.abs(x), -1) / self.largest_code
+        divisor = ops.select(scale > self.nothing, scale, ops.ones_like(scale))
         return ops.round(x / alike(divisor, x)), scale
 
 
@@ -83,10 +82,11 @@ class StaticProduct(nn.Cell):
     def __init__(self, product: Any) -> None:
         super().__init__()
         self.sums = Sums(product)
+        self.one = Tensor(1.0, ms.float32)
         self.least, self.most = Tensor(-128.0, ms.float32), Tensor(127.0, ms.float32)
 
     def construct(self, x: Any, weight: Any, deq_scale: Any, bias: Any, scale: Any, offset: Any) -> Any:
-        codes = ops.round(x * (1.0 / scale) + offset)
+        codes = ops.round(x * (self.one / scale) + offset)
         codes = ops.minimum(ops.maximum(codes, self.least), self.most)
         return ops.cast(self.sums(codes, weight) + bias, ms.float32) * deq_scale
 
