@@ -68,13 +68,13 @@ class Proof:
         return self.max_kl is not None and self.drift is not None and not self.drift.kl <= self.max_kl
 
     @property
-    def int8_settings(self) -> dict[str, str | int | float]:
-        """What a manifest and `--json` say of a proof of int8, {} of another."""
+    def int8(self) -> dict[str, str | int | float]:
+        """What is said of a proof of int8, {} of another."""
         if self.led is None:
             return {}
-        found = {"int8_tensors_compared": self.tensors, **self.led.settings}
+        found = {"tensors_compared": self.tensors, **self.led.settings}
         found |= self.drift.settings if self.drift else {}
-        return found | ({"drift_max_kl": self.max_kl} if self.max_kl is not None else {})
+        return found | ({"drift_kl_bound": self.max_kl} if self.max_kl is not None else {})
 
     @property
     def place(self) -> str:
@@ -206,20 +206,22 @@ class Subject:
 
 def _entry(artifact: Artifact, proof: Proof) -> Verified:
     """What the manifest keeps of a proof."""
-    weights, comparison = artifact.weights, proof.comparison
+    weights, comparison, drift = artifact.weights, proof.comparison, proof.drift
+    int8 = {f"int8_{name}": n for name, n in proof.int8.items() if not isinstance(n, str)}
     rounded = f", weights rounded to {weights.dtype}" if weights.source_dtype != weights.dtype else ""
     return Verified(
         target=proof.target,
         weights_digest=weights.digest,
         graph_digests=sorted(g.digest for g in artifact.graphs(proof.target)),
-        reference=f"transformers on {artifact.manifest.model.source}{rounded}",
+        reference=f"transformers on {artifact.manifest.model.source}{rounded}"
+        + (f"; {drift.words}" if drift else ""),
         mode="float32" if proof.led is None else LED,
         bound=comparison.bound,
         max_abs_logit_error=comparison.max_abs_logit_error,
         argmax_agreement=comparison.argmax_agreement,
         ranks=artifact.tp,
         logits_compared=comparison.rows,
-        settings={**comparison.by_phase, **proof.half_precision, **proof.int8_settings},
+        settings={**comparison.by_phase, **proof.half_precision, **int8},
         norms=comparison.probes,
     )
 

@@ -38,6 +38,10 @@ class Drift:
     against: str
 
     @property
+    def words(self) -> str:
+        return f"drift from {self.against}, over {self.tokens} tokens of {self.text}"
+
+    @property
     def settings(self) -> dict[str, str | int | float]:
         """As a manifest and `--json` have it."""
         return {
@@ -94,7 +98,7 @@ def tokens_of(root: Path, given: Path | None, vocab: int) -> tuple[list[int], st
             f"Check that {root / 'tokenizer.json'} is there and the model's, or leave --text out.",
         )
     if is_usable:
-        return found[:MOST_TOKENS], str(given) if given is not None else SHIPPED
+        return found[:MOST_TOKENS], given.name if given is not None else SHIPPED
     rng = np.random.default_rng(0)
     return [int(t) for t in rng.integers(0, vocab, WINDOW)], RANDOM
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from msconv_runtime.artifact.consistency import MOST_LED  # measured 2e-5 and less
+
 from .arithmetic import Quotients
 from .codes import Record
 
 TIE = 2e-3  # of a step between codes: noise of the quotient is 127 * some 1e-6
-MOST_LED = 1e-4  # of all codes; measured 2e-5 and less
 
 
 @dataclass
