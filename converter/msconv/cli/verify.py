@@ -175,7 +175,7 @@ def _codes(proof: Proof) -> Iterator[str]:
 def _proven(proof: Proof) -> Iterator[str]:
     c = proof.comparison
     if half := proof.half_precision:
-        expected = "other experts are chosen here and there"
+        expected = f"other {'experts are chosen' if proof.led is None else 'codes are taken'} here and there"
         if "half_precision_bound" in half:
             expected = f"expected below {half['half_precision_bound']:.2e}"
         error = half["half_precision_max_abs_logit_error"]

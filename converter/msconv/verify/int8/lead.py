@@ -43,13 +43,13 @@ class Judged:
 @dataclass
 class Verdict:
     """Of all codes of tokens whose routing is decided.  `place`: of the first unexplained one, in the order of the
-    reference.  `layers[name]`: (compared, led) of each layer."""
+    reference.  `groups`: (compared, led) of each layer's `self_attn` and `mlp`."""
 
     compared: int = 0
     led: int = 0
     unexplained: int = 0
     place: str = ""
-    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    groups: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -148,9 +148,9 @@ class Lead:
             found.compared += compared
             found.led += led
             found.unexplained += int(wrong.sum())
-            layer = matrix.partition(".self_attn")[0].partition(".mlp")[0]
-            before = found.layers.get(layer, (0, 0))
-            found.layers[layer] = (before[0] + compared, before[1] + led)
+            group = ".".join(matrix.split(".")[:4])
+            before = found.groups.get(group, (0, 0))
+            found.groups[group] = (before[0] + compared, before[1] + led)
             if wrong.any() and not found.place:
                 found.place = self._place(matrix, part, judged, wrong)
         if odd := sorted({m for m, _ in self.record.inputs} - {m for m, _ in self.judged}):

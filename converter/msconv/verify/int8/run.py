@@ -56,13 +56,13 @@ class Led:
         return sum(v.unexplained for v in self.verdicts.values())
 
     @property
-    def layers(self) -> dict[str, tuple[int, int]]:
-        """(compared, led) of each layer, over all candidates."""
+    def groups(self) -> dict[str, tuple[int, int]]:
+        """(compared, led) of each layer's `self_attn` and `mlp`, over all candidates."""
         found: dict[str, tuple[int, int]] = {}
         for verdict in self.verdicts.values():
-            for layer, (compared, led) in verdict.layers.items():
-                before = found.get(layer, (0, 0))
-                found[layer] = (before[0] + compared, before[1] + led)
+            for group, (compared, led) in verdict.groups.items():
+                before = found.get(group, (0, 0))
+                found[group] = (before[0] + compared, before[1] + led)
         return found
 
     @property
@@ -90,8 +90,8 @@ class Led:
             "codes_led": self.led,
             "codes_unexplained": self.unexplained,
         }
-        for layer, (compared, led) in self.layers.items():
-            found[f"led_share {layer}"] = led / compared if compared else 0.0
+        for group, (compared, led) in self.groups.items():
+            found[f"led_share {group}"] = led / compared if compared else 0.0
         for name, session in self.sessions.items():
             prefix = f"session_{name}_" if name else "session_"
             found |= {
