@@ -167,5 +167,22 @@ class Lead:
         return (
             f"the input of {matrix}{of_part}: {int(wrong.sum())} codes in {share} are not explained by a tie; the "
             f"first: sequence {i}, position {position}, column {judged.column[i, position]}: "
-            f"{judged.theirs[i, position]}, and {judged.own[i, position]:.4f} is what the reference rounds"
+            f"{judged.theirs[i, position]}, and {judged.own[i, position]:.4f} is what the reference rounds; the "
+            f"fault is there or in {before(matrix)} before it"
         )
+
+
+def before(matrix: str) -> str:
+    """What makes the input of a matrix."""
+    prefix, _, leaf = matrix.removesuffix(".weight").rpartition(".")
+    layer = int(matrix.split(".")[2])
+    if leaf == "down_proj":
+        return prefix + ".gate_up_proj"
+    if leaf == "gate_up_proj":
+        return f"model.layers.{layer}.self_attn.o_proj or model.layers.{layer}.post_attention_layernorm"
+    if leaf == "o_proj":
+        return f"what else {prefix} has"
+    if leaf == "q_b_proj":
+        return f"{prefix}.q_a_proj or {prefix}.q_a_layernorm"
+    earlier = f"model.layers.{layer - 1}.mlp" if layer else "model.embed_tokens"
+    return f"{earlier} or model.layers.{layer}.input_layernorm"
