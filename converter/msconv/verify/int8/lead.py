@@ -17,7 +17,7 @@ from msconv_runtime.artifact.consistency import MOST_LED  # measured 2e-5 and le
 from .arithmetic import Quotients
 from .codes import Record
 
-TIE = 2e-3  # of a step between codes: noise of the quotient is 127 * some 1e-6
+TIE = 2e-3  # how far beyond the middle between two codes: noise of a quotient is 127 * some 1e-6
 
 
 @dataclass
@@ -117,9 +117,7 @@ class Lead:
         assert self.record is not None
         judged = self.judged.setdefault((matrix, part), Judged.of(self.record.shape))
         differs = (theirs != own) & seen[:, None]
-        step = (theirs.to(torch.int16) - own.to(torch.int16)).abs()
-        is_tie = (exact - exact.floor() - 0.5).abs() < TIE
-        led = differs & is_tie & (step == 1)
+        led = differs & ((theirs.double() - exact).abs() < 0.5 + TIE)  # the other one beside the middle
         wrong = (differs & ~led) | ~seen[:, None]
         where = rows.numpy()
         np.add.at(judged.compared.reshape(-1), where, own.shape[1])
