@@ -61,7 +61,7 @@ class Run:
         self.interpreter = Interpreter(context, self.weights, in_lockstep)
         self.sequences, self.caches = Sequences(0, 1), list[list[torch.Tensor]]()
 
-    def begin(self, count: int, pages: int = 24) -> None:
+    def begin(self, count: int, pages: int = 48) -> None:
         page = self.local.target.paging.slots or PAGE
         self.sequences = Sequences(count, page)
         shapes = [i.shape for made in self.exports.values() for i in made.inputs if i.kind == "cache"]

@@ -90,6 +90,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     monkeypatch.setattr("msconv.verify.scenario.PROMPTS", (1, 5, 17))
     monkeypatch.setattr("msconv.verify.scenario.CHUNKS", (3, 16, 2))
+    monkeypatch.setattr("msconv.verify.scenario.EVERY", (3, 1, 2))
     yield
 
 

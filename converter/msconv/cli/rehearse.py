@@ -13,7 +13,8 @@ from msconv_runtime.errors import VerificationFailed
 
 from .command import Command
 from .console import find_artifact, import_torch_alone, say
-from .options import artifact_argument, complete_targets, grouped, parted_from_flags, reference_option
+from .here import quoted
+from .options import UserPath, artifact_argument, complete_targets, grouped, parted_from_flags, reference_option
 from .report import refresh
 from .result import Result, json_option, show
 
@@ -58,9 +59,7 @@ rehearsal_options = grouped(
         show_default=True,
         help="How the server ends: by SIGTERM, or because one of its ranks is killed.",
     ),
-    click.option(
-        "--keep", metavar="DIR", type=click.Path(path_type=Path), help="Keep logs and recorded calls there."
-    ),
+    click.option("--keep", metavar="DIR", type=UserPath(), help="Keep logs and recorded calls there."),
 )
 
 
@@ -101,7 +100,7 @@ def command(artifact: Path | None, options: Options, sglang_args: tuple[str, ...
             data,
             lines=[*lines(data), *done * result.ok],
             failure=None if result.ok else _failure(root, result),
-            next=f"msconv serve {root} --device npu, on a host with NPUs",
+            next=f"msconv serve {quoted(root)} --device npu  # on a host with NPUs",
         )
     )
 

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.consistency import MOST_LED
 from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.targets import CPU
+from msconv_runtime.targets import target_named
 
 from .command import Command
-from .console import find_artifact, import_torch_alone, step
+from .console import find_artifact, import_torch_alone
+from .here import machine_kind, quoted, usual_target
+from .interrupts import leaving_at_once
 from .options import artifact_argument, complete_targets, reference_option
+from .phases import phases
 from .report import refresh
 from .result import Result, json_option, show
 
@@ -26,10 +30,8 @@ if TYPE_CHECKING:
 @artifact_argument
 @click.option(
     "--target",
-    default=CPU.name,
-    show_default=True,
     shell_complete=complete_targets,
-    help="Which target's graphs to prove.",
+    help="Which target's graphs to prove.  [default: the one there is, or this machine's device]",
 )
 @reference_option
 @click.option("--layers", default=0, type=click.IntRange(0), help="Only the first N layers: for large models.")
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 @json_option
 def command(
     artifact: Path | None,
-    target: str,
+    target: str | None,
     reference: str | None,
     layers: int,
     max_kl: float | None,
@@ -59,12 +61,13 @@ def command(
     msconv verify artifacts/Qwen3-0.6B-tp1 --reference models/Qwen3-0.6B
     """
     import_torch_alone()
-    from ..verify.prove import prove
-
     root = find_artifact(artifact)
+    target = target_named(target or usual_target(Artifact(root))).name
     try:
-        with step(f"comparing {root} ({target}) with transformers"):
-            proof = prove(root, target, reference, layers, max_kl, text)
+        with phases(f"comparing {root} ({target}) with transformers") as tell, leaving_at_once():
+            from ..verify.prove import prove
+
+            proof = prove(root, target, reference, layers, tell, max_kl, text)
     except VerificationFailed:
         refresh(root)  # an earlier proof is gone
         raise
@@ -74,10 +77,18 @@ def command(
     if not proof.ok:
         show(Result(data, lines=lines, failure=_failure(root, proof)))
     elif proof.layers:
-        again = f"msconv verify {root} --target {target} compares the whole."
+        again = f"msconv verify {quoted(root)} --target {target}  # compares the whole"
         show(Result(data, lines=[*lines, _first_layers(proof)], next=again))
     else:
-        show(Result(data, lines=[*lines, *_proven(proof)], next=f"msconv serve {root}"))
+        show(Result(data, lines=[*lines, *_proven(proof)], next=_following(root, target)))
+
+
+def _following(root: Path, target: str) -> str:
+    """What comes after a proof: to serve where that can be, else to rehearse it."""
+    kind = target_named(target).kind
+    if kind == machine_kind():
+        return f"msconv serve {quoted(root)} --device {kind}"
+    return f"msconv rehearse {quoted(root)} --target {target}  # or on a host with NPUs: msconv serve"
 
 
 def _data(proof: Proof) -> dict[str, Any]:

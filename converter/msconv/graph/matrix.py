@@ -37,7 +37,7 @@ class Matrix(nn.Cell):
         return self.tensors[0]
 
     def operands(self) -> tuple[Any, ...]:
-        """What a product takes that knows several matrices: the matrix itself if it is decoded, else its tensors."""
+        """What a product takes that knows several matrices: the matrix if it is decoded, else its tensors."""
         if self.is_encoded:
             return (self.decode(*self.tensors),)
         return self.tensors

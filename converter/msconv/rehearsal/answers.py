@@ -22,13 +22,15 @@ Tokens = tuple[int, ...]
 @dataclass
 class Answers:
     """`ties`: tokens whose logit is the best but for less than twice the bound.  `undecided`: tokens after a
-    router's choice that hung on rounding.  `error`: largest difference of logits to transformers'."""
+    router's choice that hung on rounding.  `error`: largest difference of logits to transformers'.  `logprobs`: of
+    prompts, that were compared."""
 
     tokens: int = 0
     equal: int = 0
     ties: int = 0
     undecided: int = 0
     error: float = 0.0
+    logprobs: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -66,6 +68,7 @@ class Expected:
         self.bound = bound
         for conversation in self.conversations:
             self._judge(conversation)
+            self._judge_logprobs(conversation)
 
     def begin_copy(self) -> None:
         """The calls that follow are those of a process that has just started."""
@@ -88,6 +91,23 @@ class Expected:
                     f"request {conversation.name!r}: token {k} of the answer is {token}, transformers' is "
                     f"{int(logits.argmax())}, whose logit is {lead:.3g} higher"
                 )
+
+    def _judge_logprobs(self, conversation: Conversation) -> None:
+        """The prompt's log probabilities.  Those of a logit and of the sum may both be off by the bound."""
+        for position, value in enumerate(conversation.logprobs, 1):
+            row = self._rows.get(tuple(conversation.tokens[:position]))
+            if row is None or position >= len(conversation.prompt):
+                return
+            wide = row.astype(np.float64)
+            largest = wide.max()
+            expected = float(wide[conversation.prompt[position]] - largest - np.log(np.exp(wide - largest).sum()))
+            self.answers.logprobs += 1
+            if not abs(value - expected) <= 2 * self.bound:
+                self.answers.problems.append(
+                    f"request {conversation.name!r}: the log probability of token {position} of the prompt is "
+                    f"{value:.6g}, by transformers {expected:.6g}"
+                )
+                return
 
     def compare(self, where: str, rows: list[Row]) -> None:
         """Compare the logits of one call with transformers', and with the token that was answered.  A sequence

@@ -76,6 +76,10 @@ def compare(plan: Plan, result: Rehearsal, work: Path, failure: VerificationFail
             f"{result.answers.undecided} tokens come after a router's tie, only {result.answers.tokens} could be "
             "judged"
         )
+    if any(c.logprobs for c in result.conversations) and not result.answers.logprobs:
+        result.problems.append(
+            "no log probability of a prompt could be compared: routers' ties, or a large vocabulary"
+        )
     if {"prefill", "decode"} - result.replay.by_graph.keys():
         result.problems.append(f"the server ran only these graphs: {', '.join(result.replay.by_graph) or 'none'}")
 

@@ -14,6 +14,7 @@ import msgspec
 
 from msconv_runtime.artifact import (
     FORMAT,
+    STATE_DIR,
     Artifact,
     Graph,
     Manifest,
@@ -31,13 +32,13 @@ from msconv_runtime.targets import Target, target_named
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig, family_named
 from ..graph.spec import CannotCompute, Exported, Local
-from ..graph.toolchain import mindspore_version
+from ..graph.toolchain import DUMPS, dumps_in, mindspore_version
 from ..layout.coverage import misfits
 from ..layout.cuts import Mesh, make_mesh
 from ..layout.model import expected_sources
 from ..layout.planning import make_plan
 from ..location import Location
-from ..process import peak_rss_bytes
+from ..process import peak_rss_bytes, without_signals
 from ..quant import format_asked
 from ..workspace.clearing import refuse_foreign
 from ..workspace.lock import exclusive
@@ -90,25 +91,31 @@ def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None
 
 
 def compile_graphs(
-    root: Path, target_name: str, tell: Callable[[str], None] | None = None, quant: str | None = None
+    root: Path,
+    target_name: str,
+    tell: Callable[[str], None] | None = None,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    quant: str | None = None,
 ) -> list[Compiled]:
     """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.  `quant`: what
     weights will be quantised to, where there are none yet.
 
     A graph of compiled kernels that cannot compute this model is left out, and `tell` hears why: the target's
-    other graphs serve in its place.  Raises CannotCompute for any other graph, and for that one if nobody listens.
+    other graphs serve in its place.  `progress`: hears which graph begins, how many are done, and of how many.
+    Raises CannotCompute for any other graph, and for that one if nobody listens.
     """
     target = target_named(target_name)
     config, types = _stored(Artifact(root), quant)
     _check_heads(config, target)
     export = _export if config.layers <= LAYERS_AT_HOME else _export_in_a_process
-    with exclusive(root):
+    with exclusive(root), dumps_in(root / STATE_DIR / DUMPS):
         artifact = Artifact(root)
         mesh = Mesh(artifact.tp, artifact.ep)
         made: list[Compiled] = []
         exports: list[bytes] = []
-        for role, variant in target.graphs:
+        for number, (role, variant) in enumerate(target.graphs):
             started = time.monotonic()
+            progress(role, number, len(target.graphs))
             local = Local(config, mesh, target, ROLES[role], variant, types)
             try:
                 result = export(local)
@@ -193,7 +200,9 @@ def _export_in_a_process(local: Local) -> Made:
     would add up."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            return pool.submit(_export, local).result()
+            with without_signals():
+                running = pool.submit(_export, local)
+            return running.result()
         except BrokenProcessPool:
             raise ResourceError(
                 f"{local.title}: the process that compiled it was ended, most likely for want of memory.",

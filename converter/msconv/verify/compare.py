@@ -14,6 +14,7 @@ from msconv_runtime.targets import Target
 
 from .reference import Reference, Trace
 from .scenario import DECODE_STEPS, Candidate, Lengths, Seen, play
+from .telling import Tell, quietly
 
 FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random models, a fault is 1e-2 and up
 REDRAWS = 6  # of sequences with a tie in routing
@@ -153,6 +154,7 @@ def compare(
     steps: int = DECODE_STEPS,
     seed: int = 0,
     others: Mapping[str, Callable[[], Candidate]] = MappingProxyType({}),
+    tell: Tell = quietly,
 ) -> Comparison:
     """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
     shows (`probes`), with the reference's.  Then the same with `others`, by name, as long as nothing is wrong."""
@@ -161,7 +163,7 @@ def compare(
     result = Comparison(bound)
 
     def judge(one: Candidate, name: str) -> None:
-        for step in play(one, name, sequences, lengths):
+        for step in play(one, name, sequences, lengths, tell):
             result.add_step(step, traces)
         result.apart = max(result.apart, getattr(one, "apart", 0.0))
 

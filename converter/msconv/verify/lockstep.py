@@ -123,7 +123,7 @@ class Lockstep:
         return self._logits(DECODE, [[t] for t in tokens])
 
     def extend_all(self, tokens: list[list[int]]) -> NDArray[np.float32]:
-        """Logits of every new token, [T, V]: verification of drafts."""
+        """Logits of every new token, [T, V]."""
         return self._logits(VERIFY, tokens)
 
     def _logits(self, asked: Role, tokens: list[list[int]]) -> NDArray[np.float32]:

@@ -25,6 +25,7 @@ from ..workspace.lock import exclusive
 from .compare import Comparison, compare, half_precision_bound
 from .reference import Reference, source_of
 from .scenario import DECODE_STEPS, Candidate
+from .telling import Tell, quietly
 
 if TYPE_CHECKING:
     from .int8.drift import Drift
@@ -87,6 +88,7 @@ def prove(
     target_name: str,
     reference: str | Path | None,
     layers: int = 0,
+    tell: Tell = quietly,
     max_kl: float | None = None,
     text: Path | None = None,
 ) -> Proof:
@@ -96,7 +98,7 @@ def prove(
     `layers` above 0 compares the first layers only, in bounded memory; that is no proof of the whole and is
     not recorded as one.  Half-precision targets are also run in their own precision, and that is reported.
     Of int8 artifacts, how far they are from the unquantised model on `text` is measured, and must stay within
-    `max_kl` if that is given.
+    `max_kl` if that is given.  `tell`: hears of each phase how much of it is done.
     """
     started = time.monotonic()
     artifact = Artifact(root)
@@ -111,12 +113,13 @@ def prove(
         )
     source = source_of(root, reference)
     mindspore_version()
+    tell("reading every byte", 0, 1)
     try:
         refuse_damage(artifact, VerificationFailed)
     except VerificationFailed:
         _record(root, target, None)
         raise
-    subject = Subject(artifact, target, config, source, layers)
+    subject = Subject(artifact, target, config, source, layers, tell)
     found = subject.led(max_kl, text) if is_int8 else subject.plain()
     proof = replace(found, seconds=time.monotonic() - started)
     if not layers:
@@ -133,6 +136,7 @@ class Subject:
     config: DecoderConfig
     source: Path
     layers: int
+    tell: Tell
 
     @property
     def steps(self) -> int:
@@ -146,6 +150,7 @@ class Subject:
         """Against the source's own values."""
         artifact, target, config, layers = self.artifact, self.target, self.config, self.layers
         model = Reference(self.source, artifact.manifest, layers)
+        model.tell = self.tell
         comparison = compare(
             _candidate(artifact, target, layers),
             model,
@@ -153,9 +158,11 @@ class Subject:
             config.max_positions,
             steps=self.steps,
             others=_others(artifact, target, layers),
+            tell=self.tell,
         )
         proof = self._proof(comparison)
         if proof.ok and not layers and not self.is_large:
+            self.tell("the target's own precision", 0, 1)
             proof = replace(proof, half_precision=_half_precision(artifact, target, model, config))
         return proof
 
@@ -168,6 +175,8 @@ class Subject:
 
         artifact, target, config, layers = self.artifact, self.target, self.config, self.layers
         model = QuantisedReference(self.source, artifact.manifest, layers)
+        model.tell = self.tell
+        self.tell("int8 tensors against the source's", 0, 1)
         found = stored.Check(artifact, model.weights).run(layers)
         if found.place:
             if not layers:
@@ -184,13 +193,15 @@ class Subject:
             if _runs_here(artifact, target, layers, variant):
                 sessions[variant] = partial(_candidate, artifact, target, layers, variant)
         comparison, led = compare_led(
-            candidates, sessions, model, config.vocab, config.max_positions, steps=self.steps
+            candidates, sessions, model, config.vocab, config.max_positions, steps=self.steps, tell=self.tell
         )
         proof = replace(self._proof(comparison), led=led, tensors=found.tensors, max_kl=max_kl)
         if not proof.ok or layers:
             return proof
         if not self.is_large:
+            self.tell("the target's own precision", 0, 1)
             proof = replace(proof, half_precision=_half_precision(artifact, target, model, config, is_int8=True))
+        self.tell("drift", 0, 1)
         measured = drift.measure(self.source, artifact.manifest, model, text, config.vocab, config.max_positions)
         return replace(proof, drift=measured)
 

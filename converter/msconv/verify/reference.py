@@ -26,6 +26,7 @@ from ..location import open_reference
 from ..quant import format_of
 from ..workspace.state import recorded_source
 from .routing import closeness
+from .telling import Tell, quietly
 
 Logits = NDArray[np.float32]
 
@@ -63,6 +64,7 @@ class Reference:
             raise EnvironmentProblem(
                 f"verify needs torch and transformers ({e}).", 'Install them: pip install "msconv[verify]".'
             ) from None
+        self.tell: Tell = quietly
         transformers_logging.set_verbosity_error()  # our own words say what is compared
         transformers_logging.disable_progress_bar()
         self.layers = layers
@@ -108,6 +110,8 @@ class Reference:
         """Its weights come when it is called, and go afterwards."""
 
         def load(_module: Any, _inputs: Any) -> None:
+            if layer := LAYER.fullmatch(name):
+                self.tell("transformers", int(layer[0].rpartition(".")[2]), self.model.config.num_hidden_layers)
             if any(t.is_meta for t in module.state_dict().values()):
                 values = {k: self.weights.get(f"{name}.{k}", t) for k, t in module.state_dict().items()}
                 module.load_state_dict(values, strict=True, assign=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .reference import Logits
+from .telling import Tell, quietly
 
 DECODE_STEPS = 16
 PROMPTS = (1, 5, 16, 17, 33, 70)  # below, at and above page boundaries
-DRAFT = 3  # tokens a sequence, when a graph gives all tokens' logits
+EVERY = (3, 40, 1, 2, 20, 9)  # appended at last, where a graph gives the logits of all of them
 CHUNKS = (3, 40, 1, 2, 300, 9)  # appended to what is cached by then
 
 
@@ -38,35 +40,42 @@ class Seen:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each sequence: of prompts, of what is appended to them, of drafts; and how often to decode."""
+    """Tokens of each sequence: of prompts, of what is appended to them, of what is appended at last with all its
+    logits, [] if none is; and how often to decode."""
 
     prompts: list[int]
     appended: list[int]
-    drafts: int
+    every: list[int]
     steps: int
 
     @classmethod
-    def within(cls, max_positions: int, steps: int, has_drafts: bool) -> Lengths:
+    def within(cls, max_positions: int, steps: int, has_all_tokens: bool) -> Lengths:
         """The usual ones, where a model has as many positions."""
-        room = max(1, max_positions - 2 * DECODE_STEPS - DRAFT)
+        room = max(1, max_positions - 2 * DECODE_STEPS - max(EVERY))
         prompts = [min(n, max(1, room // 2)) for n in PROMPTS]
         appended = [min(n, max(1, room - p)) for n, p in zip(CHUNKS, prompts, strict=True)]
-        return cls(prompts, appended, DRAFT if has_drafts else 0, steps)
+        return cls(prompts, appended, list(EVERY if has_all_tokens else ()), steps)
 
     @property
     def totals(self) -> list[int]:
-        return [p + a + 2 * self.steps + self.drafts for p, a in zip(self.prompts, self.appended, strict=True)]
+        every = self.every or [0] * len(self.prompts)
+        both = zip(self.prompts, self.appended, every, strict=True)
+        return [p + a + 2 * self.steps + e for p, a, e in both]
 
 
-def play(candidate: Candidate, name: str, sequences: list[list[int]], lengths: Lengths) -> Iterator[Seen]:
+def play(
+    candidate: Candidate, name: str, sequences: list[list[int]], lengths: Lengths, tell: Tell = quietly
+) -> Iterator[Seen]:
     """Run a candidate; each of its calls, as soon as it is done.  `name`: before the phase's."""
     done = [0] * len(sequences)
+    calls, num_calls = itertools.count(), 2 + 2 * lengths.steps + bool(lengths.every)
 
     def run(phase: str, counts: list[int], call: Callable[[list[list[int]]], Logits], every: bool = False) -> Seen:
         new = [s[d : d + n] for s, d, n in zip(sequences, done, counts, strict=True)]
         places = [(i, done[i] + t) for i, n in enumerate(counts) for t in range(n)]
         for i, n in enumerate(counts):
             done[i] += n
+        tell(f"{name}graphs", next(calls), num_calls)
         logits = call(new)
         rows = places if every else [(i, d - 1) for i, d in enumerate(done)]
         return Seen(name + phase, places, rows, logits, dict(getattr(candidate, "probes", {})))
@@ -79,6 +88,5 @@ def play(candidate: Candidate, name: str, sequences: list[list[int]], lengths: L
     yield from decode("decode")
     yield run("prefill on a cached prefix", lengths.appended, candidate.extend)
     yield from decode("decode after it")
-    if lengths.drafts:
-        drafts = [lengths.drafts] * len(sequences)
-        yield run("drafts, all tokens", drafts, candidate.extend_all, every=True)  # type: ignore[attr-defined]
+    if lengths.every and getattr(candidate, "has_all_tokens", False):
+        yield run("all tokens", lengths.every, candidate.extend_all, every=True)  # type: ignore[attr-defined]

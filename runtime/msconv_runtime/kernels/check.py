@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,29 @@ EXACT = ("ProductInt8", "ProductInt8Static")  # the same bits on every machine
 def call(library: Path, name: str, inputs: Sequence[Array], *shapes: tuple[int, ...]) -> list[Array]:
     """Run one operation.  uint16 arrays are bfloat16's bits.  Raises ArithmeticError if it refuses."""
     outputs = [np.full(shape, np.nan, np.float32) for shape in shapes]
-    arrays = [np.ascontiguousarray(a) for a in inputs] + outputs
+    prepare(library, name, [*inputs, *outputs])()
+    return outputs
+
+
+def prepare(library: Path, name: str, arrays: Sequence[Array]) -> Callable[[], None]:
+    """One operation on these inputs, then outputs, to be run any number of times.  Outputs must be contiguous."""
+    arrays = [np.ascontiguousarray(a) for a in arrays]
     count = len(arrays)
     sizes = [(ctypes.c_int64 * a.ndim)(*a.shape) for a in arrays]
     pointer = ctypes.POINTER(ctypes.c_int64)
-    code = getattr(ctypes.CDLL(str(library)), name)(
-        count,
+    arguments = (
         (ctypes.c_void_p * count)(*[a.ctypes.data for a in arrays]),
         (ctypes.c_int * count)(*[a.ndim for a in arrays]),
         (pointer * count)(*[ctypes.cast(s, pointer) for s in sizes]),
         (ctypes.c_char_p * count)(*[TYPES[str(a.dtype)] for a in arrays]),
-        None,
-        None,
     )
-    if code:
-        raise ArithmeticError(f"{name} returned {code}")
-    return outputs
+    operation = getattr(ctypes.CDLL(str(library)), name)
+
+    def run(keep: Sequence[Array] = arrays) -> None:
+        if code := operation(count, *arguments, None, None):
+            raise ArithmeticError(f"{name} returned {code}")
+
+    return run
 
 
 def wrong(library: Path) -> str:

@@ -90,14 +90,14 @@ class CompiledOperations(PlainOperations):
         return AttendLatent(self.local, spec, self.latent_matrices(prefix))
 
     def experts(self, prefix: str) -> nn.Cell:
-        matrices = self.expert_matrices(prefix)
-        if len(matrices[0].tensors) != len(matrices[1].tensors):
+        gate_up, down = (self.local.kept(prefix + name) for name in ("gate_up_proj.weight", "down_proj.weight"))
+        if gate_up != down:
             raise CannotCompute(
                 f"{self.local.title}: the compiled kernels take experts whose matrices are all stored alike; of "
                 f"{prefix}*, gate_up_proj and down_proj are not.",
                 "The target's other graphs serve it.",
             )
-        return Experts(matrices, self.expert_start)
+        return Experts(self.expert_matrices(prefix), self.expert_start)
 
     def last_tokens(self) -> nn.Cell:
         return LastTokens()

@@ -12,6 +12,7 @@ from ..compare import FLOAT32_BOUND, Comparison, closest_judged, draw, largest_e
 from ..lockstep import Lockstep
 from ..reference import Trace
 from ..scenario import DECODE_STEPS, Candidate, Lengths, Seen, play
+from ..telling import Tell, quietly
 from .codes import Record
 from .drift import agreement, divergence
 from .lead import Verdict
@@ -116,6 +117,7 @@ def compare_led(
     max_positions: int,
     steps: int = DECODE_STEPS,
     seed: int = 0,
+    tell: Tell = quietly,
 ) -> tuple[Comparison, Led]:
     """Run the scenario in each of `candidates`, by name, as long as nothing is wrong; then the server's own in
     `sessions`, by the name of the candidate that it must be like."""
@@ -130,7 +132,7 @@ def compare_led(
         if lengths is None:
             lengths = Lengths.within(max_positions, steps, getattr(candidate, "has_all_tokens", False))
             sequences, _ = draw(reference, lengths.totals, vocab, rng)
-        seen, record = listen(candidate, name, sequences, lengths, reference)
+        seen, record = listen(candidate, name, sequences, lengths, reference, tell)
         traces, verdict = reference.led_traces(sequences, record)
         led.verdicts[name], led.apart = verdict, led.apart or record.apart
         for step in seen:
@@ -138,13 +140,18 @@ def compare_led(
         result.apart = max(result.apart, candidate.apart)
         result.closest_routing = min(result.closest_routing, closest_judged(traces))
         if name in sessions and led.ok and result.ok:
-            own = play(sessions[name](), name, sequences, lengths)
+            own = play(sessions[name](), f"{name} server's ".lstrip(), sequences, lengths, tell)
             led.sessions[name] = against(list(own), seen, traces)
     return result, led
 
 
 def listen(
-    candidate: Lockstep, name: str, sequences: list[list[int]], lengths: Lengths, reference: QuantisedReference
+    candidate: Lockstep,
+    name: str,
+    sequences: list[list[int]],
+    lengths: Lengths,
+    reference: QuantisedReference,
+    tell: Tell = quietly,
 ) -> tuple[list[Seen], Record]:
     """Run a candidate; its calls and its codes."""
     moe, parallel = reference.moe, reference.parallel
@@ -152,7 +159,7 @@ def listen(
     record = Record(shape, parallel.tp, parallel.ep, moe.experts if moe else 0)
     candidate.hear(record)
     seen = []
-    for step in play(candidate, f"{name} " if name else "", sequences, lengths):
+    for step in play(candidate, f"{name} " if name else "", sequences, lengths, tell):
         record.place(step.places, step.phase)
         seen.append(step)
     candidate.hear(None)
