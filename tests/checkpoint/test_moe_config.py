@@ -273,7 +273,7 @@ def test_what_cannot_be_obeyed_is_refused_by_name(
 @pytest.mark.parametrize(
     ("quantisation", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4}, ("quant_method = 'gptq' (GPTQ): only fp8",)),
+        ({"quant_method": "gptq", "bits": 4}, ("quant_method = 'gptq' (GPTQ): only compressed-tensors, fp8",)),
         ({"quant_method": "awq"}, ("quant_method = 'awq'",)),
         ({**FP8, "fmt": "e5m2"}, ("fmt = 'e5m2': only e4m3",)),
         ({**FP8, "weight_block_size": None}, ("weight_block_size = None",)),
@@ -284,7 +284,7 @@ def test_what_cannot_be_obeyed_is_refused_by_name(
         ({**FP8, "weight_block_size": [True, True]}, ("weight_block_size",)),
         ("fp8", ("quantization_config = 'fp8'",)),
         (["fp8"], ("quantization_config",)),
-        ({"quant_method": "compressed-tensors", "config_groups": {}}, ("quant_method = 'compressed-tensors'",)),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, ("config_groups = {}",)),
     ],
 )
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Qwen3-30B-A3B"])

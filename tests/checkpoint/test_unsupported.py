@@ -84,7 +84,7 @@ def test_names_that_show_a_kind_are_told_so(model: Path, names: dict[str, Stored
     [
         ({"quant_method": "awq", "bits": 4}, "AWQ"),
         ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "pack-quantized"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"group_size": 64, "bits": 4}, "MLX"),
         ({"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}, "one scale a tensor"),

@@ -110,7 +110,7 @@ def test_every_published_tensor_is_moved_or_a_scale_or_dropped_with_a_reason(nam
     kinds = [
         set(plan.moves),
         {s for n in plan.moves for s in plan.decoded_with(n)},
-        {n for n, _, _ in plan.dropped},
+        {d.name for d in plan.dropped},
     ]
     assert set.union(*kinds) == set(sources)
     assert sum(map(len, kinds)) == len(sources)
@@ -118,7 +118,7 @@ def test_every_published_tensor_is_moved_or_a_scale_or_dropped_with_a_reason(nam
     mtp = {n for n in sources if name.startswith("DeepSeek") and n.startswith("model.layers.61.")}
     assert kinds[2] == mtp
     assert len(mtp) == (782 + 776 + 6 if mtp else 0)
-    assert all("multi-token prediction" in reason and not twin for _, reason, twin in plan.dropped)
+    assert all("multi-token prediction" in d.reason and not d.twin for d in plan.dropped)
     assert sorted(n for unit in plan.units for n in unit) == sorted(plan.moves)
 
 
@@ -126,7 +126,7 @@ def test_every_published_tensor_is_moved_or_a_scale_or_dropped_with_a_reason(nam
 def test_parameters_are_the_published_ones_in_any_layout(name: str, tp: int, ep: int) -> None:
     plan = plan_of(name, tp, ep)
     assert round(plan.parameters / 1e9, 3) == BILLIONS[name]
-    dropped = {n for n, _, _ in plan.dropped}
+    dropped = {d.name for d in plan.dropped}
     assert plan.read_bytes == sum(s.nbytes for n, s in sources_of(name).items() if n not in dropped)
 
 

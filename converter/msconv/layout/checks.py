@@ -156,7 +156,7 @@ def unfit(outputs: list[Output], formats: Formats, quant: WeightFormat | None) -
             chosen = formats.get(name, PLAIN)
             if not chosen.is_kept or not is_matrix(output.rule, part):
                 continue
-            if output.rule.as_values:
+            if output.rule.as_values and not chosen.has_values:
                 what = f"is {chosen.title}, and graphs read it as values"
             elif output.rule.stacked and not chosen.of_experts:
                 what = f"is {chosen.title}: grouped products of experts have no such scale"

@@ -98,7 +98,7 @@ def _output(rule: Rule, sizes: Sizes, layer: int | None) -> Output:
 
 def _expected(rule: Rule, matrix: str, formats: tuple[WeightFormat, ...]) -> WeightFormat:
     """The format in which a configuration says that a matrix is stored."""
-    return next((f for f in formats if f.expects(matrix) and not (f.is_kept and rule.as_values)), PLAIN)
+    return next((f for f in formats if f.expects(matrix) and (f.has_values or not rule.as_values)), PLAIN)
 
 
 def expected_sources(

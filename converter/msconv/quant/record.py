@@ -120,8 +120,9 @@ class WeightFormat(Kept, ABC):
     checkpoint whose configuration does not say more than its name.
 
     `name`: in the manifest.  `title`: for people.  `method`: what `quant_method` calls it.  `element`: the element
-    type of its codes.  `of_experts`: experts' matrices may be stored in it.  `keys` of a `quantization_config`
-    that `read` obeys; those in `harmless` change nothing,
+    type of its codes.  `of_experts`: experts' matrices may be stored in it.  `has_values`: graphs may read it as
+    values, not only multiply by it.  `keys` of a `quantization_config` that `read` obeys; those in `harmless`
+    change nothing,
     for the reason there.  Every other key is refused.
     """
 
@@ -130,6 +131,7 @@ class WeightFormat(Kept, ABC):
     method: ClassVar[str]
     element: ClassVar[str]
     of_experts: ClassVar[bool] = True
+    has_values: ClassVar[bool] = True
     keys: ClassVar[frozenset[str]] = frozenset({"quant_method"})
     harmless: ClassVar[Mapping[str, str]] = {}
 

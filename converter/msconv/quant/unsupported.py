@@ -11,7 +11,6 @@ METHODS: Mapping[str, str] = {
     "gptq": "GPTQ",
     "auto-round": "AutoRound",
     "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors of llm-compressor",
     "fbgemm_fp8": "FP8 with a scale a row, of FBGEMM",
     "modelopt": "NVIDIA ModelOpt",
     "modelopt_fp4": "NVIDIA ModelOpt, NVFP4",
@@ -26,7 +25,9 @@ METHODS: Mapping[str, str] = {
     "marlin": "Marlin",
     "gguf": "GGUF",
 }
-INSTEAD = "take the original checkpoint in bfloat16, or one in FP8 with block scales (quant_method fp8)"
+INSTEAD = (
+    "take the original checkpoint in bfloat16, one in FP8 with block scales (quant_method fp8) or in int8 (W8A8)"
+)
 
 
 def unsupported_method(config: Mapping[str, object], supported: Collection[str]) -> str:
@@ -36,5 +37,4 @@ def unsupported_method(config: Mapping[str, object], supported: Collection[str])
         return f"group_size and bits without quant_method: weights quantised by MLX are not supported; {INSTEAD}"
     known = METHODS.get(method.replace("_", "-").lower(), METHODS.get(method)) if isinstance(method, str) else None
     named = f" ({known})" if known else ""
-    only = " and ".join(supported)
-    return f"quant_method = {shown(method)}{named}: only {only} is supported; {INSTEAD}"
+    return f"quant_method = {shown(method)}{named}: only {', '.join(supported)} are supported; {INSTEAD}"

@@ -49,6 +49,7 @@ class W8A8Dynamic(WeightFormat):
     title = "int8 (W8A8, a scale a token)"
     method = modelslim.METHOD
     element = "int8"
+    has_values: ClassVar[bool] = False
     keys = modelslim.KEYS
 
     @classmethod
@@ -113,6 +114,7 @@ class W8A8Static(WeightFormat):
     method = modelslim.METHOD
     element = "int8"
     of_experts: ClassVar[bool] = False
+    has_values: ClassVar[bool] = False
     keys = modelslim.KEYS
 
     @classmethod
