@@ -103,24 +103,8 @@ class Checkpoint:
 def open_configuration(root: Path, harmless: Iterable[str] = ()) -> Checkpoint:
     """Only config.json: enough to plan and to compile.  `harmless`: keys of it that a person says change nothing.
     Raises UsageError if `root` is no model directory."""
-    try:
-        found = root.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
-        raise UsageError(f"{str(root)[:300]}: no such directory.", "Give the directory of a downloaded model.")
-    if not root.is_dir():
-        if found_instead := weightless([root.name]):
-            raise UnsupportedCheckpoint(f"{root}: is one of {found_instead[0]}.", found_instead[1])
-        raise UsageError(f"{root}: not a directory.", "Give the directory that holds config.json.")
+    require_model(root)
     path = root / "config.json"
-    if not path.is_file():
-        _refuse_without_config(root)
-    if (root / MANIFEST).exists():
-        raise UsageError(
-            f"{root}: this is an msconv artifact, not a checkpoint.",
-            "Convert from the original model directory.",
-        )
     data = read_small(path)
     raw = parse_json(data, str(path))
     if not isinstance(raw, dict):
@@ -151,6 +135,27 @@ def open_configuration(root: Path, harmless: Iterable[str] = ()) -> Checkpoint:
         config_bytes=data,
         description=described[1] if described else "",
     )
+
+
+def require_model(root: Path) -> None:
+    """Raises MsconvError if `root` is no directory with a config.json, or an artifact."""
+    try:
+        found = root.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise UsageError(f"{str(root)[:300]}: no such directory.", "Give the directory of a downloaded model.")
+    if not root.is_dir():
+        if found_instead := weightless([root.name]):
+            raise UnsupportedCheckpoint(f"{root}: is one of {found_instead[0]}.", found_instead[1])
+        raise UsageError(f"{root}: not a directory.", "Give the directory that holds config.json.")
+    if not (root / "config.json").is_file():
+        _refuse_without_config(root)
+    if (root / MANIFEST).exists():
+        raise UsageError(
+            f"{root}: this is an msconv artifact, not a checkpoint.",
+            "Convert from the original model directory.",
+        )
 
 
 def _description(root: Path) -> tuple[object, str] | None:

@@ -20,16 +20,16 @@ from .plan import Move, Plan
 from .stored import Formats, Tensor, encoded_as, formats_of, left_out, tensors_of
 
 DAMAGED = (
-    "The files are whole: downloading them again gives the same.  Check that config.json belongs to these weights, "
-    "and that this model is one that msconv converts."
+    "The files are whole: downloading them again gives the same.  Check that config.json belongs to these "
+    "weights, and that this model is one that msconv converts."
 )
 
 
 @dataclass(frozen=True)
 class Examined:
     """A checkpoint's headers held against a weight table.  `damage`: what is missing, unknown or misshapen;
-    `mixed`: matrices stored as one and not alike; `unfit`: codes where none can be; `others`: element types, and what does
-    not split.  `source_dtype`: of most values."""
+    `mixed`: matrices stored as one and not alike; `unfit`: codes where none can be; `others`: element types, and
+    what does not split.  `source_dtype`: of most values."""
 
     outputs: list[Output]
     formats: Formats

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.directory import require_model
 from ..lint.files import Inventory, inventory
 from ..lint.findings import Finding, Findings
 from ..lint.names import check_names
@@ -41,6 +42,7 @@ class Linted:
 def look(root: Path, harmless: Collection[str] = ()) -> tuple[Inventory, str, Findings]:
     """Headers and small files of a directory: what there is, the family, what is wrong with names.  Raises
     MsconvError if it is no directory."""
+    require_model(root)
     findings = Findings()
     found = inventory(root, findings)
     return found, check_names(found, harmless, findings), findings
