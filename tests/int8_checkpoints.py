@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tests.checkpoints import Bits, Stored, read_checkpoint, write_safetensors
 from tests.moe_checkpoints import dequantise, widen
+from tests.synthetic import qwen3_config, qwen3_shapes
 
 DESCRIPTION = "quant_model_description.json"
 LINEAR = re.compile(r"^(model\.layers\.\d+\.(self_attn|mlp)\..*_proj(_with_mqa)?)\.weight$")
@@ -57,9 +58,10 @@ def quantised(values: Floats) -> tuple[NDArray[np.int8], Floats]:
 @dataclass(frozen=True)
 class Form:
     """What a ModelSlim checkpoint has besides.  `bits64`: deq_scale as int64 with float32's bits, as for float16
-    models.  `biases`: static matrices have one, in quant_bias.  `shifted`: norms have a bias.  `stem`: of the
-    files' names.  `extra`: of the description."""
+    models.  `biases`: static matrices have one, in quant_bias.  `shifted`: norms have a bias.  `reaches`: a code is
+    -128, to which ModelSlim's own rounding comes.  `stem`: of the files' names.  `extra`: of the description."""
 
+    reaches: bool = True
     bits64: bool = False
     biases: bool = False
     shifted: bool = False
@@ -108,6 +110,22 @@ def write_shards(directory: Path, tensors: Tensors, stem: str = "quant_model_wei
         write_safetensors(directory / file, part)
         index |= dict.fromkeys(part, file)
     (directory / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def dense_checkpoint(directory: Path, code: str = "BF16", seed: int = 0, **changes: Any) -> Path:
+    """A Qwen3 of random values: eight heads, two of keys, so that ranks share those."""
+    sizes = {"hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = qwen3_config(**{**sizes, "vocab_size": 203, **changes})
+    rng = np.random.default_rng(seed)
+    shapes = qwen3_shapes(config)
+    if config.get("attention_bias"):
+        rows = {n: shape[0] for n, shape in shapes.items() if ".self_attn." in n and n.endswith("_proj.weight")}
+        shapes |= {n.replace(".weight", ".bias"): (size,) for n, size in rows.items()}
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = {n: _like(rng.normal(0, 0.5, shape).astype(np.float32), code) for n, shape in shapes.items()}
+    write_safetensors(directory / "model.safetensors", tensors)
+    return directory
 
 
 def compressed_tensors(source: Path, directory: Path) -> Path:
@@ -177,18 +195,32 @@ def numbers(tensor: Stored) -> Floats:
     return widen(tensor)
 
 
-def source_values(tensors: Tensors, name: str, block: tuple[int, int]) -> Floats:
-    """A matrix's values in float32, those of FP8 without rounding them to another type."""
-    if tensors[name].code == "F8_E4M3":
-        return dequantise(tensors[name].bits, tensors[name + "_scale_inv"].bits, block)
-    return widen(tensors[name])
+def as_values(source: Path, directory: Path, block: tuple[int, int], code: str = "BF16") -> Path:
+    """An FP8 checkpoint as values: matrices that will be quantised in float32, without rounding them to another
+    type first; all others as conversion decodes them, in the type of `code`."""
+    stored = read_checkpoint(source)
+    tensors: Tensors = {}
+    for name, tensor in stored.items():
+        if name.endswith("_scale_inv"):
+            continue
+        tensors[name] = tensor
+        if tensor.code == "F8_E4M3":
+            values = dequantise(tensor.bits, stored[name + "_scale_inv"].bits, block)
+            tensors[name] = _like(values, code if "kv_b_proj" in name else "F32")
+    directory.mkdir(parents=True)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config))
+    write_safetensors(directory / "model.safetensors", tensors)
+    return directory
 
 
 def _linear(
     module: str, values: Floats, kind: str, scale: float, offset: int, form: Form, rng: np.random.Generator
 ) -> Tensors:
     codes, scales = quantised(values)
-    codes[0, 0] = -128  # ModelSlim's own rounding reaches it
+    if form.reaches:
+        codes[0, 0] = -128
     made = {module + ".weight": Stored("I8", codes)}
     if kind != "W8A8":
         made[module + ".weight_scale"] = Stored("F32", scales.view(np.uint32))
