@@ -58,8 +58,8 @@ def quantised(values: Floats) -> tuple[NDArray[np.int8], Floats]:
 @dataclass(frozen=True)
 class Form:
     """What a ModelSlim checkpoint has besides.  `bits64`: deq_scale as int64 with float32's bits, as for float16
-    models.  `biases`: static matrices have one, in quant_bias.  `shifted`: norms have a bias.  `reaches`: a code is
-    -128, to which ModelSlim's own rounding comes.  `stem`: of the files' names.  `extra`: of the description."""
+    models.  `biases`: static matrices have one, in quant_bias.  `shifted`: norms have a bias.  `reaches`: one
+    code is -128, as ModelSlim's own rounding makes.  `stem`: of the files' names.  `extra`: of the description."""
 
     reaches: bool = True
     bits64: bool = False

@@ -29,10 +29,12 @@ DAMAGED = (
 class Examined:
     """A checkpoint's headers held against a weight table.  `damage`: what is missing, unknown or misshapen;
     `mixed`: matrices stored as one and not alike; `unfit`: codes where none can be; `others`: element types, and
-    what does not split.  `source_dtype`: of most values."""
+    what does not split.  `beside`: what is left out of those that `dropped` has, by the matrix it belongs to.
+    `source_dtype`: of most values."""
 
     outputs: list[Output]
     formats: Formats
+    beside: Mapping[str, list[LeftOut]]
     dropped: list[LeftOut]
     source_dtype: str
     damage: list[str]
@@ -68,8 +70,9 @@ def examine(
     formats = formats_of(outputs, sizes, sources)
     used = {name for o in outputs for _, name in o.sources}
     used |= {c for name, chosen in formats.items() for c in chosen.companions(name)}
+    beside = {name: entries for o in outputs for name, entries in left_out(o, sources, formats).items()}
     dropped = [
-        *(d for o in outputs for d in left_out(o, sources, formats)),
+        *(d for entries in beside.values() for d in entries),
         *dropped_sources(table, sizes, sources, used),
     ]
     damage = coverage(outputs, sizes, sources, formats, dropped)
@@ -77,7 +80,7 @@ def examine(
     source_dtype = common_dtype(outputs, sources, formats, dtype, others)
     others += divisions(outputs, sizes, mesh)
     mixed, codes = mixtures(outputs, formats), unfit(outputs, formats, quant)
-    return Examined(outputs, formats, dropped, source_dtype, damage, mixed, codes, others)
+    return Examined(outputs, formats, beside, dropped, source_dtype, damage, mixed, codes, others)
 
 
 def make_plan(
@@ -124,6 +127,11 @@ def make_plan(
         dropped=tuple(found.dropped),
         vocab=draft.vocab,
         encoded=encoded,
+        checked={
+            name: kept
+            for name, entries in found.beside.items()
+            if name in draft.moves and (kept := tuple(e for e in entries if e.twin or e.is_zero))
+        },
     )
 
 
