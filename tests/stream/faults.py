@@ -217,10 +217,10 @@ def sweep(
     arguments: list[str],
     most: int = 0,
 ) -> dict[str, Any]:
-    """Let `do` happen at every step (or `most` of them, evenly spread) of a command that writes into `root`, and in
-    half of the cases once more while the next run resumes.  The command finds, as `begin` says, `nothing`, `the last
-    step undone`, `a lost file` or `all done`.  Returns the steps' names, how many runs ended early, and what went
-    wrong."""
+    """Let `do` happen at every step of a command that writes into `root`, or at `most` of them, evenly spread, and
+    in half of the cases once more while the next run resumes.  The command finds, as `begin` says, `nothing`, `the
+    last step undone`, `a lost file` or `all done`.  Returns the steps' names, how many runs ended early, and what
+    went wrong."""
     import msconv.steps.convert
     import msconv.steps.reshard  # noqa: F401  (once, before the forks)
     from tests.synthetic import digests
