@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-rehearsal test-names test-digests browser compiler check format clean
+.PHONY: setup demo test test-ms28 eval test-rehearsal test-names test-digests browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -69,6 +69,15 @@ test-ms28: setup .venv-ms28/.installed
 	.venv-ms28/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
+# lm-evaluation-harness asks a served artifact, and runs transformers on the same checkpoint: a third environment.
+eval: setup compiler .venv-eval/.installed
+	$(BIN)/python -m pytest tests/eval
+
+.venv-eval/.installed: requirements/eval.txt
+	test -x .venv-eval/bin/python || $(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/python -m pip install --no-deps --progress-bar off -r requirements/eval.txt
+	@touch $@
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,4 +89,5 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf artifacts build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find artifacts -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

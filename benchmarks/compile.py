@@ -44,7 +44,7 @@ from msconv_runtime.artifact import Artifact, read_manifest
 from msconv_runtime.graphs import Graphs
 root = Path(sys.argv[1])
 started = time.perf_counter()
-graphs = Graphs(Artifact(root), "cpu", compiled=False)  # the two that are traced
+graphs = Graphs(Artifact(root), "cpu", compiled=False)  # those that are traced
 graphs.warm_up()
 print(json.dumps(time.perf_counter() - started))
 """
@@ -60,14 +60,14 @@ from msconv.graph.export import build, placeholders
 from msconv.graph.parameters import restore_names
 from msconv.graph.spec import Local
 from msconv.layout.cuts import Mesh
-from msconv_runtime.roles import DECODE, PREFILL
+from msconv_runtime.roles import DECODE, PREFILL, VERIFY
 from msconv_runtime.targets import CPU
 raw = json.loads(Path(sys.argv[1], "config.json").read_text())
 config = configure(raw, "config.json")[1]
 ms.set_context(mode=ms.GRAPH_MODE)
 one, zero = Tensor([1], ms.int32), Tensor([0], ms.int32)
 started = time.perf_counter()
-for role in (PREFILL, DECODE):
+for role in (PREFILL, DECODE, VERIFY):
     local = Local(config, Mesh(1), CPU, role)
     ops, net, inputs = build(local)
     restore_names(net)

@@ -8,6 +8,7 @@ at a time:
   sglang   SGLang's own torch model on the checkpoint
   traced   the same cells as in the artifact, built in Python from the checkpoint and compiled by MindSpore's
            `@jit` at the first requests, as a slot without artifacts does it
+  quant    `msconv serve` on the artifact that `msconv convert --quant` of `--quant` makes of the checkpoint
 Start is from the process's start to the first token of a first request of 8 tokens.  Decode counts the tokens
 between the moment the last request has its first token and the moment the first one ends, for prompts that differ
 from their first token.  The order of the ways changes from round to round.
@@ -22,7 +23,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import statistics
@@ -43,6 +43,7 @@ from benchmarks.synthetic import write_checkpoint
 
 ROOT = Path(__file__).parent.parent
 WAYS = ("msconv", "sglang", "traced")
+QUANT = "quant"  # a fourth, with --quant
 START_LIMIT_S = 600
 REQUEST_LIMIT_S = 1800
 NEW_TOKENS = 24
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen3-0.6B")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--dtype", default="float32", help="of the artifact; bfloat16 is the source's")
-    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--quant", default="", help="also quantised so, as `w8a8`: a way of its own")
+    parser.add_argument("--ways", default=",".join(WAYS), help="besides that of --quant")
     parser.add_argument("--requests", default="1,4,16")
     parser.add_argument("--contexts", default="128,1024")
     parser.add_argument("--rounds", type=int, default=3)
@@ -75,18 +77,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep checkpoint and artifact here  [default: temporary]")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    ways = args.ways.split(",")
+    ways = args.ways.split(",") + [QUANT] * bool(args.quant)
     shapes = [(int(r), int(c)) for c in args.contexts.split(",") for r in args.requests.split(",")]
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        source, artifact = prepare(work, args.model, args.layers, args.dtype)
+        places = prepare(work, args.model, args.layers, args.dtype, args.quant)
         rounds: list[dict[str, Found]] = []
         for number in range(args.rounds):
             order = ways[number % len(ways) :] + ways[: number % len(ways)]
             found = {}
             for way in order:
-                warm(artifact if way == "msconv" else source)
-                found[way] = measure(way, source, artifact, [] if args.starts_only else shapes, work)
+                warm(places.artifact(way) or places.source)
+                found[way] = measure(way, places, [] if args.starts_only else shapes, work)
                 print(f"round {number + 1}, {way}: {found[way]}", flush=True)
             rounds.append(found)
     report = summarise(rounds, ways)
@@ -95,17 +97,32 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def prepare(work: Path, model: str, layers: int, dtype: str) -> tuple[Path, Path]:
-    """A checkpoint and its artifact; made once if they are kept."""
-    source, artifact = work / model, work / f"{model}-{dtype}"
-    if not (artifact / "READY").exists():
-        shutil.rmtree(source, ignore_errors=True)
-        write_checkpoint(source, model, layers)
+@dataclass(frozen=True)
+class Places:
+    """A checkpoint, its artifact, and that of its quantised matrices, if there is one."""
+
+    source: Path
+    values: Path
+    quantised: Path
+
+    def artifact(self, way: str) -> Path | None:
+        """What `msconv serve` gets in this way; None if the way reads the checkpoint."""
+        return {"msconv": self.values, QUANT: self.quantised}.get(way)
+
+
+def prepare(work: Path, model: str, layers: int, dtype: str, quant: str) -> Places:
+    """Made once if they are kept."""
+    places = Places(work / model, work / f"{model}-{dtype}", work / f"{model}-{dtype}-{quant}")
+    if not (places.source / "model.safetensors.index.json").exists():  # what is written last
+        write_checkpoint(places.source, model, layers)
+    for artifact, options in ((places.values, []), (places.quantised, ["--quant", quant])):
+        if (artifact is places.quantised and not quant) or (artifact / "READY").exists():
+            continue
         msconv = [sys.executable, "-m", "msconv"]
-        convert = ["convert", "--model", source, "--tp", "1", "--dtype", dtype, "--output", artifact]
-        subprocess.run([*msconv, *map(str, convert)], check=True)
+        convert = ["convert", "--model", str(places.source), "--tp", "1", "--dtype", dtype, *options]
+        subprocess.run([*msconv, *convert, "--output", str(artifact)], check=True)
         subprocess.run([*msconv, "compile", str(artifact), "--target", "cpu"], check=True)
-    return source, artifact
+    return places
 
 
 def warm(directory: Path) -> None:
@@ -116,12 +133,13 @@ def warm(directory: Path) -> None:
                 pass
 
 
-def command(way: str, source: Path, artifact: Path, port: int) -> tuple[list[str], dict[str, str]]:
+def command(way: str, places: Places, port: int) -> tuple[list[str], dict[str, str]]:
     """What starts a server, and the environment it needs besides ours."""
+    source = places.source
     common = ["--skip-tokenizer-init", "--max-total-tokens", str(POOL_TOKENS), "--log-level", "info"]
-    if way == "msconv":
+    if (artifact := places.artifact(way)) is not None:
         return [sys.executable, "-m", "msconv", "serve", str(artifact), "--port", str(port), "--", *common], {}
-    serve = ["serve", str(artifact), "--port", str(port), "--json", "--print-command", "--", *common]
+    serve = ["serve", str(places.values), "--port", str(port), "--json", "--print-command", "--", *common]
     ask = [sys.executable, "-m", "msconv", *serve]
     printed = subprocess.run(ask, capture_output=True, text=True, check=True)
     launch = json.loads(printed.stdout)
@@ -139,11 +157,11 @@ def command(way: str, source: Path, artifact: Path, port: int) -> tuple[list[str
 
 
 @contextlib.contextmanager
-def running(way: str, source: Path, artifact: Path, log: Path) -> Iterator[tuple[int, psutil.Process]]:
+def running(way: str, places: Places, log: Path) -> Iterator[tuple[int, psutil.Process]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    argv, environment = command(way, source, artifact, port)
+    argv, environment = command(way, places, port)
     with log.open("wb") as f:
         process = subprocess.Popen(
             argv, env={**os.environ, **environment}, stdout=f, stderr=subprocess.STDOUT, start_new_session=True
@@ -160,12 +178,12 @@ def running(way: str, source: Path, artifact: Path, log: Path) -> Iterator[tuple
         process.wait()
 
 
-def measure(way: str, source: Path, artifact: Path, shapes: list[tuple[int, int]], work: Path) -> Found:
+def measure(way: str, places: Places, shapes: list[tuple[int, int]], work: Path) -> Found:
     """One server from start to end."""
     found = Found()
     log = work / f"{way}.log"
     started = time.monotonic()
-    with running(way, source, artifact, log) as (port, main):
+    with running(way, places, log) as (port, main):
         asyncio.run(_first_token(port, main, log))
         found.start_s = time.monotonic() - started
         found.idle_bytes = memory(main)
@@ -238,7 +256,7 @@ async def _stream(session: aiohttp.ClientSession, port: int, ids: list[int], new
 
 
 def summarise(rounds: list[dict[str, Found]], ways: list[str]) -> dict[str, Any]:
-    """Medians over rounds, and of each round's ratios to SGLang's own model."""
+    """Medians over rounds, and of each round's ratios of two ways."""
 
     def each(way: str, key: str, shape: str | None = None) -> list[float]:
         values = [getattr(r[way], key) for r in rounds]
@@ -255,18 +273,18 @@ def summarise(rounds: list[dict[str, Found]], ways: list[str]) -> dict[str, Any]
             "idle_bytes": {k: statistics.median(each(way, "idle_bytes", k)) for k in last.idle_bytes},
             "loaded_bytes": {k: statistics.median(each(way, "loaded_bytes", k)) for k in last.loaded_bytes},
         }
-    for other in ("sglang", "traced"):
-        if "msconv" not in ways or other not in ways:
+    for one, other in (("msconv", "sglang"), ("msconv", "traced"), (QUANT, "msconv")):
+        if one not in ways or other not in ways:
             continue
 
-        def ratio(key: str, shape: str | None = None, other: str = other) -> float:
-            pairs = zip(each("msconv", key, shape), each(other, key, shape), strict=True)
+        def ratio(key: str, shape: str | None = None, one: str = one, other: str = other) -> float:
+            pairs = zip(each(one, key, shape), each(other, key, shape), strict=True)
             return statistics.median(ours / theirs for ours, theirs in pairs)
 
-        report["ratios"][other] = {
+        report["ratios"][f"{one} to {other}"] = {
             "start": ratio("start_s"),
-            "decode": {k: ratio("decode", k) for k in rounds[-1]["msconv"].decode},
-            "prefill": {k: ratio("prefill", k) for k in rounds[-1]["msconv"].prefill},
+            "decode": {k: ratio("decode", k) for k in rounds[-1][one].decode},
+            "prefill": {k: ratio("prefill", k) for k in rounds[-1][one].prefill},
         }
     return report
 
@@ -295,9 +313,12 @@ def table(report: dict[str, Any], ways: list[str]) -> str:
         )
         for r in rows
     ]
-    for other, ratios in report["ratios"].items():
+    for title, ratios in report["ratios"].items():
         decode = ", ".join(f"{k} {v:.2f}x" for k, v in ratios["decode"].items())
-        lines.append(f"msconv to {other}: start {ratios['start']:.2f}x; decode {decode or 'not measured'}")
+        prefill = ", ".join(f"{k} {v:.2f}x" for k, v in ratios["prefill"].items())
+        lines.append(
+            f"{title}: start {ratios['start']:.2f}x; decode {decode or 'not measured'}; prefill {prefill}"
+        )
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ WORK = Path("artifacts") / "demo"
 CHECKPOINT, ARTIFACT, LOG = WORK / "zen-qwen3", WORK / "zen-qwen3-tp1", WORK / "server.log"
 START_TIMEOUT_S = 240
 QUESTION = "Beautiful is better than"
+OWN = "http://127.0.0.1:30000"  # where `msconv serve` listens if nothing else is said
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     title("4/6", "Verify: the artifact's own graphs and bytes against transformers, logit by logit")
     msconv("verify", ARTIFACT, "--reference", CHECKPOINT)
     title("5/6", "Serve: the real SGLang server, its MindSpore slot filled with the artifact")
-    answer = serve_and_ask()
+    answer, request = serve_and_ask()
     title("6/6", "What happened")
     expected = next(line for line in zen_lines() if line.startswith(QUESTION))
     print(f"asked over HTTP:  {QUESTION}")
@@ -46,15 +48,19 @@ def main() -> None:
         sys.exit("The served continuation is not the text's.")
     print(
         f"\nAll of it took {time.monotonic() - started:.0f} s, on this CPU; nothing here has run on an NPU.\n"
-        f"The artifact is {ARTIFACT}; look at it with `.venv/bin/msconv inspect {ARTIFACT}`,\n"
-        f"serve it with `.venv/bin/msconv serve {ARTIFACT}`."
+        f"The artifact is {ARTIFACT}; look at it with `.venv/bin/msconv inspect {ARTIFACT}`.\n"
+        f"To talk to it: `.venv/bin/msconv serve {ARTIFACT} --ui`, and then\n"
+        f"  {OWN}/chat\n"
+        f"  {request}\n"
+        "The page and this request were both tried just now, at another port."
     )
 
 
-def serve_and_ask() -> str:
-    """Start the server, ask once, stop it by its own process id."""
+def serve_and_ask() -> tuple[str, str]:
+    """Start the server, ask, look at its chat page, stop it by its own process id.  Returns what it answered, and
+    the request that it shows, for the usual port."""
     port = free_port()
-    command = [sys.executable, "-m", "msconv", "serve", str(ARTIFACT), "--port", str(port)]
+    command = [sys.executable, "-m", "msconv", "serve", str(ARTIFACT), "--ui", "--port", str(port)]
     print(f"starting; its log is {LOG}")
     with LOG.open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -67,9 +73,24 @@ def serve_and_ask() -> str:
             sys.exit("The server did not use the MindSpore slot.")
         sampling = {"temperature": 0, "max_new_tokens": 16}
         reply = post(port, "/generate", {"text": QUESTION, "sampling_params": sampling})
-        return str(reply["text"])
+        return str(reply["text"]), try_what_it_shows(port)
     finally:
         stop(server)
+
+
+def try_what_it_shows(port: int) -> str:
+    """The request and the chat page of the server's own last words: both must work."""
+    own = f"http://127.0.0.1:{port}"
+    shown = [line.partition("try:")[2].strip() for line in LOG.read_text(errors="replace").splitlines()]
+    request = next((line for line in shown if line), "")
+    if shutil.which("curl"):
+        done = subprocess.run(["sh", "-c", request], capture_output=True, text=True)
+        if done.returncode or "choices" not in done.stdout:
+            sys.exit(f"The request that the server shows was not answered: {request}\n{done.stdout}{done.stderr}")
+    with urllib.request.urlopen(f"{own}/chat", timeout=10) as reply:
+        if b"<title>" not in reply.read():
+            sys.exit("The chat page is not there.")
+    return request.replace(own, OWN)
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
@@ -80,7 +101,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
             sys.exit(f"The server ended with code {server.returncode}. Its log, {LOG}, ends:\n{tail()}")
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
-                if reply.status == 200:
+                if reply.status == 200 and "msconv: ready at" in LOG.read_text(errors="replace"):
                     print(f"ready after {time.monotonic() - started:.0f} s")
                     return
         except (urllib.error.URLError, OSError):

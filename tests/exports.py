@@ -13,6 +13,7 @@ from msconv_runtime.artifact import Graph, digest_bytes
 from msconv_runtime.roles import ROLES
 from msconv_runtime.targets import TARGETS
 from tests.checkpoints import SMALL
+from tests.int8 import Int8Types, quantised
 from tests.moe_checkpoints import SMALL_DEEPSEEK_V3, SMALL_QWEN3_MOE
 
 PLAIN: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -56,6 +57,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+INT8 = {"qwen3 int8": "static", "qwen3_moe int8": "mixed", "deepseek_v3 int8": "mixed"}  # how matrices are kept
+MODELS |= {name: MODELS[name.removesuffix(" int8")] for name in INT8}
+
+
 class AllInBfloat16(dict[str, str]):
     """The stored type of every weight, whatever its name."""
 
@@ -76,8 +81,10 @@ def exported(
     from msconv.graph.export import export
     from msconv.graph.spec import Local
 
-    types = AllInBfloat16()
-    made = export(Local(config_named(model), make_mesh(tp, ep), TARGETS[target], ROLES[role], variant, types))
+    config, types = config_named(model), AllInBfloat16()
+    if model in INT8:
+        config, types = quantised(config), Int8Types(INT8[model], shifted=True)
+    made = export(Local(config, make_mesh(tp, ep), TARGETS[target], ROLES[role], variant, types))
     entry = Graph(
         target=target,
         role=role,

@@ -44,7 +44,8 @@ class TracedGraphs(Graphs):
     def __init__(self, artifact: Artifact, checkpoint: Path) -> None:
         self.target, self.place = CPU, Place()
         self.library, self.is_compiled = NO_KERNELS, False
-        self.entries = of_variant(artifact.graphs(CPU.name), "")
+        graphs = of_variant(artifact.graphs(CPU.name), "")
+        self.entries = {role.name: graphs[role.name] for role in (PREFILL, DECODE)}
         self._compiles_at_ready = 0
         ms.set_context(mode=ms.GRAPH_MODE)
         config = configure(json.loads((checkpoint / "config.json").read_text()), "config.json")[1]

@@ -1,7 +1,10 @@
-"""What msconv measures of its own process."""
+"""What msconv measures of its own process, and what those hear that it starts."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -11,3 +14,15 @@ def peak_rss_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+@contextmanager
+def without_signals() -> Iterator[None]:
+    """Processes that are started here never hear of Ctrl-C, which a terminal sends to all: whoever started them
+    ends them.  For this process such signals wait until the end of the block."""
+    blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -15,11 +15,13 @@ from .artifact.weights import LoadMode
 from .binding import bind, element_type, load_weights
 from .errors import EnvironmentProblem
 from .kernels import Library, library, use_threads
-from .paging import Batch, Sequences, attention_mask, chunks
-from .roles import COMPILED, DECODE, LOGITS, PREFILL, ROLES, Role, graph_for, of_variant
+from .paging import CHUNK_TOKENS, Batch, Sequences, attention_mask, chunks
+from .roles import COMPILED, DECODE, LOGITS, PREFILL, ROLES, VERIFY, Role, graph_for, of_variant
 from .targets import target_named
 from .versions import MINDSPORE, named
 
+LOGITS_BYTES = 32 << 20  # of one call's, where a graph gives those of every token
+FEWEST_ROWS = 16
 WARM_UP_SEQUENCES = 3  # so many that each graph of a set is asked for
 NO_KERNELS = Library(None, "the artifact has no graph of compiled kernels, or it was not asked for")
 
@@ -97,6 +99,30 @@ class Graphs:
         assert out is not None
         return out
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that a row of logits is for."""
+        return next(o.shape[-1] or 0 for g in self.entries.values() for o in g.outputs if o.name == LOGITS)
+
+    @property
+    def gives_all_logits(self) -> bool:
+        """Whether there is a graph for `every_token`."""
+        return VERIFY.name in self.entries
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many tokens `every_token` should be asked for at once: their logits are some megabytes."""
+        return min(max(FEWEST_ROWS, LOGITS_BYTES // (4 * self.vocab_size)), CHUNK_TOKENS)
+
+    def every_token(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
+        """Any number of new tokens a sequence, after any cached prefix.  Logits of all of them, [T, V] float32, in
+        the batch's order.  In calls of `rows_at_once` tokens; what they give together, the caller bounds.  Raises
+        ArtifactError if the artifact has no such graph."""
+        ragged = self.is_compiled or not self.target.device.is_host
+        parts = [part for _, _, part in chunks(batch, self.page, ragged, self.rows_at_once)]
+        found = [self.run(VERIFY, part, caches)[LOGITS] for part in parts]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
     def run(self, asked: Role, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         """The outputs, by name, of the graph that answers `asked` for this batch."""
         return self._call(graph_for(self.entries, asked, batch), batch, caches)
@@ -127,12 +153,14 @@ class Graphs:
         shapes too and raises EnvironmentProblem if that compiles."""
         page = self.page
         batches: list[list[int]] = [[1] * WARM_UP_SEQUENCES, *([[page + 1, 2, 1, 1]] if strict else [])]
-        pages = max(sum(-(-(n + 1) // page) for n in lengths) for lengths in batches)  # each decodes one more
+        pages = max(sum(-(-(n + 2) // page) for n in lengths) for lengths in batches)  # each gets two more
         caches = [self._blank(cache, pages) for cache in self.caches]
         for lengths in batches:
             sequences = Sequences(len(lengths), page)
             self.prefill(sequences.advance([[0] * n for n in lengths]), caches)
             self.decode(sequences.advance([[0] for _ in lengths]), caches)
+            if self.gives_all_logits:
+                self.every_token(sequences.advance([[0] for _ in lengths]), caches)
             if self._compiles_at_ready and self.compiles_since_ready:
                 raise EnvironmentProblem(
                     f"MindSpore compiled {self.compiles_since_ready} times more for a batch of another shape: "

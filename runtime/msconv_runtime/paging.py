@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .errors import UsageError
 
 Ints = NDArray[np.int32]
+Stretch = tuple[int, int, int]  # of a batch: a sequence, its first token among all, how many
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,18 @@ class Sequences:
         )
 
 
-def chunks(batch: Batch, page: int, ragged: bool) -> Iterator[tuple[list[int], list[bool], Batch]]:
-    """Cut a batch into calls of bounded size: (members, whether each is at its end, the part).  Unless a graph
-    takes `ragged` sequences, it makes each as long as the longest.
+def chunks(
+    batch: Batch, page: int, ragged: bool, most: int = RAGGED_TOKENS
+) -> Iterator[tuple[list[int], list[bool], Batch]]:
+    """Cut a batch into calls of bounded size, at most `most` tokens: (members, whether each is at its end, the
+    part).  Unless a graph takes `ragged` sequences, it makes each as long as the longest.
 
     A sequence is cut in order, and never twice in one call: later chunks read what earlier ones cached.
     """
     ends = np.cumsum(batch.q_lens)
-    members: list[tuple[int, int, int]] = []  # sequence, first token, tokens
+    members: list[Stretch] = []
     longest = tokens = 0
-    limit = RAGGED_TOKENS if ragged else CHUNK_TOKENS
+    limit = min(most, RAGGED_TOKENS if ragged else CHUNK_TOKENS)
     for sequence, (q_len, end) in enumerate(zip(batch.q_lens, ends, strict=True)):
         for begin in range(0, int(q_len), limit):
             size = min(limit, int(q_len) - begin)
@@ -133,14 +136,22 @@ def chunks(batch: Batch, page: int, ragged: bool) -> Iterator[tuple[list[int], l
         yield _part(batch, members, page)
 
 
-def _part(batch: Batch, members: list[tuple[int, int, int]], page: int) -> tuple[list[int], list[bool], Batch]:
+def _part(batch: Batch, members: list[Stretch], page: int) -> tuple[list[int], list[bool], Batch]:
+    part = take(batch, members, page)
+    sequences = [sequence for sequence, _, _ in members]
+    return sequences, (part.context_lens == batch.context_lens[sequences]).tolist(), part
+
+
+def take(batch: Batch, members: Sequence[Stretch], page: int) -> Batch:
+    """The batch that has these stretches of a batch's sequences, one of each at most.  What stands before a
+    stretch is taken to be in the cache when the graph runs."""
     ends = np.cumsum(batch.q_lens)
-    sequences = [m[0] for m in members]
+    sequences = [sequence for sequence, _, _ in members]
     tokens = np.concatenate([np.arange(first, first + size) for _, first, size in members])
     left = np.array([ends[s] - (first + size) for s, first, size in members])
     context = batch.context_lens[sequences] - left
     width = -(-int(context.max()) // page)
-    part = Batch(
+    return Batch(
         input_ids=batch.input_ids[tokens],
         positions=batch.positions[tokens],
         slots=batch.slots[tokens],
@@ -148,4 +159,35 @@ def _part(batch: Batch, members: list[tuple[int, int, int]], page: int) -> tuple
         context_lens=context.astype(np.int32),
         q_lens=np.array([size for _, _, size in members], np.int32),
     )
-    return sequences, [bool(n == 0) for n in left], part
+
+
+@dataclass(frozen=True)
+class Tails:
+    """The new tokens of each sequence of a batch from its `firsts[i]` on: those whose logits are asked for, one
+    row each, in the order of the sequences.  `firsts[i]` is 0 for all of them, and less than the sequence has."""
+
+    batch: Batch
+    firsts: Sequence[int]
+    page: int
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each sequence."""
+        return [int(q_len) - first for q_len, first in zip(self.batch.q_lens, self.firsts, strict=True)]
+
+    def before(self) -> Batch | None:
+        """The batch of the tokens before them, which has to run first.  None: there are none."""
+        begins = np.cumsum(self.batch.q_lens) - self.batch.q_lens
+        members = [(i, int(begins[i]), first) for i, first in enumerate(self.firsts) if first]
+        return take(self.batch, members, self.page) if members else None
+
+    def rows(self, begin: int, end: int) -> Batch:
+        """The batch of the rows from `begin` up to `end`."""
+        members = []
+        token = row = 0  # the sequence's first, and its first row
+        for i, (q_len, first) in enumerate(zip(self.batch.q_lens, self.firsts, strict=True)):
+            low, high = max(begin, row), min(end, row + int(q_len) - first)
+            if low < high:
+                members.append((i, token + first + low - row, high - low))
+            token, row = token + int(q_len), row + int(q_len) - first
+        return take(self.batch, members, self.page)

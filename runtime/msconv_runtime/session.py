@@ -110,6 +110,19 @@ class Session:
             self._check_lengths("extend", self._sequences, new)
             return self._run(self._sequences, new, lambda batch, caches: self.graphs.prefill(batch, caches))
 
+    @property
+    def has_all_tokens(self) -> bool:
+        """Whether the artifact has the graph of `extend_all`."""
+        return self.graphs.gives_all_logits
+
+    def extend_all(self, tokens: list[list[int]]) -> Logits:
+        """As `extend`, with the logits of every token that is appended, [T, V], in the order of the sequences.
+        Raises ArtifactError for an artifact of before there were such graphs."""
+        with _turn:
+            new = self._tokens("extend_all", tokens, self._sequences)
+            self._check_lengths("extend_all", self._sequences, new)
+            return self._run(self._sequences, new, lambda batch, caches: self.graphs.every_token(batch, caches))
+
     def decode(self, tokens: list[int]) -> Logits:
         """Append one token to each sequence, also past `max_positions`: what the model makes of those positions
         nobody has trained.  [B, V]."""

@@ -110,7 +110,7 @@ def test_compile_answers_with_exactly_the_promised_fields(own_artifact: Path) ->
     assert done.code == 0
     assert set(done.json) == {"artifact", "graphs"}
     assert done.json["artifact"] == str(own_artifact)
-    phases = ["prefill", "decode", "native"]
+    phases = ["prefill", "decode", "decode_all", "native", "native_all"]
     assert [(g["target"], g["phase"]) for g in done.json["graphs"]] == [("cpu", p) for p in phases]
     for graph in done.json["graphs"]:
         assert set(graph) == COMPILED

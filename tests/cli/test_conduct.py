@@ -107,8 +107,8 @@ def test_a_success_ends_with_what_to_do_next(checkpoint: Checkpoints, tmp_path: 
         (("inspect", out), f"msconv compile {out}"),
         (("inspect", out, "--json"), f"msconv compile {out}"),
         (("reshard", out, "--tp", 1, "--output", tmp_path / "one"), f"msconv compile {tmp_path / 'one'}"),
-        (("doctor",), "msconv convert"),
-        (("recipes",), "msconv recipes NAME"),
+        (("doctor",), "msconv recipes"),
+        (("recipes",), "msconv recipes Qwen3-8B"),
         (("recipes", "Qwen3-8B"), "msconv plan --model Qwen3-8B"),
         (("completion", "bash"), "msconv completion bash >"),
     ]:

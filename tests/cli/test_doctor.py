@@ -73,7 +73,7 @@ def test_lines_are_aligned_and_the_next_command_comes_last(compiled: Path) -> No
     assert len({re.search(r"\S  +(\S)", line[10:]).start(1) for line in findings if len(line) > 30}) == 1  # type: ignore[union-attr]
     assert any("nothing of msconv has run on an NPU yet" in line for line in lines)
     assert done.stderr.splitlines()[-1] == f"Next: msconv verify {compiled}"
-    assert run_msconv("doctor").stderr.splitlines()[-1] == "Next: msconv convert --model <dir> --tp N"
+    assert run_msconv("doctor").stderr.splitlines()[-1].startswith("Next: msconv recipes  # ")
 
 
 def test_tables_agree_with_what_is_pinned_and_what_is_loaded() -> None:
@@ -392,3 +392,31 @@ def test_what_is_no_artifact_exits_2(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     check_error(run_msconv("doctor", name, "--json", cwd=tmp_path), 2, "usage")
+
+
+# Packages beside the engine
+
+
+@pytest.mark.parametrize(
+    ("sglang", "words"),
+    [
+        ("0.5.15", None),
+        ("0.5.16", "Llama do not import"),
+        ("0.5.19", "Llama do not import"),
+        ("0.5.21", "get_world_group is gone"),
+        ("0.5.23", "get_world_group is gone"),
+        ("0.6.0", "get_world_group is gone"),
+    ],
+)
+def test_a_model_package_that_does_not_go_with_this_sglang_is_named(
+    tmp_path: Path, sglang: str, words: str | None
+) -> None:
+    report = examine(machine(tmp_path, versions={"sglang": sglang, "sgl-mindspore": "0.1.0"}))
+    found = [f for f in report.findings if f.name == "sgl-mindspore"]
+    if words is None:
+        assert found == []
+        return
+    assert words in found[0].found
+    assert f"0.1.0 beside sglang {sglang}" in found[0].found
+    assert "artifact is served without it" in found[0].hint
+    assert found[0].stops == ()

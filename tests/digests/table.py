@@ -1,8 +1,9 @@
 """Digests of all that is made for small models: `python -m tests.digests.table > tests/digests/table.json`.
 
 table.json was made by the code of 07fe90e, the last one before the names of things in an artifact changed: what is
-compared with it is what that code made of the same checkpoints.  Only the command line and the files are used, so
-that this script runs on old code and new.  With a directory as argument, the artifacts are left there.
+compared with it is what that code made of the same checkpoints.  Cases of int8 are from the code that first made
+them.  Only the command line and the files are used, so that this script runs on old code and new.  With a
+directory as argument, the artifacts are left there.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4))
 
 @dataclass(frozen=True)
 class Case:
-    """A model in a layout, and the targets that it is compiled for.  `dtype`: "" takes the checkpoint's own."""
+    """A model in a layout, and the targets that it is compiled for.  `dtype`: "" takes the checkpoint's own.
+    `quant`: what matrices are quantised to, "" for nothing."""
 
     model: str
     tp: int
     ep: int = 1
     dtype: str = ""
     targets: tuple[str, ...] = TARGETS
+    quant: str = ""
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, [self.model, f"tp {self.tp}", f"ep {self.ep}", self.dtype]))
+        return " ".join(filter(None, [self.model, f"tp {self.tp}", f"ep {self.ep}", self.dtype, self.quant]))
 
 
 QUICK = (  # every model, every graph of every target, and every kind of cut: for each run of the tests
@@ -51,6 +54,7 @@ QUICK = (  # every model, every graph of every target, and every kind of cut: fo
     Case("deepseek_v3", 2, 2, targets=("cpu",)),
     Case("deepseek_v3 fp8", 2, 1, "float16", targets=("ascend310p",)),
     Case("deepseek_v3 fp8", 4, 4, targets=()),
+    Case("qwen3_moe", 4, 2, targets=("cpu", "ascend910b"), quant="w8a8"),
 )
 ALL = (
     *QUICK,
@@ -60,6 +64,8 @@ ALL = (
     *(Case("deepseek_v3 fp8", *layout, targets=()) for layout in LAYOUTS),
     *(Case("deepseek_v3 fp8", 2, 2, targets=(target,)) for target in TARGETS),
     *(Case(model, 2, 1, dtype, ("cpu",)) for model in MODELS for dtype in ("float16", "float32")),
+    Case("qwen3 bias", 2, targets=("cpu", "ascend910b"), quant="w8a8"),
+    Case("deepseek_v3 fp8", 2, 2, targets=("cpu", "ascend910b"), quant="w8a8"),
 )
 
 
@@ -68,9 +74,9 @@ def digests_of(case: Case, work: Path) -> Entries:
     model, out = work / "models" / case.model.replace(" ", "-"), work / case.name.replace(" ", "-")
     if not model.exists():
         write_model(model, case.model)
-    dtype = ["--dtype", case.dtype] if case.dtype else []
+    options = [*(["--dtype", case.dtype] if case.dtype else []), *(["--quant", case.quant] if case.quant else [])]
     if not out.exists():
-        msconv("convert", "--model", model, "--tp", case.tp, "--ep", case.ep, "--output", out, *dtype)
+        msconv("convert", "--model", model, "--tp", case.tp, "--ep", case.ep, "--output", out, *options)
     for target in case.targets:
         msconv("compile", out, "--target", target)
     return {

@@ -10,6 +10,8 @@ COMMAND = re.compile(r"msconv\s+[a-z]")
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "README.zh.md",
+    ROOT / "artifacts" / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -55,14 +57,20 @@ def blocks(text: str) -> list[Block]:
 def commands(text: str) -> list[str]:
     """Lines that are `msconv ...` in the blocks of a page, continued lines joined."""
     lines = [line.strip() for block in blocks(text) for line in block.text.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if COMMAND.match(line)]
+    plain = [re.sub(r"^(\$ )?(\.venv/bin/)?(?=msconv )", "", line) for line in lines]
+    return [line for line in plain if COMMAND.match(line)]
+
+
+def headings(text: str) -> list[int]:
+    """The levels of a page's headings, in order."""
+    return [len(h) for h in re.findall(r"^(#+) ", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)]
 
 
 def mentions(text: str) -> list[str]:
     """Commands in the middle of a sentence, but for those with brackets and choices."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose))
-    return [span for span in spans if COMMAND.match(span) and not re.search(r"[\[|<…]", span)]
+    return [span for span in spans if COMMAND.match(span) and not re.search(r"[\[|<…]|\bMODEL\b", span)]
 
 
 def links(text: str) -> list[str]:

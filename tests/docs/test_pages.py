@@ -17,7 +17,8 @@ import pytest
 
 from msconv.cli import cli
 from msconv_runtime.errors import MsconvError
-from tests.docs.pages import PAGES, ROOT, anchors, commands, links, mentions
+from tests.commands import run_msconv
+from tests.docs.pages import PAGES, ROOT, anchors, commands, headings, links, mentions
 
 ELLIPSIS = "…"  # in a message: what differs from case to case
 
@@ -58,6 +59,8 @@ def test_every_command_that_is_mentioned_parses(page: str, line: str, here: None
 
 def parse(page: str, line: str) -> None:
     words = shlex.split(example(line), comments=True)
+    if words[1] in ("help", "version"):  # words for --help and --version
+        return
     command = cli.get_command(click.Context(cli), words[1])
     assert command, f"{page}: no command {words[1]}"
     try:
@@ -94,6 +97,50 @@ def test_the_command_reference_is_what_the_program_says() -> None:
 def test_every_page_can_be_reached_from_the_readme() -> None:
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in links((ROOT / "README.md").read_text())}
     assert [page.name for page in PAGES if page not in linked and page.name != "README.md"] == []
+
+
+def test_the_chinese_front_page_says_what_the_english_one_says() -> None:
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh.md"))
+    assert headings(english) == headings(chinese)
+
+    def typed(text: str) -> list[str]:
+        return [example(line) for line in commands(text)]
+
+    assert len(typed(english)) > 6
+    assert typed(english) == typed(chinese)
+    assert mentions(english) == mentions(chinese)
+    table = re.compile(r"^\| `(msconv .+?)` \|", re.M)
+    assert table.findall(english) == table.findall(chinese)
+    assert len(table.findall(english)) == 5
+    there = {"README.md", "README.zh.md"}
+    assert [link for link in links(english) if link not in there] == [
+        link for link in links(chinese) if link not in there
+    ]
+    figures = re.compile(r"\d[\d,.]*\d")
+    assert sorted(figures.findall(english)) == sorted(figures.findall(chinese))
+
+
+CHEAP = ("msconv recipes", "msconv plan DeepSeek-R1", "msconv recipes DeepSeek-R1", "msconv plan Qwen3-8B")
+
+
+def test_what_is_cheap_of_what_is_shown_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # recipes are planned without a network
+    lines = {example(line) for _, line in shown(commands) + shown(mentions)}
+    assert set(CHEAP) <= lines
+    for line in [*CHEAP, "msconv help", "msconv doctor", "msconv version"]:
+        if "R1" in line and "plan" in line:
+            continue  # 32 ranks of 256 experts take a while
+        done = run_msconv(*shlex.split(line)[1:], cwd=tmp_path)
+        assert done.code == 0, done.stderr
+        assert done.stdout
+
+
+def test_every_page_says_first_who_it_is_for() -> None:
+    """But for those about adding something, whose titles say it."""
+    pages = [page for page in (ROOT / "docs").glob("*.md") if not page.name.startswith("adding-")]
+    assert len(pages) > 15
+    for page in pages:
+        assert page.read_text().split("\n\n")[1].startswith("For "), page.name
 
 
 def test_the_glossary_has_each_word_once_and_in_order() -> None:

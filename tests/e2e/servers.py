@@ -56,6 +56,16 @@ class Server:
             found: bytes = reply.read()
         return found
 
+    def status(self, path: str, body: dict[str, Any], key: str = "", timeout_s: float = 60) -> int:
+        """The status of an answer to a request with this bearer token."""
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+                return int(reply.status)
+        except urllib.error.HTTPError as e:
+            return e.code
+
     def generate(self, ids: list[int], max_new_tokens: int, timeout_s: float = 120, **more: Any) -> dict[str, Any]:
         sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
         reply: dict[str, Any] = json.loads(
@@ -103,12 +113,13 @@ def expected(model: Any, ids: list[int], new: int = NEW_TOKENS) -> list[int]:
 
 
 @contextmanager
-def serving(artifact: Path, log_path: Path, *sglang_args: str) -> Iterator[Server]:
-    """`msconv serve` on a free port until the block ends."""
+def serving(artifact: Path, log_path: Path, *sglang_args: str, options: tuple[str, ...] = ()) -> Iterator[Server]:
+    """`msconv serve`, with more of its own `options`, on a free port until the block ends."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
-    command = [sys.executable, "-m", "msconv", "serve", str(artifact), "--port", str(port), "--", *sglang_args]
+    own = [str(artifact), "--port", str(port), *options]
+    command = [sys.executable, "-m", "msconv", "serve", *own, "--", *sglang_args]
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     server = Server(port, process, log_path)

@@ -1,4 +1,4 @@
-"""SGLang's offline engine, as the README shows it."""
+"""SGLang's offline engine, as the documentation shows it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.e2e.servers import expected, make_artifact
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 
 
 def example() -> str:
-    """The indented block of the README that makes an engine."""
-    blocks = README.read_text().split("\n\n    from msconv_runtime.sglang.environment import use_cpu\n")
+    """The indented block of the page that makes an engine."""
+    blocks = PAGE.read_text().split("\n\n    from msconv_runtime.sglang.environment import use_cpu\n")
     assert len(blocks) == 2
     lines = ["    from msconv_runtime.sglang.environment import use_cpu", *blocks[1].splitlines()]
     end = next(i for i, line in enumerate(lines) if line and not line.startswith("    "))
@@ -26,7 +26,7 @@ def example() -> str:
 
 
 def test_the_readme_example_runs_as_written(zen_checkpoint: Path, tmp_path: Path) -> None:
-    """In a directory where the artifact has the README's name."""
+    """In a directory where the artifact has the page's name."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

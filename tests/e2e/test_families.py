@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import Stored, read_checkpoint, write_safetensors
+from tests.e2e import logprobs
 from tests.e2e.servers import expected, make_artifact, serving
 from tests.moe_checkpoints import add_mtp, dequantise, make_deepseek_v3, make_qwen3_moe, quantise_fp8
 
@@ -83,3 +85,8 @@ def test_a_server_gives_transformers_tokens(kind: str, tp: int, ep: int, tmp_pat
         again = server.generate(prompts[6], NEW_TOKENS)
         assert again["meta_info"]["cached_tokens"] > 0
         assert again["output_ids"] == wanted[6]
+        with ThreadPoolExecutor(4) as pool:
+            for ids, answer in zip(
+                prompts, pool.map(lambda ids: logprobs.ask(server, ids, len(ids) // 3), prompts), strict=True
+            ):
+                logprobs.check(model, ids, len(ids) // 3, answer)

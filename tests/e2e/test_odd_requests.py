@@ -5,6 +5,7 @@ After each group the server answers a prompt as before, and at last SIGTERM ends
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import urllib.request
@@ -21,6 +22,7 @@ from tests.runtime.routes import sglang_routes
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 KEYS = ("--admin-api-key", "not-to-be-read-anywhere")  # that no request has
+METRICS = "--enable-metrics"
 PROMPT, NEW = [5, 6, 7, 8], 8
 ANSWER_S = 60
 GROUPS = groups(sorted(sglang_routes()))
@@ -28,7 +30,7 @@ GROUPS = groups(sorted(sglang_routes()))
 
 @pytest.fixture(scope="module")
 def server(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(compiled, tmp_path_factory.mktemp("odd") / "server.log", *KEYS) as s:
+    with serving(compiled, tmp_path_factory.mktemp("odd") / "server.log", METRICS, *KEYS) as s:
         yield s
 
 
@@ -65,6 +67,23 @@ def test_the_server_answers_as_before(server: Server, reference: list[int], grou
         assert odd.cut is not None or 100 <= status < 600, shown
     assert server.generate(PROMPT, NEW)["output_ids"] == reference
     assert all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def test_metrics_count_what_was_generated(server: Server) -> None:
+    server.generate(PROMPT, NEW)
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=30) as reply:
+        text = reply.read().decode()
+    counted = [line for line in text.splitlines() if line.startswith("sglang:generation_tokens_total{")]
+    assert sum(float(line.split()[-1]) for line in counted) >= NEW
+
+
+def test_a_stop_expression_ends_an_answer(server: Server) -> None:
+    always_i = {str(ord("I") - 33): 1000.0}  # the tokenizer's first token is "!"
+    sampling = {"max_new_tokens": 400, "ignore_eos": True, "logit_bias": always_i, "stop_regex": "[A-Z]{300}$"}
+    for length, expression in ((3, "I{3}$"), (400, "[A-Z]{300}$")):  # the second is longer than what is searched
+        sampling["stop_regex"] = expression
+        reply = json.loads(server.post("/generate", {"input_ids": PROMPT, "sampling_params": sampling}))
+        assert reply["text"] == "I" * length
 
 
 def test_the_key_is_told_to_nobody(server: Server) -> None:

@@ -20,11 +20,13 @@ from msconv_runtime import mccl
 from msconv_runtime.errors import EnvironmentProblem
 from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.sglang.environment import cores_by_rank, cpu_environment
+from tests.e2e import logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, left_after, make_artifact, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 CHUNK = 64
+KEY = "of-the-administrator"
 END_S = 15  # after this no process of a server may be left
 
 
@@ -37,7 +39,8 @@ def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def server(artifact: Path) -> Iterator[Server]:
     """Shared; the last test that asks for it kills one of its processes."""
     log = artifact.with_name("server.log")
-    with serving(artifact, log, "--chunked-prefill-size", str(CHUNK), "--skip-tokenizer-init") as s:
+    flags = ("--chunked-prefill-size", str(CHUNK), "--skip-tokenizer-init", "--admin-api-key", KEY)
+    with serving(artifact, log, *flags) as s:
         yield s
 
 
@@ -51,7 +54,7 @@ def test_every_rank_runs_the_slot_and_the_graphs_own_collectives(server: Server)
     for rank in range(2):
         assert f"TP{rank}] msconv: rank {rank} of 2: mccl started" in log
         assert f"TP{rank}] msconv: groups ['msconv_tp'] created over ranks [0, 1]" in log
-    assert log.count("mixed_compiled warmed up") == 2
+    assert log.count("mixed_compiled and verify_compiled warmed up") == 2
     assert process_of(server.processes(), "msconv_runtime.mccl").is_running()
 
 
@@ -69,6 +72,43 @@ def test_a_cached_prefix_and_a_prompt_of_many_chunks(server: Server, model: Any)
     assert second["meta_info"]["cached_tokens"] > 0
     assert first["output_ids"] == expected(model, ids)
     assert second["output_ids"] == expected(model, longer)
+
+
+def test_every_port_is_at_the_loopback(server: Server) -> None:
+    """Torch's store, Gloo's groups, MindSpore's scheduler and ranks: nobody else can reach them."""
+    listening = {
+        p.pid: {c.laddr.ip for c in p.net_connections("inet") if c.status == "LISTEN"} for p in server.processes()
+    }
+    found = set().union(*listening.values())
+    assert len([ips for ips in listening.values() if ips]) > 1  # the ranks meet somewhere
+    assert found <= {"127.0.0.1", "::1"}, listening
+
+
+def test_what_concerns_everybody_needs_the_administrators_key(server: Server) -> None:
+    ids = [5, 6, 7, 8]
+    before = server.generate(ids, 4)["output_ids"]
+    for path, key in (("/pause_generation", ""), ("/pause_generation", "wrong"), ("/slow_down", "")):
+        assert server.status(path, {"mode": "retract"}, key) == 403
+    assert server.generate(ids, 4)["output_ids"] == before
+    assert server.status("/update_weights_from_disk", {"model_path": "/"}, KEY) == 400  # with any key
+    with ThreadPoolExecutor(1) as pool:
+        assert server.status("/pause_generation", {"mode": "retract"}, KEY) == 200
+        waiting = pool.submit(server.generate, ids, 4)
+        time.sleep(2)
+        assert not waiting.done()
+        assert server.status("/continue_generation", {}, KEY) == 200
+        assert waiting.result(60)["output_ids"] == before
+    assert KEY not in server.log
+
+
+def test_log_probabilities_of_prompts(server: Server, model: Any, prompts: list[list[int]]) -> None:
+    asked = [(ids, start) for ids in prompts for start in (0, len(ids) - 1)]
+    with ThreadPoolExecutor(8) as pool:
+        others = [pool.submit(server.generate, ids, NEW_TOKENS) for ids in prompts[:4]]
+        answers = list(pool.map(lambda one: logprobs.ask(server, *one), asked))
+    for (ids, start), answer in zip(asked, answers, strict=True):
+        logprobs.check(model, ids, start, answer)
+    assert [o.result()["output_ids"] for o in others] == [expected(model, ids) for ids in prompts[:4]]
 
 
 def test_a_rank_killed_in_mid_request_ends_the_server(server: Server) -> None:

@@ -242,7 +242,7 @@ def test_a_server_that_is_not_there(hub: Hub, pull: Run, monkeypatch: pytest.Mon
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{s.getsockname()[1]}")
-    refused(pull(), 1, "connection", "HF_ENDPOINT")
+    refused(pull(), 1, "cannot be reached", "Connection refused", "HF_ENDPOINT")
 
 
 def test_a_page_of_something_else_is_no_hub(hub: Hub, pull: Run) -> None:

@@ -15,7 +15,7 @@ every_layout = pytest.mark.skipif(
     not os.environ.get("MSCONV_EVERY_LAYOUT"), reason="one layout of many: `make test-rehearsal` runs it"
 )
 BOUND = 1e-4
-PROMPTS = 13  # all of the scenario
+PROMPTS = 15  # all of the scenario
 PLANTING = Path(__file__).with_name("planting")
 
 
@@ -39,7 +39,7 @@ def rehearse(root: Path, *args: object) -> dict[str, Any]:
     assert answers["equal"] + answers["ties"] == answers["tokens"]
     assert answers["max_abs_logit_error"] < BOUND
     assert calls["max_abs_logit_error"] < BOUND
-    assert set(calls["by_graph"]) == {"prefill", "decode"}
+    assert set(calls["by_graph"]) == {"prefill", "decode", "verify"}
     assert found["problems"] == []
     assert "--no-strict-aot" not in found["command"]
     return found

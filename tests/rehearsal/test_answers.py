@@ -70,6 +70,34 @@ def test_right_answers_have_no_problem() -> None:
     assert (found.answers.tokens, found.answers.equal, found.answers.error) == (NEW_TOKENS, NEW_TOKENS, 0.0)
 
 
+def logprobs(prompt: list[int]) -> list[float]:
+    values = []
+    for position in range(1, len(prompt)):
+        row = logits(tuple(prompt[:position])).astype(np.float64)
+        values.append(float(row[prompt[position]] - np.log(np.exp(row).sum())))
+    return values
+
+
+def test_log_probabilities_of_a_prompt_are_compared_and_a_wrong_one_is_named() -> None:
+    asked = replace(talk([3, 1, 4, 1]), logprobs=logprobs([3, 1, 4, 1]))
+    found = judged(asked, rows(asked))
+    assert (found.answers.problems, found.answers.logprobs) == ([], 3)
+    asked.logprobs[1] += 3 * BOUND
+    assert "log probability of token 2 of the prompt" in judged(asked, rows(asked)).answers.problems[0]
+    asked.logprobs[1] = float("nan")
+    assert "is nan" in judged(asked, rows(asked), float("inf")).answers.problems[0]
+
+
+def test_missing_log_probabilities_are_told() -> None:
+    scenario = make_scenario(VOCAB, 4096, 128)
+    asked = [(name, kind, ids) for group in scenario.groups for name, kind, ids in group]
+    answers = [replace(talk([1, 2], name=name), whole=kind != "abort") for name, kind, _ in asked]
+    answers.append(talk([1], name="n = 2"))
+    assert list(answer_problems(answers, scenario)) == [
+        "request 'log probabilities': 0 log probabilities for 2 tokens"
+    ]
+
+
 def test_a_wrong_token_is_named_with_its_request() -> None:
     wrong = talk([3, 1, 4])
     wrong.answer[2] = (wrong.answer[2] + 1) % VOCAB

@@ -97,7 +97,6 @@ FAULTS: list[tuple[str, str, Call, Change, str]] = [
     ("a page twice", "decode", EXTEND, change("block_tables", lambda t: t[:, :1].expand_as(t)), "a page twice"),
     ("the prefill graph on a prefix", "prefill", EXTEND, lambda c: c, "graph: prefill for sequences with"),
     ("the decode graph without a prefix", "decode", FRESH, lambda c: c, "graph: decode for 2 sequences without"),
-    ("all tokens' logits", "verify", EXTEND, lambda c: c, "graph: verify, where no drafts are verified"),
     ("a copy of the pool", "decode", DECODE, copied_pool, "k_cache.0: is SGLang's buffer `none`, not `k 0`"),
     ("a part of the pool", "decode", DECODE, cut_pool, "k_cache.0: is SGLang's buffer `part of k 0`"),
     (

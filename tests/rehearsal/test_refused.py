@@ -95,7 +95,7 @@ def test_a_model_that_takes_long_says_how_long_and_offers_fewer_prompts(
     ascend: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "SECONDS_A_VALUE", {True: 1e-4, False: 1e-4})
-    with pytest.raises(ResourceError, match=r"about \d+ minutes: 13 prompts") as e:
+    with pytest.raises(ResourceError, match=r"about \d+ minutes: 15 prompts") as e:
         make_plan(ascend, Options())
     assert "--prompts 1" in e.value.hint
     assert make_plan(ascend, Options(prompts=1)).scenario.num_prompts == 1
@@ -150,12 +150,12 @@ def test_serving_on_a_cpu_says_what_there_is(own_ascend: Path) -> None:
     assert "has no graphs" in done.stderr
 
 
-@pytest.mark.parametrize("most", [0, 1, 2, 3, 5, 8, 11, 13])
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 5, 8, 11, 13, 15])
 @pytest.mark.parametrize("positions", [32, 200, 40960])
 @pytest.mark.parametrize("page", [16, 128])
 def test_a_scenario_fits_the_model_and_asks_as_much_as_wanted(most: int, positions: int, page: int) -> None:
     scenario = make_scenario(1000, positions, page, most)
-    every = 13 if positions >= 128 else 12  # too short for an answer that is aborted
+    every = 15 if positions >= 128 else 14  # too short for an answer that is aborted
     assert scenario.num_prompts == min(most or every, every)
     prompts = [ids for group in scenario.groups for _, _, ids in group]
     assert all(1 <= len(ids) <= max(1, positions - NEW_TOKENS - 2) for ids in prompts)
@@ -171,6 +171,9 @@ class Recorded:
     def generate(self, ids: list[int], new: int, **sampling: int) -> list[tuple[list[int], int]]:
         return [([ids[-1]] * new, 0)] * sampling.get("n", 1)
 
+    def logprobs(self, ids: list[int], new: int) -> tuple[list[int], list[float]]:
+        return [ids[-1]] * new, [-1.0] * (len(ids) - 1)
+
     def abort_after(self, ids: list[int], count: int) -> list[int]:
         return [ids[-1]] * count
 
@@ -179,11 +182,13 @@ def test_a_scenario_expects_the_cache_to_have_whole_pages() -> None:
     seen: list[Conversation] = []
     done = run_scenario(make_scenario(1000, 4096, 128), Recorded(), seen.append)
     assert seen == done
-    assert len(done) == 14
+    assert len(done) == 16
+    assert len(make_scenario(1000, 4096, 128, all_logits=False).groups) == 10
     by_name = {c.name: c for c in done}
     assert by_name["a cached prefix"].expect_cached == 128
     assert sum(c.expect_cached > 0 for c in done) == 1
     assert [c.whole for c in done].count(False) == 1
+    assert [c.name for c in done if c.logprobs] == ["log probabilities"]
 
 
 def test_a_record_holds_for_its_bytes_only(own_ascend: Path) -> None:
@@ -273,7 +278,7 @@ import importlib, importlib.util, pkgutil, sys
 sys.modules["msconv"] = None
 import msconv_runtime
 for module in pkgutil.walk_packages(msconv_runtime.__path__, "msconv_runtime."):
-    if "standins" in module.name or module.name.endswith("sglang.slot"):
+    if "standins" in module.name or module.name.endswith(("sglang.slot", "sglang.prompt_logprobs")):
         continue
     importlib.import_module(module.name)
 assert not any("rehears" in name for name in sys.modules), sys.modules

@@ -48,6 +48,10 @@ class Browser:
 
     def show(self, page: Path, scheme: str = "light", width: int = 1280, media: str = "screen") -> None:
         """Load the page as somebody with that taste and that screen, or on paper, would see it."""
+        self.visit(page.as_uri(), scheme, width, media)
+
+    def visit(self, url: str, scheme: str = "light", width: int = 1280, media: str = "screen") -> None:
+        """The same by its address."""
         self.driver.get_log("performance")
         self.driver.get_log("browser")
         self.cdp(
@@ -56,7 +60,7 @@ class Browser:
             features=[{"name": "prefers-color-scheme", "value": scheme}],
         )
         self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        self.driver.get(page.as_uri())
+        self.driver.get(url)
 
     def console(self) -> list[dict[str, Any]]:
         return list(self.driver.get_log("browser"))

@@ -235,6 +235,43 @@ def test_the_real_artifact_says_what_verify_and_the_manifest_say(proven: Path) -
     assert json.loads(json.dumps(data)) == data
 
 
+def test_the_report_begins_with_what_can_be_done() -> None:
+    data = describe(*manifest_of("Qwen3-8B", 4, 1, ("ascend910b", "cpu")), {})
+    lines = [(u["target"], u["line"].split()[1]) for u in data["use"]]
+    assert lines == [("ascend910b", "rehearse"), ("ascend910b", "serve"), ("cpu", "serve"), ("", "doctor")]
+    assert all("artifacts/Qwen3-8B-tp4" in u["line"] for u in data["use"])
+    unproven = describe(*manifest_of("Qwen3-8B", 4, 1, ("cpu",), proven=False), {})
+    assert unproven["use"][0]["line"] == "msconv verify artifacts/Qwen3-8B-tp4 --target cpu"
+    assert data["verdict"]["standings"][0]["target"] == "ascend910b"
+    assert "run on a device: never" in data["verdict"]["standings"][0]["words"]
+
+
+def test_cuts_are_those_of_the_family() -> None:
+    data = describe(*manifest_of("DeepSeek-V3", 16, 4, ("ascend910b",)), {})
+    cuts = {c["name"].rpartition("}")[2] or c["name"]: c for c in data["cutting"]}
+    assert len(data["cutting"]) > 15
+    experts = cuts[".mlp.experts.gate_up_proj.weight"]
+    assert (experts["axis"], experts["pieces"]) == ("rows", 4)
+    assert "each over the ranks that share it" in experts["words"]
+    assert (cuts[".mlp.down_proj.weight"]["axis"], cuts[".mlp.down_proj.weight"]["pieces"]) == ("columns", 16)
+    assert cuts[".self_attn.o_proj.weight"]["words"] == "by whole heads"
+    assert cuts[".mlp.gate.weight"]["words"] == "the same on every rank"
+    one = describe(*manifest_of("Qwen3-8B", 1, 1, ("cpu",)), {})
+    assert {c["pieces"] for c in one["cutting"]} == {1}
+
+
+def test_loads_are_those_that_plan_would_say() -> None:
+    data = describe(*manifest_of("Qwen3-8B", 4, 1, ("ascend910b",)), {})
+    (target,) = data["memory"]["targets"]
+    loads = {(load["requests"], load["context"]): load for load in target["loads"]}
+    assert set(loads) == {(n, c) for n in (1, 8, 32) for c in (4096, 32768)}
+    assert loads[1, 4096]["total_bytes"] == target["total_bytes"]
+    per_token = target["kv_bytes_per_token"]
+    assert loads[32, 32768]["total_bytes"] == target["weight_bytes"] + 32 * 32768 * per_token
+    assert loads[1, 4096]["fits"] == ["fits", "fits"]
+    assert loads[32, 32768]["fits"] == ["does not fit", "fits"]
+
+
 # int8
 
 

@@ -228,7 +228,7 @@ def test_a_session_without_kernels_runs_the_other_graphs(artifact: Path, monkeyp
 
     monkeypatch.setattr("msconv_runtime.graphs.library", lambda: Library(None, "no C++ compiler"))
     session = Session(artifact)
-    assert sorted(session.graphs.cells) == ["decode", "prefill"]
+    assert sorted(session.graphs.cells) == ["decode", "prefill", "verify"]
     assert session.generate([[1, 2]], 3)
 
 
@@ -304,7 +304,7 @@ def test_a_containers_quota_counts(
 
 
 def test_the_check_covers_every_operation() -> None:
-    text = (Path(kernels.__file__).parent / "kernels.cc").read_text()
+    text = "".join((Path(kernels.__file__).parent / name).read_text() for name in kernels.UNITS)
     operations = {line.split("(")[1].split(")")[0] for line in text.splitlines() if line.startswith("OPERATION(")}
     tried = {name.partition(" ")[0] for name in check.examples(np.random.default_rng(0))}
     assert operations == tried != set()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from msconv_runtime.sglang.asked import in_clients_words
 from msconv_runtime.sglang.endpoints import ENDPOINTS, UNKNOWN, Gate, rule_for
 from tests.runtime.routes import sglang_routes
 
@@ -129,3 +130,28 @@ def test_a_web_socket_is_closed_before_it_opens() -> None:
 
     asyncio.run(Gate(Toy())({"type": "websocket", "path": "/v1/realtime", "headers": []}, None, send))  # type: ignore[arg-type]
     assert [m["type"] for m in sent] == ["websocket.close"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/chat/completions", "top_logprobs is 999; the model has 64 tokens."),
+        ("/v1/completions", "logprobs is 999; the model has 64 tokens."),
+        ("/v1/responses", "top_logprobs is 999; the model has 64 tokens."),
+        ("/generate", "top_logprobs_num is 999; the model has 64 tokens."),
+    ],
+)
+def test_a_field_has_the_name_that_the_client_sent(path: str, said: str) -> None:
+    heard: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def deeper() -> None:
+            heard.append(in_clients_words("top_logprobs_num is 999; the model has 64 tokens."))
+            heard.append(in_clients_words("The prompt has no tokens."))
+
+        await asyncio.create_task(deeper())  # as a server answers
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    assert ask(Gate(app), path)[0] == 200
+    assert heard == [said, "The prompt has no tokens."]

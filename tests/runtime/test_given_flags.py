@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 
 from msconv_runtime.artifact import Artifact
+from msconv_runtime.doctor import Machine
+from msconv_runtime.doctor.machine import installed
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, UsageError
+from msconv_runtime.serving import preflight
 from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.sglang.accepted import REFUSED, TRIED, flag_problems, untried
 from msconv_runtime.sglang.configuration import COMPUTED, refuse_other
@@ -91,6 +95,21 @@ def test_what_an_artifact_cannot_answer_is_refused_before_it_loads(compiled: Pat
     with pytest.raises(UsageError, match=flags[0].partition("=")[0]) as e:
         launch(compiled, *flags)
     assert e.value.exit_code == 2
+
+
+def test_metrics_without_their_package_are_refused_in_one_line(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str | None:
+        return None if name == "prometheus_client" else installed(name)
+
+    monkeypatch.setattr(preflight, "Machine", partial(Machine, version=version))
+    launch(compiled)
+    with pytest.raises(EnvironmentProblem) as e:
+        launch(compiled, "--enable-metrics")
+    (line,) = e.value.message.splitlines()[1:]
+    assert "prometheus_client: not installed; needed: for --enable-metrics" in line
+    assert "`pip install prometheus_client`" in line
 
 
 def test_an_override_is_told_with_both_values(compiled: Path) -> None:

@@ -91,6 +91,33 @@ def test_of_before_files_had_digests_it_says_so(own: Path) -> None:
     assert "made before files had digests; of those beside, only config.json is vouched for" in done.stdout
 
 
+@pytest.mark.parametrize("of_before", [False, True], ids=["listed", "of before files had digests"])
+@pytest.mark.parametrize("key", ["rope_parameters", "rms_norm_eps", "num_hidden_layers"])
+def test_an_edited_configuration_is_refused_by_doctor_and_inspect(own: Path, key: str, of_before: bool) -> None:
+    """Whether the manifest's list vouches for another config.json, or has none: graphs were made from one."""
+    path = own / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace(f'"{key}"', f'"x{key[1:]}"'))  # of the same size
+    assert path.read_text() != text
+    manifest = read_manifest(own)
+    digests = {path.name: digest_bytes(path.read_bytes())}
+    forged = [msgspec.structs.replace(f, digest=digests.get(f.name, f.digest)) for f in manifest.files]
+    write_manifest(own, msgspec.structs.replace(manifest, files=[] if of_before else forged))
+    words = "config.json: is not the configuration this artifact was made from"
+    checked = run_msconv("inspect", own, "--check", "--json")
+    assert checked.code == 1
+    assert [d["path"] for d in checked.json["check"]["damage"]] == ["config.json"]
+    for line in (("inspect", own), ("inspect", own, "--check")):
+        done = run_msconv(*line)
+        assert done.code == 1
+        assert words in done.stderr
+    done = run_msconv("doctor", own)
+    assert done.code == 4
+    assert words in done.stdout
+    assert "cannot    serve on a CPU" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_what_is_served_is_checked_by_serve_and_doctor(own: Path) -> None:
     assert run_msconv("compile", own, "--target", "cpu").code == 0
     (own / "chat_template.jinja").write_text("{{ evil }}")

@@ -94,6 +94,23 @@ def test_a_session_takes_a_sequence_up_to_the_last_position(session: Session) ->
     assert session.prefill(numbers).shape == (2, VOCAB)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_all_tokens_logits_come_in_pieces_and_are_those_of_each_prefix(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    session = Session(artifact, compiled=compiled)
+    new = [[6, 7, 8, 9, 10], [11]]
+    monkeypatch.setattr(type(session.graphs), "rows_at_once", 2)
+    session.prefill(PROMPTS)
+    found = session.extend_all(new)
+    assert session.lengths == [8, 3]
+    prefixes = [p + n[: i + 1] for p, n in zip(PROMPTS, new, strict=True) for i in range(len(n))]
+    np.testing.assert_allclose(found, session.prefill(prefixes), atol=1e-4)
+    assert session.graphs.compiles_since_ready == 0
+    with pytest.raises(UsageError, match="extend_all: token 0 of sequence 0"):
+        session.extend_all([[VOCAB], *[[1]] * 5])
+
+
 def test_before_a_prompt_there_is_nothing_to_go_on_with(session: Session) -> None:
     session.reset()
     for call in (lambda: session.decode([]), lambda: session.extend([]), lambda: session.decode([1])):

@@ -108,7 +108,8 @@ def test_one_file_a_role_serves_every_rank_and_knows_none(by_command: Path) -> N
     for target in TARGETS:
         files = sorted((by_command / "graphs" / target).iterdir())
         assert [f.stem for f in files] == sorted(g.name for g in manifest.graphs_for(target))
-        names = {"prefill", "decode", "mixed_compiled" if target == "cpu" else "verify"}
+        compiled = {"mixed_compiled", "verify_compiled"} if target == "cpu" else set()
+        names = {"prefill", "decode", "verify"} | compiled
         assert {f.stem for f in files} == names
         for file in files:
             assert b"rank_id" not in file.read_bytes()

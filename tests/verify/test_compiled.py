@@ -20,7 +20,7 @@ from msconv.verify.compare import compare
 from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.kernels import LIBRARY, library
+from msconv_runtime.kernels import LIBRARY, check, library
 from msconv_runtime.kernels.check import call, narrow, upcast
 from tests.conftest import Checkpoints
 from tests.conversions import convert
@@ -128,6 +128,25 @@ def test_experts(tokens: int, top_k: int, hidden: int, ffn: int, start: int, hal
     same("Experts", normal(0, tokens, hidden), normal(3, tokens, top_k), ids, np.array([start], np.int32), *stored)
 
 
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 20), depth=st.integers(1, 300), width=sizes)
+def test_products_of_int8_bit_for_bit(rows: int, depth: int, width: int) -> None:
+    rng = np.random.default_rng([rows, depth, width])
+    x, weight = normal(0, rows, depth), rng.integers(-128, 128, (width, depth)).astype(np.int8)
+    scales = rng.uniform(1e-3, 1e-2, (width, 1)).astype(np.float32)
+    bias = rng.integers(-999, 999, width).astype(np.int32)
+    static = [scales[:, 0], bias, np.array([0.0213], np.float32), np.array([-7], np.float32)]
+    for name, inputs in (("ProductInt8", [x, weight, scales]), ("ProductInt8Static", [x, weight, *static])):
+        (found,), (expected,) = both(name, *inputs)
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_experts_of_int8() -> None:
+    """Gates are so large that silu of one is itself, in whatever way it is computed: codes are the same."""
+    inputs, _ = check.examples(np.random.default_rng(0))["ExpertsInt8"]
+    same("ExpertsInt8", *inputs)
+
+
 def test_many_tokens_go_through_the_experts_in_parts() -> None:
     ids = np.random.default_rng(0).integers(0, 3, (2500, 2)).astype(np.int32)
     stored = [normal(1, 3, 20, 30), normal(2, 3, 15, 20)]
@@ -188,7 +207,7 @@ def exchanged(kernel: str, place: int, a: int, b: int) -> Callable[[GraphEdit], 
 
 def weight_of(place: int, other: int) -> Callable[[GraphEdit], None]:
     def change(edit: GraphEdit) -> None:
-        nodes = kernels(edit, "Product")
+        nodes = kernels(edit, "Product") or edit.all("MatMul")
         nodes[place].input[1] = nodes[other].input[1]
 
     return change
@@ -256,11 +275,22 @@ def test_a_fault_in_the_compiled_graph_is_caught(
     assert read_manifest(root).proof_for("cpu") is None
 
 
+@pytest.mark.parametrize("name", ["verify", "verify_compiled"])
+def test_a_fault_in_the_graph_of_all_logits_is_caught_there(sound: Path, tmp_path: Path, name: str) -> None:
+    root = Path(shutil.copytree(sound, tmp_path / "own"))
+    edit_graphs(root, "cpu", (name,), weight_of(3, 7))
+    proof = prove(root, "cpu", None)
+    assert not proof.ok
+    phase = "all tokens" if name == "verify" else "compiled all tokens"
+    assert proof.comparison.first.endswith(f"in {phase}"), proof.comparison.first
+    assert all(e < 1e-4 for other, e in proof.comparison.by_phase.items() if other != phase)
+
+
 def test_without_a_fault_all_phases_are_proven(sound: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(sound, tmp_path / "own"))
     proof = prove(root, "cpu", None)
     assert proof.ok
-    phases = ["prefill", "decode", "prefill on a cached prefix", "decode after it"]
+    phases = ["prefill", "decode", "prefill on a cached prefix", "decode after it", "all tokens"]
     assert list(proof.comparison.by_phase) == [*phases, *(f"compiled {p}" for p in phases)]
 
 

@@ -32,6 +32,7 @@ from . import directory
 from .directory import AUXILIARY, INDEX, INDEX_NAME, SHARD_NAME, SINGLE, Checkpoint, Shard, ShardFile
 from .headers import PREFIX_BYTES, header_length, parse_header, read_header
 from .hub_errors import HubError, Purpose, explain
+from .reach import unreachable
 from .transfer import Cancelled, Patience, Progress, RemoteFile, fetch, read_range
 from .unsupported import UnsupportedCheckpoint, weightless
 
@@ -228,6 +229,8 @@ def resolve(name: str, revision: str, wanted: Callable[[str], bool], purpose: Pu
     """The revision's commit and those of its files whose names are `wanted`.  Raises HubError, UsageError."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it would warn of, we say ourselves
     asked = f"{name}@{revision}" if revision else name
+    if why := unreachable(constants.ENDPOINT):
+        raise _out_of_reach(asked, name, why, purpose)
     patience = Patience(threading.Event())
     while True:
         try:
@@ -260,6 +263,23 @@ def resolve(name: str, revision: str, wanted: Callable[[str], bool], purpose: Pu
     if not COMMIT.fullmatch(info.sha or ""):
         raise HubError(f"{asked}: {constants.ENDPOINT} names no commit.", "Check HF_ENDPOINT.")
     return Repository(name, revision, info.sha or "", files, tuple(others))
+
+
+def _out_of_reach(asked: str, name: str, why: str, purpose: Purpose) -> HubError:
+    """The error of a machine without a network, with what can be done on it."""
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs"
+    ways = {
+        "convert": "give the directory of a checkpoint that is here, or HF_ENDPOINT of a mirror",
+        "pull": "copy the artifact's directory, or give HF_ENDPOINT of a mirror",
+        "push": "copy the artifact's directory",
+    }
+    here = "  HF_HUB_OFFLINE=1 takes what is in the cache." if cached.is_dir() and purpose == "convert" else ""
+    return HubError(
+        f"{asked}: no such directory here, and {constants.ENDPOINT} cannot be reached: {why}."
+        if purpose == "convert"
+        else f"{asked}: {constants.ENDPOINT} cannot be reached: {why}.",
+        f"Without a network {ways[purpose]}.{here}",
+    )
 
 
 def _remember(repository: Repository) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": "Serve an artifact with SGLang.",
     "reshard": "Write an artifact for another number of ranks, without the source checkpoint.",
     "inspect": "Show what an artifact holds; --check reads every byte.",
+    "sign": "Sign an artifact as it is, into model.sig: after all that changes it.",
     "report": "Write report.html: proof, memory, coverage and graphs on one page that works offline.",
     "push": "Upload an artifact to a repository of a Hugging Face hub, with a card that says what it is.",
     "pull": "Download an artifact from a repository of a Hugging Face hub: owner/name[@revision].",
@@ -31,7 +32,31 @@ COMMANDS = {
 
 
 class _Lazy(click.Group):
-    """Group that imports a command's module when it is asked for: `msconv --help` stays quick."""
+    """Group that imports a command's module when it is asked for: `msconv --help` stays quick.
+
+    `msconv` alone is `msconv --help`, and so is `msconv help`; `msconv help COMMAND` and `msconv version` as well.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = next((i for i, word in enumerate(args) if not word.startswith("-")), len(args))
+        if not args:
+            args = ["--help"]
+        elif args[first:][:1] == ["help"]:
+            args = [*args[:first], *args[first + 1 :][:1], "--help"]
+        elif args[first:][:1] == ["version"]:
+            args = ["--version"]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] in COMMANDS or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        from .typed import Mistyped, near_command
+
+        near = near_command(args[0], (*COMMANDS, "help", "version"))
+        hint = f"Did you mean `msconv {near}`?" if near else "`msconv help` lists the commands."
+        raise Mistyped(f"No such command: {args[0][:80]}.", hint, ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -72,7 +97,8 @@ def cli(quiet: bool, verbose: bool) -> None:
     msconv verify --target ascend910b          proven against transformers
     msconv serve --device npu                  SGLang on the artifact, on a host with NPUs
 
-    Without --target and --device the last three are for this machine's CPU.
+    Without --target and --device the last three are for what the artifact has graphs for, or else for this
+    machine's device; they say which.
 
     Flags come before the environment, that before a recipe, that before defaults.  MSCONV_CONVERT_TP=4 is
     `msconv convert --tp 4`, and so for every option; MSCONV_RECIPES is a directory of your own recipes.

@@ -16,6 +16,7 @@ from .. import __version__
 from . import console
 from .options import Size
 from .result import take_json
+from .typed import refuse_flag
 
 RECIPE, NOTES = "msconv.recipe", "msconv.notes"  # in a context's meta
 PACKAGES = ("numpy", "click", "msgspec", "huggingface_hub", "mindspore", "torch", "transformers", "sglang")
@@ -59,6 +60,13 @@ class Command(click.Command):
             if isinstance(option, click.Option) and option.allow_from_autoenv:
                 option.envvar = f"MSCONV_{self.name}{option.opts[0][1:]}".upper().replace("-", "_")
         verbose_option(quiet_option(self))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as e:
+            refuse_flag(ctx, e, given)
 
     def invoke(self, ctx: click.Context) -> Any:
         started = time.monotonic()

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msconv_runtime.artifact import Artifact
-from msconv_runtime.targets import CPU, TARGETS
+from msconv_runtime.targets import TARGETS, target_named
 from msconv_runtime.units import human_bytes
 
 from ..checkpoint.reference import Hub
 from ..location import open_reference
 from .command import Command
-from .console import find_artifact, say, step
-from .options import artifact_argument, complete_targets, output_option
+from .console import find_artifact, say
+from .here import quoted, usual_target
+from .interrupts import leaving_at_once
+from .options import artifact_argument, complete_targets, output_option, quant_option
+from .phases import phases
 from .references import compare_layout, convert_command, model_option, recipe_option, source_option
 from .report import refresh
 from .result import Result, json_option, show
@@ -31,12 +34,14 @@ if TYPE_CHECKING:
     "targets",
     multiple=True,
     shell_complete=complete_targets,
-    help=f"{', '.join(list(TARGETS)[:-1])} or {list(TARGETS)[-1]}.  Repeatable.  [default: {CPU.name}]",
+    help=f"{', '.join(list(TARGETS)[:-1])} or {list(TARGETS)[-1]}.  Repeatable.  "
+    "[default: what it has graphs for, or this machine's device]",
 )
-@model_option(False, "Without weights: a directory with config.json, owner/name[@revision], or a recipe's name.")
+@model_option("Without weights: a directory with config.json, owner/name[@revision], or a recipe's name.")
 @recipe_option
 @click.option("--tp", type=click.IntRange(1, 1024), help="With --model: tensor-parallel ranks.")
 @click.option("--ep", default=1, type=click.IntRange(1, 1024), help="With --model: expert-parallel ranks.")
+@quant_option
 @output_option("With --model: the artifact to make.")
 @source_option
 @json_option
@@ -46,6 +51,7 @@ def command(
     model: str | None,
     tp: int | None,
     ep: int,
+    quant: str | None,
     output: Path | None,
     hub: Hub,
 ) -> None:
@@ -72,16 +78,19 @@ def command(
         root = find_artifact(artifact)
         compare_layout(Artifact(root).manifest)
     made: list[Compiled] = []
-    for target in dict.fromkeys(targets or (CPU.name,)):
-        with step(f"compiling for {target}"):
-            done = compiler.compile_graphs(root, target, say)
+    targets = targets or (usual_target(Artifact(root)),)
+    for target in targets:
+        target_named(target)  # before the first one is compiled
+    for target in dict.fromkeys(targets):
+        with phases(f"compiling for {target}") as tell, leaving_at_once():
+            done = compiler.compile_graphs(root, target, say, tell, quant if model is not None else None)
         for compiled in done:
             say(_line(compiled))
         made += done
         refresh(root)
-    next_step = f"msconv verify {root} --target {made[-1].graph.target}"
+    next_step = f"msconv verify {quoted(root)} --target {made[-1].graph.target}"
     if tp is not None and Artifact(root).manifest.weights is None:
-        next_step = f"{convert_command(tp, ep)} --output {root} adds the weights"
+        next_step = f"{convert_command(tp, ep)} --output {quoted(root)}  # adds the weights"
     show(Result({"artifact": str(root), "graphs": [_data(root, m) for m in made]}, next=next_step))
 
 

@@ -24,7 +24,7 @@ from .options import (
     tp_option,
     worker_count,
 )
-from .references import harmless_option, model_option, recipe_option, source_option
+from .references import first_argument, harmless_option, model_option, recipe_option, source_option
 from .result import Result
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def layout_options(model: str, output: str) -> Decorator:
     return grouped(
         "layout",
         LayoutOptions,
-        model_option(True, model),
+        first_argument,
+        model_option(model, is_required=True),
         recipe_option,
         tp_option,
         ep_option,
@@ -112,11 +113,11 @@ def say_plan(conversion: Conversion) -> None:
 
 def converted(done: Converted, lines: Sequence[str], next_step: str) -> Result:
     """The result of a conversion that was done.  `lines` follow the one that sums it up."""
-    rate = done.bytes_read / max(done.seconds, 1e-9) / 1e9
+    rate = human_bytes(done.bytes_read / max(done.seconds, 1e-9))
     verb = "Already complete" if not done.bytes_read else "Resumed and finished" if done.resumed else "Written"
     summary = (
         f"{verb}: {done.artifact}, read {human_bytes(done.bytes_read)}, wrote {human_bytes(done.bytes_written)} "
-        f"in {done.seconds:.1f} s ({rate:.2f} GB/s), peak memory {human_bytes(done.peak_rss_bytes)}"
+        f"in {done.seconds:.1f} s ({rate}/s), peak memory {human_bytes(done.peak_rss_bytes)}"
     )
     data = {
         "artifact": str(done.artifact),

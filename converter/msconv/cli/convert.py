@@ -10,6 +10,7 @@ from ..steps.conversion import Conversion
 from .command import Command
 from .console import byte_progresses
 from .conversion import LayoutOptions, converted, layout_options, say_plan
+from .here import quoted
 from .references import convert_command, recipe_argument
 from .report import refresh
 from .result import Result, json_option, show
@@ -35,9 +36,9 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
     Run again after a crash: it resumes, and the result is the same to the byte.
 
     \b
-    msconv convert --model Qwen3-8B                  as the recipe says
-    msconv convert --model Qwen3-8B --tp 2           but for two ranks
-    msconv convert --model models/Qwen3-8B --tp 4
+    msconv convert Qwen3-8B                          as the recipe says
+    msconv convert Qwen3-8B --tp 2                   but for two ranks
+    msconv convert models/Qwen3-8B --tp 4            a directory; --model may stand before it
     msconv convert --model models/Qwen3-8B --tp 8 --dtype float16 --output out
     msconv convert --model models/DeepSeek-V3 --tp 16 --ep 16
     msconv convert --model Qwen/Qwen3-8B@main --tp 4 --source modelscope
@@ -64,7 +65,7 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
     bars = {"downloading": conversion.download_bytes, "converting": conversion.plan.read_bytes}
     with byte_progresses(bars) as advance:
         done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh)
-    show(converted(done, [], f"msconv compile {done.artifact}{recipe_argument() or ' --target cpu'}"))
+    show(converted(done, [], f"msconv compile {quoted(done.artifact)}{recipe_argument()}"))
 
 
 def _planned(conversion: Conversion, layout: LayoutOptions) -> Result:

@@ -14,7 +14,8 @@ from msconv_runtime.serving.engine import chosen_engine
 from msconv_runtime.targets import CPU
 
 from .command import Command
-from .console import ARTIFACTS, visible
+from .console import ARTIFACTS, find_artifact, visible
+from .here import quoted
 from .options import artifact_argument
 from .result import Result, json_option, show
 
@@ -35,6 +36,7 @@ def command(artifact: Path | None) -> None:
     msconv doctor
     msconv doctor artifacts/Qwen3-8B-tp4
     """
+    artifact = artifact and find_artifact(artifact)
     if artifact is not None and not is_artifact(artifact):
         try:
             Artifact(artifact)
@@ -58,9 +60,9 @@ def command(artifact: Path | None) -> None:
 
 def _next_command(artifact: Path | None, report: Report) -> str:
     if artifact is None:
-        return "msconv convert --model <dir> --tp N"
+        return "msconv recipes  # deployments to convert for; msconv convert DIR --tp N"
     is_proven = report.artifact and report.artifact["proven"].get(CPU.name)
-    return f"msconv {'serve' if is_proven else 'verify'} {artifact}"
+    return f"msconv {'serve' if is_proven else 'verify'} {quoted(artifact)}"
 
 
 def _data(machine: Machine, report: Report) -> dict[str, Any]:

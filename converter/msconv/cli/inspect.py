@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,30 +14,38 @@ from msconv_runtime.artifact.integrity import Damage, check_artifact, check_grap
 from msconv_runtime.artifact.served import other_files
 from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.errors import ArtifactError
+from msconv_runtime.signatures import described, refuse_unsigned
 from msconv_runtime.units import human_bytes
 
+from ..checkpoint.reference import REPOSITORY
 from ..layout.kept import KeptGroup, formats_named, kept_groups
 from ..layout.names import fold
 from ..standing import standings
 from .command import Command
 from .console import byte_progress, find_artifact, visible
 from .conversion import MOST_NAMES
-from .options import artifact_argument
+from .here import quoted
+from .options import artifact_argument, signature_option
 from .result import Result, json_option, show
+from .sign import signed_line
 
 
 @click.command("inspect", cls=Command)
 @artifact_argument
 @click.option("--check", is_flag=True, help="Read every byte and compare digests.")
+@signature_option
 @json_option
-def command(artifact: Path | None, check: bool) -> None:
+def command(artifact: Path | None, check: bool, require_signature: Path | None) -> None:
     """Show what an artifact holds; --check reads every byte.
 
     \b
     msconv inspect artifacts/Qwen3-8B-tp4
     msconv inspect artifacts/Qwen3-8B-tp4 --check
+    msconv inspect artifacts/Qwen3-8B-tp4 --require-signature me.pub
     """
     root = find_artifact(artifact)
+    if require_signature is not None:
+        refuse_unsigned(root, require_signature)
     opened = Artifact(root)
     manifest = opened.manifest
     data = summary(root, manifest)
@@ -56,7 +65,10 @@ def command(artifact: Path | None, check: bool) -> None:
         Result(
             data,
             describe(_single_lines(data)),
-            lines=["Every byte is as the manifest says."] * (check and not damage),
+            lines=[
+                *["Every byte is as the manifest says."] * (check and not damage),
+                *signed_line(require_signature),
+            ],
             failure=_failure(root, damage),
             next="" if damage else next_command(root, manifest),
         )
@@ -76,14 +88,18 @@ def _failure(root: Path, damage: list[Damage]) -> ArtifactError | None:
 
 def next_command(root: Path, manifest: Manifest) -> str:
     """Command for what an artifact lacks most: weights, graphs, a proof, or only a server."""
-    targets = list(dict.fromkeys(g.target for g in manifest.graphs))
+    targets, named = list(dict.fromkeys(g.target for g in manifest.graphs)), quoted(root)
     if manifest.weights is None:
-        parallel = manifest.parallel
-        return f"msconv convert --model REF --tp {parallel.tp} --ep {parallel.ep} --output {root} adds the weights"
+        parallel, source = manifest.parallel, manifest.model.source
+        known = REPOSITORY.fullmatch(source) or Path(source).is_dir()
+        layout = f"--tp {parallel.tp} --ep {parallel.ep} --output {named}"
+        return f"msconv convert {shlex.quote(source) if known else 'DIR'} {layout}  # adds the weights"
     if not targets:
-        return f"msconv compile {root}"
+        return f"msconv compile {named}"
     unproven = [t for t in targets if manifest.proof_for(t) is None]
-    return f"msconv verify {root} --target {visible(unproven[0], keep='')}" if unproven else f"msconv serve {root}"
+    return (
+        f"msconv verify {named} --target {visible(unproven[0], keep='')}" if unproven else f"msconv serve {named}"
+    )
 
 
 def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
@@ -145,6 +161,7 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
         "standing": {s.target: s.data for s in standings(manifest)},
         "files": [{"name": f.name, "bytes": f.size, "digest": f.digest} for f in manifest.files],
         "other_files": other_files(Artifact(root, manifest)),
+        "signature": described(root),
     }
 
 
@@ -225,6 +242,9 @@ def describe(data: dict[str, Any]) -> str:
     lines.append(_beside(data))
     if data["files"] and data["other_files"]:
         lines.append(f"not of the artifact: {', '.join(data['other_files'])}")
+    if signature := data["signature"]:
+        words = "of before the artifact was changed" if signature["stale"] else "not checked here"
+        lines.append(f"signature: by the key {signature['key'][:16]}, {words}")
     for g in data["graphs"]:
         casts = f", binding casts {g['casts']}" if g["casts"] else ""
         lines.append(

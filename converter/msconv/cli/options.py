@@ -16,6 +16,7 @@ from msconv_runtime.dtypes import VALUE_DTYPES
 
 from ..quant.record import QUANT
 from .console import ARTIFACTS
+from .typed import DTYPES_ELSEWHERE, Spelled
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -37,6 +38,25 @@ class Size(click.ParamType[int]):
         if not 0 < number * scale < 1 << 60:
             self.fail(f"{value!r} is out of range.", param, ctx)
         return int(number * scale)
+
+
+class UserPath(click.Path):
+    """A path in which `~` is the user's home, also where no shell has seen it: `--output=~/x`, a variable."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        return super().convert(at_home(value), param, ctx)
+
+
+def at_home(value: Any) -> Any:
+    """Put the user's home for a leading `~`."""
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    return os.path.expanduser(value)  # noqa: PTH111  # Path's raises where there is no such user
 
 
 def grouped(name: str, make: Callable[..., Any], *options: Decorator) -> Decorator:
@@ -88,15 +108,13 @@ def complete_targets(ctx: click.Context, param: click.Parameter, incomplete: str
     return [CompletionItem(target) for target in TARGETS if target.startswith(incomplete)]
 
 
-artifact_argument = click.argument(
-    "artifact", required=False, type=click.Path(path_type=Path), shell_complete=complete_artifacts
-)
+artifact_argument = click.argument("artifact", required=False, type=UserPath(), shell_complete=complete_artifacts)
 tp_option = click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
 ep_option = click.option(
     "--ep", default=1, show_default=True, type=click.IntRange(1, 1024), help="Expert-parallel ranks."
 )
 dtype_option = click.option(
-    "--dtype", type=click.Choice(VALUE_DTYPES), help="Element type.  [default: the checkpoint's]"
+    "--dtype", type=Spelled(VALUE_DTYPES, DTYPES_ELSEWHERE), help="Element type.  [default: the checkpoint's]"
 )
 quant_option = click.option(
     "--quant",
@@ -110,10 +128,19 @@ memory_option = click.option("--max-memory", type=Size(), help="Ceiling on memor
 reference_option = click.option(
     "--reference",
     metavar="REF",
+    callback=lambda ctx, param, value: at_home(value),
     help="The source checkpoint: a directory or owner/name[@revision].  [default: where it was converted from]",
+)
+
+
+signature_option = click.option(
+    "--require-signature",
+    metavar="PUBKEY",
+    type=click.Path(path_type=Path),
+    help="Refuse an artifact that the owner of this public key (PEM) has not signed as it is.",
 )
 
 
 def output_option(text: str) -> Decorator:
     """Option --output, explained by `text`."""
-    return click.option("--output", type=click.Path(path_type=Path), help=text)
+    return click.option("--output", type=UserPath(), help=text)

@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from msconv_runtime.errors import MsconvError
 from msconv_runtime.units import human_bytes
 
 from ..layout.memory import RESERVED
-from ..location import open_reference
+from ..location import LocalDirectory, Location, open_reference
+from ..published import published
 from .command import Command
-from .console import say
+from .console import say, visible
 from .conversion import LayoutOptions, kept_groups_of, kept_lines, layout_options
+from .here import quoted
 from .options import Size, grouped
+from .phases import in_words
 from .references import convert_command
 from .result import Result, json_option, show
 
@@ -59,14 +63,14 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
     Reads headers only, and config.json alone if the weights are not there yet.
 
     \b
-    msconv plan --model Qwen3-32B                    the recipe, against its devices
-    msconv plan --model models/Qwen3-32B --tp 8
+    msconv plan Qwen3-32B                            the recipe, against its devices
+    msconv plan models/Qwen3-32B --tp 8
     msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
     """
     from ..steps.estimate import estimate
 
     planned = estimate(
-        open_reference(layout.model, layout.hub, weights=False),
+        _location(layout),
         layout.tp,
         layout.ep,
         layout.dtype,
@@ -85,9 +89,39 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
         Result(
             _data(planned, device),
             "\n".join([*_costs(planned, layout.num_jobs), *_needs(planned, device)]),
-            next=convert_command(layout.tp, layout.ep),
+            next=_following(planned, layout, device),
         )
     )
+
+
+def _following(e: Estimate, layout: LayoutOptions, device: DeviceOptions) -> str:
+    """The conversion that was planned, or the next one that fits devices and disk."""
+    tp, ep, notes = layout.tp, layout.ep, []
+    size = device.device_memory
+    if size and not e.device.fits(size) and e.smallest_tp and e.smallest_tp != tp:
+        tp, ep = e.smallest_tp, 1
+        notes.append(f"the smallest tp that fits in {human_bytes(size)}")
+    command = convert_command(tp, ep)
+    if layout.output:
+        command += f" --output {quoted(layout.output)}"
+    if e.lacking_bytes and not e.lacking_without_source:
+        command += " --delete-source-as-you-go"
+        notes.append("the disk cannot hold source and output")
+    elif e.lacking_bytes:
+        notes.append(f"first free {human_bytes(e.lacking_bytes)}, or give --output on another disk")
+    return command + f"  # {'; '.join(notes)}" * bool(notes)
+
+
+def _location(layout: LayoutOptions) -> Location:
+    """Where the model is; where no hub can be asked, a recipe's model is what msconv itself has of it."""
+    try:
+        return open_reference(layout.model, layout.hub, weights=False)
+    except MsconvError as e:
+        known = published(layout.model) if e.code == "hub" else None
+        if known is None:
+            raise
+        say(f"{e.message}  Planned from the configuration that came with msconv.")
+        return LocalDirectory(known)
 
 
 def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
@@ -110,6 +144,8 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
         "ranks": [rank for _ in plan.mesh.ranks],
         "source_bytes": plan.read_bytes,
         "download_bytes": e.download_bytes,
+        "free_bytes": e.free_bytes,
+        "lacking_bytes": e.lacking_bytes,
         "output_bytes": plan.output_bytes,
         "peak_memory_bytes": e.peak_memory_bytes,
         "seconds": None if e.seconds is None else round(e.seconds, 1),
@@ -126,11 +162,11 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
     plan = e.plan
     kinds = f"{plan.quant} and {plan.dtype}" if plan.quant else plan.dtype
     rank_bytes, expert_bytes = human_bytes(plan.rank_bytes), human_bytes(plan.expert_bytes)
+    name = visible(e.checkpoint.name, keep="")
     lines = [
-        f"{e.checkpoint.name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
+        f"{name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
         + (", shapes from config.json (no weights here yet)" if e.assumed else ""),
-        f"source      {human_bytes(plan.read_bytes)} of {plan.source_dtype}; "
-        f"to download {human_bytes(e.download_bytes)}",
+        f"source      {human_bytes(plan.read_bytes)} of {plan.source_dtype}",
         f"output      {human_bytes(plan.output_bytes)} of {kinds}: {plan.mesh.tp} ranks of {rank_bytes}",
     ]
     lines += [f"kept        {line}" for line in kept_lines(kept_groups_of(plan))] if plan.quant else []
@@ -141,8 +177,14 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
             f"{human_bytes(plan.rank_bytes - plan.expert_bytes)} of all else, the same on every rank"
         )
     lines.append(f"memory      {human_bytes(e.peak_memory_bytes)} at most, {num_jobs} jobs")
+    if e.download_bytes:
+        slow, fast = (in_words(e.download_bytes * 8 / rate) for rate in (100e6, 1e9))
+        lines.append(f"download    {human_bytes(e.download_bytes)}: {slow} at 100 Mbit/s, {fast} at 1 Gbit/s")
+    if e.free_bytes is not None:
+        lacks = f"{human_bytes(e.lacking_bytes)} too little" if e.lacking_bytes else "enough"
+        lines.append(f"disk        {human_bytes(e.free_bytes)} free where it would be written: {lacks}")
     if e.seconds is not None:
-        lines.append(f"time        about {e.seconds:.0f} s, as fast as this disk was just now")
+        lines.append(f"time        about {in_words(e.seconds)}, as fast as this disk was just now")
     return lines
 
 

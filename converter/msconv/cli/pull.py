@@ -11,16 +11,18 @@ from msconv_runtime.units import human_bytes
 from .command import Command
 from .console import byte_progresses
 from .inspect import next_command
-from .options import output_option
+from .options import output_option, signature_option
 from .report import refresh
 from .result import Result, json_option, show
+from .sign import signed_line
 
 
 @click.command("pull", cls=Command)
 @click.argument("repository")
 @output_option("[default: artifacts/<name>]")
+@signature_option
 @json_option
-def command(repository: str, output: Path | None) -> None:
+def command(repository: str, output: Path | None, require_signature: Path | None) -> None:
     """Download an artifact from a repository of a Hugging Face hub: owner/name[@revision].
 
     Run again after an interruption: it goes on to the byte.  Digests of the hub are checked as bytes arrive, those
@@ -29,11 +31,12 @@ def command(repository: str, output: Path | None) -> None:
     \b
     msconv pull me/Qwen3-8B-tp4
     msconv pull me/Qwen3-8B-tp4@main --output out
+    msconv pull me/Qwen3-8B-tp4 --require-signature me.pub
     """
     from ..share import pull
     from ..share.parts import weight_bytes
 
-    planned = pull.prepare(repository, output)
+    planned = pull.prepare(repository, output, require_signature)
     was_complete = planned.is_done
     bars = {
         "downloading": 0 if was_complete else planned.missing_bytes(),
@@ -54,7 +57,8 @@ def command(repository: str, output: Path | None) -> None:
             },
             lines=[
                 f"{verb}: {done.artifact}, commit {done.commit[:12]}, {done.files} files, "
-                f"downloaded {human_bytes(done.bytes_read)} in {done.seconds:.1f} s"
+                f"downloaded {human_bytes(done.bytes_read)} in {done.seconds:.1f} s",
+                *signed_line(require_signature),
             ],
             next=next_command(done.artifact, planned.manifest),
         )

@@ -13,6 +13,7 @@ from .command import Command
 from .console import byte_progress, find_artifact
 from .options import artifact_argument
 from .result import Result, json_option, show
+from .sign import refuse_stale, sign
 
 
 @click.command("push", cls=Command)
@@ -21,8 +22,17 @@ from .result import Result, json_option, show
 @click.option("--revision", metavar="BRANCH", help="Branch, created if it is not there.  [default: main]")
 @click.option("--private", is_flag=True, help="If the repository is created: only for those who may see it.")
 @click.option("--check", is_flag=True, help="First read every byte and compare digests.")
+@click.option(
+    "--sign",
+    "key",
+    metavar="KEY",
+    type=click.Path(path_type=Path),
+    help="First sign it with this private key: an elliptic curve's, in PEM.",
+)
 @json_option
-def command(artifact: Path | None, to: str, revision: str | None, private: bool, check: bool) -> None:
+def command(
+    artifact: Path | None, to: str, revision: str | None, private: bool, check: bool, key: Path | None
+) -> None:
     """Upload an artifact to a repository of a Hugging Face hub, with a card that says what it is.
 
     Run again after an interruption: what is there already is not uploaded again.  Only the last commit has READY,
@@ -31,6 +41,7 @@ def command(artifact: Path | None, to: str, revision: str | None, private: bool,
     \b
     msconv push artifacts/Qwen3-8B-tp4 --to me/Qwen3-8B-tp4
     msconv push artifacts/Qwen3-8B-tp4 --to me/Qwen3-8B-tp4 --private --check
+    msconv push artifacts/Qwen3-8B-tp4 --to me/Qwen3-8B-tp4 --sign me.pem
     """
     from ..share import parts
     from ..share.push import push, target
@@ -42,6 +53,9 @@ def command(artifact: Path | None, to: str, revision: str | None, private: bool,
     weights = parts.weight_bytes(manifest)
     with byte_progress("checking", weights if check else 0) as advance:
         parts.check(opened, "Convert or compile again; nothing was uploaded.", check, advance)
+    if key is not None:
+        sign(root, manifest, key)
+    refuse_stale(root)
     with byte_progress("uploading", weights) as advance:
         done = push(root, manifest, name, revision or "", private, advance)
     verb = "Pushed" if done.bytes_uploaded else "Already there"

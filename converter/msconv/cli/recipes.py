@@ -12,6 +12,8 @@ from .command import Command
 from .references import complete_recipes, reference, unknown
 from .result import Result, json_option, show
 
+MEETING_PORT = 5000
+
 
 @click.command("recipes", cls=Command)
 @click.argument("name", required=False, shell_complete=complete_recipes)
@@ -30,7 +32,7 @@ def command(name: str | None) -> None:
     if name is None:
         found = [read_recipe(path) for path in all_recipes().values()]
         data = {"recipes": [details(r) for r in found]}
-        show(Result(data, table(found), next="msconv recipes NAME shows one and its commands."))
+        show(Result(data, table(found), next="msconv recipes Qwen3-8B  # shows one and its commands"))
         return
     recipe = find_recipe(name)
     if recipe is None:
@@ -53,8 +55,18 @@ def commands(recipe: Recipe) -> list[str]:
         f"msconv convert --model {named}",
         f"msconv compile {artifact} --recipe {named}",
         *(f"msconv verify {artifact} --target {target}" for target in recipe.targets),
-        f"msconv serve {artifact} --recipe {named}",
+        *serve_commands(recipe, artifact, named),
     ]
+
+
+def serve_commands(recipe: Recipe, artifact: str, named: str) -> list[str]:
+    """One a machine, in the order of the machines; they meet at a port of the first one, whose address is in
+    the variable FIRST."""
+    serve = f"msconv serve {artifact} --recipe {named}"
+    if recipe.devices.nodes == 1:
+        return [serve]
+    meeting = f"--dist-init-addr ${{FIRST:?}}:{MEETING_PORT}"
+    return [f"{serve} --node-rank {rank} {meeting}" for rank in range(recipe.devices.nodes)]
 
 
 def verified(recipe: Recipe) -> str:
@@ -105,4 +117,8 @@ def describe(recipe: Recipe) -> str:
     ]
     if not recipe.verified_on:
         lines.append("verified    not run yet: the sizes are worked out, not measured")
-    return "\n".join([*lines, "", *(f"  {line}" for line in commands(recipe))])
+    typed = commands(recipe)
+    if (machines := devices.nodes) > 1:
+        first = "FIRST=10.0.0.1  # the first machine's address: on each machine, and then one of these lines"
+        typed[-machines:-machines] = [first]
+    return "\n".join([*lines, "", *(f"  {line}" for line in typed)])

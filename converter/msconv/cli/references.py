@@ -20,9 +20,10 @@ from ..checkpoint.reference import HUBS
 from ..recipes import NAME, Recipe, all_recipes, find_recipe, near_names
 from .command import NOTES, RECIPE
 from .console import say
+from .options import at_home
 
 LAYOUT = ("tp", "ep")
-TYPED = "msconv.model"
+TYPED, FIRST = "msconv.model", "msconv.first"  # in a context's meta
 
 
 def complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -95,9 +96,38 @@ def with_serve_flags(device: str, given: list[str]) -> list[str]:
     return [word for pair in added.items() for word in pair if word] + given
 
 
+def _need_model(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    found = _resolve_model(ctx, param, value)
+    if found is None and not ctx.resilient_parsing:
+        raise click.MissingParameter(ctx=ctx, param=param)
+    return found
+
+
 def _resolve_model(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if ctx.resilient_parsing:
+        return value
+    value, given = at_home(value), ctx.meta.get(FIRST)
+    if given and (value is None or ctx.get_parameter_source("model") is not ParameterSource.COMMANDLINE):
+        return str(given)  # the word without a flag comes before the environment
+    if given:
+        raise UsageError(f"{ctx.meta[TYPED]} and --model {value}: two models.", "Give one of them.")
+    if value is None:
+        return None
+    return _resolved(ctx, value)
+
+
+def _take_first(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A model without a flag.  What is on the command line is processed in its order: --model may have been."""
     if value is None or ctx.resilient_parsing:
         return value
+    if TYPED in ctx.meta:
+        raise UsageError(f"--model {ctx.meta[TYPED]} and {value}: two models.", "Give one of them.")
+    ctx.meta[FIRST] = _resolved(ctx, at_home(value))
+    return value
+
+
+def _resolved(ctx: click.Context, value: str) -> str:
+    """What a name stands for: of a recipe, what it pulls."""
     ctx.meta[TYPED] = value
     recipe = None
     if value.endswith((".yaml", ".yml")) or (NAME.fullmatch(value) and not Path(value).exists()):
@@ -136,17 +166,23 @@ def unknown(value: str, problem: str) -> UsageError:
     """The error for a name that is no recipe, with those that look like it."""
     near = near_names(value)
     meant = f"Did you mean {' or '.join(near)}?  " if near else ""
-    return UsageError(f"{value}: {problem}.", meant + "`msconv recipes` lists recipes; owner/name is pulled.")
+    return UsageError(
+        f"{value[:300]}: {problem}.", meant + "`msconv recipes` lists recipes; owner/name is pulled."
+    )
 
 
-def model_option(is_required: bool, text: str) -> Callable[[Any], Any]:
+first_argument = click.argument(
+    "ref", required=False, is_eager=True, expose_value=False, callback=_take_first, shell_complete=complete_models
+)  # --model without its flag
+
+
+def model_option(text: str, is_required: bool = False) -> Callable[[Any], Any]:
     """Option --model REF.  The command gets a directory or `owner/name[@revision]`; of a recipe, what it names."""
     return click.option(
         "--model",
         metavar="REF",
-        required=is_required,
         is_eager=True,
-        callback=_resolve_model,
+        callback=_need_model if is_required else _resolve_model,
         shell_complete=complete_models,
         help=text,
     )

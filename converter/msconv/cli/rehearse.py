@@ -13,7 +13,8 @@ from msconv_runtime.errors import VerificationFailed
 
 from .command import Command
 from .console import find_artifact, import_torch_alone, say
-from .options import artifact_argument, complete_targets, grouped, parted_from_flags, reference_option
+from .here import quoted
+from .options import UserPath, artifact_argument, complete_targets, grouped, parted_from_flags, reference_option
 from .report import refresh
 from .result import Result, json_option, show
 
@@ -58,9 +59,7 @@ rehearsal_options = grouped(
         show_default=True,
         help="How the server ends: by SIGTERM, or because one of its ranks is killed.",
     ),
-    click.option(
-        "--keep", metavar="DIR", type=click.Path(path_type=Path), help="Keep logs and recorded calls there."
-    ),
+    click.option("--keep", metavar="DIR", type=UserPath(), help="Keep logs and recorded calls there."),
 )
 
 
@@ -101,7 +100,7 @@ def command(artifact: Path | None, options: Options, sglang_args: tuple[str, ...
             data,
             lines=[*lines(data), *done * result.ok],
             failure=None if result.ok else _failure(root, result),
-            next=f"msconv serve {root} --device npu, on a host with NPUs",
+            next=f"msconv serve {quoted(root)} --device npu  # on a host with NPUs",
         )
     )
 
@@ -139,6 +138,7 @@ def summary(result: Any) -> dict[str, Any]:
             "ties": answers.ties,
             "undecided": answers.undecided,
             "max_abs_logit_error": finite(answers.error),
+            "kl": answers.kl,
         },
         "calls": {
             "count": replay.num_calls,
@@ -170,6 +170,8 @@ def lines(data: dict[str, Any]) -> list[str]:
     server = ", ".join(f"{name} {value}" for name, value in data["server"].items() if value is not None)
     graphs = ", ".join(f"{count} {phase}" for phase, count in calls["by_graph"].items())
     bound = f" (bound {data['bound']:.0e})" if data["bound"] else ""
+    if (kl := answers.get("kl")) is not None:
+        bound = f", {kl:.1e} nats of divergence in the mean (each rounds to int8 by itself)"
     cached = sum(r["cached"] for r in data["requests"])
     left = f", {answers['ties']} ties" * bool(answers["ties"])
     left += f", {answers['undecided']} after a router's tie" * bool(answers["undecided"])

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
-from msconv_runtime.artifact import Manifest
+from msconv_runtime.artifact import SIGNATURE, Manifest
 from msconv_runtime.errors import UsageError
 
 from .command import Command
 from .console import find_artifact, say
+from .here import quoted
 from .options import artifact_argument, output_option
 from .result import Result, is_json_asked, json_option, show
+from .sign import stale
 
 
 @click.command("report", cls=Command)
@@ -35,10 +37,10 @@ def command(artifact: Path | None, output: Path | None) -> None:
     root = find_artifact(artifact)
     data = partial(facts, root)
     if is_json_asked() and output is None:
-        show(Result(data, next=f"msconv report {root} writes the page"))
+        show(Result(data, next=f"msconv report {quoted(root)}  # writes the page"))
         return
     path = _write(root, output)
-    show(Result(data, str(path), next=f"open {path} in a browser"))
+    show(Result(data, str(path), next=f"xdg-open {quoted(path)}  # or any browser"))
 
 
 def _write(root: Path, output: Path | None) -> Path:
@@ -57,8 +59,8 @@ def _write(root: Path, output: Path | None) -> Path:
 
 
 def refresh(root: Path, manifest: Manifest | None = None) -> None:
-    """Bring report.html up to date, at the end of a command.  A failure is a warning and no more.
-    `manifest`: the one that is about to be written."""
+    """Bring report.html up to date, at the end of a command, and say if that made a signature stale.  A failure is
+    a warning and no more.  `manifest`: the one that is about to be written."""
     try:
         from ..report.page import write_report
 
@@ -66,3 +68,5 @@ def refresh(root: Path, manifest: Manifest | None = None) -> None:
     except Exception as e:  # whatever it is: no page is worth a conversion
         say(f"Warning: {root / 'report.html'} was not written: {getattr(e, 'message', '') or e}")
         say(f"`msconv report {root}` tries again.")
+    if manifest is None and stale(root):
+        say(f"{root}: {SIGNATURE} is for the artifact as it was: `msconv sign {root} --key KEY` signs it again.")

@@ -7,9 +7,11 @@ from pathlib import Path
 import click
 
 from .command import Command
-from .console import byte_progress
+from .console import byte_progress, find_artifact
 from .conversion import converted, say_plan
+from .here import quoted
 from .options import (
+    UserPath,
     complete_artifacts,
     ep_option,
     jobs_option,
@@ -23,7 +25,7 @@ from .result import json_option, show
 
 
 @click.command("reshard", cls=Command)
-@click.argument("artifact", type=click.Path(path_type=Path), shell_complete=complete_artifacts)
+@click.argument("artifact", type=UserPath(), shell_complete=complete_artifacts)
 @tp_option
 @ep_option
 @output_option("[default: artifacts/<model>-tp<N>]")
@@ -51,9 +53,9 @@ def command(
     from ..steps import conversion as steps
     from ..steps.reshard import prepare
 
-    conversion = prepare(artifact, tp, ep, output, worker_count(jobs), max_memory)
+    conversion = prepare(find_artifact(artifact), tp, ep, output, worker_count(jobs), max_memory)
     say_plan(conversion)
     with byte_progress("resharding", conversion.plan.read_bytes) as advance:
         done = steps.run(conversion, force, advance, publish=refresh)
     note = "Graphs are made for one number of ranks and were not copied."
-    show(converted(done, [note], f"msconv compile {done.artifact} --target cpu"))
+    show(converted(done, [note], f"msconv compile {quoted(done.artifact)}"))

@@ -20,6 +20,7 @@ import click
 from msconv_runtime.errors import MsconvError
 
 from .console import colour, indented, is_verbose, say, visible
+from .typed import Mistyped
 
 JSON = "msconv.json"  # in a context's meta: whether --json was given
 INTERRUPTED = 130
@@ -34,6 +35,19 @@ NEXT = {  # after an error that has no hint of its own, by its code
     "resource": "`msconv plan --model REF --tp N` says what a conversion needs.",
     "busy": "Wait until it has finished, or give another --output.",
 }
+
+AFTER_INTERRUPT = {  # by the command
+    "": "Nothing was changed; run the same command again.",
+    "convert": "Run the same command again: the conversion resumes where it was.",
+    "reshard": "Run the same command again: it resumes where it was.",
+    "push": "Run the same command again: what was uploaded is kept.",
+    "pull": "Run the same command again: what was downloaded is kept.",
+    "compile": "The artifact is whole, with the graphs that it had; run the same command again.",
+    "verify": "The artifact is as it was; run the same command again: a proof begins anew.",
+    "rehearse": "Its servers were ended, the artifact is as it was; run the same command again.",
+    "serve": "No server was started.",
+}
+_running = ""  # the command, for what is said after it was interrupted
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, allow_from_autoenv=False, help="Print one JSON object on stdout."
@@ -76,7 +90,9 @@ def show(result: Result) -> None:
 
 
 def take_json(ctx: click.Context) -> None:
-    """Keep --json for `show`: commands are not told."""
+    """Keep --json for `show`: commands are not told.  And the command's name, for `report`."""
+    global _running
+    _running = ctx.command.name or ""
     ctx.meta[JSON] = ctx.params.pop("as_json", False)
 
 
@@ -111,8 +127,7 @@ def _explain(error: BaseException) -> tuple[str, str, str, int]:
     if isinstance(error, click.ClickException):
         return "usage", error.format_message(), _usage_hint(error), 2
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        hint = "Run the same command again: a conversion, a push or a pull resumes."
-        return "interrupted", "Interrupted.", hint, INTERRUPTED
+        return "interrupted", "Interrupted.", AFTER_INTERRUPT.get(_running, AFTER_INTERRUPT[""]), INTERRUPTED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
         message = f"The answer could not be written: {error.strerror}."
         return "resource", message, "Check where stdout goes.", 5
@@ -128,8 +143,12 @@ def _explain(error: BaseException) -> tuple[str, str, str, int]:
 
 
 def _usage_hint(error: click.ClickException) -> str:
+    if isinstance(error, Mistyped):
+        return error.hint
     if isinstance(error, click.MissingParameter) and error.param and error.param.name == "tp":
         return "How many ranks?  Give --tp N, or a recipe that says it: `msconv recipes` lists them."
+    if isinstance(error, click.MissingParameter) and error.param and error.param.name == "model":
+        return "Which model?  A directory, owner/name on a hub, or a recipe: `msconv recipes` lists them."
     if isinstance(error, click.UsageError) and error.ctx:
         return f"`{error.ctx.command_path} --help` shows how."
     return ""

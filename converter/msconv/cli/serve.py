@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,21 +16,27 @@ from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.serving.nodes import Nodes
 from msconv_runtime.serving.ports import refuse_taken
-from msconv_runtime.serving.settings import Settings
-from msconv_runtime.targets import CPU, DEVICES, Target
+from msconv_runtime.serving.settings import REQUIRE_SIGNATURE, Settings
+from msconv_runtime.serving.signed import refuse_unsigned_once
+from msconv_runtime.targets import DEVICES, Target
 
 from .command import Command
 from .console import find_artifact, say
-from .options import artifact_argument, complete_targets, grouped, parted_from_flags
+from .here import quoted, usual_device
+from .options import artifact_argument, complete_targets, grouped, parted_from_flags, signature_option
 from .references import compare_layout, recipe_option, with_serve_flags
 from .result import Result, json_option, show
+from .typed import DEVICES_ELSEWHERE, Spelled
 
 if TYPE_CHECKING:
     from msconv_runtime.artifact.weights import LoadMode
 
 
-def _settings(strict_aot: bool, check_digests: bool, load: LoadMode) -> Settings:
-    return Settings(strict_aot, check_digests, load)
+def _settings(
+    strict_aot: bool, check_digests: bool, load: LoadMode, require_signature: Path | None, ui: bool
+) -> Settings:
+    key = os.environ.get(REQUIRE_SIGNATURE, "") if require_signature is None else str(require_signature.absolute())
+    return Settings(strict_aot, check_digests, load, require_signature=key, ui=ui)
 
 
 def _nodes(nnodes: int, node_rank: int, dist_init_addr: str | None) -> Nodes:
@@ -53,6 +60,8 @@ settings_options = grouped(
         show_default=True,
         help="Map the rank's files, or read them: some drivers hang on mapped memory.",
     ),
+    signature_option,
+    click.option("--ui", is_flag=True, help="Serve a chat page too, at /chat; it works offline."),
 )
 nodes_options = grouped(
     "nodes",
@@ -73,7 +82,9 @@ nodes_options = grouped(
 @artifact_argument
 @recipe_option
 @click.option(
-    "--device", type=click.Choice(list(DEVICES)), default=CPU.kind, show_default=True, help="Where it runs."
+    "--device",
+    type=Spelled(list(DEVICES), DEVICES_ELSEWHERE),
+    help="Where it runs.  [default: this machine's]",
 )
 @click.option("--target", shell_complete=complete_targets, help="Whose graphs, if there are several for an NPU.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -85,7 +96,7 @@ nodes_options = grouped(
 @json_option
 def command(
     artifact: Path | None,
-    device: str,
+    device: str | None,
     target: str | None,
     host: str,
     port: int,
@@ -101,20 +112,23 @@ def command(
 
     \b
     msconv serve artifacts/Qwen3-0.6B-tp1 --port 30000
+    msconv serve artifacts/Qwen3-0.6B-tp1 --ui
     msconv serve artifacts/Qwen3-0.6B-tp1 -- --max-total-tokens 8192 --log-level debug
     msconv serve artifacts/DeepSeek-V3-tp32-ep32 --nnodes 4 --node-rank 1 --dist-init-addr 10.0.0.1:5000
     """
     artifact, extra = parted_from_flags(artifact, sglang_args)
     root = find_artifact(artifact)
+    refuse_unsigned_once(root, settings)
     opened = Artifact(root)
     compare_layout(opened.manifest)
+    device = device or usual_device(opened, target, print_command)
     flags = with_serve_flags(device, extra)
     launch = plan_launch(root, device, host, port, flags, settings, nodes, print_command, target)
     for flag in launch.untried:
         say(f"{flag}: nobody has tried this flag with an artifact; it is passed on.")
     data = {"argv": launch.argv, "environment": launch.environment}
     if print_command:
-        show(Result(data, launch.shell(), next="the same without --print-command starts it."))
+        show(Result(data, launch.shell(), next=_without_print(root)))
         return
     show(Result(data))
     _warn(opened, launch.target)
@@ -123,6 +137,12 @@ def command(
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvpe(launch.argv[0], launch.argv, {**os.environ, **launch.environment})
+
+
+def _without_print(root: Path) -> str:
+    """The command that was typed, without --print-command."""
+    words = [word for word in sys.argv[1:] if word != "--print-command"]
+    return f"{shlex.join(['msconv', *words])}  # starts it" if words else f"msconv serve {quoted(root)}"
 
 
 def _warn(artifact: Artifact, target: Target) -> None:

@@ -20,6 +20,14 @@ from .spec import Local
 LATENT_EPS = 1e-6  # of the norms inside latent attention: the published code takes it from nowhere
 
 
+def norm(ops: Operations, name: str, width: int, eps: float) -> nn.Cell:
+    return ops.shifted(ops.norm(name, width, eps), name, width)
+
+
+def add_norm(ops: Operations, name: str, width: int) -> nn.Cell:
+    return ops.shifted(ops.add_norm(name, width), name, width)
+
+
 class HeadsAttention(nn.Cell):
     """Fused qkv, heads split and rotated, cache write, attention, output projection."""
 
@@ -51,12 +59,12 @@ class LatentAttention(nn.Cell):
         self.has_q_lora = mla.q_lora > 0
         if self.has_q_lora:
             self.q_a_proj = ops.linear(prefix + "q_a_proj", mla.q_lora, c.hidden, False)
-            self.q_a_norm = ops.norm(prefix + "q_a_layernorm.weight", mla.q_lora, LATENT_EPS)
+            self.q_a_norm = norm(ops, prefix + "q_a_layernorm.weight", mla.q_lora, LATENT_EPS)
             self.q_proj = ops.linear(prefix + "q_b_proj", q, mla.q_lora, False)
         else:
             self.q_proj = ops.linear(prefix + "q_proj", q, c.hidden, False)
         self.kv_a_proj = ops.linear(prefix + "kv_a_proj_with_mqa", mla.latent, c.hidden, False)
-        self.kv_a_norm = ops.norm(prefix + "kv_a_layernorm.weight", mla.kv_lora, LATENT_EPS)
+        self.kv_a_norm = norm(ops, prefix + "kv_a_layernorm.weight", mla.kv_lora, LATENT_EPS)
         self.rotate = ops.rotate_latent()
         self.write = ops.write_latent()
         self.attend = ops.attend_latent(prefix, spec)
@@ -126,9 +134,9 @@ class Layer(nn.Cell):
         spec = local.attention(index)
         attention = HeadsAttention if spec.kind == "heads" else LatentAttention
         self.attention = attention(ops, local, prefix + "self_attn.", spec)
-        self.after_attention = ops.add_norm(prefix + "post_attention_layernorm.weight", c.hidden)
+        self.after_attention = add_norm(ops, prefix + "post_attention_layernorm.weight", c.hidden)
         self.mlp = (MoeMlp if c.has_experts(index) else DenseMlp)(ops, local, prefix + "mlp.")
-        self.after_mlp = ops.add_norm(follower + ".weight", c.hidden)
+        self.after_mlp = add_norm(ops, follower + ".weight", c.hidden)
 
     def construct(self, h: Any, x: Any, step: Any, caches: Any) -> Any:
         h, x = self.after_attention(self.attention(h, step, caches), x)
@@ -174,7 +182,7 @@ class Decoder(nn.Cell):
         self.num_caches = len(self.caches[0])
         self.begin = ops.begin()
         self.embed = ops.embed("model.embed_tokens.weight")
-        self.first_norm = ops.norm("model.layers.0.input_layernorm.weight", c.hidden, c.eps)
+        self.first_norm = norm(ops, "model.layers.0.input_layernorm.weight", c.hidden, c.eps)
         self.layers = nn.CellList([Layer(ops, local, i) for i in range(c.layers)])
         self.has_all_rows = local.role.rows == "all"
         self.last = ops.last_tokens()

@@ -8,10 +8,11 @@ from mindspore import ParameterTuple, nn, ops
 
 
 class Matrix(nn.Cell):
-    """A matrix [out, inner], or experts' matrices [E, inner, out].  Called with x [T, inner] it gives [T, out].
+    """A matrix [out, inner], or experts' matrices [E, inner, out].  Called with x [T, inner] it gives [T, out];
+    experts' matrices are called with x and `places`, which say each row's expert in the target's own way.
 
-    `product` takes x and the tensors.  `decode` makes the matrix of the tensors, in the type of the target's own
-    products; None if the first tensor is the matrix.
+    `product` takes what the matrix is called with, then the tensors.  `decode` makes the matrix of the tensors, in
+    the type of the target's own products; None if the first tensor is the matrix, or if only `product` reads them.
     """
 
     def __init__(self, tensors: list[Any], product: Any, decode: Any | None) -> None:
@@ -26,8 +27,8 @@ class Matrix(nn.Cell):
         if isinstance(self.product, ops.Primitive):
             self.product.set_prim_instance_name(name)
 
-    def construct(self, x: Any) -> Any:
-        return self.product(x, *self.tensors)
+    def construct(self, x: Any, *places: Any) -> Any:
+        return self.product(x, *places, *self.tensors)
 
     def values(self) -> Any:
         """The matrix itself."""
@@ -35,9 +36,11 @@ class Matrix(nn.Cell):
             return self.decode(*self.tensors)
         return self.tensors[0]
 
-    def chosen(self, ids: Any) -> Any:
-        """Experts' matrices, one for each of these ids: [N, inner, out]."""
-        return ops.gather(self.values(), ids, 0)
+    def operands(self) -> tuple[Any, ...]:
+        """What a product takes that knows several matrices: the matrix if it is decoded, else its tensors."""
+        if self.is_encoded:
+            return (self.decode(*self.tensors),)
+        return self.tensors
 
 
 class Decoded(nn.Cell):
@@ -50,3 +53,15 @@ class Decoded(nn.Cell):
 
     def construct(self, x: Any, *tensors: Any) -> Any:
         return self.product(x, self.decode(*tensors))
+
+
+class DecodedExperts(nn.Cell):
+    """The same of experts' matrices."""
+
+    def __init__(self, product: Any, decode: Any) -> None:
+        super().__init__()
+        self.product = product
+        self.decode = decode
+
+    def construct(self, x: Any, places: Any, *tensors: Any) -> Any:
+        return self.product(x, places, self.decode(*tensors))

@@ -16,9 +16,10 @@ from mindspore import Tensor, nn, ops
 from msconv_runtime.artifact import GraphInput
 
 from ..families.attention import Attention
-from .matrix import Decoded, Matrix
+from ..quant.record import Stored
+from .matrix import Decoded, DecodedExperts, Matrix
 from .parameters import DTYPES, parameter
-from .spec import TP_GROUP, Local
+from .spec import TP_GROUP, CannotCompute, Local
 
 
 def operations_for(local: Local) -> Operations:
@@ -72,18 +73,58 @@ class Operations(ABC):
         """(rows [T, inner], *tensors) -> [T, out], with the matrix that `decode` makes of the tensors."""
         return Decoded(self.product(), decode)
 
+    @abstractmethod
+    def dynamic_product(self) -> Any:
+        """(rows [T, inner], codes int8 [out, inner], scales [out, 1]) -> [T, out]: rows become codes with a scale
+        each.  Arithmetic: msconv.quant.w8a8."""
+
+    @abstractmethod
+    def static_product(self) -> Any:
+        """(rows [T, inner], codes int8 [out, inner], deq_scale [out], quant_bias int32 [out], input_scale [1],
+        input_offset [1]) -> [T, out]: rows become codes with the input's scale and offset."""
+
+    @abstractmethod
+    def experts_product(self) -> Any:
+        """(x, places, matrices [E, inner, out]) -> each row of x times the matrix of its expert.  `places`, and
+        how x lies, are the target's own."""
+
+    def experts_product_with(self, decode: Any) -> Any:
+        """(x, places, *tensors) -> the same, with the matrices that `decode` makes of the tensors."""
+        return DecodedExperts(self.experts_product(), decode)
+
+    @abstractmethod
+    def dynamic_experts_product(self) -> Any:
+        """(x, places, codes int8 [E, inner, out], scales [E, 1, out]) -> the same, rows as codes with a scale
+        each."""
+
+    def static_experts_product(self) -> Any:
+        raise CannotCompute(
+            f"{self.local.title}: its experts' inputs have one scale for all tokens: only a scale a token is "
+            "computed.",
+            "Quantise the experts as W8A8_DYNAMIC.",
+        )
+
+    def read_type(self, tensor: Stored, shape: tuple[int, ...]) -> Any:
+        """The type in which products of codes read a tensor that every artifact stores alike: as it is stored,
+        unless the target's operations want another.  `shape`: the matrix's."""
+        return DTYPES[tensor.dtype]
+
     def matrix(self, name: str, shape: tuple[int, ...], dtype: Any | None = None, nz: bool = True) -> Matrix:
         """The matrix of that name, [out, inner] or [E, inner, out], as it is stored.  `dtype`: the type it is read
         in, if not `stored_type`.  `nz`: the device may keep it in the NZ format."""
         kept = self.local.kept(name)
-        tensors, decode = kept.tensors(name, shape), kept.values(self)
-        if nz and self.local.target.nz and decode is None:
-            self.nz += [tensor for tensor, _, _ in tensors if tensor == name]
-        parameters = [
-            parameter(tensor, size, DTYPES[stored] if stored else dtype or self.stored_type(tensor))
-            for tensor, size, stored in tensors
-        ]
-        return Matrix(parameters, kept.multiply(self), decode)
+        decode = kept.values(self)
+        if nz and self.local.target.nz and decode is None and not kept.stored[0].dtype:
+            self.nz.append(name)
+
+        def read_type(tensor: Stored) -> Any:
+            if not tensor.dtype:
+                return dtype or self.stored_type(tensor.of(name))
+            return self.read_type(tensor, shape) if decode is None else DTYPES[tensor.dtype]
+
+        parameters = [parameter(t.of(name), t.local_shape(shape), read_type(t)) for t in kept.stored]
+        multiply = kept.multiply_experts if len(shape) == 3 else kept.multiply
+        return Matrix(parameters, multiply(self), decode)
 
     def linear(self, name: str, out: int, inner: int, bias: bool) -> nn.Cell:
         """[T, inner] -> [T, out] with weight [out, inner] and, if asked, bias [out]."""
@@ -93,6 +134,13 @@ class Operations(ABC):
     def latent_matrices(self, prefix: str) -> tuple[Matrix, Matrix]:
         """What makes keys [H*nope, kv_lora] and values [H*v_dim, kv_lora] of a latent: read in `dtype`."""
         heads, mla = self.local.heads, self.local.mla
+        for name in (prefix + "kv_b_proj_k.weight", prefix + "kv_b_proj_v.weight"):
+            kept = self.local.kept(name)
+            if kept.stored[0].dtype and kept.values(self) is None:
+                raise CannotCompute(
+                    f"{self.local.title}: {name} is stored as codes: it is multiplied with what has no scale.",
+                    "Leave kv_b_proj as values when you quantise.",
+                )
         key = self.matrix(prefix + "kv_b_proj_k.weight", (heads * mla.nope, mla.kv_lora), self.dtype, nz=False)
         value = self.matrix(prefix + "kv_b_proj_v.weight", (heads * mla.v_dim, mla.kv_lora), self.dtype, nz=False)
         key.name_product("matmul")
@@ -112,6 +160,12 @@ class Operations(ABC):
     @abstractmethod
     def add_norm(self, name: str, width: int) -> nn.Cell:
         """(delta, x) -> (norm(x + delta), x + delta)."""
+
+    def shifted(self, norm: nn.Cell, name: str, width: int) -> nn.Cell:
+        """The norm, or sum and norm, whose weight has this name, with the bias that is stored beside it, if any:
+        what quantisation shifted activations by."""
+        bias = name.removesuffix(".weight") + ".bias"
+        return Shifted(norm, parameter(bias, (width,), self.dtype)) if bias in self.local.types else norm
 
     def rows(self) -> Any:
         """(table [V, width], ids [T]) -> [T, width] in `dtype`."""
@@ -228,6 +282,21 @@ class Linear(nn.Cell):
 
     def construct(self, x: Any) -> Any:
         return self.matrix(x) + self.bias
+
+
+class Shifted(nn.Cell):
+    """A norm with a bias: of a sum and norm it is added to the norm."""
+
+    def __init__(self, norm: nn.Cell, bias: Any) -> None:
+        super().__init__()
+        self.norm = norm
+        self.bias = bias
+
+    def construct(self, *x: Any) -> Any:
+        found = self.norm(*x)
+        if isinstance(found, tuple):
+            return found[0] + self.bias, found[1]
+        return found + self.bias
 
 
 class Swiglu(nn.Cell):

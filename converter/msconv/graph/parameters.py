@@ -10,7 +10,7 @@ from mindspore.common.initializer import initializer
 
 from msconv_runtime import dtypes
 
-DTYPES = {name: getattr(ms, t.mindspore) for name, t in dtypes.DTYPES.items() if t.storable}
+DTYPES = {name: getattr(ms, t.mindspore) for name, t in dtypes.DTYPES.items() if t.storable or name == "int64"}
 NAMES = {v: k for k, v in DTYPES.items()}
 
 

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from msconv_runtime.errors import EnvironmentProblem
+
+DUMPS = "mindspore"  # in an artifact's own directory of state: what MindSpore writes about what fails
+DUMP_PLACE = "MS_OM_PATH"  # MindSpore's variable
+
+
+@contextmanager
+def dumps_in(place: Path) -> Iterator[None]:
+    """What MindSpore writes of a graph that it cannot compile goes to `place`, not to where the user stands.  What
+    an earlier failure left there is removed."""
+    before = os.environ.get(DUMP_PLACE)
+    shutil.rmtree(place, ignore_errors=True)
+    os.environ[DUMP_PLACE] = str(place.absolute())
+    try:
+        yield
+    finally:
+        os.environ.pop(DUMP_PLACE)
+        if before is not None:
+            os.environ[DUMP_PLACE] = before
 
 
 def mindspore_version() -> str:

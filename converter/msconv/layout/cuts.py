@@ -40,7 +40,12 @@ class Mesh:
 def make_mesh(tp: int, ep: int) -> Mesh:
     """Raises UsageError if `ep` does not divide `tp`."""
     if tp < 1 or ep < 1 or tp % ep:
-        raise UsageError(f"--tp {tp} --ep {ep}: ep must divide tp, and both be at least 1.")
+        works = [str(n) for n in range(1, tp + 1) if tp % n == 0]
+        choices = works[0] if len(works) == 1 else f"{', '.join(works[:-1])} or {works[-1]}"
+        raise UsageError(
+            f"--tp {tp} --ep {ep}: ep must divide tp, and both be at least 1.",
+            f"With --tp {tp} give --ep {choices}." if tp >= 1 else "",
+        )
     return Mesh(tp, ep)
 
 

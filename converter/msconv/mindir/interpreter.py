@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from msconv_runtime.errors import VerificationFailed
 
+from .codes import Listener
 from .kernels import KERNELS, Context
 from .program import Node, Program
 
@@ -52,6 +53,8 @@ class Interpreter:
     def run(self, program: Program, inputs: list[list[torch.Tensor]], stop: str = "") -> Step:
         """Execute for all ranks; not further than the norm whose weight is `stop`.  Raises VerificationFailed
         naming the node that cannot be run."""
+        bias = stop.removesuffix(".weight") + ".bias"
+        stop = bias if bias in program.declared else stop
         if len(program.inputs) != len(inputs[0]):
             raise VerificationFailed(
                 f"the graph takes {len(program.inputs)} inputs, its manifest describes {len(inputs[0])}."
@@ -59,18 +62,20 @@ class Interpreter:
         values: list[dict[str, Any]] = [dict(zip(program.inputs, given, strict=True)) for given in inputs]
         probes: dict[str, NDArray[np.float32]] = {}
         apart = 0.0
+        listener = Listener(program, self.context.codes)
         for i, node in enumerate(program.nodes):
-            results = self._node(node, program, values)
+            results = self._node(node, program, values, listener)
             for env, result in zip(values, results, strict=True):
                 env[node.output] = result
+            listener.after(i, values)
             if _is_probe(node):
                 normed = [_first(r).float() for r in results]
-                probes[node.parameter.removesuffix(".weight")] = normed[0].numpy()
+                probes[node.parameter.rpartition(".")[0]] = normed[0].numpy()
                 apart = max(apart, _apart(normed))
                 if node.parameter == stop:
                     return Step([], probes, apart)
             for name in node.inputs:
-                if program.last_use[name] == i and name != program.output:
+                if listener.last_use[name] == i and name != program.output:
                     for env in values:
                         env.pop(name, None)
         found = [_all(env[program.output]) for env in values]
@@ -78,7 +83,7 @@ class Interpreter:
             apart = max(apart, _apart(list(of_ranks)))
         return Step([[value.numpy() for value in of_rank] for of_rank in found], probes, apart)
 
-    def _node(self, node: Node, program: Program, values: list[dict[str, Any]]) -> list[Any]:
+    def _node(self, node: Node, program: Program, values: list[dict[str, Any]], listener: Listener) -> list[Any]:
         if node.kind == "Constant":
             value = node.value
             if isinstance(value, torch.Tensor):
@@ -97,11 +102,15 @@ class Interpreter:
             raise VerificationFailed(f"{node.where}: the primitive {node.kind} is not known: it cannot be proved.")
         if unknown := set(node.attributes) - kernel.attributes:
             raise VerificationFailed(f"{node.where}: attributes {sorted(unknown)} are not known.")
+        results = []
         try:
-            # rank by rank: of large weights only one rank's are in memory
-            return [kernel.run(self.context, node.attributes, *arguments(r)) for r in range(len(values))]
+            for rank in range(len(values)):  # of large weights only one rank's are in memory
+                given = arguments(rank)
+                results.append(kernel.run(self.context, node.attributes, *given))
+                listener.kernel(rank, node, kernel, given)
         except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as e:
             raise VerificationFailed(f"{node.where} cannot be run: {type(e).__name__}: {e}") from None
+        return results
 
     def _weight(self, rank: int, program: Program, name: str) -> torch.Tensor:
         if name not in program.parameters:
@@ -136,10 +145,11 @@ def _apart(values: list[torch.Tensor]) -> float:
 
 
 def _is_probe(node: Node) -> bool:
-    """Norms of the whole residual stream: after each attention and each MLP."""
-    if not node.kind.endswith(("RmsNorm", "AddRmsNorm", "Mul", ":Norm", ":AddNorm")):
-        return False
-    return node.parameter.endswith(
+    """Norms of the whole residual stream, after each attention and each MLP; and again with their bias."""
+    kind, name = node.kind, node.parameter
+    if kind == "Add":
+        return name.endswith(("input_layernorm.bias", "post_attention_layernorm.bias"))
+    return kind.endswith(("RmsNorm", "AddRmsNorm", "Mul", ":Norm", ":AddNorm")) and name.endswith(
         ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
     )
 

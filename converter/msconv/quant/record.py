@@ -79,6 +79,12 @@ class Kept:
         decode = self.values(ops)
         return ops.product() if decode is None else ops.product_with(decode)
 
+    def multiply_experts(self, ops: Any) -> Any:
+        """The same for experts' matrices [E, inner, out]: what a graph calls as (x, places, *tensors).  What `x`
+        and `places` are, which say each row's expert, only the target's operations know."""
+        decode = self.values(ops)
+        return ops.experts_product() if decode is None else ops.experts_product_with(decode)
+
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:

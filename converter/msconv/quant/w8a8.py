@@ -84,6 +84,9 @@ class W8A8Dynamic(WeightFormat):
     def multiply(self, ops: Any) -> Any:
         return ops.dynamic_product()
 
+    def multiply_experts(self, ops: Any) -> Any:
+        return ops.dynamic_experts_product()
+
     def encode(self, matrix: str, values: NDArray[np.float32], out: Array) -> Array:
         """The scale is the row's largest magnitude / 127, rounded to bfloat16: Ascend's grouped product takes no
         other.  Codes are made with the rounded one."""
@@ -145,6 +148,9 @@ class W8A8Static(WeightFormat):
 
     def multiply(self, ops: Any) -> Any:
         return ops.static_product()
+
+    def multiply_experts(self, ops: Any) -> Any:
+        return ops.static_experts_product()
 
     def shares(self, total: Array, sums: Array, offset: float) -> Array:
         """Each rank takes out what the offset added to its own columns; what is left, a bias, is on rank 0."""

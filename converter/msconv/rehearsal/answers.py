@@ -11,6 +11,9 @@ import numpy as np
 
 from msconv_runtime.artifact import Manifest
 
+from ..verify.int8.drift import divergence
+from ..verify.int8.reference import QuantisedReference
+from ..verify.prove import is_int8
 from ..verify.reference import Reference
 from .replay import Row, Rows
 from .scenario import Conversation
@@ -22,14 +25,23 @@ Tokens = tuple[int, ...]
 @dataclass
 class Answers:
     """`ties`: tokens whose logit is the best but for less than twice the bound.  `undecided`: tokens after a
-    router's choice that hung on rounding.  `error`: largest difference of logits to transformers'."""
+    router's choice that hung on rounding.  `error`: largest difference of logits to transformers'.  `logprobs`: of
+    prompts, that were compared.  `divergence`: of each call's logits from the reference's, where both round
+    activations to int8 by themselves, so that no bound of logits holds."""
 
     tokens: int = 0
     equal: int = 0
     ties: int = 0
     undecided: int = 0
     error: float = 0.0
+    logprobs: int = 0
+    divergence: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def kl(self) -> float | None:
+        """Mean divergence in nats; None where logits have a bound."""
+        return float(np.mean(self.divergence)) if self.divergence else None
 
 
 class Expected:
@@ -42,6 +54,7 @@ class Expected:
         problem."""
         self.conversations, self.complete, self.bound = conversations, complete, math.inf
         self.answers = Answers()
+        self.rounds_by_itself = isinstance(reference, QuantisedReference)
         self.asked = False  # whether the calls are past what the server asks itself at its start
         self._rows: dict[Tokens, Rows] = {}
         self._next: dict[Tokens, int] = {}  # the token that was answered after these
@@ -66,6 +79,7 @@ class Expected:
         self.bound = bound
         for conversation in self.conversations:
             self._judge(conversation)
+            self._judge_logprobs(conversation)
 
     def begin_copy(self) -> None:
         """The calls that follow are those of a process that has just started."""
@@ -88,6 +102,23 @@ class Expected:
                     f"request {conversation.name!r}: token {k} of the answer is {token}, transformers' is "
                     f"{int(logits.argmax())}, whose logit is {lead:.3g} higher"
                 )
+
+    def _judge_logprobs(self, conversation: Conversation) -> None:
+        """The prompt's log probabilities.  Those of a logit and of the sum may both be off by the bound."""
+        for position, value in enumerate(conversation.logprobs, 1):
+            row = self._rows.get(tuple(conversation.tokens[:position]))
+            if row is None or position >= len(conversation.prompt):
+                return
+            wide = row.astype(np.float64)
+            largest = wide.max()
+            expected = float(wide[conversation.prompt[position]] - largest - np.log(np.exp(wide - largest).sum()))
+            self.answers.logprobs += 1
+            if not abs(value - expected) <= 2 * self.bound:
+                self.answers.problems.append(
+                    f"request {conversation.name!r}: the log probability of token {position} of the prompt is "
+                    f"{value:.6g}, by transformers {expected:.6g}"
+                )
+                return
 
     def compare(self, where: str, rows: list[Row]) -> None:
         """Compare the logits of one call with transformers', and with the token that was answered.  A sequence
@@ -113,6 +144,8 @@ class Expected:
     def _compare_logits(self, where: str, row: Row, expected: Rows) -> None:
         error = float(np.abs(row.logits.astype(np.float64) - expected).max())
         error = error if np.isfinite(error) else math.inf
+        if self.rounds_by_itself:
+            self.answers.divergence.append(divergence(expected[None], row.logits[None]))
         self.answers.error = max(self.answers.error, error)
         if error >= self.bound:
             self.answers.problems.append(
@@ -153,4 +186,5 @@ def bound_manifest(manifest: Manifest, target: str) -> Manifest:
 
 def make_reference(source: Path, manifest: Manifest, target: str) -> Reference:
     """The reference that rounds as the server does.  Raises VerificationFailed if it is of another model."""
-    return Reference(source, manifest, bound=bound_manifest(manifest, target))
+    make = QuantisedReference if manifest.weights and is_int8(manifest.weights) else Reference
+    return make(source, manifest, bound=bound_manifest(manifest, target))

@@ -123,15 +123,12 @@ def _slots(batch: Batch, page: int, call: Call) -> Iterator[str]:
 
 
 def _choice(batch: Batch, role: str) -> Iterator[str]:
-    """The prefill graph's attention sees new tokens only; it is the one for batches without cached tokens.  All
-    tokens' logits are for the verification of drafts."""
+    """The prefill graph's attention sees new tokens only; it is the one for batches without cached tokens."""
     cached = batch.context_lens - batch.q_lens
     if role == "prefill" and cached.any():
         yield f"graph: prefill for sequences with {cached.tolist()} cached tokens, which it does not see"
     if role == "decode" and not cached.any():
         yield f"graph: decode for {len(cached)} sequences without a cached token, for which prefill is"
-    if role == "verify":
-        yield "graph: verify, where no drafts are verified"
 
 
 def _mask(batch: Batch, graph: Graph, found: torch.Tensor) -> Iterator[str]:

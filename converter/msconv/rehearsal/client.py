@@ -32,6 +32,16 @@ class HttpClient:
         except FAILURES as e:
             raise self._failed(ids, e) from None
 
+    def logprobs(self, ids: list[int], new: int) -> tuple[list[int], list[float]]:
+        body = {"input_ids": ids, "sampling_params": _greedy(new), "return_logprob": True, "logprob_start_len": 0}
+        try:
+            with self._server.open("/generate", body, self._timeout_s) as reply:
+                found = json.loads(reply.read())
+        except FAILURES as e:
+            raise self._failed(ids, e) from None
+        values = [value for value, _, _ in found["meta_info"]["input_token_logprobs"]]
+        return found["output_ids"], values[1:]
+
     def abort_after(self, ids: list[int], count: int) -> list[int]:
         name = "msconv-rehearsal-abort"
         most = min(LONG, self._room - len(ids) - 2)

@@ -10,6 +10,7 @@ from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.doctor import Machine
 from msconv_runtime.errors import ResourceError, UsageError
+from msconv_runtime.roles import gives_all_logits
 from msconv_runtime.serving.choice import target_to_serve
 from msconv_runtime.serving.flags import given_flags
 from msconv_runtime.serving.launch import Launch, plan_launch
@@ -97,13 +98,14 @@ def make_plan(root: Path, options: Options) -> Plan:
         raise UsageError(f"A rehearsal decides these itself: {', '.join(wrong)}.", "Leave them out behind --.")
     artifact = Artifact(root)
     target = _target_named(options.target) if options.target else target_to_serve(artifact, KIND)
-    artifact.graphs(target.name)
+    graphs = artifact.graphs(target.name)
     weights = sum(f.size for f in artifact.weights.files)
     config = configuration(artifact)
     refuse_damage(artifact)
     exact = options.exact if options.exact is not None else weights <= SMALL_BYTES
     page = ENGINE.pool(artifact, target, given).page
-    scenario = make_scenario(config.vocab, config.max_positions, page, options.prompts)
+    all_logits = gives_all_logits(graphs)
+    scenario = make_scenario(config.vocab, config.max_positions, page, options.prompts, all_logits)
     if options.copies > 1 or given.keys() & {"--disable-radix-cache", "--max-total-tokens"}:
         scenario = replace(scenario, expects_cache=False)
     launches, port = _launches(artifact, target, scenario, options)

@@ -1,5 +1,5 @@
 """What a rehearsal asks of the server: prompts on both sides of pages and chunks, a cached prefix, several at
-once, two answers to one prompt, an abort."""
+once, two answers to one prompt, an abort, log probabilities of a prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ LONGEST = 300
 @dataclass
 class Conversation:
     """A prompt and what the server answered.  `whole`: all that was asked for has come.  `cached`: tokens of the
-    prompt that the server took from its cache.  `expect_cached`: how many it could have taken."""
+    prompt that the server took from its cache.  `expect_cached`: how many it could have taken.  `logprobs`: of the
+    prompt's tokens but the first, if they were asked for."""
 
     name: str
     prompt: list[int]
@@ -27,6 +28,7 @@ class Conversation:
     cached: int = 0
     expect_cached: int = 0
     whole: bool = True
+    logprobs: list[float] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -39,13 +41,17 @@ class Client(Protocol):
     def generate(self, ids: list[int], new: int, **sampling: Any) -> list[tuple[list[int], int]]:
         """Each answer's tokens, and how many of the prompt's tokens were cached."""
 
+    def logprobs(self, ids: list[int], new: int) -> tuple[list[int], list[float]]:
+        """The answer's tokens, and log probabilities of the prompt's tokens but the first."""
+
     def abort_after(self, ids: list[int], count: int) -> list[int]:
         """Stream an answer, abort it after so many tokens; the tokens that came."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """`groups` run one after another; the prompts of one run at once.  Kinds: plain, n (two answers), abort."""
+    """`groups` run one after another; the prompts of one run at once.  Kinds: plain, n (two answers), abort,
+    logprobs (of the whole prompt)."""
 
     groups: list[list[tuple[str, str, list[int]]]]
     longest: int
@@ -62,8 +68,11 @@ class Scenario:
         return len(self.groups) * (NEW_TOKENS + 2)
 
 
-def make_scenario(vocab: int, max_positions: int, page: int, most: int = 0, seed: int = 5) -> Scenario:
-    """Random tokens; lengths are cut to what the model takes.  `most`: so many prompts, 0 for all."""
+def make_scenario(
+    vocab: int, max_positions: int, page: int, most: int = 0, all_logits: bool = True, seed: int = 5
+) -> Scenario:
+    """Random tokens; lengths are cut to what the model takes.  `most`: so many prompts, 0 for all.  `all_logits`:
+    the graphs give log probabilities of prompts."""
     rng = np.random.default_rng(seed)
     room = max(1, max_positions - NEW_TOKENS - 2)
 
@@ -84,6 +93,8 @@ def make_scenario(vocab: int, max_positions: int, page: int, most: int = 0, seed
         [("a whole page", "plain", draw(page))],
         [("200 tokens", "plain", draw(200))],
     ]
+    if all_logits:
+        groups.append([("log probabilities", "logprobs", draw(LONGEST)), ("beside them", "plain", draw(9))])
     kept, left = [], most or sum(map(len, groups))
     for group in groups:
         if left > 0:
@@ -104,6 +115,9 @@ def run_scenario(
         name, kind, ids = item
         if kind == "abort":
             return [Conversation(name, ids, client.abort_after(ids, ABORTED_AFTER), whole=False)]
+        if kind == "logprobs":
+            tokens, values = client.logprobs(ids, NEW_TOKENS)
+            return [Conversation(name, ids, tokens, logprobs=values)]
         expected = max((_common(ids, earlier) for earlier in seen), default=0) // scenario.page * scenario.page
         answers = client.generate(ids, NEW_TOKENS, **({"n": 2} if kind == "n" else {}))
         return [Conversation(name, ids, tokens, cached, expected) for tokens, cached in answers]
@@ -129,6 +143,9 @@ def answer_problems(conversations: list[Conversation], scenario: Scenario) -> It
         wanted = asked.count((name, kind)) * (2 if kind == "n" else 1)
         if len(answers) != wanted:
             yield f"request {name!r}: {len(answers)} answers of {wanted}"
+        for c in answers if kind == "logprobs" else ():
+            if len(c.logprobs) != len(c.prompt) - 1:
+                yield f"request {name!r}: {len(c.logprobs)} log probabilities for {len(c.prompt)} tokens"
     for c in conversations:
         if len(c.answer) < ABORTED_AFTER or (c.whole and len(c.answer) != NEW_TOKENS):
             yield f"request {c.name!r}: {len(c.answer)} tokens were answered"

@@ -26,11 +26,13 @@ from ..quant import PLAIN, kept_format
 from ..standing import standings
 from ..workspace.names import default_name
 from ..workspace.timings import Timing
+from .cutting import cutting
 from .groups import KV_CACHE, ORDER, folded, group_of
 from .int8 import int8_proof
 from .verification import verification
 
-CONTEXT = 4096
+CONTEXT, LONG_CONTEXT = 4096, 32768
+REQUESTS = (1, 8, 32)  # at a time
 MAX_RANKS = 64  # rows of a table; what is beyond is folded or counted
 MAX_NAMES = 400
 AS_STORED = "as stored"
@@ -51,9 +53,11 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
         "model": _model(manifest, config),
         "parallel": {"tp": mesh.tp, "ep": mesh.ep},
         "weights": _weights(manifest.weights),
+        "use": _use(manifest, targets),
         "commands": _commands(manifest, targets),
         "memory": _memory(manifest, config, mesh, targets),
         "ranks": _ranks(manifest, config, mesh),
+        "cutting": _cutting(manifest, config, mesh),
         "verification": [
             verification(t, manifest.proof_for(t), config.layers, manifest.weights is not None) for t in targets
         ],
@@ -93,7 +97,39 @@ def _verdict(manifest: Manifest, targets: list[str]) -> Data:
         state, meaning = "unproven", "These graphs were not compared with the source checkpoint on these weights."
     if stale := sorted(old.intersection(unproven)):
         meaning += f" An earlier proof for {', '.join(stale)} does not hold for these bytes."
-    return {"state": state, "meaning": meaning, "proven": proven, "unproven": unproven}
+    how_far = [{"target": s.target, "words": s.words} for s in standings(manifest)]
+    return {"state": state, "meaning": meaning, "proven": proven, "unproven": unproven, "standings": how_far}
+
+
+def _use(manifest: Manifest, targets: list[str]) -> list[Data]:
+    """What can be done with the artifact as it is, target by target, under its default name."""
+    place = _default_output(manifest)
+    lines: list[tuple[str, str, str]] = []
+    for target in targets if manifest.weights else ():
+        device = device_of(target)
+        if manifest.proof_for(target) is None:
+            lines.append((target, "prove it", f"msconv verify {place} --target {target}"))
+        if not device.has_run and not manifest.rehearsals_for(target):
+            lines.append((target, "try its server without a device", f"msconv rehearse {place} --target {target}"))
+        several = [t for t in targets if device_of(t).kind == device.kind]
+        named = f" --target {target}" if len(several) > 1 else ""
+        lines.append(
+            (target, f"serve it on {device.words}", f"msconv serve {place} --device {device.kind}{named}")
+        )
+    if not targets and manifest.weights:
+        lines.append(("", "compile its graphs", f"msconv compile {place}"))
+    lines.append(("", "see whether a machine can serve it", f"msconv doctor {place}"))
+    return [{"target": target, "what": what, "line": line} for target, what, line in lines]
+
+
+def _cutting(manifest: Manifest, config: DecoderConfig, mesh: Mesh) -> list[Data]:
+    family = family_named(manifest.model.family)
+    return cutting(family.table, config.sizes(), mesh) if family else []
+
+
+def _default_output(manifest: Manifest) -> str:
+    p = manifest.parallel
+    return shlex.quote(f"artifacts/{default_name(manifest.model.source.rpartition('/')[2], p.tp, p.ep)}")
 
 
 def _model(manifest: Manifest, config: DecoderConfig) -> Data:
@@ -218,7 +254,24 @@ def _memory_of(
         "kv_bytes": need.kv_bytes,
         "total_bytes": need.total_bytes,
         "devices": devices,
+        "loads": _loads(need.weight_bytes, per_token, context, config.max_positions, devices),
     }
+
+
+def _loads(weight_bytes: int, per_token: int, context: int, max_positions: int, devices: list[Data]) -> list[Data]:
+    """What so many requests of so many tokens take, and which devices they fit: a table to choose from."""
+    contexts = sorted({context, min(LONG_CONTEXT, max_positions)})
+    loads = [DeviceMemory(weight_bytes, per_token, c, n) for c in contexts for n in REQUESTS]
+    return [
+        {
+            "requests": load.batch,
+            "context": load.context,
+            "total_bytes": load.total_bytes,
+            "fits": ["fits" if load.fits(d["memory_bytes"]) else "does not fit" for d in devices],
+        }
+        for load in loads
+        if devices
+    ]
 
 
 def _ranks(manifest: Manifest, config: DecoderConfig, mesh: Mesh) -> list[Data]:

@@ -8,7 +8,7 @@ import re
 import threading
 from pathlib import Path
 
-from msconv_runtime.artifact import MANIFEST, READY, Artifact, Manifest
+from msconv_runtime.artifact import MANIFEST, READY, SIGNATURE, Artifact, Manifest
 from msconv_runtime.artifact.integrity import check_artifact, check_graphs
 from msconv_runtime.errors import ArtifactError, UsageError
 
@@ -17,7 +17,7 @@ from ..checkpoint.reference import REPOSITORY
 from ..checkpoint.transfer import SHA1_DIGITS, Progress, RemoteFile
 
 PART = re.compile(r"weights/model-rank-\d+-part-\d+\.safetensors|graphs/\w+/\w+\.mindir", re.ASCII)
-NAMES = (*AUXILIARY, MANIFEST, READY)
+NAMES = (*AUXILIARY, MANIFEST, READY, SIGNATURE)
 CARD = "README.md"
 
 
@@ -37,6 +37,12 @@ def parts(manifest: Manifest) -> dict[str, int]:
             "Convert again with --force.",
         )
     return sizes
+
+
+def signed_names(root: Path, manifest: Manifest) -> list[str]:
+    """The files that a signature is over: all that `pull` brings, but what follows from the manifest."""
+    beside = [f.name for f in manifest.files] or [name for name in AUXILIARY if (root / name).is_file()]
+    return [MANIFEST, *parts(manifest), *beside]
 
 
 def check(artifact: Artifact, hint: str, every_byte: bool, progress: Progress = lambda n: None) -> None:

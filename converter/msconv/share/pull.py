@@ -22,6 +22,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from msconv_runtime.artifact import (
     MANIFEST,
     READY,
+    SIGNATURE,
     STATE_DIR,
     Artifact,
     Manifest,
@@ -33,6 +34,7 @@ from msconv_runtime.artifact import (
 from msconv_runtime.artifact.consistency import contradiction
 from msconv_runtime.artifact.directory import MAX_MANIFEST_BYTES
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
+from msconv_runtime.signatures import refuse_other_manifest, refuse_unsigned
 
 from ..checkpoint.hub import Repository, resolve
 from ..checkpoint.hub_errors import explain
@@ -52,13 +54,15 @@ CHANGED = "Pull again; if it stays so, tell the owner of the repository: its byt
 
 @dataclass(frozen=True)
 class Pull:
-    """A pull that has not started.  `data`: the bytes of the manifest; `files`: what belongs beside it."""
+    """A pull that has not started.  `data`: the bytes of the manifest; `files`: what belongs beside it; `key`: a
+    public key by whose owner the artifact must be signed."""
 
     repository: Repository
     manifest: Manifest
     data: bytes
     files: list[RemoteFile]
     output: Path
+    key: Path | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -100,9 +104,9 @@ class Pulled:
     seconds: float
 
 
-def prepare(reference: str, output: Path | None = None) -> Pull:
+def prepare(reference: str, output: Path | None = None, key: Path | None = None) -> Pull:
     """Resolve owner/name[@revision], read its manifest, refuse what is no artifact or would overwrite another.
-    Nothing is written.  Raises MsconvError."""
+    `key`: see Pull.  Nothing is written.  Raises MsconvError."""
     name, revision = split_reference(reference)
     if constants.is_offline_mode():
         raise explain(OfflineModeIsEnabled(), reference, purpose="pull")
@@ -115,6 +119,8 @@ def prepare(reference: str, output: Path | None = None) -> Pull:
     if READY not in repository.files:
         raise ArtifactError(f"{reference}: was not pushed to the end (no {READY}).", "Push it again.")
     data, ready = _small(repository, MANIFEST), _small(repository, READY)
+    if key is not None:
+        _refuse_unsigned(repository, data, key)
     manifest = decode_manifest(data, f"{reference}: {MANIFEST}")
     if digest_bytes(data) not in ready.decode("utf-8", "replace").split():
         raise ArtifactError(f"{reference}: {MANIFEST} is not the one that {READY} vouches for.", "Push it again.")
@@ -128,10 +134,11 @@ def prepare(reference: str, output: Path | None = None) -> Pull:
             f"{reference}: {len(wrong)} files are not as {MANIFEST} says:\n{lines}", "Push it again."
         )
     beside = {f.name for f in manifest.files} or set(NAMES)  # of before files had digests: all that are known
+    beside.add(SIGNATURE)
     names = [*needed, *(n for n in found if n in beside and n not in (*needed, MANIFEST, READY))]
     output = output or Path("artifacts") / name.rpartition("/")[2]
     _refuse_other(output, name, data)
-    return Pull(repository, manifest, data, [repository.files[n] for n in names], output)
+    return Pull(repository, manifest, data, [repository.files[n] for n in names], output, key)
 
 
 def run(
@@ -145,7 +152,10 @@ def run(
     Raises MsconvError; what came is kept."""
     started, root, repository = time.monotonic(), pull.output, pull.repository
     came = Sum(progress)
-    if not pull.is_done:
+    if pull.is_done:
+        if pull.key is not None:
+            refuse_unsigned(root, pull.key)
+    else:
         with exclusive(root):
             for name in (READY, MANIFEST):
                 (root / name).unlink(missing_ok=True)
@@ -156,6 +166,8 @@ def run(
                 raise out_of_space(root, need, free)
             _each(pull.files, lambda file, cancelled: _bring(repository, file, root, came.add, cancelled))
             check(Artifact(root, pull.manifest), CHANGED, True, checking)
+            if pull.key is not None:
+                _check_signature(root, pull.data, pull.key)
             model = pull.manifest.model
             if REPOSITORY.fullmatch(source := f"{model.source}@{model.commit}"):
                 record_source(root, source)
@@ -165,6 +177,26 @@ def run(
             Artifact(root)  # raises, were it not one
     seconds = time.monotonic() - started
     return Pulled(root, repository.name, repository.commit, came.total, len(pull.files) + 2, seconds)
+
+
+def _refuse_unsigned(repository: Repository, manifest: bytes, key: Path) -> None:
+    """Raises ArtifactError, before a download, if the repository's signature cannot be the right one."""
+    if SIGNATURE not in repository.files:
+        raise ArtifactError(
+            f"{repository.reference}: is not signed (no {SIGNATURE}).",
+            "Its owner can sign it: `msconv push ARTIFACT --to OWNER/NAME --sign KEY`.",
+        )
+    refuse_other_manifest(repository.reference, _small(repository, SIGNATURE), manifest, key)
+
+
+def _check_signature(root: Path, manifest: bytes, key: Path) -> None:
+    """Raises ArtifactError, and leaves no artifact, if its files are not those that were signed."""
+    replace_file(root / MANIFEST, manifest)
+    try:
+        refuse_unsigned(root, key)
+    except MsconvError:
+        (root / MANIFEST).unlink()
+        raise
 
 
 def _small(repository: Repository, name: str) -> bytes:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils._runtime import is_xet_available
 
-from msconv_runtime.artifact import MANIFEST, READY, Manifest, digest_bytes
+from msconv_runtime.artifact import MANIFEST, READY, SIGNATURE, Manifest, digest_bytes
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 
 from ..checkpoint.hub import Repository, resolve
@@ -92,6 +92,7 @@ def push(
             contents[CARD] = card(name, revision, manifest).encode()
         contents |= {MANIFEST: data, READY: f"{digest_bytes(data)}\n".encode()}
         stale = [n for n in repository.files if PART.fullmatch(n) and n not in names]
+        stale += [n for n in repository.files if n == SIGNATURE and n not in contents]
         commit = upload.run(weights, contents, stale)
     except (MsconvError, Cancelled):
         raise

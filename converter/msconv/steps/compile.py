@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
 
 from msconv_runtime.artifact import (
     FORMAT,
+    STATE_DIR,
     Artifact,
     Graph,
     Manifest,
@@ -23,20 +23,22 @@ from msconv_runtime.artifact import (
     replace_file,
     write_manifest,
 )
+from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
 from msconv_runtime.roles import DECODE, ROLES
 from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.reference import configuration
-from ..families import DecoderConfig
+from ..families import DecoderConfig, family_named
 from ..graph.spec import CannotCompute, Exported, Local
-from ..graph.toolchain import mindspore_version
+from ..graph.toolchain import DUMPS, dumps_in, mindspore_version
 from ..layout.coverage import misfits
 from ..layout.cuts import Mesh, make_mesh
 from ..layout.model import expected_sources
 from ..layout.planning import make_plan
 from ..location import Location
-from ..process import peak_rss_bytes
+from ..process import peak_rss_bytes, without_signals
+from ..quant import format_asked
 from ..workspace.clearing import refuse_foreign
 from ..workspace.lock import exclusive
 from ..workspace.names import TOOL
@@ -87,25 +89,32 @@ def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None
         write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel, files=files))
 
 
-def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | None = None) -> list[Compiled]:
-    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.
+def compile_graphs(
+    root: Path,
+    target_name: str,
+    tell: Callable[[str], None] | None = None,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    quant: str | None = None,
+) -> list[Compiled]:
+    """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.  `quant`: what
+    weights will be quantised to, where there are none yet.
 
     A graph of compiled kernels that cannot compute this model is left out, and `tell` hears why: the target's
-    other graphs serve in its place.  Raises CannotCompute for any other graph, and for that one if nobody listens.
+    other graphs serve in its place.  `progress`: hears which graph begins, how many are done, and of how many.
+    Raises CannotCompute for any other graph, and for that one if nobody listens.
     """
     target = target_named(target_name)
-    config = configuration(Artifact(root))
+    config, types = _stored(Artifact(root), quant)
     _check_heads(config, target)
     export = _export if config.layers <= LAYERS_AT_HOME else _export_in_a_process
-    with exclusive(root):
+    with exclusive(root), dumps_in(root / STATE_DIR / DUMPS):
         artifact = Artifact(root)
         mesh = Mesh(artifact.tp, artifact.ep)
-        weights = artifact.manifest.weights
-        types = {t.name: t.dtype for t in weights.tensors} if weights else {}
         made: list[Compiled] = []
         exports: list[bytes] = []
-        for role, variant in target.graphs:
+        for number, (role, variant) in enumerate(target.graphs):
             started = time.monotonic()
+            progress(role, number, len(target.graphs))
             local = Local(config, mesh, target, ROLES[role], variant, types)
             try:
                 result = export(local)
@@ -119,6 +128,7 @@ def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | N
             exports.append(result.exported.proto)
         graphs = [m.graph for m in made]
         _check_weights(artifact, target, graphs)
+        _check_scales(artifact, graphs)
         for graph, proto in zip(graphs, exports, strict=True):
             path = root / graph.path
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +138,21 @@ def compile_graphs(root: Path, target_name: str, tell: Callable[[str], None] | N
         add_timings(root, ((m.graph, m.seconds) for m in made))
         _remove_others(root / "graphs" / target.name, graphs)
     return made
+
+
+def _stored(artifact: Artifact, quant: str | None) -> tuple[DecoderConfig, dict[str, str]]:
+    """The configuration, and the element type of each weight; {} of an artifact without weights, unless they will
+    be quantised."""
+    config, weights = configuration(artifact), artifact.manifest.weights
+    if weights is not None:
+        return config, {t.name: t.dtype for t in weights.tensors}
+    made, family = format_asked(quant), family_named(artifact.manifest.model.family)
+    if made is None or family is None:
+        return config, {}
+    sizes = config.sizes()
+    sources = expected_sources(family.table, sizes, "bfloat16", quantised=True)
+    plan = make_plan(family.table, sizes, sources, Mesh(artifact.tp, artifact.ep), quant=made)
+    return replace(config, formats=(*config.formats, made)), {t.name: t.dtype for t in plan.tensors}
 
 
 def _entry(local: Local, made: Made) -> Graph:
@@ -172,14 +197,35 @@ def _export(local: Local) -> Made:
 def _export_in_a_process(local: Local) -> Made:
     """The same in a process of its own: MindSpore's front end keeps what it built, and the graphs of a deep model
     would add up."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_export, local).result()
-        except BrokenProcessPool:
-            raise ResourceError(
-                f"{local.title}: the process that compiled it was ended, most likely for want of memory.",
-                "A model of 61 layers needs 2 GiB.",
-            ) from None
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_export_for, args=(theirs, local), daemon=True)
+    with without_signals():
+        process.start()
+    theirs.close()
+    try:
+        made = ours.recv()
+    except EOFError:
+        raise ResourceError(
+            f"{local.title}: the process that compiled it was ended, most likely for want of memory.",
+            "A model of 61 layers needs 2 GiB.",
+        ) from None
+    finally:
+        ours.close()
+        process.kill()  # it has nothing more to do
+        process.join()
+    if isinstance(made, Exception):
+        raise made
+    assert isinstance(made, Made)
+    return made
+
+
+def _export_for(theirs: Connection, local: Local) -> None:
+    """Send what exporting gave, or why it could not be."""
+    try:
+        theirs.send(_export(local))
+    except Exception as e:
+        theirs.send(e)
 
 
 def _check_heads(config: DecoderConfig, target: Target) -> None:
@@ -217,3 +263,15 @@ def _check_weights(artifact: Artifact, target: Target, graphs: list[Graph]) -> N
             f"{artifact.root}: weights and {target.name} graphs do not fit:\n{lines}",
             "Convert again with --force.",
         )
+
+
+def _check_scales(artifact: Artifact, graphs: list[Graph]) -> None:
+    """Raises ArtifactError for scales of codes that are not of the type in which the graphs take them."""
+    taken = {p.name: p.dtype for g in graphs for p in g.reads}
+    if artifact.manifest.weights is None or not any(name.endswith("_scale") for name in taken):
+        return
+    for rank in range(artifact.tp):
+        weights = RankWeights(artifact, rank)
+        for name, dtype in taken.items():
+            if weights.is_scale(name):
+                weights.array(name, dtype)

@@ -16,6 +16,7 @@ from msconv_runtime.artifact import (
     FORMAT,
     READY,
     Dropped,
+    Graph,
     Manifest,
     Model,
     Parallel,
@@ -25,6 +26,7 @@ from msconv_runtime.artifact import (
 )
 
 from ..checkpoint.directory import ShardFile
+from ..layout.coverage import misfits
 from ..layout.plan import Plan
 from ..process import peak_rss_bytes
 from ..stream.entries import source_files, weights_entry
@@ -190,6 +192,19 @@ def _check_left_out(conversion: Conversion, source: Source, downloading: Progres
     refuse_lost([d for d in checked if is_lost(plan, source, d)])
 
 
+def _fitting(manifest: Manifest) -> list[Graph]:
+    """The graphs that read just these weights: earlier ones may be of matrices in another weight format."""
+    weights = manifest.weights
+    stored = {t.name: t.shape for t in weights.tensors} if weights else {}
+    targets = {g.target for g in manifest.graphs}
+    kept = {
+        target
+        for target in targets
+        if not misfits(stored, [(p.name, p.shape) for g in manifest.graphs if g.target == target for p in g.reads])
+    }
+    return [g for g in manifest.graphs if g.target in kept]
+
+
 def _finish(
     conversion: Conversion, moved: Mapping[str, Moved], previous: Manifest | None, publish: Publish
 ) -> None:
@@ -209,5 +224,6 @@ def _finish(
         graphs=previous.graphs if previous else [],
         files=copied,
     )
+    manifest = msgspec.structs.replace(manifest, graphs=_fitting(manifest))
     publish(root, manifest)
     write_manifest(root, manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Collection
@@ -23,12 +24,14 @@ from ..quant import format_asked
 from ..stream.execute import plan_memory
 from ..workspace.names import default_output
 
-PROBE_BYTES = 64 << 20
+PROBE_BYTES, PROBE_STEP, PROBE_S = 64 << 20, 8 << 20, 1.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`seconds` None: the output's disk could not be tried.  `smallest_tp` None: no device size was given, or
+    """`seconds` None: the output's disk could not be tried.  `free_bytes`: there, None if it cannot be known;
+    `lacking_bytes`: more than is free that output and download need, and `lacking_without_source` if the download
+    is deleted as it is read.  `smallest_tp` None: no device size was given, or
     nothing fits.  `assumed`: there are no weights yet, shapes come from the configuration."""
 
     checkpoint: Checkpoint
@@ -39,6 +42,9 @@ class Estimate:
     seconds: float | None
     smallest_tp: int | None
     assumed: bool
+    free_bytes: int | None = None
+    lacking_bytes: int = 0
+    lacking_without_source: int = 0
 
 
 def estimate(
@@ -80,28 +86,60 @@ def estimate(
         if memory(tried).fits(device_bytes or 0):
             smallest = choice
             break
+    target = output or default_output(checkpoint.name, tp, ep)
+    download_bytes = plan.read_bytes if assumed else bytes_to_download(model, plan)
     return Estimate(
         checkpoint=checkpoint,
         plan=plan,
         device=memory(plan),
         peak_memory_bytes=plan_memory(plan, jobs, max_memory)[1],
-        download_bytes=plan.read_bytes if assumed else bytes_to_download(model, plan),
-        seconds=_seconds(plan, output or default_output(checkpoint.name, tp, ep)),
+        download_bytes=download_bytes,
+        seconds=_seconds(plan, target),
+        free_bytes=_free(target),
+        lacking_bytes=_lacking(target, plan.output_bytes, download_bytes),
+        lacking_without_source=_lacking(target, plan.output_bytes, 0),
         smallest_tp=smallest,
         assumed=assumed,
     )
 
 
+def _there(path: Path) -> Path:
+    """The nearest directory that exists already."""
+    return next((p for p in (path, *path.parents) if p.is_dir()), Path())
+
+
+def _free(path: Path) -> int | None:
+    try:
+        return shutil.disk_usage(_there(path)).free
+    except OSError:
+        return None
+
+
+def _lacking(target: Path, output_bytes: int, download_bytes: int) -> int:
+    """Bytes that are not free: where the output goes, where downloads go, or for both on one disk."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    try:
+        together = _there(target).stat().st_dev == _there(cache).stat().st_dev
+    except OSError:
+        together = False
+    wanted = [(target, output_bytes + download_bytes * together), (cache, download_bytes * (not together))]
+    lacks = [size - free for place, size in wanted if size and (free := _free(place)) is not None]
+    return max(0, *lacks, 0)
+
+
 def _seconds(plan: Plan, target: Path) -> float | None:
-    """Reading and writing at the rate that a probe of some megabytes reaches where the output would be."""
-    place = next((p for p in (target, *target.parents) if p.is_dir()), Path())
-    block = os.urandom(1 << 20) * (PROBE_BYTES >> 20)
+    """Reading and writing at the rate that a probe of some megabytes, or a second, reaches where the output would
+    be."""
+    place = _there(target)
+    block, size = os.urandom(1 << 20) * (PROBE_STEP >> 20), 0
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".msconv-probe-") as f:
             started = time.perf_counter()
-            f.write(block)
-            f.flush()
-            os.fdatasync(f.fileno())
+            while size < PROBE_BYTES and time.perf_counter() - started < PROBE_S:
+                size += f.write(block)
+                f.flush()
+                os.fdatasync(f.fileno())
             written = time.perf_counter() - started
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             started = time.perf_counter()
@@ -111,4 +149,4 @@ def _seconds(plan: Plan, target: Path) -> float | None:
             read = time.perf_counter() - started
     except OSError:
         return None
-    return (plan.read_bytes * read + plan.output_bytes * written) / PROBE_BYTES
+    return (plan.read_bytes * read + plan.output_bytes * written) / size

@@ -6,6 +6,7 @@ the names that the graph's parameters carry.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from msconv_runtime.targets import target_named
 
 from ..graph.spec import TP_GROUP
 from ..mindir.interpreter import Interpreter, join
-from ..mindir.kernels import Context
+from ..mindir.kernels import Context, Recorder
 from ..mindir.program import Node, Program, parse
 
 PAGE = 16
@@ -54,7 +55,9 @@ class RankFiles:
         with safe_open(self._where[name], framework="pt") as opened:  # kept open, its pages stay in memory
             stored = opened.get_tensor(name)
             to = stored.dtype
-            if stored.is_floating_point():
+            if declared == torch.int64 and stored.dtype == torch.float32:
+                stored, to = stored.view(torch.int32), torch.int64  # a scale's bits, see RankWeights.array
+            elif stored.is_floating_point():
                 stored = stored.to(declared) if self.as_bound and declared else stored
                 to = torch.float32 if self.context.exact else declared
             stored = stored.to(to, copy=True)
@@ -99,6 +102,11 @@ class Lockstep:
     def has_all_tokens(self) -> bool:
         return VERIFY.name in self.programs
 
+    def hear(self, recorder: Recorder | None) -> None:
+        """Tell `recorder` of the codes of int8 products, from now on; nobody if that is None."""
+        self.context = replace(self.context, codes=recorder)
+        self.interpreter.context = self.context
+
     def begin(self, count: int) -> None:
         """Start over with so many empty sequences."""
         self.sequences = Sequences(count, self.page)
@@ -115,7 +123,7 @@ class Lockstep:
         return self._logits(DECODE, [[t] for t in tokens])
 
     def extend_all(self, tokens: list[list[int]]) -> NDArray[np.float32]:
-        """Logits of every new token, [T, V]: verification of drafts."""
+        """Logits of every new token, [T, V]."""
         return self._logits(VERIFY, tokens)
 
     def _logits(self, asked: Role, tokens: list[list[int]]) -> NDArray[np.float32]:

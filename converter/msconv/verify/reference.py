@@ -26,6 +26,7 @@ from ..location import open_reference
 from ..quant import format_of
 from ..workspace.state import recorded_source
 from .routing import closeness
+from .telling import Tell, quietly
 
 Logits = NDArray[np.float32]
 
@@ -63,6 +64,7 @@ class Reference:
             raise EnvironmentProblem(
                 f"verify needs torch and transformers ({e}).", 'Install them: pip install "msconv[verify]".'
             ) from None
+        self.tell: Tell = quietly
         transformers_logging.set_verbosity_error()  # our own words say what is compared
         transformers_logging.disable_progress_bar()
         self.layers = layers
@@ -75,7 +77,7 @@ class Reference:
                 "Give the directory the artifact was converted from with --reference.",
             )
         self._torch = torch
-        self.weights = SourceWeights(checkpoint, [manifest, *([bound] if bound else [])])
+        self.weights = self._weights(checkpoint, [manifest, *([bound] if bound else [])])
         self.moe = checkpoint.config.moe
         config = _configuration(root, checkpoint.family)
         if getattr(config, "quantization_config", None):
@@ -90,16 +92,26 @@ class Reference:
                 config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        with torch.device("meta"):
+            self._prepare(model)
         self.model = model.eval()
-        keep = sum(p.numel() for p in model.parameters()) * 4 <= KEEP_BYTES
+        keep = sum(t.nbytes for t in model.state_dict().values()) <= KEEP_BYTES
         for name, module in model.named_modules():
             if name in ("model.embed_tokens", "model.norm", "lm_head") or LAYER.fullmatch(name):
                 self._load_on_use(name, module, keep)
+
+    def _weights(self, checkpoint: Checkpoint, manifests: list[Manifest]) -> SourceWeights:
+        return SourceWeights(checkpoint, manifests)
+
+    def _prepare(self, model: Any) -> None:
+        """Change modules before they have weights."""
 
     def _load_on_use(self, name: str, module: Any, keep: bool) -> None:
         """Its weights come when it is called, and go afterwards."""
 
         def load(_module: Any, _inputs: Any) -> None:
+            if layer := LAYER.fullmatch(name):
+                self.tell("transformers", int(layer[0].rpartition(".")[2]), self.model.config.num_hidden_layers)
             if any(t.is_meta for t in module.state_dict().values()):
                 values = {k: self.weights.get(f"{name}.{k}", t) for k, t in module.state_dict().items()}
                 module.load_state_dict(values, strict=True, assign=True)
@@ -209,6 +221,10 @@ class SourceWeights:
                 value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
             return value
 
+        return self.published(name, rounds)
+
+    def published(self, name: str, rounds: Any) -> Any:
+        """A tensor's values in float32, decoded by its format's published rule, through `rounds`."""
         self._require(name)
         headers = ChainMap(self.checkpoint.tensors, dict(self.checkpoint.stacked))
         stored = format_of(name, headers, self.checkpoint.config.formats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from msconv_runtime.artifact import MANIFEST, READY, STATE_DIR, is_artifact
+from msconv_runtime.artifact import MANIFEST, READY, SIGNATURE, STATE_DIR, is_artifact
 from msconv_runtime.errors import UsageError
 
 from ..checkpoint.directory import AUXILIARY
@@ -35,7 +35,7 @@ def refuse_foreign(root: Path, source: Path | None = None) -> None:
 
 def clear(root: Path) -> None:
     """Remove what msconv wrote, and only that.  READY goes first."""
-    for name in (READY, MANIFEST, REPORT, JOURNAL, IDENTITY, *AUXILIARY):
+    for name in (READY, MANIFEST, SIGNATURE, REPORT, JOURNAL, IDENTITY, *AUXILIARY):
         (root / name).unlink(missing_ok=True)
     for path in (root / "weights").glob("model-rank-*-part-*.safetensors*"):
         path.unlink()

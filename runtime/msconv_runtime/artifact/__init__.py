@@ -7,6 +7,7 @@ from .codec import decode_manifest, encode_manifest
 from .directory import (
     MANIFEST,
     READY,
+    SIGNATURE,
     STATE_DIR,
     is_artifact,
     read_manifest,
@@ -41,6 +42,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST",
     "READY",
+    "SIGNATURE",
     "STATE_DIR",
     "Artifact",
     "Dropped",

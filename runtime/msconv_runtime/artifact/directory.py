@@ -19,6 +19,7 @@ from .manifest import Manifest, digest_bytes
 
 MANIFEST = "msconv.json"
 READY = "READY"
+SIGNATURE = "model.sig"  # the usual name of the OpenSSF's signatures
 STATE_DIR = ".msconv"  # journal, lock, local paths: never part of what the artifact promises
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_READY_BYTES = 4096

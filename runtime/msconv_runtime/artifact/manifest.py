@@ -11,6 +11,7 @@ import xxhash
 FORMAT = 2
 
 InputKind = Literal["batch", "mask", "cache"]
+PHASES = {"verify": "decode_all", "mixed_compiled": "native", "verify_compiled": "native_all"}  # by a graph's name
 
 
 class SourceFile(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -141,8 +142,8 @@ class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def phase(self) -> str:
-        """What `--json` has called it since the first version: `decode_all` for verify, `native` for compiled."""
-        return "native" if self.variant else {"verify": "decode_all"}.get(self.role, self.role)
+        """What `--json` has called it since the first version: see PHASES."""
+        return PHASES.get(self.name, self.name)
 
     @property
     def caches(self) -> list[GraphInput]:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .directory import MANIFEST, READY, STATE_DIR
+from .directory import MANIFEST, READY, SIGNATURE, STATE_DIR
 from .files import read_file, read_sized
 from .manifest import File, digest_bytes
-from .opened import Artifact
+from .opened import CONFIG, Artifact
 
-OWN = {MANIFEST, READY, "report.html", "README.md", ".gitattributes"}  # read by no server, or vouched for
+OWN = {MANIFEST, READY, SIGNATURE, "report.html", "README.md", ".gitattributes"}  # read by no server, or checked
 READ = re.compile(  # what SGLang, transformers or Python would open in a model's directory
     r".*\.(json|jinja|model|tiktoken|py|pyc|so|safetensors|bin|pt|pth|ckpt|gguf|npz|msgpack|h5)|merges.txt|vocab.txt",
     re.ASCII | re.IGNORECASE | re.DOTALL,
@@ -33,18 +33,28 @@ def describe_file(path: Path, data: bytes = b"") -> tuple[File, bytes]:
 
 def wrong_files(artifact: Artifact) -> Iterator[tuple[str, str]]:
     """Name and problem of each file that is not what the manifest says, or that it does not say and a server would
-    read.  None in an artifact of before files had digests."""
+    read.  In an artifact of before files had digests, of config.json only."""
     listed = {file.name: file for file in artifact.manifest.files}
-    for name, file in listed.items():
+    wrong = dict(_changed(artifact.root, listed))
+    if CONFIG not in wrong:  # what the graphs were made from, whatever the list says
         try:
-            if digest_bytes(read_sized(artifact.root / name, file.size)) != file.digest:
-                yield name, "digest differs"
+            artifact.config_bytes()
         except ArtifactError as e:
-            yield name, e.message
+            wrong[CONFIG] = e.message
+    yield from wrong.items()
     if listed:
         for name in other_files(artifact):
             if is_read(name):
                 yield name, "is not in the manifest, and a server would read it"
+
+
+def _changed(root: Path, listed: Mapping[str, File]) -> Iterator[tuple[str, str]]:
+    for name, file in listed.items():
+        try:
+            if digest_bytes(read_sized(root / name, file.size)) != file.digest:
+                yield name, "digest differs"
+        except ArtifactError as e:
+            yield name, e.message
 
 
 def is_read(name: str) -> bool:

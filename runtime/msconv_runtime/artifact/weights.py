@@ -43,12 +43,16 @@ class RankWeights:
     def array(self, name: str, dtype: str) -> tuple[NDArray[Any], bool]:
         """The tensor as `dtype`, and whether that took a cast.  bfloat16 comes as its bits, uint16.
 
-        To float32 a cast is exact; to a 16-bit type it rounds to the nearest.  Raises ArtifactError for integers.
+        To float32 a cast is exact; to a 16-bit type it rounds to the nearest, but for scales of codes, which must
+        have the value.  int64 holds bits of float32: so products in float16 take their scales.  Raises
+        ArtifactError for other integers, and for a scale that would be rounded.
         """
         entry = self.tensors[name]
         raw = self.raw(name)
         if entry.dtype == dtype:
             return raw, False
+        if dtype == "int64" and entry.dtype == "float32":
+            return raw.view(np.uint32).astype(np.int64), True
         if dtype == "float32" and entry.dtype == "bfloat16":
             wide = raw.astype(np.uint32)
             wide <<= 16
@@ -57,8 +61,20 @@ class RankWeights:
             raise ArtifactError(
                 f"{name}: stored as {entry.dtype}, wanted as {dtype}.", "Run `msconv compile` on it again."
             )
-        cast = raw.view(DTYPES[entry.dtype].numpy).astype(DTYPES[dtype].numpy)
+        values = raw.view(DTYPES[entry.dtype].numpy)
+        cast = values.astype(DTYPES[dtype].numpy)
+        if self.is_scale(name) and (rounded := values[cast.astype(values.dtype) != values]).size:
+            raise ArtifactError(
+                f"{name}: {rounded.size} of {values.size} scales, {rounded.flat[0]} the first, are no {dtype} "
+                "values, as which the graphs take them: rounded, they would change the products.",
+                "Quantise from a bfloat16 checkpoint, or serve it on another target.",
+            )
         return cast.view(DTYPES[dtype].array), True
+
+    def is_scale(self, name: str) -> bool:
+        """Whether these are scales of a matrix of codes."""
+        matrix = self.tensors.get(name.removesuffix("_scale"))
+        return name.endswith("_scale") and matrix is not None and matrix.dtype == "int8"
 
 
 def _load(path: Path, mode: LoadMode) -> NDArray[np.uint8]:

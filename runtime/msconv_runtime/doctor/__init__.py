@@ -11,18 +11,39 @@ from .artifact import artifact_findings
 from .ascend import ascend_findings
 from .findings import Ability, Finding, Report
 from .machine import Machine, system_findings
-from .packages import NO_ENGINE, Needs, Package, Variable, package_finding, variable_findings
+from .packages import (
+    NO_ENGINE,
+    Beside,
+    Needs,
+    Package,
+    Variable,
+    beside_findings,
+    flag_findings,
+    package_finding,
+    variable_findings,
+)
 
 
 def examine(machine: Machine, root: Path | None = None, tokens: int = 0, needs: Needs = NO_ENGINE) -> Report:
     """All findings about the machine and, if given, the artifact at `root`, served on a CPU with a KV cache of so
     many tokens (0: the usual).  `needs`: of the engine that serves."""
     findings = [*system_findings(machine), *(package_finding(machine, name, needs) for name in needs.all_packages)]
-    findings += [*variable_findings(machine, needs), *ascend_findings(machine)]
+    findings += [*beside_findings(machine, needs), *variable_findings(machine, needs), *ascend_findings(machine)]
     if root is None:
         return Report(findings)
     artifact, about = artifact_findings(machine, root, tokens, needs)
     return Report(findings + about, artifact)
 
 
-__all__ = ["Ability", "Finding", "Machine", "Needs", "Package", "Report", "Variable", "examine"]
+__all__ = [
+    "Ability",
+    "Beside",
+    "Finding",
+    "Machine",
+    "Needs",
+    "Package",
+    "Report",
+    "Variable",
+    "examine",
+    "flag_findings",
+]

@@ -60,14 +60,29 @@ def _cann_version(home: Path) -> str:
     return version_in(home / "version.cfg", "runtime_running_version") or next(filter(None, versions), "")
 
 
+def chip_names(machine: Machine) -> list[str]:
+    """What `npu-smi info` calls the chips, [] where it cannot be asked."""
+    program = shutil.which("npu-smi", path=machine.environ.get("PATH", ""))
+    try:
+        return [name for name, _ in _chips(program)[0]] if program else []
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def _chips(program: str) -> tuple[list[tuple[str, str]], int]:
+    """Each chip's name and health, and the program's exit code."""
+    done = subprocess.run([program, "info"], stdin=subprocess.DEVNULL, capture_output=True, timeout=NPU_SMI_S)
+    text = done.stdout.decode(errors="replace")
+    rows = re.findall(r"^\|\s*\d+\s+(\S+)\s*\|\s*([A-Za-z]+)\s*\|", text, re.M)
+    return rows, done.returncode
+
+
 def _npu_smi(program: str) -> Finding:
     """Each chip's name and health.  Stops nothing: in a container it may fail where devices work."""
     rows: list[tuple[str, str]] = []
     try:
-        done = subprocess.run([program, "info"], stdin=subprocess.DEVNULL, capture_output=True, timeout=NPU_SMI_S)
-        text = done.stdout.decode(errors="replace")
-        rows = re.findall(r"^\|\s*\d+\s+(\S+)\s*\|\s*([A-Za-z]+)\s*\|", text, re.M)
-        found = ", ".join(map(" ".join, rows)) or f"no chip named, exit code {done.returncode}"
+        rows, code = _chips(program)
+        found = ", ".join(map(" ".join, rows)) or f"no chip named, exit code {code}"
     except (OSError, subprocess.SubprocessError) as e:
         found = str(e)
     state: State = "ok" if rows and all(health == "OK" for _, health in rows) else "wrong"

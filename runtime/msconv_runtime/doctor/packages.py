@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -38,15 +38,29 @@ class Variable(NamedTuple):
     stops: tuple[Ability, ...] = ()
 
 
+class Beside(NamedTuple):
+    """A package that does not go with an engine's: with `engine` of `since` and later (numbers of its version),
+    this is `found`.  The latest that applies counts."""
+
+    package: str
+    engine: str
+    since: tuple[int, ...]
+    found: str
+    hint: str
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a serving engine needs beside msconv's own.  `tokens_flag`: its flag for the size of the KV pool.
-    `no_tokenizer`: its flag for a server without a tokenizer, "" for an engine that takes token ids only."""
+    `no_tokenizer`: its flag for a server without a tokenizer, "" for an engine that takes token ids only.
+    `for_flags`: packages that a flag of its needs, by the flag.  `beside`: packages that do not go with it."""
 
     packages: Mapping[str, Package] = field(default_factory=dict)
     variables: Mapping[str, Variable] = field(default_factory=dict)
     tokens_flag: str = ""
     no_tokenizer: str = ""
+    for_flags: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[Beside, ...] = ()
 
     @property
     def all_packages(self) -> dict[str, Package]:
@@ -93,6 +107,26 @@ def package_finding(machine: Machine, name: str, needs: Needs) -> Finding:
     if name == "mindspore" and state == "untested":
         state, stops = "wrong", ("compile",)  # what it makes is refused when it is loaded
     return Finding(name, state, version, needed, hint, stops)
+
+
+def flag_findings(machine: Machine, given: Iterable[str], needs: Needs) -> Iterator[Finding]:
+    """Packages that flags of a server need and that are not there."""
+    for flag in given:
+        if (name := needs.for_flags.get(flag)) and machine.version(name) is None:
+            hint = f"`pip install {name}`, or leave the flag out"
+            yield Finding(name, "missing", "not installed", f"for {flag}", hint, SERVE)
+
+
+def beside_findings(machine: Machine, needs: Needs) -> Iterator[Finding]:
+    """Pairs of packages that do not go together.  An artifact needs none of them."""
+    told: dict[str, Finding] = {}
+    for other in sorted(needs.beside, key=lambda b: b.since):
+        version, engine = machine.version(other.package), machine.version(other.engine)
+        numbers = tuple(map(int, re.findall(r"\d+", engine or "")[:3]))
+        if version and numbers >= other.since:
+            found = f"{version} beside {other.engine} {engine}: {other.found}"
+            told[other.package] = Finding(other.package, "untested", found, "none", other.hint)
+    yield from told.values()
 
 
 def variable_findings(machine: Machine, needs: Needs) -> Iterator[Finding]:

@@ -21,7 +21,8 @@ from .builds import cached_build
 from .compiler import BUILD_S, Compiler, find_compiler, problem
 
 LIBRARY = allowed.LIBRARY
-SOURCES = ("kernels.cc", "pool.h", "vector.h")
+UNITS = ("kernels.cc", "int8.cc")
+SOURCES = (*UNITS, "codes.h", "experts.h", "operation.h", "pool.h", "vector.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 SWITCHES = ("MSCONV_COMPILED", "MSCONV_NATIVE")  # 0: do without; the second is its name before
 CGROUP = Path("/sys/fs/cgroup")
@@ -47,7 +48,7 @@ def library() -> Library:
     try:
         compiler = find_compiler()
         sources = [(here / name).read_bytes() for name in SOURCES]
-        build = partial(compiler.build, (*FLAGS, str(here / SOURCES[0])))
+        build = partial(compiler.build, (*FLAGS, *(str(here / name) for name in UNITS)))
         path = cached_build(LIBRARY, [*compiler.key, *FLAGS, *sources], build, partial(_try, compiler))
         return Library(path, handle=ctypes.CDLL(str(path)))
     except MsconvError as e:

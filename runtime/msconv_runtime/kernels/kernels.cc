@@ -4,88 +4,21 @@
 // Shape legend: T tokens, B sequences, S positions a row of the block table, H heads, K kv heads, D head_dim.
 // Activations and caches are float32; weights of products are float32 or bfloat16.
 #include <cmath>
-#include <cstdlib>
-#include <initializer_list>
-#include <new>
 #include <vector>
 
+#include "experts.h"
+#include "operation.h"
 #include "pool.h"
 #include "vector.h"
 
-namespace mindspore {
-class AotExtra;
-}
-typedef std::vector<int64_t> Shape;
-typedef std::vector<Shape> Shapes;
-typedef std::vector<int> Types;  // MindSpore's TypeId
-
 namespace {
 
-constexpr int FLOAT32 = 43;              // TypeId of float32
-constexpr int64_t SERIAL = 16384;        // elements below which threads cost more than they bring
 constexpr int64_t FEW_ROWS = 10;         // up to here a weight is multiplied as it lies in memory
 constexpr int64_t DEPTH = 256;           // of a packed panel: 64 KB, which a second-level cache keeps
 constexpr int64_t QUERIES = 24;          // rows of queries that share one pass over keys and values
 constexpr int64_t FEW_QUERIES = 8;       // up to here keys and values are read where they lie
 constexpr int64_t BLOCK = 512;           // columns of an expert's matrix at once: long runs of memory
 constexpr int64_t STEP = 32;             // rows of it
-constexpr int64_t EXPERT_TOKENS = 1024;  // at once through the experts: bounds their memory
-
-enum Failure { UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2, OUT_OF_MEMORY = 3, WRONG_SHAPE = 4 };  // what an operation returns
-constexpr int64_t MOST = int64_t(1) << 48;  // elements of one tensor: their bytes can still be counted
-constexpr int64_t ANY = -1;
-
-// What a graph gives an operation.  Graphs come from strangers: nothing is read or written before it was checked.
-struct Arguments {
-  int count;
-  void** data;
-  int* ranks;
-  int64_t** shapes;
-  const char** types;
-  // Whether argument i is there, with this type ("" for float32 or bfloat16) and shape; ANY is any size.
-  bool has(int i, const char* type, std::initializer_list<int64_t> shape) const {
-    if (i >= count || !ranks || !shapes || !shapes[i] || !types || !types[i]) return false;
-    if (ranks[i] != int(shape.size())) return false;
-    int64_t most = MOST, axis = 0;
-    bool empty = false;
-    for (int64_t wanted : shape) {
-      const int64_t n = shapes[i][axis++];
-      if (n < 0 || n > most || (wanted != ANY && n != wanted)) return false;
-      most /= std::max(n, int64_t(1));
-      empty |= n == 0;
-    }
-    if (*type ? !is(i, type) : !is(i, "float32") && !is(i, "bfloat16")) return false;
-    return empty || (data && data[i]);
-  }
-  template <class V>
-  V* at(int i) const { return static_cast<V*>(data[i]); }
-  int64_t size(int i, int axis) const { return shapes[i][axis < 0 ? ranks[i] + axis : axis]; }
-  bool is(int i, const char* type) const { return strcmp(types[i], type) == 0; }
-};
-
-// Memory from a multiple of 64 bytes on: a vector across two cache lines loads at half speed.
-class Floats {
- public:
-  explicit Floats(size_t count = 0) { reserve(count); }
-  Floats(const Floats&) = delete;
-  ~Floats() { free(data_); }
-  // Room for so many; what was there is lost if there was not.
-  float* reserve(size_t count) {
-    if (count > count_) {
-      free(data_);
-      count_ = 0;
-      const size_t whole = (count + LANES - 1) / LANES * LANES;
-      data_ = static_cast<float*>(aligned_alloc(64, whole * sizeof(float)));
-      if (!data_) throw std::bad_alloc();
-      count_ = whole;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  size_t count_ = 0;
-};
 
 // y[r * width + j] = x[r * ldx] . w[j] for `R` rows of x and `N` of w.  `ahead`: what follows the rows of w, in elements.
 template <int R, int N, class W>
@@ -304,16 +237,6 @@ void expert_columns(const std::vector<const float*>& x, const W* b, float* y, in
   }
 }
 
-void swiglu(const float* x, float* y, int64_t width) {
-  const float* up = x + width;
-  int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) {
-    f32x16 g = load(x + i);
-    store(y + i, g / (exponential(-g) + 1.0f) * load(up + i));
-  }
-  for (; i < width; i++) y[i] = x[i] / (std::exp(-x[i]) + 1.0f) * up[i];
-}
-
 template <class W>
 int experts(const Arguments& a) {
   const float *h = a.at<float>(0), *weights = a.at<float>(1);
@@ -324,80 +247,37 @@ int experts(const Arguments& a) {
   std::fill(a.at<float>(6), a.at<float>(6) + tokens * hidden, 0.0f);
   for (int64_t first = 0; first < tokens; first += EXPERT_TOKENS) {
     const int64_t last = std::min(tokens, first + EXPERT_TOKENS);
-    struct Group {
-      int64_t expert, row;  // its first row among all groups'
-      std::vector<const float*> x, act;
-    };
-    std::vector<std::vector<int64_t>> chosen(count);  // places in `ids`
-    for (int64_t i = first * top_k; i < last * top_k; i++)
-      if (const int64_t e = int64_t(ids[i]) - start; e >= 0 && e < count) chosen[e].push_back(i);
-    std::vector<Group> groups;
-    std::vector<int64_t> row_of((last - first) * top_k, -1);
-    int64_t rows = 0;
-    for (int64_t e = 0; e < count; e++)
-      if (!chosen[e].empty()) {
-        groups.push_back({e, rows, {}, {}});
-        for (int64_t i : chosen[e]) {
-          row_of[i - first * top_k] = rows++;
-          groups.back().x.push_back(h + i / top_k * hidden);
-        }
-      }
+    const Routing routing(ids, top_k, first, last, start, count);
+    const int64_t rows = routing.rows;
     if (rows == 0) continue;
     Floats memory(rows * (wide + ffn + long_));
     float *mid = memory.reserve(0), *out = mid + rows * wide, *act = out + rows * long_;
-    for (Group& g : groups)
-      for (size_t r = 0; r < g.x.size(); r++) g.act.push_back(act + (g.row + r) * ffn);
     const int64_t up_blocks = (2 * ffn + BLOCK - 1) / BLOCK, down_blocks = (hidden + BLOCK - 1) / BLOCK;
-    Pool::one().run(groups.size() * up_blocks, [&](int64_t i) {
-      const Group& g = groups[i / up_blocks];
+    Pool::one().run(routing.groups.size() * up_blocks, [&](int64_t i) {
+      const Routing::Group& g = routing.groups[i / up_blocks];
       const int64_t n = i % up_blocks * BLOCK;
-      expert_columns(g.x, gate_up + g.expert * hidden * 2 * ffn, mid + g.row * wide, hidden, 2 * ffn, n,
+      std::vector<const float*> x;
+      for (int64_t token : g.tokens) x.push_back(h + token * hidden);
+      expert_columns(x, gate_up + g.expert * hidden * 2 * ffn, mid + g.row * wide, hidden, 2 * ffn, n,
                      std::min(2 * ffn, n + BLOCK));
     });
     parallel_for(rows, SERIAL / ffn, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; r++) swiglu(mid + r * wide, act + r * ffn, ffn);
     });
-    Pool::one().run(groups.size() * down_blocks, [&](int64_t i) {
-      const Group& g = groups[i / down_blocks];
+    Pool::one().run(routing.groups.size() * down_blocks, [&](int64_t i) {
+      const Routing::Group& g = routing.groups[i / down_blocks];
       const int64_t n = i % down_blocks * BLOCK;
-      expert_columns(g.act, down + g.expert * ffn * hidden, out + g.row * long_, ffn, hidden, n,
+      std::vector<const float*> x;
+      for (size_t r = 0; r < g.tokens.size(); r++) x.push_back(act + (g.row + r) * ffn);
+      expert_columns(x, down + g.expert * ffn * hidden, out + g.row * long_, ffn, hidden, n,
                      std::min(hidden, n + BLOCK));
     });
-    parallel_for(last - first, SERIAL / hidden, [&](int64_t begin, int64_t end) {
-      for (int64_t t = first + begin; t < first + end; t++)
-        for (int64_t j = 0; j < top_k; j++)
-          if (const int64_t row = row_of[(t - first) * top_k + j]; row >= 0)
-            for (int64_t i = 0; i < hidden; i++)
-              a.at<float>(6)[t * hidden + i] += weights[t * top_k + j] * out[row * long_ + i];
-    });
+    sum_up(routing, weights, top_k, first, last, out, long_, a.at<float>(6), hidden);
   }
   return 0;
 }
 
 }  // namespace
-
-#define OPERATION(name)                                                                                 \
-  static int run##name(const Arguments& a);                                                             \
-  extern "C" int name(int count, void** data, int* ranks, int64_t** shapes, const char** types, void*, void*) { \
-    try {                                                                                               \
-      return run##name({count, data, ranks, shapes, types});                                            \
-    } catch (const std::bad_alloc&) {                                                                   \
-      return OUT_OF_MEMORY;                                                                             \
-    }                                                                                                   \
-  }                                                                                                     \
-  static int run##name(const Arguments& a)
-// What MindSpore asks before it calls: shapes of the outputs, -1 while they are dynamic, and their types.
-#define SHAPE(name)                                                               \
-  extern "C" int name##InferType(Types, mindspore::AotExtra*) { return FLOAT32; } \
-  extern "C" Shape name##InferShape(int* ranks, int64_t** shapes, mindspore::AotExtra*)
-// A dimension of what a graph gives, -1 where it gives none.
-static int64_t size_of(const int* ranks, int64_t** shapes, int i, int axis) {
-  return axis < ranks[i] ? std::max(shapes[i][axis], int64_t(-1)) : -1;
-}
-#define SIZE(i, axis) size_of(ranks, shapes, i, axis)
-#define SHAPES(name, count)                                                                       \
-  extern "C" Types name##InferType(Types, mindspore::AotExtra*) { return Types(count, FLOAT32); } \
-  extern "C" Shapes name##InferShape(int* ranks, int64_t** shapes, mindspore::AotExtra*)
 
 // How many threads work from now on, the caller's included.  Never fewer than before.
 extern "C" void Threads(int64_t threads) { Pool::one().grow(threads); }

@@ -67,8 +67,11 @@ KERNELS = {  # functions of the library: how many inputs and outputs
     "AddNorm": (4, 2),
     "Attend": (6, 1),
     "Experts": (6, 1),
+    "ExpertsInt8": (8, 1),
     "Norm": (3, 1),
     "Product": (2, 1),
+    "ProductInt8": (3, 1),
+    "ProductInt8Static": (6, 1),
     "Rows": (2, 1),
     "SplitHeads": (7, 3),
     "Swiglu": (1, 1),
@@ -79,8 +82,10 @@ FROM_SCALAR = names("input_scalar dtype", "output_data")
 FROM_TENSOR = names("input_tensor", "output_data")
 SLICED = "x begin end strides begin_mask end_mask ellipsis_mask new_axis_mask shrink_axis_mask"
 GROUPS_OF_INPUTS: Value = ("TUPLE", 1, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0)  # which of GroupedMatmulV4's are lists
+GROUPS_WITH_SCALES: Value = ("TUPLE", 1, 1, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0)
 
 PRIMITIVES = {
+    "Abs": function(1),
     "Add": function(2),
     "AddRmsNorm": function(4, result="tuple"),
     "AllGather": builtin(1, {**COLLECTIVE, "rank_size": RANKS}),
@@ -94,6 +99,7 @@ PRIMITIVES = {
     "CumSum": function(4),
     "Depend": Primitive((2, 2), ("tensor", "tuple"), False, ({"side_effect_propagate": 1},)),
     "Div": function(2),
+    "DynamicQuantExt": function(2, result="tuple"),
     "Equal": function(2),
     "ExpandDims": function(2),
     "FlashAttentionScore": function(18, result="tuple"),
@@ -102,7 +108,9 @@ PRIMITIVES = {
     "GatherD": function(3),
     "Greater": function(2),
     "GreaterEqual": function(2),
-    "GroupedMatmulV4": function(17, {"group_info": GROUPS_OF_INPUTS}, result="tuple"),
+    "GroupedMatmulV4": function(
+        17, {"group_info": GROUPS_OF_INPUTS}, {"group_info": GROUPS_WITH_SCALES}, result="tuple"
+    ),
     "InnerMoeTokenUnpermute": function(5),
     "Less": function(2),
     "LessScalar": function(2),
@@ -116,7 +124,10 @@ PRIMITIVES = {
     "Mul": function(2),
     "Muls": function(2),
     "NanToNum": function(4),
+    "OnesLike": function(1),
     "PagedAttention": function(16),
+    "QuantBatchMatmul": function(9),
+    "QuantV2": function(6),
     "Range": function(4),
     "ReLU": function(1),
     "ReduceMax": function(3),
@@ -124,6 +135,7 @@ PRIMITIVES = {
     "Reshape": function(2),
     "ReshapeAndCache": function(6, {"side_effect_mem": True}),
     "RmsNorm": function(3, result="tuple"),
+    "Round": function(2),
     "Rsqrt": function(1),
     "ScalarMul": function(2, result="scalar"),
     "ScalarSub": function(2, result="scalar"),
@@ -158,15 +170,16 @@ EVERYWHERE = """
 """
 KINDS = {  # of graphs: what they may have besides
     "cpu": """
-        Equal ExpandDims GatherD Greater Maximum Minimum Range ReLU ReduceMax ReduceMean Rsqrt ScalarMul ScalarSub
+        Abs Equal ExpandDims GatherD Greater Maximum Minimum OnesLike Range ReLU ReduceMax ReduceMean Round Rsqrt
+        ScalarMul ScalarSub
         ScalarToTensor ScatterNd ScatterUpdate SiLU Sigmoid TensorToScalar Tile TopK
     """,
     "compiled": "Equal ExpandDims GatherD Greater ScatterUpdate Sigmoid TopK "
     + " ".join(f"{LIBRARY}:{name}" for name in KERNELS),
     "ascend": """
-        AddRmsNorm AllGather ApplyRotaryPosEmb FlashAttentionScore FusedAddTopKDiv GroupedMatmulV4
-        InnerMoeTokenUnpermute Less MoeInitRoutingV2 NanToNum PagedAttention Range ReshapeAndCache RmsNorm
-        ScalarToTensor SiLU TensorToScalar TensorToTuple Tile TopkExt
+        AddRmsNorm AllGather ApplyRotaryPosEmb DynamicQuantExt FlashAttentionScore FusedAddTopKDiv GroupedMatmulV4
+        InnerMoeTokenUnpermute Less MoeInitRoutingV2 NanToNum PagedAttention QuantBatchMatmul QuantV2 Range
+        ReshapeAndCache RmsNorm ScalarToTensor SiLU TensorToScalar TensorToTuple Tile TopkExt
     """,
 }
 OF_MINDSPORE_28 = {"cpu": " Less", "compiled": " Less", "ascend": ""}  # what only that version writes

@@ -64,6 +64,12 @@ def can_serve(graphs: dict[str, Graph]) -> bool:
     return MIXED.name in graphs or {PREFILL.name, DECODE.name} <= graphs.keys()
 
 
+def gives_all_logits(graphs: Iterable[Graph]) -> bool:
+    """Whether each variant of a target's graphs has one with the logits of every new token."""
+    of_all = list(graphs)
+    return bool(of_all) and all(VERIFY.name in of_variant(of_all, v) for v in {g.variant for g in of_all})
+
+
 def has_prefix(batch: Batch) -> bool:
     """Whether any sequence has more than its new tokens in the cache."""
     return bool((batch.context_lens > batch.q_lens).any())
@@ -86,6 +92,7 @@ __all__ = [
     "Role",
     "best_variant",
     "can_serve",
+    "gives_all_logits",
     "graph_for",
     "has_prefix",
     "of_variant",

@@ -18,6 +18,7 @@ from ..artifact import Artifact
 from ..graphs import Graphs, Place
 from ..targets import target_named
 from .settings import Settings
+from .signed import refuse_unsigned_once
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def has_begun(root: Path) -> bool:
 def load(artifact: Artifact, place: Place) -> Loaded:
     """Map or read the rank's file, bind the graphs, warm them up."""
     settings = Settings.read()
+    refuse_unsigned_once(artifact.root)
     seconds = {}
     started = time.monotonic()
     import mindspore  # noqa: F401  takes seconds: apart from what follows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..artifact import Artifact
-from ..doctor import Finding, Machine, examine
+from ..doctor import Finding, Machine, examine, flag_findings
 from ..doctor.findings import to_serve
 from ..errors import ArtifactError, EnvironmentProblem, UsageError
 from ..targets import Target
@@ -38,5 +38,6 @@ def refuse(
 
 
 def _findings(engine: Engine, artifact: Artifact, target: Target, given: dict[str, str]) -> list[Finding]:
-    tokens = engine.pool(artifact, target, given).tokens
-    return examine(Machine(), artifact.root, tokens, engine.needs).against(to_serve(target.kind))
+    machine, tokens = Machine(), engine.pool(artifact, target, given).tokens
+    found = examine(machine, artifact.root, tokens, engine.needs).against(to_serve(target.kind))
+    return [*found, *flag_findings(machine, given, engine.needs)]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 LOCALHOST = "127.0.0.1"
 TARGET = "MSCONV_TARGET"  # whose graphs
+REQUIRE_SIGNATURE = "MSCONV_REQUIRE_SIGNATURE"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Settings:
     strict_aot: a start that would compile for other shapes fails.  check_digests: every digest of the rank is
     compared before it loads.  load_mode: `mmap` or `read`.  target: whose graphs.  meeting_host: where the ranks
     of a CPU server meet.  ranks_here: how many share this machine's processors, 0 for all of the artifact's.
+    require_signature: the public key, in a file, by whose owner the artifact must be signed; "" for none.
+    ui: serve the chat page.
     """
 
     strict_aot: bool = True
@@ -31,6 +34,8 @@ class Settings:
     target: str = CPU.name
     meeting_host: str = LOCALHOST
     ranks_here: int = 0
+    require_signature: str = ""
+    ui: bool = False
 
     def environment(self) -> dict[str, str]:
         """What differs from the defaults, and what this process's environment has."""
@@ -51,6 +56,8 @@ class Settings:
             os.environ.get(TARGET, CPU.name),
             os.environ.get("MSCONV_MEETING_HOST", LOCALHOST),
             int(ranks) if ranks.isdecimal() else 0,
+            os.environ.get(REQUIRE_SIGNATURE, ""),
+            os.environ.get("MSCONV_UI", "0") == "1",
         )
 
 

@@ -39,11 +39,13 @@ TRIED = frozenset(
         "--skip-tokenizer-init",
         "--sleep-on-idle",
         "--log-level",
+        "--served-model-name",
         "--api-key",
         "--admin-api-key",
         "--kv-cache-dtype",
         "--json-model-override-args",
         "--load-format",
+        "--enable-metrics",
     ]
 )
 
@@ -76,6 +78,7 @@ REFUSED = (
     Refused("--model-path --model", "the artifact is the model"),
     Refused("--config", "flags from a file are not checked: write them here"),
     Refused("--is-embedding", "the graphs give the logits of the next token, no embeddings"),
+    Refused("--enable-mis", "attention sees all that stands before, also other items of a prompt"),
     Refused(
         "--enable-lora --enable-lora-overlap-loading --lora-* --max-lora* --uno-lora-path "
         "--experts-shared-outer-loras --no-experts-shared-outer-loras --no-lora-strict-loading",

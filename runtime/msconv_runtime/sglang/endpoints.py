@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from . import asked
+
 Access = Literal["open", "own", "admin", "never"]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -114,6 +116,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = _path(scope) if scope["type"] in ("http", "websocket") else "/"
+        asked.path.set(path)
         rule = rule_for(path)
         if rule.access == "never":
             await _refuse(scope, send, 404 if rule is UNKNOWN else 400, f"{path}: {rule.why}.")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from .. import __version__
 from ..artifact import Artifact
-from ..doctor import Needs, Package, Variable
+from ..doctor import Beside, Needs, Package, Variable
 from ..doctor.findings import NPU, SERVE
 from ..kv_pool import Pool
 from ..serving.engine import Engine
@@ -20,6 +20,7 @@ from .environment import server_environment
 from .keys import hide_words
 from .plugin import PACKAGE
 
+NOT_NEEDED = "an artifact is served without it, and fills the slot that it was for"
 NEEDS = Needs(
     packages={
         "msconv": Package(
@@ -37,6 +38,23 @@ NEEDS = Needs(
     },
     tokens_flag=flags.TOKENS,
     no_tokenizer=flags.NO_TOKENIZER,
+    for_flags={"--enable-metrics": "prometheus_client"},
+    beside=(
+        Beside(
+            "sgl-mindspore",
+            "sglang",
+            (0, 5, 16),
+            "its Qwen3, Qwen3-MoE and Llama do not import there (get_attention_tp_rank is gone)",
+            NOT_NEEDED,
+        ),
+        Beside(
+            "sgl-mindspore",
+            "sglang",
+            (0, 5, 21),
+            "it does not import there (get_world_group is gone from sglang.srt.distributed)",
+            NOT_NEEDED,
+        ),
+    ),
 )
 
 
@@ -53,6 +71,7 @@ class SGLang(Engine):
         return {
             "--model-path": str(artifact.root),
             "--model-impl": "mindspore",
+            **flags.name_flags(artifact),
             **flags.device_flags(artifact, target),
             **flags.parallel_flags(artifact.manifest.parallel),
             **flags.node_flags(nodes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -31,6 +32,12 @@ SET_ELSEWHERE = {
     "context-length": "context",
     "max-running-requests": "requests",
 }
+
+
+def name_flags(artifact: Artifact) -> dict[str, str]:
+    """The model's own name for clients, not the directory; nothing where it is no plain name."""
+    name = artifact.manifest.model.source.rpartition("/")[2]
+    return {"--served-model-name": name} if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII) else {}
 
 
 def device_flags(artifact: Artifact, target: Target) -> dict[str, str]:

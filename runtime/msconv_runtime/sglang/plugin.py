@@ -9,21 +9,31 @@ import functools
 import logging
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
+from ..roles import gives_all_logits
+from ..serving.pages import Pages
+from ..serving.proof import proof_of
+from ..serving.ready import address, first_request, ready_lines
+from ..serving.settings import Settings
+from ..serving.signed import refuse_unsigned_once
 from . import meeting
+from .asked import in_clients_words
 from .configuration import refuse_other
 from .endpoints import ENDPOINTS, Gate
 from .keys import hide_fields, hide_text, hide_words
 from .requests import check_answers, check_request
+from .stop_regex import searched, searched_tokens
 
 PACKAGE = "msconv_runtime.sglang"
 SLOT = "MindSporeForCausalLM"  # the class that SGLang looks for under --model-impl mindspore
 MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
+RUNNING = "sglang.srt.managers.schedule_batch.Req"
 AUTH = "sglang.srt.utils.auth"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 logger = logging.getLogger(__name__)
@@ -50,6 +60,8 @@ def activate() -> None:
     )
     HookRegistry.register(f"{CONFIGURATOR}._build_ascend_mla_kv_pool", _build_one_latent, HookType.AROUND)
     HookRegistry.register(f"{MANAGER}._validate_one_request", _refuse_request, HookType.BEFORE)
+    HookRegistry.register(f"{RUNNING}._stop_match_tail_len", _search_few_tokens, HookType.AFTER)
+    HookRegistry.register(f"{RUNNING}.tail_str", _search_the_end, HookType.AFTER)
     HookRegistry.register(f"{REQUEST}.normalize_batch_and_arguments", check_answers, HookType.BEFORE)
     for source in ("disk", "tensor", "distributed", "ipc"):
         refuse = functools.partial(_refuse_weights, (0,) if source == "disk" else ())
@@ -60,6 +72,7 @@ def activate() -> None:
     )
     HookRegistry.register(f"{AUTH}.app_has_admin_force_endpoints", _guard_always, HookType.AROUND)
     HookRegistry.register(f"{AUTH}.add_api_key_middleware", _add_gate, HookType.AFTER)
+    HookRegistry.register("sglang.srt.entrypoints.http_server._wait_and_warmup", _say_ready, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolved_dict", _hide_fields, HookType.AFTER)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.__repr__", hide_text, HookType.AFTER)
     HookRegistry.register(
@@ -74,6 +87,8 @@ def _slot_is_ours() -> bool:
 def _get_config(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """An artifact's configuration is that of its graphs, or refused.  Its weights are not quantised any more,
     whatever its source's config.json says."""
+    if is_artifact(model):
+        refuse_unsigned_once(Path(model))
     config = original(model, *args, **kwargs)
     if is_artifact(model):
         refuse_other(Artifact(model), config, kwargs.get("model_override_args"))
@@ -155,7 +170,19 @@ def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
     """A 400 to the client for what the graphs cannot answer: it would end the process that runs them, or be
     missing from the answer."""
     if _is_served(manager.model_path):
-        check_request(obj, input_ids, manager.model_config.vocab_size)
+        try:
+            check_request(obj, input_ids, manager.model_config.vocab_size, _missing(manager.model_path))
+        except ValueError as e:
+            raise ValueError(in_clients_words(str(e))) from None
+
+
+def _search_few_tokens(tokens: int, request: Any, *args: Any, **kwargs: Any) -> int:
+    return searched_tokens(tokens, request.sampling_params) if _serves() else tokens
+
+
+def _search_the_end(text: str, request: Any, *args: Any, **kwargs: Any) -> str:
+    """What `check_stop_regex` counts with: expressions are searched for at the end of the text."""
+    return searched(text, request.sampling_params) if _serves() else text
 
 
 async def _refuse_weights(
@@ -170,9 +197,9 @@ async def _refuse_weights(
 
 def _meet_at_one_address(url: str, *, dist_port: int) -> str:
     """Torch's store would listen at all addresses, whatever --host says."""
-    from sglang.srt.runtime_context import get_model, get_parallel
+    from sglang.srt.runtime_context import get_parallel
 
-    if not _is_served(get_model().model_path):
+    if not _serves():
         return url
     meeting.register()
     return meeting.meeting_url(url, get_parallel().nnodes)
@@ -194,6 +221,28 @@ def _add_gate(result: None, app: Any, *, api_key: str | None, admin_api_key: str
         if rule is not None and rule.access == "admin" and endpoint is not None:
             endpoint._auth_level = AuthLevel.ADMIN_OPTIONAL
     app.add_middleware(Gate, admin_api_key=admin_api_key, running=_running)
+    settings, artifact = Settings.read(), Artifact(Path(app.server_args.model_path))
+    keys = tuple(key for key in (api_key, admin_api_key) if key)
+    app.add_middleware(Pages, proof=proof_of(artifact, settings.target), ui=settings.ui, keys=keys)
+
+
+def _say_ready(result: None, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """Where the server is and what it can be asked, once it is ready."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    up = http_server._global_state.tokenizer_manager.server_status == ServerStatus.Up
+    if not up or not _is_served(server_args.model_path):
+        return
+    url, name = address(server_args.host, server_args.port), server_args.served_model_name
+    request = first_request(
+        url,
+        name,
+        Path(server_args.model_path),
+        not server_args.skip_tokenizer_init,
+        bool(server_args.api_key or server_args.admin_api_key),
+    )
+    print("\n".join(ready_lines(url, request, Settings.read().ui)), file=sys.stderr, flush=True)
 
 
 def _running() -> list[str]:
@@ -210,10 +259,26 @@ def _hide_words(argv: list[str], *rest: Any) -> tuple[tuple[Any, ...], dict[str,
     return (hide_words(list(argv)), *rest), {}
 
 
+def _serves() -> bool:
+    """Whether this process, once SGLang knows its model, serves an artifact."""
+    from sglang.srt.runtime_context import get_model
+
+    return _is_served(get_model().model_path)
+
+
 @functools.cache
 def _is_served(path: str) -> bool:
     """Asked once: the disk may be gone later."""
     return is_artifact(path)
+
+
+@functools.cache
+def _missing(path: str) -> str:
+    """Why an artifact's graphs give no log probabilities of prompts, and what adds them; "" if they do."""
+    target = Settings.read().target
+    if gives_all_logits(Artifact(path).graphs(target)):
+        return ""
+    return f"this artifact has no graphs for them.  `msconv compile {path} --target {target}` adds them."
 
 
 def _add_state(reply: Any, *args: Any, **kwargs: Any) -> Any:

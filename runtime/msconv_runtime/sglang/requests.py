@@ -6,22 +6,28 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+from .stop_regex import check_stop_regex
+
 WHOLE = 2**31 - 1  # SGLang's tensors take these as int32 or int64, its scheduler ends on what does not fit
 ANSWERS = 1024  # to one prompt: SGLang makes that many requests of it at once, before it looks at any
+LOGPROBS = 1 << 20  # of a prompt to a request: each is some hundred bytes by the time it is sent
 FLOAT32 = 3.4e38
 SEEDS = 2**63 - 1
 NOT_ANSWERED = {  # fields of a request: the graphs take tokens and give logits
     "input_embeds": "take no embeddings",
     "positional_embed_overrides": "take no embeddings",
     "return_hidden_states": "give no hidden states",
+    "multi_item_delimiter_indices": "score the end of a prompt, and not places within it",
+    "token_indices_to_pool": "score the end of a prompt, and not places within it",
 }
 
 
-def check_request(obj: Any, input_ids: Any, size: int) -> None:
+def check_request(obj: Any, input_ids: Any, size: int, missing: str = "") -> None:
     """Raises ValueError for one of SGLang's requests that the graphs of a model of `size` tokens cannot answer.
 
-    No tokens, or such that no row of the embedding stands for; log probabilities of the prompt, which need all
-    its logits, or of more tokens than there are; NOT_ANSWERED.
+    No tokens, or such that no row of the embedding stands for; log probabilities of more tokens than there are; of
+    the prompt, if the artifact is `missing` the graphs with all its logits (that says how to add them), or so many
+    that the server's memory would be full of them; expressions that take too long to search for; NOT_ANSWERED.
     """
     for field, why in NOT_ANSWERED.items():
         if (value := getattr(obj, field, None)) is not None and value is not False:
@@ -36,22 +42,43 @@ def check_request(obj: Any, input_ids: Any, size: int) -> None:
     named = {
         "input_ids": tokens,
         "stop_token_ids": sampling.get("stop_token_ids") or (),
-        "token_ids_logprob": getattr(obj, "token_ids_logprob", None) or (),
+        "token_ids_logprob": _listed(obj),
         "logit_bias": [_whole(token) for token in sampling.get("logit_bias") or ()],
     }
     for field, listed in named.items():
         for token in listed:
             if not _is_one_of(token, size):
                 raise ValueError(f"{field} has the token {token!r}; the model's are 0 to {size - 1}.")
+    check_stop_regex(sampling.get("stop_regex"))
     check_numbers(sampling, getattr(obj, "priority", None))
     if (most := getattr(obj, "top_logprobs_num", None) or 0) > size:
         raise ValueError(f"top_logprobs_num is {most}; the model has {size} tokens.")
+    check_prompt_logprobs(obj, len(tokens), missing)
+
+
+def check_prompt_logprobs(obj: Any, length: int, missing: str) -> None:
+    """Raises ValueError for log probabilities of a prompt of `length` tokens that are not given: see
+    `check_request`."""
     start = getattr(obj, "logprob_start_len", None)
-    if getattr(obj, "return_logprob", False) and start not in (None, -1) and start < len(tokens):
+    if not getattr(obj, "return_logprob", False) or start in (None, -1):
+        return
+    if not isinstance(start, int) or start < 0:
+        raise ValueError(f"logprob_start_len is {start!r}; it is a position in the prompt, or -1 for none of it.")
+    if start >= length:
+        return
+    if missing:
+        raise ValueError(f"logprob_start_len {start} asks for log probabilities of the prompt: {missing}")
+    values = (length - start) * ((getattr(obj, "top_logprobs_num", None) or 0) + len(_listed(obj)) + 1)
+    if values > LOGPROBS:
         raise ValueError(
-            f"logprob_start_len {start} asks for log probabilities of the prompt: here are those of generated "
-            "tokens only.  Leave it out."
+            f"Log probabilities of {length - start} tokens of the prompt, {values // (length - start)} of each, "
+            f"are {values}: at most {LOGPROBS} are given to a request.  Ask for a smaller top_logprobs_num, fewer "
+            "token_ids_logprob, or a larger logprob_start_len."
         )
+
+
+def _listed(obj: Any) -> Any:
+    return getattr(obj, "token_ids_logprob", None) or ()
 
 
 def check_answers(obj: Any) -> None:

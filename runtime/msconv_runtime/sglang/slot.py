@@ -26,7 +26,7 @@ from ..paging import Batch, Ints
 from ..serving import loading
 from ..serving.settings import Settings
 from ..targets import Target, target_named
-from . import pool
+from . import pool, prompt_logprobs
 from .flags import pool_problems
 from .groups import find_groups
 from .upstream_names import NoMask, complete
@@ -51,8 +51,7 @@ class MindSporeForCausalLM(upstream.MindSporeForCausalLM):
     def forward(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
         if not self.is_artifact:
             return super().forward(input_ids, positions, forward_batch)
-        logits = self.model.run(input_ids, positions, forward_batch)
-        return LogitsProcessorOutput(next_token_logits=logits, hidden_states=None)
+        return self.model.run(input_ids, positions, forward_batch)
 
 
 def _artifact_of(config: Any) -> Path | None:
@@ -97,19 +96,26 @@ class ArtifactModel(nn.Cell):
             self.graphs = loading.finish(self.artifact, self.place)
 
     def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
-        """Logits [B, V] float32 of each sequence's last token, a torch tensor."""
+        """SGLang's LogitsProcessorOutput: logits [B, V] float32 of each sequence's last token, and what is asked
+        for of the prompts' log probabilities."""
         if self.graphs is None:
             self.graphs = loading.finish(self.artifact, self.place)
         if not self.caches:
             self.caches = self._map_pool(self.graphs)
         batch = batch_of(input_ids, positions, forward_batch, self.graphs.page)
-        run = self.graphs.prefill if forward_batch.forward_mode.is_extend() else self.graphs.decode
         with pool.at_work():
-            logits = run(batch, self.caches)
+            output = self._output(self.graphs, batch, forward_batch, input_ids.device)
         if self.graphs.compiles_since_ready > self.compiles:
             self.compiles = self.graphs.compiles_since_ready
             logger.warning("msconv: compiles since ready: %d: a request waited for it", self.compiles)
-        return torch.from_numpy(logits).to(input_ids.device)
+        return output
+
+    def _output(self, graphs: Graphs, batch: Batch, forward_batch: Any, device: Any) -> Any:
+        mode = forward_batch.forward_mode
+        if mode.is_extend() and (asked := prompt_logprobs.asked(forward_batch)):
+            return prompt_logprobs.run(graphs, batch, asked, self.caches, device)
+        logits = (graphs.prefill if mode.is_extend() else graphs.decode)(batch, self.caches)
+        return LogitsProcessorOutput(next_token_logits=torch.from_numpy(logits).to(device), hidden_states=None)
 
     def _map_pool(self, graphs: Graphs) -> list[Any]:
         """SGLang's KV pool as graph inputs: the same memory as [pages, page, K, D].  Two a layer, k0 v0 k1 v1 ...,

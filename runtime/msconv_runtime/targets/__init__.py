@@ -5,6 +5,8 @@ Every Target that a file in this directory makes is one, under its name: a new t
 
 from __future__ import annotations
 
+import difflib
+import re
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -21,10 +23,25 @@ TARGETS: dict[str, Target] = {
 
 
 def target_named(name: str) -> Target:
-    """Raises UsageError naming those there are."""
+    """Raises UsageError naming those there are, and the one that is probably meant."""
     if name not in TARGETS:
-        raise UsageError(f"{name}: no such target.", f"Targets are: {', '.join(TARGETS)}.")
+        meant = meant_target(name)
+        near = f"Did you mean {meant}?  " if meant else ""
+        raise UsageError(f"{name}: no such target.", f"{near}Targets are: {', '.join(TARGETS)}.")
     return TARGETS[name]
+
+
+def meant_target(name: str) -> str:
+    """The target that such a name is probably meant for, "" if none is: `910b`, `Ascend910B3`, `Atlas A3`."""
+    word = re.sub(r"[^a-z0-9]", "", name.casefold()).removeprefix("huawei")
+    word = word.removeprefix("ascend").removeprefix("atlas")
+    if word.startswith("91093"):  # what CANN calls a 910C
+        return "ascend910c"
+    for target in TARGETS.values():
+        if word.startswith(target.name.removeprefix("ascend")):
+            return target.name
+    generations = {"a2": "ascend910b", "a3": "ascend910c", "300iduo": "ascend310p"}
+    return generations.get(word) or next(iter(difflib.get_close_matches(name.casefold(), list(TARGETS), 1)), "")
 
 
 def usual_target(kind: str) -> Target:
@@ -46,6 +63,7 @@ __all__ = [
     "Paging",
     "Target",
     "device_of",
+    "meant_target",
     "target_named",
     "usual_target",
 ]

@@ -47,6 +47,7 @@ ASCEND310P = Target(
     nz=True,
     only_dtype="float16",
     cumulative_counts=True,
+    token_scales=False,
     chip=("Ascend310P3", 2002),
     devices=(DeviceModel("310P of a 300I Duo", 42 * GIB),),  # of its 48 GB the driver leaves so much
 )

@@ -8,7 +8,7 @@ CPU = Target(
     name="cpu",
     kind="cpu",
     dtype="float32",
-    graphs=(("prefill", ""), ("decode", ""), ("mixed", "compiled")),
+    graphs=(("prefill", ""), ("decode", ""), ("verify", ""), ("mixed", "compiled"), ("verify", "compiled")),
     operations="cpu",
     paging=Paging(slots=1),
     epsilon=2**-24,

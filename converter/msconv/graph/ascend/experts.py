@@ -71,6 +71,32 @@ class RouteSigmoid(nn.Cell):
         return ops.cast(weights, self.dtype), ops.cast(ids, ms.int32)
 
 
+class GroupedProduct(nn.Cell):
+    """x [N, inner], its rows sorted by expert, times each expert's matrix.  `groups` [E]: how many rows each has,
+    or where they end."""
+
+    def __init__(self, local: Local) -> None:
+        super().__init__()
+        self.group_list_type = 0 if local.target.cumulative_counts else 1
+        self.product = fused.GroupedMatmulV4()
+
+    def construct(self, x: Any, groups: Any, weight: Any) -> Any:
+        return self.product(
+            [x],
+            [weight],
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            groups,
+            split_item=3,
+            group_type=0,
+            group_list_type=self.group_list_type,
+        )[0]
+
+
 class Experts(nn.Cell):
     """Sort tokens by expert, two grouped products, unsort and sum."""
 
@@ -83,9 +109,7 @@ class Experts(nn.Cell):
             self.start = start
         self.has_cumulative_counts = local.target.cumulative_counts
         self.counts = CUMULATIVE if self.has_cumulative_counts else COUNTS
-        self.group_list_type = 0 if self.has_cumulative_counts else 1
         self.sort = fused.MoeInitRoutingV2()
-        self.product = fused.GroupedMatmulV4()
         self.unsort = fused.MoeTokenUnpermute()
 
     def construct(self, h: Any, weights: Any, ids: Any) -> Any:
@@ -107,29 +131,13 @@ class Experts(nn.Cell):
         if self.has_ep:
             groups = groups[: self.count]
         groups = ops.cast(groups, ms.int64)
-        gate, up = ops.split(self.grouped(x, self.gate_up.values(), groups), self.ffn, -1)
-        y = self.grouped(ops.silu(gate) * up, self.down.values(), groups)
+        gate, up = ops.split(self.gate_up(x, groups), self.ffn, -1)
+        y = self.down(ops.silu(gate) * up, groups)
         if self.has_ep:
             y = self.without_rest(y, groups)
         return self.unsort(
             permuted_tokens=y, sorted_indices=places, probs=weights, padded_mode=False, restore_shape=None
         )
-
-    def grouped(self, x: Any, weight: Any, groups: Any) -> Any:
-        return self.product(
-            [x],
-            [weight],
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            groups,
-            split_item=3,
-            group_type=0,
-            group_list_type=self.group_list_type,
-        )[0]
 
     def without_rest(self, y: Any, groups: Any) -> Any:
         """Rows behind the last group hold what was in memory: whatever it is, it must not become NaN."""

@@ -17,11 +17,14 @@ from mindspore.ops import auto_generate as fused
 from mindspore.ops.operations.nn_ops import PagedAttention, ReshapeAndCache
 
 from ...families.attention import Attention
+from ...quant.record import Stored
+from ...quant.w8a8 import DEQ_SCALES, SCALES
 from ..operations import Operations, collective
 from ..parameters import parameter
 from ..rope import frequencies
-from ..spec import Local
-from .experts import Experts, RouteSigmoid, RouteSoftmax
+from ..spec import CannotCompute, Local
+from .experts import Experts, GroupedProduct, RouteSigmoid, RouteSoftmax
+from .int8 import DynamicGroupedProduct, DynamicProduct, StaticProduct
 from .latent import AttendAbsorbed, AttendExpanded, RotateLatent, WriteLatent, flash_attention
 from .steps import AscendStep
 
@@ -37,6 +40,37 @@ class AscendOperations(Operations):
 
     def begin(self) -> nn.Cell:
         return Begin(self.local, self.dtype)
+
+    def dynamic_product(self) -> Any:
+        self._needs_token_scales()
+        return DynamicProduct(self.dtype)
+
+    def static_product(self) -> Any:
+        return StaticProduct(self.dtype)
+
+    def experts_product(self) -> Any:
+        return GroupedProduct(self.local)
+
+    def dynamic_experts_product(self) -> Any:
+        self._needs_token_scales()
+        return DynamicGroupedProduct(self.local, self.dtype)
+
+    def read_type(self, tensor: Stored, shape: tuple[int, ...]) -> Any:
+        """GroupedMatmulV4 gives the type of its scales, whatever it is asked for; QuantBatchMatmul takes those of
+        float16 products as the bits of float32 in int64."""
+        if tensor == SCALES and len(shape) == 3:
+            return self.dtype
+        if tensor == DEQ_SCALES and self.local.target.dtype == "float16":
+            return ms.int64
+        return super().read_type(tensor, shape)
+
+    def _needs_token_scales(self) -> None:
+        if not self.local.target.token_scales:
+            raise CannotCompute(
+                f"{self.local.title}: its products of int8 take no scale a token (aclnnQuantMatmulV4, CANN 8.2 "
+                "to 8.5), which W8A8_DYNAMIC needs.",
+                "Quantise as W8A8 with one scale an input, or serve it on another target.",
+            )
 
     def norm(self, name: str, width: int, eps: float) -> nn.Cell:
         return Norm(name, width, eps, self.dtype)

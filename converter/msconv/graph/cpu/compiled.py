@@ -18,7 +18,7 @@ from msconv_runtime.kernels import LIBRARY
 from ...families.attention import Attention
 from ..matrix import Matrix
 from ..parameters import DTYPES, parameter
-from ..spec import Local
+from ..spec import CannotCompute, Local
 from .attention import Angles, Rotation
 from .latent import Absorbed
 from .plain import PlainOperations
@@ -52,6 +52,22 @@ class CompiledOperations(PlainOperations):
     def product(self) -> Any:
         return kernel("Product", lambda x, weight: [x[0], weight[0]], 2)
 
+    def dynamic_product(self) -> Any:
+        return kernel("ProductInt8", lambda x, weight, *_: [x[0], weight[0]], 3)
+
+    def static_product(self) -> Any:
+        return kernel("ProductInt8Static", lambda x, weight, *_: [x[0], weight[0]], 6)
+
+    def experts_product(self) -> Any:
+        """Of both matrices of the experts at once, and so are the others: called as `Experts` calls it."""
+        return kernel("Experts", lambda h, *_: h, 6)
+
+    def experts_product_with(self, decode: Any) -> Any:
+        return self.experts_product()
+
+    def dynamic_experts_product(self) -> Any:
+        return kernel("ExpertsInt8", lambda h, *_: h, 8)
+
     def rows(self) -> Any:
         return kernel("Rows", lambda table, ids: [ids[0], table[1]], 2)
 
@@ -74,6 +90,13 @@ class CompiledOperations(PlainOperations):
         return AttendLatent(self.local, spec, self.latent_matrices(prefix))
 
     def experts(self, prefix: str) -> nn.Cell:
+        gate_up, down = (self.local.kept(prefix + name) for name in ("gate_up_proj.weight", "down_proj.weight"))
+        if gate_up != down:
+            raise CannotCompute(
+                f"{self.local.title}: the compiled kernels take experts whose matrices are all stored alike; of "
+                f"{prefix}*, gate_up_proj and down_proj are not.",
+                "The target's other graphs serve it.",
+            )
         return Experts(self.expert_matrices(prefix), self.expert_start)
 
     def last_tokens(self) -> nn.Cell:
@@ -186,10 +209,10 @@ class Experts(nn.Cell):
         super().__init__()
         self.gate_up, self.down = matrices
         self.start = Tensor([0], ms.int32) if start is None else start
-        self.run = kernel("Experts", lambda h, *_: h, 6)
+        self.run = self.gate_up.product
 
     def construct(self, h: Any, weights: Any, ids: Any) -> Any:
-        return self.run(h, weights, ids, self.start, self.gate_up.values(), self.down.values())
+        return self.run(h, weights, ids, self.start, *self.gate_up.operands(), *self.down.operands())
 
 
 class LastTokens(nn.Cell):

@@ -68,6 +68,28 @@ class RouteSigmoid(nn.Cell):
         return weights * self.scale, ids
 
 
+class ProductOfChosen(nn.Cell):
+    """x [N, 1, inner] times the matrix of each row's expert, `ids` [N]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmul = ops.BatchMatMul()
+
+    def construct(self, x: Any, ids: Any, matrices: Any) -> Any:
+        return self.matmul(x, ops.gather(matrices, ids, 0))
+
+
+class ProductOfAll(nn.Cell):
+    """x [E, C, inner], an expert's rows together, times each expert's matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmul = ops.BatchMatMul()
+
+    def construct(self, x: Any, ids: Any, matrices: Any) -> Any:
+        return self.matmul(x, matrices)
+
+
 class _Experts(nn.Cell):
     """`mine` makes ids of all experts this rank's, [T*k], with a share: 1.0 if it has the expert, else 0.0."""
 
@@ -79,7 +101,6 @@ class _Experts(nn.Cell):
         self.gate_up, self.down = matrices
         if self.has_ep:
             self.start = start
-        self.matmul = ops.BatchMatMul()
 
     def mine(self, ids: Any, weights: Any) -> Any:
         ids = ids.reshape(-1)
@@ -91,9 +112,9 @@ class _Experts(nn.Cell):
         weights = weights * share.reshape(-1, self.top_k)
         return ops.select(is_mine, ids, ops.zeros_like(ids)), share.reshape(-1, 1), weights
 
-    def compute(self, x: Any, gate_up: Any, down: Any) -> Any:
-        gate, up = ops.split(self.matmul(x, gate_up), self.ffn, -1)
-        return self.matmul(ops.silu(gate) * up, down)
+    def compute(self, x: Any, ids: Any) -> Any:
+        gate, up = ops.split(self.gate_up(x, ids), self.ffn, -1)
+        return self.down(ops.silu(gate) * up, ids)
 
     def sum_up(self, y: Any, weights: Any) -> Any:
         y = y.reshape(-1, self.top_k, self.hidden)
@@ -107,7 +128,7 @@ class ExpertsGathered(_Experts):
         tokens = ops.shape(h)[0]
         ids, _, weights = self.mine(ids, weights)
         x = ops.broadcast_to(h.reshape(tokens, 1, 1, self.hidden), (tokens, self.top_k, 1, self.hidden))
-        y = self.compute(x.reshape(-1, 1, self.hidden), self.gate_up.chosen(ids), self.down.chosen(ids))
+        y = self.compute(x.reshape(-1, 1, self.hidden), ids)
         return self.sum_up(y, weights)
 
 
@@ -137,5 +158,5 @@ class ExpertsGrouped(_Experts):
         order = ops.cast(ops.sum(ops.cumsum(chosen, 0) * chosen, -1), ms.int32)
         place = ids * capacity + ops.maximum(order - 1, self.zero)
         x = self.scatter(place.reshape(-1, 1), x, (self.count * capacity, self.hidden))
-        y = self.compute(x.reshape(self.count, capacity, self.hidden), self.gate_up.values(), self.down.values())
+        y = self.compute(x.reshape(self.count, capacity, self.hidden), ids)
         return self.sum_up(ops.gather(y.reshape(-1, self.hidden), place, 0), weights)

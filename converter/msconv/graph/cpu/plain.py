@@ -19,7 +19,15 @@ from ..operations import Operations, collective
 from ..parameters import parameter
 from ..spec import Local
 from .attention import AttendDecode, AttendRagged, BeginDecode, BeginRagged, SplitHeads, WriteKv
-from .experts import ExpertsGathered, ExpertsGrouped, RouteSigmoid, RouteSoftmax
+from .experts import (
+    ExpertsGathered,
+    ExpertsGrouped,
+    ProductOfAll,
+    ProductOfChosen,
+    RouteSigmoid,
+    RouteSoftmax,
+)
+from .int8 import DynamicProduct, DynamicProductOfAll, DynamicProductOfChosen, StaticProduct
 from .latent import AttendAbsorbed, AttendExpanded, RotateLatent, WriteLatent
 from .steps import RaggedStep
 
@@ -36,6 +44,18 @@ class PlainOperations(Operations):
 
     def product(self) -> Any:
         return ProductOfFewRows() if self.has_one_token else super().product()
+
+    def dynamic_product(self) -> Any:
+        return DynamicProduct(self.product())
+
+    def static_product(self) -> Any:
+        return StaticProduct(self.product())
+
+    def experts_product(self) -> Any:
+        return ProductOfChosen() if self.has_one_token else ProductOfAll()
+
+    def dynamic_experts_product(self) -> Any:
+        return DynamicProductOfChosen() if self.has_one_token else DynamicProductOfAll()
 
     def norm(self, name: str, width: int, eps: float) -> nn.Cell:
         return Norm(name, width, eps)

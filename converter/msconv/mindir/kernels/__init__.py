@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import ascend, ascend_moe, compiled, plain
-from .table import KERNELS, Context, Kernel
+from . import ascend, ascend_moe, compiled, int8, plain
+from .table import KERNELS, Context, Kernel, Recorder
 
-__all__ = ["KERNELS", "Context", "Kernel", "ascend", "ascend_moe", "compiled", "plain"]
+__all__ = ["KERNELS", "Context", "Kernel", "Recorder", "ascend", "ascend_moe", "compiled", "int8", "plain"]

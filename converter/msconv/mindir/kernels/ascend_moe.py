@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from .int8 import sums
 from .table import Context, kernel, upcast
 
 Attributes = dict[str, Any]
 CUMULATIVE, COUNTS = 1, 2  # MoeInitRoutingV2's third output
 ONE_EACH = (1, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0)  # group_info: tensors in each argument
+ONE_EACH_WITH_SCALES = (1, 1, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0)
+OF_SCALES = {torch.bfloat16: torch.bfloat16, torch.float32: torch.float16}  # GroupedMatmulV4's result
 
 
 @kernel("FusedAddTopKDiv")
@@ -61,22 +64,30 @@ def moe_init_routing(c: Context, a: Attributes, x: torch.Tensor, ids: Any, *sett
 @kernel("GroupedMatmulV4", attributes=("group_info",))
 def grouped_matmul(c: Context, a: Attributes, xs: Any, weights: Any, *rest: Any) -> Any:
     """Rows of x [N, K], group after group, times weight [E, K, M] of the group.  `group_list_type` 1: how many
-    rows each group has; 0: where each ends."""
-    *nothing, split, group_type, list_type, activation, tuning = rest
-    groups = nothing.pop(6)
-    if any(v is not None for v in nothing) or tuple(a["group_info"]) != ONE_EACH or tuning is not None:
-        raise ValueError("GroupedMatmulV4: only x, weight and group list are known here")
-    if int(split) != 3 or int(group_type) != 0 or int(activation) != 0:
+    rows each group has; 0: where each ends.  Of int8: times scales [E, M] of the group and those of the rows [N],
+    in the type of the scales (float16 for float32), whatever type is asked for."""
+    bias, scales, offset, anti_scale, anti_offset, token_scales, groups, *nothing = rest[:-5]
+    split, group_type, list_type, activation, dtype = rest[-5:]
+    unknown = (bias, offset, anti_scale, anti_offset, *nothing)
+    if any(v is not None for v in unknown) or (scales is None) != (token_scales is None):
+        raise ValueError("GroupedMatmulV4: only x, weight, their scales and a group list are known here")
+    if tuple(a["group_info"]) != (ONE_EACH if scales is None else ONE_EACH_WITH_SCALES):
+        raise ValueError(f"GroupedMatmulV4: group_info {a['group_info']}")
+    if int(split) != 3 or int(group_type) != 0 or int(activation) != 0 or (dtype is None) != (scales is None):
         raise ValueError(f"GroupedMatmulV4: split_item {split}, group_type {group_type}, act_type {activation}")
     (x,), (weight,) = xs, weights
     ends = groups if int(list_type) == 0 else groups.cumsum(0)
     if len(ends) != len(weight) or (len(ends) and int(ends[-1]) > len(x)):
         raise ValueError(f"GroupedMatmulV4: {len(ends)} groups for {len(weight)} experts and {len(x)} rows")
-    out = torch.full((len(x), weight.shape[2]), float("nan"), dtype=x.dtype)
+    to = x.dtype if scales is None else c.keep(OF_SCALES[scales[0].dtype])
+    out = torch.full((len(x), weight.shape[2]), float("nan"), dtype=to)
     begin = 0
     for expert, end in enumerate(int(e) for e in ends):
-        if end > begin:
-            out[begin:end] = (upcast(x[begin:end]) @ upcast(weight[expert])).to(x.dtype)
+        if end > begin and scales is None:
+            out[begin:end] = (upcast(x[begin:end]) @ upcast(weight[expert])).to(to)
+        elif end > begin:
+            y = sums(x[begin:end], weight[expert]).float() * scales[0][expert].float()
+            out[begin:end] = (y * token_scales[0][begin:end, None]).to(to)
         begin = end
     return (out,)
 

@@ -10,20 +10,23 @@ from torch import Tensor
 
 from msconv_runtime.kernels import LIBRARY
 
+from .int8 import dynamic_product, input_codes, row_codes, sums
 from .table import Context, kernel
 
 Attributes = dict[str, Any]
 EXPECTED = {"func_type": "aot", "cpp_infer_shape": True, "cpp_infer_type": True, "primitive_target": "CPU"}
 
 
-def compiled(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(
+    name: str, codes: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         def checked(c: Context, a: Attributes, *inputs: Any) -> Any:
             if a != EXPECTED:
                 raise ValueError(f"{name}: attributes {a}, not {EXPECTED}")
             return run(*inputs)
 
-        kernel(f"{LIBRARY}:{name}", attributes=tuple(EXPECTED))(checked)
+        kernel(f"{LIBRARY}:{name}", attributes=tuple(EXPECTED), codes=codes)(checked)
         return run
 
     return register
@@ -100,5 +103,54 @@ def experts(h: Tensor, weights: Tensor, ids: Tensor, start: Tensor, gate_up: Ten
         tokens, places = (ids == expert + int(start)).nonzero(as_tuple=True)
         if len(tokens):
             y = swiglu(h[tokens] @ gate_up[expert].float()) @ down[expert].float()
+            out.index_add_(0, tokens, y * weights[tokens, places, None])
+    return out
+
+
+def _rows(x: Tensor, *rest: Any) -> list[tuple[int, Tensor, Tensor | None]]:
+    return [(1, row_codes(x)[0], None)]
+
+
+def _inputs(x: Tensor, weight: Any, deq_scale: Any, bias: Any, scale: Tensor, offset: Tensor) -> list[Any]:
+    return [(1, input_codes(x, 1 / scale, offset), None)]
+
+
+def _expert(x: Tensor, expert: int, gate_up: Tensor, scales: Tensor) -> Tensor:
+    """What goes into an expert's second product: [n, ffn]."""
+    return swiglu(dynamic_product(x, gate_up[expert], scales[expert].reshape(-1)))
+
+
+def _experts(h: Tensor, weights: Tensor, ids: Tensor, start: Tensor, *matrices: Tensor) -> list[Any]:
+    gate_up, scales, down, _ = matrices
+    tokens, count = ids.shape
+    within = torch.zeros(tokens, count, down.shape[1], dtype=torch.int8)
+    for expert in range(len(gate_up)):
+        chosen = (ids == expert + int(start)).nonzero(as_tuple=True)
+        if len(chosen[0]):
+            within[chosen] = row_codes(_expert(h[chosen[0]], expert, gate_up, scales))[0]
+    return [(4, row_codes(h)[0][:, None].expand(-1, count, -1), ids), (6, within, ids)]
+
+
+@compiled("ProductInt8", _rows)
+def product_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return dynamic_product(x, weight.T, scale.reshape(-1))
+
+
+@compiled("ProductInt8Static", _inputs)
+def product_int8_static(
+    x: Tensor, weight: Tensor, deq_scale: Tensor, bias: Tensor, scale: Tensor, offset: Tensor
+) -> Tensor:
+    return (sums(input_codes(x, 1 / scale, offset), weight.T) + bias).float() * deq_scale
+
+
+@compiled("ExpertsInt8", _experts)
+def experts_int8(h: Tensor, weights: Tensor, ids: Tensor, start: Tensor, *matrices: Tensor) -> Tensor:
+    gate_up, scales, down, down_scales = matrices
+    out = torch.zeros_like(h)
+    for expert in range(len(gate_up)):
+        tokens, places = (ids == expert + int(start)).nonzero(as_tuple=True)
+        if len(tokens):
+            within = _expert(h[tokens], expert, gate_up, scales)
+            y = dynamic_product(within, down[expert], down_scales[expert].reshape(-1))
             out.index_add_(0, tokens, y * weights[tokens, places, None])
     return out

@@ -197,6 +197,24 @@ def sigmoid(c: Context, a: Attributes, x: Tensor) -> Tensor:
     return upcast(x).sigmoid().to(x.dtype)
 
 
+@kernel("Abs")
+def absolute(c: Context, a: Attributes, x: Tensor) -> Tensor:
+    return x.abs()
+
+
+@kernel("Round")
+def to_nearest(c: Context, a: Attributes, x: Tensor, decimals: Any = 0) -> Tensor:
+    """Half to even."""
+    if int(decimals):
+        raise ValueError(f"Round: to {int(decimals)} decimals is not known here")
+    return x.round()
+
+
+@kernel("OnesLike")
+def ones_like(c: Context, a: Attributes, x: Tensor) -> Tensor:
+    return torch.ones_like(x)
+
+
 @kernel("ReLU")
 def relu(c: Context, a: Attributes, x: Tensor) -> Tensor:
     return x.relu()
