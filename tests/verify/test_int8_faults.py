@@ -15,8 +15,9 @@ from click.testing import CliRunner
 
 from msconv.cli.verify import command
 from msconv.steps.compile import compile_graphs
+from msconv.verify.prove import prove
 from msconv_runtime.artifact import Artifact, read_manifest
-from msconv_runtime.errors import VerificationFailed
+from msconv_runtime.errors import UsageError, VerificationFailed
 from tests.checkpoints import make_qwen3
 from tests.conversions import convert
 from tests.modelslim import write_modelslim
@@ -187,8 +188,8 @@ def test_a_proof_says_what_was_compared_and_how_far_int8_drifts(
 def test_a_bound_on_the_drift_is_kept(own: Callable[[str], Path], few_steps: None) -> None:
     root = own("dense")
     done = CliRunner().invoke(command, [str(root), "--target", TARGET, "--max-kl", "1e-7"])
-    assert done.exit_code == 3
-    assert "from the values of the source's codes, --max-kl is 1.00e-07" in done.output
+    assert isinstance(done.exception, VerificationFailed)
+    assert "from the values of the source's codes, --max-kl is 1.00e-07" in done.exception.message
     assert read_manifest(root).proof_for(TARGET) is None
     assert verify(root, "--max-kl", "1")["int8"]["drift_kl_bound"] == 1.0
 
@@ -197,13 +198,10 @@ def test_a_fault_takes_the_proof_away_and_is_the_errors_place(own: Callable[[str
     root = own("dense")
     (fault,) = (f for f in int8_faults.DENSE_WEIGHTS if f.name == "a scale is 1 % off")
     fault.plant(root)
-    found = verify(root)
-    assert found["code"] == 3
-    assert (
-        "model.layers.1.self_attn.qkv_proj.weight_scale of rank 0: 1 of 64 values differ"
-        in found["error"]["message"]
-    )
-    assert "the first at [3, 0]" in found["error"]["message"]
+    place = r"model\.layers\.1\.self_attn\.qkv_proj\.weight_scale of rank 0: 1 of 64 values differ .* at \[3, 0\]"
+    with pytest.raises(VerificationFailed, match=place):
+        prove(root, TARGET, None)
+    assert read_manifest(root).proof_for(TARGET) is None
 
 
 def test_first_layers_are_no_proof_of_the_whole(own: Callable[[str], Path], few_steps: None) -> None:
@@ -219,6 +217,5 @@ def test_first_layers_are_no_proof_of_the_whole(own: Callable[[str], Path], few_
 def test_a_text_needs_a_tokenizer(own: Callable[[str], Path], tmp_path: Path, few_steps: None) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some words.")
-    found = verify(own("dense"), "--text", str(text))
-    assert found["code"] == 2
-    assert "makes 0 tokens of it" in found["error"]["message"]
+    with pytest.raises(UsageError, match="makes 0 tokens of it"):
+        prove(own("dense"), TARGET, None, text=text)
