@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from msconv.cli.verify import command
 from msconv.steps.compile import compile_graphs
+from msconv.verify.prove import prove
 from msconv_runtime.artifact import Artifact, read_manifest
-from msconv_runtime.errors import VerificationFailed
+from msconv_runtime.errors import UsageError, VerificationFailed
 from tests.checkpoints import make_qwen3
 from tests.conversions import convert
 from tests.modelslim import write_modelslim
@@ -144,3 +148,74 @@ def test_a_fault_is_named_by_running(
     root = own(family)
     fault.plant(root)
     assert re.search(fault.place, place_of_run(root, sound[family].reference))
+
+
+def verify(root: Path, *options: str) -> dict[str, Any]:
+    """The object that `msconv verify --json` shows, with its exit code."""
+    done = CliRunner().invoke(command, [str(root), "--target", TARGET, "--json", *options])
+    return {"code": done.exit_code, **json.loads(done.stdout)}
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DECODE_STEPS", "FEW_STEPS"):
+        monkeypatch.setattr(f"msconv.verify.prove.{name}", 1)
+
+
+def test_a_proof_says_what_was_compared_and_how_far_int8_drifts(
+    own: Callable[[str], Path], few_steps: None
+) -> None:
+    root = own("dense")
+    found = verify(root)
+    assert found["code"] == 0
+    assert found["ok"]
+    int8 = found["int8"]
+    assert (int8["codes_unexplained"], int8["tensors_compared"]) == (0, 56)
+    assert int8["codes_led"] < 1e-4 * int8["codes_compared"]
+    assert (int8["drift_text"], int8["drift_against"]) == ("random tokens", "the values of the source's codes")
+    assert 0 < int8["drift_kl"] < 0.1
+    assert 0.5 < int8["drift_argmax_agreement"] <= 1
+    assert abs(int8["drift_perplexity"] / int8["drift_perplexity_unquantised"] - 1) < 0.1
+    assert found["half_precision_max_abs_logit_error"] > 1e-3
+    assert "half_precision_bound" not in found
+    proof = read_manifest(root).proof_for(TARGET)
+    assert proof is not None
+    assert proof.mode == "float32, led"
+    assert proof.settings["int8_drift_kl"] == int8["drift_kl"]
+    assert "drift from the values of the source's codes, over 256 tokens of random tokens" in proof.reference
+
+
+def test_a_bound_on_the_drift_is_kept(own: Callable[[str], Path], few_steps: None) -> None:
+    root = own("dense")
+    done = CliRunner().invoke(command, [str(root), "--target", TARGET, "--max-kl", "1e-7"])
+    assert isinstance(done.exception, VerificationFailed)
+    assert "from the values of the source's codes, --max-kl is 1.00e-07" in done.exception.message
+    assert read_manifest(root).proof_for(TARGET) is None
+    assert verify(root, "--max-kl", "1")["int8"]["drift_kl_bound"] == 1.0
+
+
+def test_a_fault_takes_the_proof_away_and_is_the_errors_place(own: Callable[[str], Path], few_steps: None) -> None:
+    root = own("dense")
+    (fault,) = (f for f in int8_faults.DENSE_WEIGHTS if f.name == "a scale is 1 % off")
+    fault.plant(root)
+    place = r"model\.layers\.1\.self_attn\.qkv_proj\.weight_scale of rank 0: 1 of 64 values differ .* at \[3, 0\]"
+    with pytest.raises(VerificationFailed, match=place):
+        prove(root, TARGET, None)
+    assert read_manifest(root).proof_for(TARGET) is None
+
+
+def test_first_layers_are_no_proof_of_the_whole(own: Callable[[str], Path], few_steps: None) -> None:
+    root = own("dense")
+    found = verify(root, "--layers", "1")
+    assert found["code"] == 0
+    assert found["layers"] == 1
+    assert found["int8"]["codes_compared"] > 0
+    assert "drift_kl" not in found["int8"]
+    assert read_manifest(root).proof_for(TARGET) is None
+
+
+def test_a_text_needs_a_tokenizer(own: Callable[[str], Path], tmp_path: Path, few_steps: None) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some words.")
+    with pytest.raises(UsageError, match="makes 0 tokens of it"):
+        prove(own("dense"), TARGET, None, text=text)
