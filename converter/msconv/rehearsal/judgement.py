@@ -12,7 +12,7 @@ from msconv_runtime.artifact import Graph
 from msconv_runtime.errors import VerificationFailed
 
 from ..verify.compare import FLOAT32_BOUND, half_precision_bound
-from ..verify.int8.run import SESSION_KL
+from ..verify.int8.run import free_kl
 from .answers import Answers, Expected, make_reference
 from .loading import device_problems, loading_problems
 from .plan import Plan
@@ -67,10 +67,11 @@ def compare(plan: Plan, result: Rehearsal, work: Path, failure: VerificationFail
     expected.finish()
     result.answers = expected.answers
     result.problems += expected.answers.problems
-    if plan.exact and (kl := result.answers.kl) is not None and not kl < SESSION_KL:
+    free = free_kl(plan.config.moe is not None)
+    if plan.exact and (kl := result.answers.kl) is not None and not kl < free:
         result.problems.append(
             f"logits of the calls diverge from the int8 reference's by {kl:.2e} nats in the mean (bound "
-            f"{SESSION_KL:.0e})"
+            f"{free:.0e})"
         )
     if failure is not None:
         if not result.problems:
