@@ -141,10 +141,11 @@ def test_products_of_int8_bit_for_bit(rows: int, depth: int, width: int) -> None
         assert found.tobytes() == expected.tobytes()
 
 
-def test_experts_of_int8() -> None:
+def test_mlp_and_experts_of_int8() -> None:
     """Gates are so large that silu of one is itself, in whatever way it is computed: codes are the same."""
-    inputs, _ = check.examples(np.random.default_rng(0))["ExpertsInt8"]
-    same("ExpertsInt8", *inputs)
+    examples = check.examples(np.random.default_rng(0))
+    for name in ("ExpertsInt8", "MlpInt8"):
+        same(name, *examples[name][0])
 
 
 def test_many_tokens_go_through_the_experts_in_parts() -> None:
