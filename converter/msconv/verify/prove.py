@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msconv_runtime import claims
-from msconv_runtime.artifact import Artifact, Verified
+from msconv_runtime.artifact import Artifact, Verified, Weights
 from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.errors import UsageError, VerificationFailed
 from msconv_runtime.kernels import library
@@ -83,6 +83,11 @@ class Proof:
         return (self.led.place if self.led else "") or self.comparison.first
 
 
+def is_int8(weights: Weights) -> bool:
+    """Whether some of the matrices are codes of int8."""
+    return any(t.dtype == CODES for t in weights.tensors)
+
+
 def prove(
     root: Path,
     target_name: str,
@@ -106,8 +111,8 @@ def prove(
     artifact.graphs(target_name)
     target = target_named(target_name)
     layers = layers if layers < config.layers else 0
-    is_int8 = any(t.dtype == CODES for t in artifact.weights.tensors)
-    if not is_int8 and (max_kl is not None or text is not None):
+    has_codes = is_int8(artifact.weights)
+    if not has_codes and (max_kl is not None or text is not None):
         raise UsageError(
             f"{root}: is not quantised: there is no drift to measure.", "Leave --max-kl and --text out."
         )
@@ -120,7 +125,7 @@ def prove(
         _record(root, target, None)
         raise
     subject = Subject(artifact, target, config, source, layers, tell)
-    found = subject.led(max_kl, text) if is_int8 else subject.plain()
+    found = subject.led(max_kl, text) if has_codes else subject.plain()
     proof = replace(found, seconds=time.monotonic() - started)
     if not layers:
         _record(root, target, _entry(artifact, proof) if proof.ok else None)
