@@ -57,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-INT8 = {"qwen3 int8": "static", "qwen3_moe int8": "mixed", "deepseek_v3 int8": "mixed"}  # how matrices are kept
+INT8 = {"qwen3 int8": "static", "qwen3_moe int8": "dynamic", "deepseek_v3 int8": "mixed"}  # how matrices are kept
 MODELS |= {name: MODELS[name.removesuffix(" int8")] for name in INT8}
 
 

@@ -149,6 +149,14 @@ def test_the_largest_sums_are_exact() -> None:
         run("ProductInt8Static", [*longer, *inputs], 4)
 
 
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(1, 40), hidden=st.integers(1, 150), ffn=st.integers(1, 300), seed=st.integers(0, 99))
+def test_both_products_of_an_mlp(tokens: int, hidden: int, ffn: int, seed: int) -> None:
+    x, _, _, _, *weights = experts_drawn(seed, tokens, 1, hidden, ffn)
+    inputs = [x, *(np.ascontiguousarray(a[1].T) for a in weights)]
+    assert run("MlpInt8", inputs, hidden).tobytes() == check.mlp_int8(*inputs).tobytes()
+
+
 def experts_drawn(seed: int, tokens: int, top_k: int, hidden: int, ffn: int) -> list[Array]:
     """Gates are above 20, where silu of one is itself however e^-x is computed: codes are the same everywhere."""
     rng = np.random.default_rng([seed, tokens, top_k, hidden, ffn])

@@ -36,7 +36,7 @@ def graphs(every: bool) -> Iterator[tuple[bytes, Graph, int]]:
         for role, variant in target.graphs:
             tp, ep = next(layouts)
             ep = ep if (" " not in name and "moe" in name) or "deepseek" in name else 1
-            if INT8.get(name) == "mixed" and not target.token_scales:
+            if INT8.get(name, "static") != "static" and not target.token_scales:
                 continue
             if every or target.name != "ascend910c":  # the same graphs as those for 910b
                 yield *exported(name, target.name, role, variant, tp, ep), tp

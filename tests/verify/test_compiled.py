@@ -141,10 +141,11 @@ def test_products_of_int8_bit_for_bit(rows: int, depth: int, width: int) -> None
         assert found.tobytes() == expected.tobytes()
 
 
-def test_experts_of_int8() -> None:
+def test_mlp_and_experts_of_int8() -> None:
     """Gates are so large that silu of one is itself, in whatever way it is computed: codes are the same."""
-    inputs, _ = check.examples(np.random.default_rng(0))["ExpertsInt8"]
-    same("ExpertsInt8", *inputs)
+    examples = check.examples(np.random.default_rng(0))
+    for name in ("ExpertsInt8", "MlpInt8"):
+        same(name, *examples[name][0])
 
 
 def test_many_tokens_go_through_the_experts_in_parts() -> None:
@@ -300,7 +301,9 @@ def test_the_graph_takes_matrices_as_they_are_stored(checkpoint: Checkpoints, tm
     stored = {"bfloat16_shards": "bfloat16", "float16": "float32", "untied": "float32"}
     for name, dtype in stored.items():
         convert(checkpoint(name), tmp_path / name, tp=1)
-        (compiled,) = [m.graph for m in compile_graphs(tmp_path / name, "cpu") if m.graph.variant == "compiled"]
-        types = {p.name: p.dtype for p in compiled.reads}
-        assert types[name_of(0, "mlp.down_proj.weight")] == dtype
-        assert types[name_of(0, "input_layernorm.weight")] == "float32"
+        graphs = [m.graph for m in compile_graphs(tmp_path / name, "cpu") if m.graph.variant == "compiled"]
+        assert graphs
+        for compiled in graphs:
+            types = {p.name: p.dtype for p in compiled.reads}
+            assert types[name_of(0, "mlp.down_proj.weight")] == dtype
+            assert types[name_of(0, "input_layernorm.weight")] == "float32"

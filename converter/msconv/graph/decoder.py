@@ -92,10 +92,14 @@ class Mlp(nn.Cell):
         return self.down_proj(self.act(self.gate_up_proj(h)))
 
 
+def mlp(ops: Operations, hidden: int, ffn: int, prefix: str) -> nn.Cell:
+    return ops.whole_mlp(prefix, hidden, ffn) or Mlp(ops, hidden, ffn, prefix)
+
+
 class DenseMlp(nn.Cell):
     def __init__(self, ops: Operations, local: Local, prefix: str) -> None:
         super().__init__()
-        self.mlp = Mlp(ops, local.config.hidden, local.ffn, prefix)
+        self.mlp = mlp(ops, local.config.hidden, local.ffn, prefix)
         self.reduce = ops.all_reduce("", local.config.hidden)
 
     def construct(self, h: Any) -> Any:
@@ -112,7 +116,7 @@ class MoeMlp(nn.Cell):
         self.experts = ops.experts(prefix + "experts.")
         self.has_shared = local.moe.shared_ffn > 0
         if self.has_shared:
-            self.shared = Mlp(ops, local.config.hidden, local.shared_ffn, prefix + "shared_experts.")
+            self.shared = mlp(ops, local.config.hidden, local.shared_ffn, prefix + "shared_experts.")
         self.reduce = ops.all_reduce("", local.config.hidden)
 
     def construct(self, h: Any) -> Any:

@@ -208,6 +208,11 @@ class Operations(ABC):
         """[T, 2*width] -> [T, width]: silu of the first half times the second."""
         return Swiglu(width)
 
+    def whole_mlp(self, prefix: str, hidden: int, ffn: int) -> nn.Cell | None:
+        """h [T, hidden] -> down(silu(gate(h)) * up(h)), where a target has one operation for matrices that are
+        kept as these are; None: it is made of its parts."""
+        return None
+
     @abstractmethod
     def last_tokens(self) -> nn.Cell:
         """(h [T, hidden], step) -> [B, hidden]: the last row of each sequence."""

@@ -16,7 +16,7 @@ Array = NDArray[Any]
 Examples = dict[str, tuple[list[Array], list[Array]]]
 TOLERANCE = 1e-4
 TYPES = {"float32": b"float32", "int32": b"int32", "int8": b"int8", "uint16": b"bfloat16"}
-EXACT = ("ProductInt8", "ProductInt8Static")  # the same bits on every machine
+EXACT = ("ProductInt8", "ProductInt8Static", "MlpInt8")  # the same bits on every machine
 
 
 def call(library: Path, name: str, inputs: Sequence[Array], *shapes: tuple[int, ...]) -> list[Array]:
@@ -134,6 +134,10 @@ def examples_of_int8(rng: np.random.Generator) -> Examples:
     x, start = np.abs(x) + np.float32(0.5), np.full(1, 2, np.int32)
     gate_up, down = codes(3, width, 2 * ffn), codes(3, ffn, width)
     gate_up[:, :, :ffn] = np.abs(gate_up[:, :, :ffn] // 2) + 40
+    one = [
+        a.T for a in (gate_up[0], scales(1, 2 * ffn) * np.float32(4), down[0], scales(1, width) / np.float32(64))
+    ]
+    found["MlpInt8"] = ([x, *one], [mlp_int8(x, *one)])
     shares = rng.uniform(1e-4, 1e-3, (tokens, top_k)).astype(np.float32)
     chosen = rng.integers(0, 7, (tokens, top_k)).astype(np.int32)
     weights = [gate_up, scales(3, 1, 2 * ffn) * np.float32(4), down, scales(3, 1, width)]
@@ -219,6 +223,10 @@ def product_int8_static(
     return y
 
 
+def mlp_int8(x: Array, gate_up: Array, gate_up_scale: Array, down: Array, down_scale: Array) -> Array:
+    return product_int8(swiglu(product_int8(x, gate_up, gate_up_scale)), down, down_scale)
+
+
 def experts_int8(
     x: Array, shares: Array, ids: Array, gate_up: Array, gate_up_scale: Array, down: Array, down_scale: Array
 ) -> Array:
@@ -227,8 +235,7 @@ def experts_int8(
     for e in range(len(down)):
         tokens, places = np.nonzero(ids == e)
         if len(tokens):
-            act = swiglu(product_int8(x[tokens], gate_up[e].T, gate_up_scale[e].T))
-            y = product_int8(act, down[e].T, down_scale[e].T)
+            y = mlp_int8(x[tokens], *(a[e].T for a in (gate_up, gate_up_scale, down, down_scale)))
             np.add.at(out, tokens, y * shares[tokens, places, None])
     return out
 

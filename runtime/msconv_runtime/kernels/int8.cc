@@ -49,6 +49,16 @@ void encode_tokens(const float* x, Codes& to) {
   });
 }
 
+// Of gates and ups side by side, rows `stride` apart; takes their place.
+void encode_activations(float* both, int64_t stride, Codes& to) {
+  parallel_for(to.rows, SERIAL / to.depth, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      swiglu(both + r * stride, both + r * stride, to.depth);
+      encode_token(both + r * stride, to, r);
+    }
+  });
+}
+
 // sums[i][n] = codes of row rows[i] times columns [begin, end) of b [depth, width], in memory `stride` apart, padded.
 #ifdef MSCONV_VNNI
 // Four rows of b side by side: lanes of four bytes.  Within 64 columns, 16 * a + 4 * b + c goes to 16 * b + 4 * a + c.
@@ -208,12 +218,7 @@ void experts(const Arguments& a) {
       }
     }
     run_products(up, 2 * ffn);
-    parallel_for(routing.rows, SERIAL / ffn, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++) {
-        swiglu(mid + r * wide, mid + r * wide, ffn);
-        encode_token(mid + r * wide, act, r);
-      }
-    });
+    encode_activations(mid, wide, act);
     run_products(back, hidden);
     sum_up(routing, weights, top_k, first, last, out, long_, a.at<float>(8), hidden);
   }
@@ -252,6 +257,26 @@ OPERATION(ProductInt8Static) {
   return 0;
 }
 SHAPE(ProductInt8Static) { return {SIZE(0, 0), SIZE(1, 0)}; }
+
+// x [T, depth], gate_up [2*ffn, depth] int8, gate_up_scale [2*ffn, 1], down [width, ffn] int8, down_scale [width, 1]
+// -> [T, width]: both products and what is between them, for one node of a graph costs more than its little work.
+OPERATION(MlpInt8) {
+  if (!a.has(0, "float32", {ANY, ANY}) || !a.has(1, "int8", {ANY, a.size(0, 1)})) return WRONG_SHAPE;
+  const int64_t rows = a.size(0, 0), depth = a.size(0, 1), both = a.size(1, 0), ffn = both / 2;
+  if (both % 2 || !is_depth(depth) || !is_depth(ffn) || !a.has(3, "int8", {ANY, ffn})) return WRONG_SHAPE;
+  const int64_t width = a.size(3, 0);
+  if (!a.has(2, "float32", {both, 1}) || !a.has(4, "float32", {width, 1})) return WRONG_SHAPE;
+  if (!a.has(5, "float32", {rows, width})) return WRONG_SHAPE;
+  Codes x(rows, depth), act(rows, ffn);
+  Floats memory(rows * both);
+  float* mid = memory.reserve(0);
+  encode_tokens(a.at<float>(0), x);
+  multiply_codes(x, a.at<int8_t>(1), both, ByToken{x, a.at<float>(2), mid, both});
+  encode_activations(mid, both, act);
+  multiply_codes(act, a.at<int8_t>(3), width, ByToken{act, a.at<float>(4), a.at<float>(5), width});
+  return 0;
+}
+SHAPE(MlpInt8) { return {SIZE(0, 0), SIZE(3, 0)}; }
 
 // h [T, hidden], weights [T, k], ids [T, k] of all experts, start [1] of this rank's, gate_up [E, hidden, 2*ffn] int8,
 // gate_up_scale [E, 1, 2*ffn], down [E, ffn, hidden] int8, down_scale [E, 1, hidden] -> [T, hidden], as of Experts.

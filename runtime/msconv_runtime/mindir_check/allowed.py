@@ -68,6 +68,7 @@ KERNELS = {  # functions of the library: how many inputs and outputs
     "Attend": (6, 1),
     "Experts": (6, 1),
     "ExpertsInt8": (8, 1),
+    "MlpInt8": (5, 1),
     "Norm": (3, 1),
     "Product": (2, 1),
     "ProductInt8": (3, 1),

@@ -143,6 +143,20 @@ def product_int8_static(
     return (sums(input_codes(x, 1 / scale, offset), weight.T) + bias).float() * deq_scale
 
 
+def _within(x: Tensor, gate_up: Tensor, scale: Tensor) -> Tensor:
+    """What goes into the second product: [T, ffn]."""
+    return swiglu(dynamic_product(x, gate_up.T, scale.reshape(-1)))
+
+
+def _mlp(x: Tensor, gate_up: Tensor, scale: Tensor, *rest: Any) -> list[tuple[int, Tensor, Tensor | None]]:
+    return [(1, row_codes(x)[0], None), (3, row_codes(_within(x, gate_up, scale))[0], None)]
+
+
+@compiled("MlpInt8", _mlp)
+def mlp_int8(x: Tensor, gate_up: Tensor, scale: Tensor, down: Tensor, down_scale: Tensor) -> Tensor:
+    return dynamic_product(_within(x, gate_up, scale), down.T, down_scale.reshape(-1))
+
+
 @compiled("ExpertsInt8", _experts)
 def experts_int8(h: Tensor, weights: Tensor, ids: Tensor, start: Tensor, *matrices: Tensor) -> Tensor:
     gate_up, scales, down, down_scales = matrices
