@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 PIP = ("-m", "pip", "--disable-pip-version-check")
+WHEEL = (*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation")
 
 
 @dataclass(frozen=True)

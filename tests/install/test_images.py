@@ -1,4 +1,4 @@
-"""The image files in docker/: what they copy is there and goes into the build; linted where it may be downloaded."""
+"""The image files in docker/: what they copy is there and is sent to the build; linted by hadolint."""
 
 from __future__ import annotations
 
