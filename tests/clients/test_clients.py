@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
-        find_spec("datasets") is None, reason="needs an environment of its own: `make test-clients`"
+        find_spec("datasets") is None, reason="needs packages of its own: `make test-clients`"
     ),
 ]
 

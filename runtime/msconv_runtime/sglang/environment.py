@@ -1,7 +1,7 @@
 """The environment of SGLang's processes, and stand-ins for packages that it imports and that have no CPU build.
 
-`python -m msconv_runtime.sglang.environment` prints the line that puts these stand-ins on the path of other programs
-of SGLang's, such as its benchmark.
+`python -m msconv_runtime.sglang.environment` prints the line that puts these stand-ins on the path of other
+programs of SGLang's, such as its benchmark.
 """
 
 from __future__ import annotations
