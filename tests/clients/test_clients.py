@@ -26,9 +26,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.e2e,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        find_spec("datasets") is None, reason="needs packages of its own: `make test-clients`"
-    ),
+    pytest.mark.skipif(find_spec("datasets") is None, reason="needs packages of its own: `make test-clients`"),
 ]
 
 
