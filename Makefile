@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 eval test-rehearsal test-names test-digests browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-install eval test-rehearsal test-names test-digests browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -68,6 +68,21 @@ test-ms28: setup .venv-ms28/.installed
 	.venv-ms28/bin/python -m pip install --no-deps --progress-bar off -r requirements/ms28.txt
 	.venv-ms28/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
+
+# SGLang's benchmark, the OpenAI client and /v1/responses against a served artifact: an environment that has them.
+test-clients: compiler .venv-clients/.installed
+	.venv-clients/bin/python -m pytest tests/clients
+
+.venv-clients/.installed: requirements/cpu.txt requirements/clients.txt pyproject.toml
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/clients.txt
+	.venv-clients/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+# The wheel in environments of its own, beside the packages that SGLang pins, and hadolint over docker/; the tests make
+# these environments and remove them.
+test-install: setup
+	MSCONV_INSTALL=1 $(BIN)/python -m pytest tests/install
 
 # lm-evaluation-harness asks a served artifact, and runs transformers on the same checkpoint: a third environment.
 eval: setup compiler .venv-eval/.installed

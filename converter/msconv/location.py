@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from msconv_runtime.errors import UsageError
 
 from .checkpoint import directory
+from .checkpoint.client import require_client
 from .checkpoint.directory import AUXILIARY, Checkpoint
 from .checkpoint.reference import REPOSITORY, Hub
 from .layout.plan import Plan
@@ -155,6 +156,7 @@ def open_reference(ref: str, hub: Hub = "huggingface", weights: bool = True) -> 
     if match is None or _exists(path):
         return LocalDirectory(path)
     name, revision = match[1], match[2] or ""
+    require_client(f"{ref}: no such directory here", ", or give the directory of a checkpoint that is here")
     if hub == "modelscope":
         from .checkpoint.modelscope import download
 

@@ -17,7 +17,7 @@ import pytest
 import msconv.stream.execute as streaming
 from msconv.checkpoint.directory import open_checkpoint
 from msconv.checkpoint.hub import Repository
-from msconv.checkpoint.transfer import RemoteFile
+from msconv.checkpoint.remote import RemoteFile
 from msconv.location import HubRepository
 from msconv.steps.conversion import Conversion, run
 from msconv.steps.reshard import prepare as prepare_reshard

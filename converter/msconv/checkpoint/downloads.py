@@ -12,7 +12,7 @@ from msconv_runtime.errors import ResourceError
 
 from .hub import Repository
 from .hub_errors import RESUMES
-from .transfer import Cancelled, Progress
+from .remote import Cancelled, Progress
 
 AT_ONCE = 4
 KEPT = 6  # of files that are deleted after use: how many may be here, whole or in part

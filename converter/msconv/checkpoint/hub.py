@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
@@ -31,9 +30,11 @@ from ..quant.modelslim import DESCRIPTION
 from . import directory
 from .directory import AUXILIARY, INDEX, INDEX_NAME, SHARD_NAME, SINGLE, Checkpoint, Shard, ShardFile
 from .headers import PREFIX_BYTES, header_length, parse_header, read_header
+from .http import http
 from .hub_errors import HubError, Purpose, explain
 from .reach import unreachable
-from .transfer import Cancelled, Patience, Progress, RemoteFile, fetch, read_range
+from .remote import Cancelled, Progress, RemoteFile
+from .transfer import Patience, fetch, read_range
 from .unsupported import UnsupportedCheckpoint, weightless
 
 CONFIGURATION = ("config.json", "generation_config.json", DESCRIPTION)
@@ -41,7 +42,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 FIRST_RANGE = 64 << 10  # holds the whole header of most shards
 HEADERS_AT_ONCE = 8
-NAMED = (httpx2.HTTPError, HFValidationError)  # ValueErrors that are explained elsewhere
+NAMED = (http.HTTPError, HFValidationError)  # ValueErrors that are explained elsewhere
 LOCK_POLL_S = 0.2
 
 
@@ -163,7 +164,7 @@ class Repository:
             try:
                 metadata = get_hf_file_metadata(self.url(name), timeout=constants.HF_HUB_ETAG_TIMEOUT)
                 return metadata.xet_file_data is not None
-            except httpx2.HTTPError as e:
+            except http.HTTPError as e:
                 patience.wait(e)
 
 

@@ -7,7 +7,6 @@ import errno
 from pathlib import Path
 from typing import Literal
 
-import httpx2
 from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -22,6 +21,7 @@ from huggingface_hub.errors import (
 from msconv_runtime.errors import CheckpointError, MsconvError, ResourceError, UsageError
 
 from ..layout.names import shorten
+from .http import http
 
 RESUMES = "Run the same command again: what was transferred is kept."
 TOKEN = "set HF_TOKEN or run `hf auth login`"
@@ -60,17 +60,17 @@ def explain(error: Exception, repository: str, what: str = "", purpose: Purpose 
         return UsageError(f"{where}: is no name of a model: {str(error)[:200]}", "Give owner/name or a directory.")
     if isinstance(error, HfHubHTTPError):
         return _explain_status(error, repository, where, purpose)
-    if isinstance(error, httpx2.TooManyRedirects):
+    if isinstance(error, http.TooManyRedirects):
         return HubError(
             f"{where}: {constants.ENDPOINT} redirects in a circle.", "Check HF_ENDPOINT and the proxy's settings."
         )
-    if isinstance(error, httpx2.TimeoutException):
+    if isinstance(error, http.TimeoutException):
         return HubError(
             f"{where}: {constants.ENDPOINT} was silent for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s, or nearly so "
             "for longer, several times.",
             f"{RESUMES}  HF_HUB_DOWNLOAD_TIMEOUT sets how long it may be silent.",
         )
-    if isinstance(error, httpx2.HTTPError):
+    if isinstance(error, http.HTTPError):
         return HubError(
             f"{where}: the connection to {constants.ENDPOINT} failed: {str(error)[:200] or type(error).__name__}.",
             f"Check the network and HF_ENDPOINT.  {RESUMES}",

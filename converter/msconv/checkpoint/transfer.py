@@ -10,18 +10,18 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import httpx2
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from msconv_runtime.errors import CheckpointError
+
+from .http import http
+from .remote import SHA1_DIGITS, Cancelled, Digest, Progress, RemoteFile
 
 RETRIES = 5  # in a row that brought less than ENOUGH_BYTES
 ENOUGH_BYTES = 64 << 10
@@ -30,27 +30,6 @@ FIRST_WAIT_S = 0.5  # then doubled
 LONGEST_WAIT_S = 120.0  # that a server may ask for
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 CHUNK_BYTES = 1 << 20
-SHA1_DIGITS = 40
-
-Progress = Callable[[int], None]
-
-
-class Cancelled(Exception):
-    """The download is not wanted any more."""
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository.  `etag`: sha256 of its bytes if it is kept apart from git, else git's own sha1."""
-
-    name: str
-    size: int
-    etag: str
-
-
-class Digest(Protocol):
-    def update(self, data: bytes | memoryview, /) -> None: ...
-    def hexdigest(self) -> str: ...
 
 
 class Patience:
@@ -71,7 +50,7 @@ class Patience:
             if error.response.status_code not in TRANSIENT:
                 raise error
             wait_s = max(wait_s, _asked_wait_s(error.response))
-        elif not isinstance(error, httpx2.TransportError):
+        elif not isinstance(error, http.TransportError):
             raise error
         if self._tries > RETRIES or wait_s > LONGEST_WAIT_S:
             raise error
@@ -79,13 +58,13 @@ class Patience:
             raise Cancelled
 
 
-def _asked_wait_s(response: httpx2.Response) -> float:
+def _asked_wait_s(response: http.Response) -> float:
     asked = response.headers.get("Retry-After", "")
     return float(asked) if asked.isdigit() else 0.0
 
 
 @contextmanager
-def opened(url: str, begin: int, end: int | None = None) -> Iterator[httpx2.Response]:
+def opened(url: str, begin: int, end: int | None = None) -> Iterator[http.Response]:
     """The answer to a request for bytes [begin, end) of a file, its body unread."""
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     headers["Range"] = f"bytes={begin}-{'' if end is None else end - 1}"
@@ -95,7 +74,7 @@ def opened(url: str, begin: int, end: int | None = None) -> Iterator[httpx2.Resp
         yield response
 
 
-def paced(response: httpx2.Response) -> Iterator[bytes]:
+def paced(response: http.Response) -> Iterator[bytes]:
     """The body as it comes.  Raises ReadTimeout if it only trickles."""
     begun, came = time.monotonic(), 0
     for piece in response.iter_raw():
@@ -103,7 +82,7 @@ def paced(response: httpx2.Response) -> Iterator[bytes]:
         yield piece
         if (now := time.monotonic()) - begun > PACE_S:
             if came < ENOUGH_BYTES:
-                raise httpx2.ReadTimeout(f"{came} bytes in {PACE_S:.0f} s")
+                raise http.ReadTimeout(f"{came} bytes in {PACE_S:.0f} s")
             begun, came = now, 0
 
 
@@ -123,8 +102,8 @@ def read_range(url: str, begin: int, end: int, cancelled: threading.Event) -> by
                     if begin + len(data) >= end:
                         break
             if len(data) == before:
-                raise httpx2.RemoteProtocolError("the answer was empty")
-        except httpx2.HTTPError as e:
+                raise http.RemoteProtocolError("the answer was empty")
+        except http.HTTPError as e:
             patience.wait(e)
     return bytes(data[: end - begin])
 
@@ -155,7 +134,7 @@ def fetch(url: str, file: RemoteFile, partial: Path, progress: Progress, cancell
                 landing.restart()
                 raise
     except OSError as e:
-        if not isinstance(e, httpx2.HTTPError):
+        if not isinstance(e, http.HTTPError):
             e.filename = str(partial)
         raise
 
@@ -229,8 +208,8 @@ def _complete(url: str, landing: _Landing, cancelled: threading.Event) -> None:
                         raise Cancelled
                     landing.add(piece)
             if landing.have == before:
-                raise httpx2.RemoteProtocolError("the answer was empty")
-        except (httpx2.HTTPError, OSError) as e:
+                raise http.RemoteProtocolError("the answer was empty")
+        except (http.HTTPError, OSError) as e:
             if landing.have - before >= ENOUGH_BYTES:
                 patience.renew()
             patience.wait(e)

@@ -8,6 +8,7 @@ import click
 
 from msconv_runtime.units import human_bytes
 
+from ..checkpoint.client import require_client
 from .command import Command
 from .console import byte_progresses
 from .inspect import next_command
@@ -33,6 +34,7 @@ def command(repository: str, output: Path | None, require_signature: Path | None
     msconv pull me/Qwen3-8B-tp4@main --output out
     msconv pull me/Qwen3-8B-tp4 --require-signature me.pub
     """
+    require_client("msconv pull")
     from ..share import pull
     from ..share.parts import weight_bytes
 

@@ -9,6 +9,7 @@ import click
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.units import human_bytes
 
+from ..checkpoint.client import require_client
 from .command import Command
 from .console import byte_progress, find_artifact
 from .options import artifact_argument
@@ -43,6 +44,7 @@ def command(
     msconv push artifacts/Qwen3-8B-tp4 --to me/Qwen3-8B-tp4 --private --check
     msconv push artifacts/Qwen3-8B-tp4 --to me/Qwen3-8B-tp4 --sign me.pem
     """
+    require_client("msconv push")
     from ..share import parts
     from ..share.push import push, target
 

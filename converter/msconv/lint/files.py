@@ -23,7 +23,7 @@ from ..checkpoint.directory import (
     refuse_doubt,
     unindexed,
 )
-from ..checkpoint.transfer import Digest
+from ..checkpoint.remote import Digest
 from ..layout.model import TensorInfo
 from .findings import Findings
 

@@ -14,7 +14,7 @@ from msconv_runtime.errors import ArtifactError, UsageError
 
 from ..checkpoint.directory import AUXILIARY
 from ..checkpoint.reference import REPOSITORY
-from ..checkpoint.transfer import SHA1_DIGITS, Progress, RemoteFile
+from ..checkpoint.remote import SHA1_DIGITS, Progress, RemoteFile
 
 PART = re.compile(r"weights/model-rank-\d+-part-\d+\.safetensors|graphs/\w+/\w+\.mindir", re.ASCII)
 NAMES = (*AUXILIARY, MANIFEST, READY, SIGNATURE)

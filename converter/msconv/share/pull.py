@@ -15,7 +15,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -36,10 +35,12 @@ from msconv_runtime.artifact.directory import MAX_MANIFEST_BYTES
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 from msconv_runtime.signatures import refuse_other_manifest, refuse_unsigned
 
+from ..checkpoint.http import http
 from ..checkpoint.hub import Repository, resolve
 from ..checkpoint.hub_errors import explain
 from ..checkpoint.reference import REPOSITORY
-from ..checkpoint.transfer import Cancelled, Progress, RemoteFile, fetch
+from ..checkpoint.remote import Cancelled, Progress, RemoteFile
+from ..checkpoint.transfer import fetch
 from ..workspace.clearing import refuse_foreign
 from ..workspace.disk import disk_error, out_of_space
 from ..workspace.lock import exclusive
@@ -267,7 +268,7 @@ def _bring(
     except Cancelled:
         raise
     except OSError as e:
-        if isinstance(e, httpx2.HTTPError):
+        if isinstance(e, http.HTTPError):
             raise explain(e, repository.reference, file.name, "pull") from e
         raise disk_error(e, root, file.size) from e
     except MsconvError:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars
@@ -26,9 +25,11 @@ from huggingface_hub.utils._runtime import is_xet_available
 from msconv_runtime.artifact import MANIFEST, READY, SIGNATURE, Manifest, digest_bytes
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 
+from ..checkpoint.http import http
 from ..checkpoint.hub import Repository, resolve
 from ..checkpoint.hub_errors import HubError, explain
-from ..checkpoint.transfer import Cancelled, Patience, Progress, read_range
+from ..checkpoint.remote import Cancelled, Progress
+from ..checkpoint.transfer import Patience, read_range
 from ..layout.names import shorten
 from ..workspace.names import REPORT
 from .card import MARK, card
@@ -231,7 +232,7 @@ def _explained(error: Exception, name: str, what: str = "") -> Exception:
         error = error.__cause__
     if isinstance(error, Cancelled):
         return error
-    if isinstance(error, OSError) and not isinstance(error, httpx2.HTTPError):
+    if isinstance(error, OSError) and not isinstance(error, http.HTTPError):
         return ArtifactError(f"{error.filename or what}: cannot be read: {error.strerror}.")
     if isinstance(error, KeyError | TypeError) or type(error) is ValueError:
         said = f"{name}: {constants.ENDPOINT} refuses the upload, or does not answer as a hub does"

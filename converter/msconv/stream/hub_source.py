@@ -14,7 +14,7 @@ from ..checkpoint.directory import ShardFile
 from ..checkpoint.downloads import Downloads
 from ..checkpoint.headers import PREFIX_BYTES, header_length
 from ..checkpoint.hub import Repository
-from ..checkpoint.transfer import Cancelled, Progress
+from ..checkpoint.remote import Cancelled, Progress
 from ..layout.model import TensorInfo
 from .source import DirectorySource, Source, SourceLocation
 from .transform import Stopped

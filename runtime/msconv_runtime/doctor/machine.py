@@ -16,6 +16,7 @@ from ..versions import in_series
 from .findings import ALL, Finding, State, gib
 
 PYTHON = ("3.11",)
+UNTRIED_PYTHON = ("3.12",)  # MindSpore has wheels for it, and converting is tried; serving is not
 LEAST = 256 << 20  # free memory, and disk, with which small models still convert
 
 
@@ -106,7 +107,8 @@ def version_in(path: Path, *keys: str) -> str:
 
 def system_findings(machine: Machine) -> Iterator[Finding]:
     """Findings about Python, platform, processors, memory and disk."""
-    state: State = "ok" if in_series(machine.python, PYTHON) else "wrong"
+    untried = in_series(machine.python, UNTRIED_PYTHON)
+    state: State = "ok" if in_series(machine.python, PYTHON) else "untested" if untried else "wrong"
     hint = "`make setup PYTHON=/path/to/python3.11`"
     yield Finding("python", state, machine.python, f"{PYTHON[0]}.x", hint, ALL)
     linux = machine.system.startswith("Linux ")

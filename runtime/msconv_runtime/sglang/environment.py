@@ -1,9 +1,14 @@
-"""The environment of SGLang's processes, and stand-ins for packages that it imports and that have no CPU build."""
+"""The environment of SGLang's processes, and stand-ins for packages that it imports and that have no CPU build.
+
+`python -m msconv_runtime.sglang.environment` prints the line that puts these stand-ins on the path of other
+programs of SGLang's, such as its benchmark.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +49,6 @@ def cores_by_rank(cores: list[int], tp: int) -> str:
 
 def cpu_environment() -> dict[str, str]:
     """SGLang's CPU switch, no hub, and stand-ins for packages that have no CPU build and are not there."""
-    roots = [str(STANDINS / f"for_{name}") for name in ("torchvision", "sgl_kernel") if not imports(name)]
     environment = {
         **NO_COREDUMP,
         "SGLANG_USE_CPU_ENGINE": "1",
@@ -53,10 +57,15 @@ def cpu_environment() -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "OPENBLAS_NUM_THREADS": "1",  # its threads would keep SGLang's processes from being copies of one
     }
-    if roots:
-        before = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-        environment["PYTHONPATH"] = os.pathsep.join([*roots, *(p for p in before if p not in roots)])
-    return environment
+    return environment | path_of_standins()
+
+
+def path_of_standins() -> dict[str, str]:
+    """PYTHONPATH with the stand-ins for what does not import here; nothing if all does."""
+    roots = [str(STANDINS / f"for_{name}") for name in ("torchvision", "sgl_kernel") if not imports(name)]
+    before = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    path = os.pathsep.join([*roots, *(p for p in before if p not in roots)])
+    return {"PYTHONPATH": path} if roots else {}
 
 
 def use_cpu(tp: int = 1) -> None:
@@ -75,3 +84,13 @@ def imports(name: str) -> bool:
     if spec is None or (spec.origin and str(STANDINS) in spec.origin):
         return False
     return subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).returncode == 0
+
+
+def main() -> None:
+    """Prints what a POSIX shell is to `eval`; nothing where nothing is missing."""
+    for name, value in path_of_standins().items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    main()
