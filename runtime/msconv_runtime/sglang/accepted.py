@@ -62,6 +62,7 @@ CHECKED = (  # their values are looked at
     "--speculative-algorithm",
     "--speculative-draft-model-path",
     "--speculative-eagle-topk",
+    "--speculative-ngram-max-bfs-breadth",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..artifact import Artifact, is_artifact
 from ..errors import MsconvError
+from ..kv_pool import usual_pool
 from ..roles import gives_all_logits
 from ..serving.flags import number
 from ..targets import Target
@@ -17,7 +19,9 @@ from .accepted import EAGLE
 
 ALGORITHM = "--speculative-algorithm"
 DRAFT_PATHS = ("--speculative-draft-model-path", "--speculative-draft-model")
-BRANCHES = "--speculative-eagle-topk"
+BRANCHES, BREADTH = "--speculative-eagle-topk", "--speculative-ngram-max-bfs-breadth"
+USUAL_BREADTH = 10  # SGLang's
+PAGE = "--page-size"
 NGRAM, STANDALONE = "NGRAM", "STANDALONE"
 READ_HIDDEN = ("EAGLE", "EAGLE3", "NEXTN", "FROZEN_KV_MTP")
 TOKENIZER = "tokenizer.json"
@@ -68,9 +72,16 @@ def _of_ngram(asked: str, artifact: Artifact, target: Target, given: Mapping[str
     if not target.device.is_host:
         yield f"{asked}: SGLang 0.5.23 has it for no NPU.  Leave the flag out"
         return
-    lacking = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    branches = number(given, BREADTH) or USUAL_BREADTH
+    page = number(given, PAGE) or usual_pool(artifact, target).page
+    if branches > 1 and page > 1:
+        yield (
+            f"{asked}: drafts that branch ({BREADTH} {branches}) need pages of one token, these have {page}.  "
+            f"Give {PAGE} 1, or {BREADTH} 1"
+        )
+    lacking = [tool for tool in (os.environ.get("CXX") or "c++", "ninja") if shutil.which(tool) is None]
     if lacking:
-        yield f"{asked}: SGLang compiles it when it starts, and {' and '.join(lacking)} are not there.  Install them"
+        yield f"{asked}: SGLang compiles a part of it at the start.  Install {' and '.join(lacking)}"
 
 
 def _of_standalone(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
