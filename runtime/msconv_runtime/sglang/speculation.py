@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
+from ..artifact.integrity import check_graphs
 from ..errors import MsconvError
 from ..kv_pool import usual_pool
 from ..roles import gives_all_logits
@@ -24,6 +25,7 @@ USUAL_BREADTH = 10  # SGLang's
 PAGE = "--page-size"
 NGRAM, STANDALONE = "NGRAM", "STANDALONE"
 READ_HIDDEN = ("EAGLE", "EAGLE3", "NEXTN", "FROZEN_KV_MTP")
+MOST = 3  # damaged files that are named
 TOKENIZER = "tokenizer.json"
 
 
@@ -97,6 +99,7 @@ def _of_standalone(asked: str, artifact: Artifact, target: Target, given: Mappin
         return
     try:
         draft = Artifact(Path(path))
+        yield from (f"{flag}: {d.path}: {d.problem}.  Copy it again" for d in check_graphs(draft)[:MOST])
         draft.graphs(target.name)
         yield from _no_logits(asked, draft, target)
         yield from (f"{flag}: {problem}" for problem in differences(artifact, draft))
