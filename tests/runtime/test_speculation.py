@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from msconv_runtime.artifact import Parallel, read_manifest, write_manifest
+from msconv.steps.compile import compile_graphs
+from msconv_runtime.artifact import read_manifest, write_manifest
 from msconv_runtime.doctor import Machine, examine
 from msconv_runtime.errors import UsageError
 from msconv_runtime.roles import VERIFY
@@ -20,7 +20,8 @@ from msconv_runtime.targets import CPU
 from msconv_runtime.targets.ascend import ASCEND910B
 from tests.checkpoints import make_qwen3
 from tests.commands import run_msconv
-from tests.conftest import add_tokenizer
+from tests.conftest import Checkpoints, add_tokenizer
+from tests.conversions import prepare, run
 
 NGRAM = ("--speculative-algorithm", "NGRAM")
 CHAIN = ("--speculative-ngram-max-bfs-breadth", "1")
@@ -108,44 +109,43 @@ def test_graphs_without_all_logits_are_told_by_serve_and_doctor(compiled: Path, 
     assert "all logits cpu" not in {f.name for f in examine(Machine(), compiled).findings}
 
 
+def convert(checkpoint: Path, root: Path, tp: int = 1) -> Path:
+    run(prepare(checkpoint, tp, output=root))
+    compile_graphs(root, "cpu")
+    return root
+
+
 def test_a_draft_of_another_vocabulary_is_refused(compiled: Path, tmp_path: Path) -> None:
     make_qwen3(tmp_path / "small", vocab_size=1001)
-    add_tokenizer(tmp_path / "small")
-    for line in (
-        ("convert", "--model", tmp_path / "small", "--output", tmp_path / "draft"),
-        ("compile", tmp_path / "draft", "--target", "cpu"),
-    ):
-        assert (done := run_msconv(*line)).code == 0, done.stderr
-    assert "has a vocabulary of 1001 tokens, its target one of 1003" in refused(
-        compiled, *standalone(tmp_path / "draft")
-    )
+    draft = convert(tmp_path / "small", tmp_path / "draft")
+    assert "has a vocabulary of 1001 tokens, its target one of 1003" in refused(compiled, *standalone(draft))
 
 
-def test_a_draft_of_another_tokenizer_is_refused(compiled: Path, own_artifact: Path) -> None:
-    path = own_artifact / "tokenizer.json"
+def test_a_draft_of_another_tokenizer_is_refused(
+    compiled: Path, own_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    source = own_checkpoint("other_seed")
+    launch(compiled, *standalone(convert(source, tmp_path / "none")))
+    add_tokenizer(source)
+    path = source / "tokenizer.json"
     data = json.loads(path.read_text())
     vocabulary = data["model"]["vocab"]
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     path.write_text(json.dumps(data))
-    assert "another tokenizer than its target: 'A' is 33 there, 32 here" in refused(
-        compiled, *standalone(own_artifact)
-    )
-    path.unlink()
-    launch(compiled, *standalone(own_artifact))
+    draft = convert(source, tmp_path / "other")
+    assert "another tokenizer than its target: 'A' is 33 there, 32 here" in refused(compiled, *standalone(draft))
 
 
 def test_a_draft_of_another_layout_without_graphs_or_damaged_is_refused(
-    compiled: Path, own_artifact: Path, tmp_path: Path
+    compiled: Path, own_artifact: Path, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    manifest = read_manifest(own_artifact)
-    write_manifest(own_artifact, replace(manifest, parallel=Parallel(tp=2, ep=1)))
-    assert "is for tp 2, ep 1, its target for tp 1, ep 1" in refused(compiled, *standalone(own_artifact))
-    write_manifest(own_artifact, replace(manifest, graphs=[]))
-    assert "has no graphs" in refused(compiled, *standalone(own_artifact))
-    damaged = Path(shutil.copytree(compiled, tmp_path / "damaged"))
-    graph = damaged / "graphs" / "cpu" / "decode.mindir"
+    split = convert(checkpoint("untied"), tmp_path / "tp2", 2)
+    assert "is for tp 2, ep 1, its target for tp 1, ep 1" in refused(compiled, *standalone(split))
+    graph = own_artifact / "graphs" / "cpu" / "decode.mindir"
     graph.write_bytes(graph.read_bytes()[:-1] + b"\0")
-    assert "graphs/cpu/decode.mindir" in refused(compiled, *standalone(damaged))
+    assert "graphs/cpu/decode.mindir" in refused(compiled, *standalone(own_artifact))
+    write_manifest(own_artifact, replace(read_manifest(own_artifact), graphs=[]))
+    assert "has no graphs" in refused(compiled, *standalone(own_artifact))
 
 
 def test_ngram_without_a_compiler_and_on_an_npu_is_refused(

@@ -99,7 +99,9 @@ def _of_standalone(asked: str, artifact: Artifact, target: Target, given: Mappin
         return
     try:
         draft = Artifact(Path(path))
-        yield from (f"{flag}: {d.path}: {d.problem}.  Copy it again" for d in check_graphs(draft)[:MOST])
+        if damage := check_graphs(draft):
+            yield from (f"{flag}: {d.path}: {d.problem}.  Copy it again" for d in damage[:MOST])
+            return
         draft.graphs(target.name)
         yield from _no_logits(asked, draft, target)
         yield from (f"{flag}: {problem}" for problem in differences(artifact, draft))
