@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from msconv.steps.compile import compile_graphs
-from msconv_runtime.artifact import read_manifest, write_manifest
+from msconv_runtime.artifact import Artifact, read_manifest, write_manifest
 from msconv_runtime.doctor import Machine, examine
 from msconv_runtime.errors import UsageError
 from msconv_runtime.roles import VERIFY
@@ -148,11 +148,23 @@ def test_a_draft_of_another_layout_without_graphs_or_damaged_is_refused(
     assert "has no graphs" in refused(compiled, *standalone(own_artifact))
 
 
+def test_a_drafts_memory_counts(compiled: Path, own_artifact: Path) -> None:
+    """A copy takes as much as the target."""
+
+    def needed(*drafts: Artifact) -> float:
+        report = examine(Machine(), compiled, tokens=1 << 20, drafts=drafts)
+        (finding,) = (f for f in report.findings if f.name == "memory to serve")
+        return float(finding.needed.split(" ")[0])
+
+    (draft,) = speculation.drafts(dict(zip(*[iter(standalone(own_artifact))] * 2, strict=True)))
+    assert needed(draft) == pytest.approx(2 * needed(), rel=0.05)
+    assert speculation.drafts({"--speculative-algorithm": "NGRAM"}) == []
+    assert speculation.drafts({"--speculative-algorithm": "STANDALONE", "--speculative-draft-model": "/no"}) == []
+
+
 def test_ngram_without_a_compiler_and_on_an_npu_is_refused(
     compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from msconv_runtime.artifact import Artifact
-
     given = dict([NGRAM, CHAIN])
     artifact = Artifact(compiled)
     monkeypatch.setattr(speculation.shutil, "which", lambda tool: None)

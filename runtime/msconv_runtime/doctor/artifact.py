@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ MAX_DAMAGE = 20  # files that are named
 
 
 def artifact_findings(
-    machine: Machine, root: Path, tokens: int, needs: Needs
+    machine: Machine, root: Path, tokens: int, needs: Needs, drafts: Sequence[Artifact] = ()
 ) -> tuple[dict[str, Any], list[Finding]]:
     """The artifact in short, and how it fits this machine."""
     short: dict[str, Any] = {"path": str(root), "ready": False}
@@ -32,7 +32,7 @@ def artifact_findings(
         manifest = artifact.manifest
         short["ready"] = True
         damage = _damage(artifact)
-        memory = list(memory_findings(machine, artifact, tokens, needs))
+        memory = list(memory_findings(machine, artifact, tokens, needs, drafts))
     except (MsconvError, OSError, ImportError) as e:
         hint = getattr(e, "hint", "") or "make it readable, and numpy importable"
         return short, [Finding("artifact", "wrong", str(e), "READY, and a manifest that fits", hint, SERVE)]

@@ -34,6 +34,14 @@ def draft_path(given: Mapping[str, str]) -> str:
     return next((given[name] for name in DRAFT_PATHS if name in given), "")
 
 
+def drafts(given: Mapping[str, str]) -> list[Artifact]:
+    """The same, opened, if it can be."""
+    try:
+        return [Artifact(Path(path))] if (path := draft_path(given)) and ALGORITHM in given else []
+    except MsconvError:
+        return []
+
+
 def speculation_problems(artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
     """Why drafts cannot be made, or not be verified by the artifact's graphs, each with what to do."""
     if ALGORITHM not in given:
