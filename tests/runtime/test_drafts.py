@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,39 @@ def test_a_chain_is_several_new_tokens_of_each_sequence() -> None:
     assert batch.q_lens.tolist() == [2, 2]
     assert batch.context_lens.tolist() == [7, 11]
     assert batch.block_tables is tables
+
+
+def verify(topk: int, mask: Any = None) -> Any:
+    """SGLang's batch of two sequences of which drafts are verified."""
+    mode = SimpleNamespace(is_target_verify=lambda: True)
+    info = SimpleNamespace(tree_topk=topk, custom_mask=mask)
+    return SimpleNamespace(req_pool_indices=torch.tensor([2, 0]), forward_mode=mode, spec_info=info)
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_a_chain_fits_any_page(page: int) -> None:
+    """As on an NPU, where pages have 16 slots and more."""
+    table = torch.arange(3 * 48, dtype=torch.int32).view(3, 48)
+    positions = ints(20, 21, 22, 5, 6, 7)
+    slots = ints(*(96 + p for p in positions[:3]), *positions[3:])
+    batch = drafts.batch_of(ints(*range(6)), positions, slots, verify(1), table, page)
+    assert batch.q_lens.tolist() == [3, 3]
+    assert batch.context_lens.tolist() == [23, 8]
+    for row, token in ((0, 0), (0, 2), (1, 3), (1, 5)):
+        position = int(positions[token])
+        assert batch.block_tables[row, position // page] * page + position % page == slots[token]
+
+
+def test_a_tree_needs_pages_of_one_slot() -> None:
+    mask = torch.tensor(np.stack([mask_of([-1, 0, 0])] * 2)).flatten()
+    table = torch.arange(3 * 48, dtype=torch.int32).view(3, 48)
+    positions, slots = ints(20, 21, 21, 5, 6, 6), ints(116, 117, 118, 5, 6, 7)
+    batch = drafts.batch_of(ints(*range(6)), positions, slots, verify(-1, mask), table, 1)
+    assert batch.context_lens.tolist() == [21, 22, 22, 6, 7, 7]
+    assert batch.block_tables[2, 19:22].tolist() == [115, 116, 118]
+    assert batch.block_tables[5, 4:7].tolist() == [4, 5, 7]
+    with pytest.raises(ValueError, match="have 16"):
+        drafts.batch_of(ints(*range(6)), positions, slots, verify(-1, mask), table, 16)
 
 
 @pytest.mark.parametrize("seed", range(5))
