@@ -60,6 +60,9 @@ def activate() -> None:
     HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool", _make_pool, HookType.AROUND
     )
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.init_mindspore_runner", _begin_once, HookType.AROUND
+    )
     HookRegistry.register(f"{DRAFT_BACKENDS}.create_decode_backend", attend_in_steps, HookType.AROUND)
     HookRegistry.register(f"{DRAFT_BACKENDS}.create_draft_extend_backend", attend_in_extend, HookType.AROUND)
     HookRegistry.register(f"{CONFIGURATOR}._build_ascend_mla_kv_pool", _build_one_latent, HookType.AROUND)
@@ -139,6 +142,12 @@ def _make_pool(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: 
         return original(runner, *args, **kwargs)
     with pool.reserved_zeros():
         return original(runner, *args, **kwargs)
+
+
+def _begin_once(original: Callable[[Any], None], runner: Any) -> None:
+    """MindSpore's device, meeting and groups are a process's: those of the target are there for its draft."""
+    if not (runner.is_draft_worker and _slot_is_ours() and is_artifact(runner.model_config.model_path)):
+        original(runner)
 
 
 def _build_one_latent(original: Callable[..., Any], configurator: Any, **sizes: Any) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
-from ..artifact.integrity import check_graphs
 from ..errors import MsconvError
 from ..kv_pool import usual_pool
 from ..roles import gives_all_logits
@@ -105,6 +104,8 @@ def _of_standalone(asked: str, artifact: Artifact, target: Target, given: Mappin
     if not is_artifact(path):
         yield f"{flag}: is no artifact.  `msconv convert --model {path} --output DIR` makes one"
         return
+    from ..artifact.integrity import check_graphs  # needs numpy
+
     try:
         draft = Artifact(Path(path))
         if damage := check_graphs(draft):
