@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=0, help="routed experts a layer  [default: all]")
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--quant", help="as of `msconv convert`; `copy output` copies what that writes")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--work", type=Path, default=Path("artifacts/benchmark"))
@@ -61,6 +62,7 @@ def main() -> None:
     print(f"{args.model}, {args.layers} layers: {size / 1e9:.2f} GB; {platform.machine()}, {os.cpu_count()} cores")
     convert = [sys.executable, "-m", "msconv", "convert", "--model", source, "--tp", args.tp, "--ep", args.ep]
     convert += ["--output", target, *(["--jobs", args.jobs] if args.jobs else [])]
+    convert += ["--quant", args.quant] if args.quant else []
     commands = {
         "cp": ["cp", "-r", source, target],
         "copy loop": [sys.executable, HERE.with_name("copy_loop.py"), source, target],
@@ -159,6 +161,7 @@ def report(runs: dict[str, list[Run]], size: int, args: argparse.Namespace) -> N
             "model": args.model,
             "layers": args.layers,
             "tp": args.tp,
+            "quant": args.quant,
             "bytes": size,
             "cores": os.cpu_count(),
             "machine": platform.machine(),

@@ -24,6 +24,8 @@ EVERYWHERE = ("--json", "--quiet", "--verbose")
 INTRODUCTION = """\
 # Commands
 
+For people and scripts that need every option, variable, field and exit code.
+
 Written by `python -m docs.generate`; a test compares it with the program.
 
 Data goes to stdout, everything else to stderr. An option is taken from the command line, else from its variable,

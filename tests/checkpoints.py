@@ -33,6 +33,7 @@ BITS: dict[str, Any] = {  # values as bits: exact
     "F8_E4M3": np.uint8,
     "I8": np.int8,
     "I32": np.uint32,
+    "I64": np.int64,
 }
 
 

@@ -16,6 +16,7 @@ from msconv.layout.cuts import make_mesh
 from msconv.layout.memory import DeviceMemory, kv_bytes_per_token
 from msconv.layout.model import Sizes, Table, TensorInfo, expected_sources
 from msconv.layout.planning import make_plan
+from msconv.quant import format_asked
 from msconv.recipes import (
     DIRECTORY,
     MAX_BYTES,
@@ -28,6 +29,7 @@ from msconv.recipes import (
     read_recipe,
 )
 from msconv_runtime.errors import UsageError
+from tests.commands import run_msconv
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 MODELS = {
@@ -87,10 +89,47 @@ def test_recipes_are_sized_for_each_kind_of_device() -> None:
 def test_weights_and_cache_fit_the_devices_of_the_recipe(name: str) -> None:
     r = recipe(name)
     table, sizes, sources, positions = model_of(r.model)
-    plan = make_plan(table, sizes, sources, make_mesh(r.tp, r.ep), r.dtype)
+    plan = make_plan(table, sizes, sources, make_mesh(r.tp, r.ep), r.dtype, quant=format_asked(r.quant))
     needed = DeviceMemory(plan.rank_bytes, kv_bytes_per_token(sizes, plan.mesh, plan.dtype), r.context, r.requests)
     assert needed.fits(r.devices.memory_gib << 30), f"{needed.total_bytes / 2**30:.2f} GiB"
     assert r.context <= positions
+
+
+QUANTISED = [name for name in SHIPPED if recipe(name).quant]
+
+
+def test_models_that_ascend_serves_in_int8_have_a_recipe_for_it() -> None:
+    """Those of SGLang's best practice for Ascend that are of a family here: docs/platforms/ascend, 0.5.23."""
+    models = {"DeepSeek-R1", "Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B"}
+    assert {f"{m}-w8a8{kind}" for m in models for kind in ("", "-910c")} <= set(QUANTISED)
+    r = recipe("DeepSeek-R1-w8a8")
+    assert (r.devices.count, r.devices.memory_gib, r.context) == (16, 64, 32768)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_int8_takes_about_half_of_bfloat16(name: str) -> None:
+    r = recipe(name)
+    table, sizes, sources, _ = model_of(r.model)
+    half, whole = (
+        make_plan(table, sizes, sources, make_mesh(r.tp, r.ep), r.dtype, quant=quant).rank_bytes
+        for quant in (format_asked(r.quant), None)
+    )
+    assert 0.5 < half / whole < 0.62
+    assert name.partition("-w8a8")[0] == r.model.partition("/")[2]
+
+
+def test_plan_and_a_recipe_say_the_same_size(tmp_path: Path) -> None:
+    """`plan` of the configuration alone, with the recipe's values."""
+    r = recipe("DeepSeek-R1-w8a8")
+    table, sizes, sources, _ = model_of(r.model)
+    plan = make_plan(table, sizes, sources, make_mesh(r.tp, r.ep), r.dtype, quant=format_asked(r.quant))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((CONFIGS / "DeepSeek-R1.json").read_bytes())
+    done = run_msconv("plan", "--model", tmp_path / "model", "--recipe", "DeepSeek-R1-w8a8", "--json")
+    assert done.code == 0, done.stderr
+    assert done.json["quant"] == "w8a8-dynamic"
+    assert done.json["fits"]
+    assert [rank["weight_bytes"] for rank in done.json["ranks"]] == [plan.rank_bytes] * 16
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -9,6 +9,7 @@ import click
 import pytest
 
 from msconv.cli import COMMANDS, cli
+from tests.checkpoints import edit_json
 from tests.cli.interface import fields, flags
 from tests.commands import run_msconv
 from tests.conftest import Checkpoints
@@ -59,6 +60,12 @@ def test_fields_of_what_is_planned_and_converted(checkpoint: Checkpoints, tmp_pa
     check("msconv convert", "convert", *options)
     check("msconv reshard", "reshard", tmp_path / "out", "--tp", 1, "--output", tmp_path / "one")
     check("error", "convert", *options[:2], code=2)
+
+
+def test_fields_of_what_is_linted(own_checkpoint: Checkpoints) -> None:
+    model = own_checkpoint("untied")
+    edit_json(model / "config.json", num_hidden_layers=3)
+    check("msconv lint", "lint", model, code=1)
 
 
 def test_fields_of_what_is_shown() -> None:

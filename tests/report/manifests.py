@@ -10,6 +10,7 @@ from msconv.layout.cuts import make_mesh
 from msconv.layout.files import file_name
 from msconv.layout.model import expected_sources
 from msconv.layout.planning import make_plan
+from msconv.quant import format_asked
 from msconv_runtime import claims
 from msconv_runtime.artifact import (
     FORMAT,
@@ -38,17 +39,36 @@ def invented(name: str) -> str:
     return digest_bytes(name.encode())
 
 
+def of_int8(layers: int) -> dict[str, str | int | float]:
+    """What `verify` writes of int8: layer 1's MLP has the most led codes, layer 2's attention none at all."""
+    shares = {f"int8_led_share model.layers.{i}.{m}": 1e-6 for i in range(layers) for m in ("self_attn", "mlp")}
+    shares |= {"int8_led_share model.layers.1.mlp": 5e-5, "int8_led_share model.layers.2.self_attn": 0.0}
+    codes = {"int8_codes_compared": 1_000_000, "int8_codes_led": 37, "int8_codes_unexplained": 0}
+    drift = {"kl": 5.1e-4, "kl_bound": 2e-3, "argmax_agreement": 0.996}
+    drift |= {"perplexity": 12.375, "perplexity_unquantised": 12.25}
+    return {**codes, **shares, **{f"int8_drift_{name}": n for name, n in drift.items()}}
+
+
 def manifest_of(
-    config_name: str, tp: int, ep: int, targets: tuple[str, ...] = (), proven: bool = True, weights: bool = True
+    config_name: str,
+    tp: int,
+    ep: int,
+    targets: tuple[str, ...] = (),
+    proven: bool = True,
+    weights: bool = True,
+    quant: str | None = None,
 ) -> tuple[Manifest, DecoderConfig]:
     """A manifest with everything that a real one of this model and layout has."""
     raw = json.loads((CONFIGS / f"{config_name}.json").read_text())
     family, config = configure(raw, config_name)
     sizes, mesh = config.sizes(), make_mesh(tp, ep)
-    plan = make_plan(family.table, sizes, expected_sources(family.table, sizes, "bfloat16"), mesh)
+    plan = make_plan(
+        family.table, sizes, expected_sources(family.table, sizes, "bfloat16"), mesh, quant=format_asked(quant)
+    )
     stored = Weights(
         dtype="bfloat16",
         source_dtype="float8_e4m3fn",
+        quant=plan.quant,
         digest=invented("weights"),
         files=[
             WeightFile(file_name(r, i), r, f.size, invented(f"{r} {i}"))
@@ -112,7 +132,8 @@ def manifest_of(
             argmax_agreement=1.0,
             ranks=tp,
             logits_compared=204,
-            settings={"prefill": 7.5e-6, "decode": 3.25e-6, "half_precision_max_abs_logit_error": 0.875}
+            settings=(of_int8(config.layers) if quant else {})
+            | {"prefill": 7.5e-6, "decode": 3.25e-6, "half_precision_max_abs_logit_error": 0.875}
             | {"half_precision_argmax_agreement": 0.96875},
             norms=norms,
         )

@@ -270,3 +270,46 @@ def test_loads_are_those_that_plan_would_say() -> None:
     assert loads[32, 32768]["total_bytes"] == target["weight_bytes"] + 32 * 32768 * per_token
     assert loads[1, 4096]["fits"] == ["fits", "fits"]
     assert loads[32, 32768]["fits"] == ["does not fit", "fits"]
+
+
+# int8
+
+
+def test_formats_are_told_by_group_and_are_all_of_a_rank() -> None:
+    data = described("DeepSeek-V3", 16, 16, ("ascend910b",), quant="w8a8")
+    codes, *values = data["weights"]["formats"]
+    assert (codes["title"], codes["dtype"]) == ("int8 (W8A8, a scale a token)", "int8")
+    assert codes["groups"] == "attention, dense MLP, experts, shared experts"
+    assert {v["title"] for v in values} == {"values"}
+    assert "router" in " ".join(v["groups"] for v in values)
+    assert sum(f["share"] for f in data["weights"]["formats"]) == pytest.approx(1)
+    assert data["coverage"]["missing"] == data["coverage"]["unused"] == []
+    assert data["coverage"]["expected"] == data["coverage"]["stored"]
+    plain = described("DeepSeek-V3", 16, 16, ("ascend910b",))
+    assert plain["int8"] == []
+    assert [f["title"] for f in plain["weights"]["formats"]] == ["values", "values"]
+    half, whole = (sum(f["bytes"] for f in d["weights"]["formats"]) for d in (data, plain))
+    assert 0.5 < half / whole < 0.6
+
+
+def test_led_codes_and_drift_are_those_that_verify_wrote() -> None:
+    (proof,) = described("Qwen3-8B", 2, 1, ("ascend910b",), quant="w8a8")["int8"]
+    assert proof["codes"] == {"compared": 1_000_000, "led": 37, "share": 3.7e-5, "most": 1e-4, "unexplained": 0}
+    assert proof["drift"]["kl"] == 5.1e-4
+    assert proof["drift"]["perplexity_unquantised"] == 12.25
+    columns = proof["heat"]["columns"]
+    assert [c["layers"] for c in columns] == [str(i) for i in range(36)]
+    assert columns[1]["mlp"]["error"] == 5e-5
+    assert columns[1]["mlp"]["level"] > columns[0]["mlp"]["level"] > columns[2]["attention"]["level"] == 0
+    assert described("Qwen3-8B", 2, 1, ("ascend910b",), proven=False, quant="w8a8")["int8"] == []
+
+
+def test_of_many_layers_neighbours_share_a_column_of_led_codes() -> None:
+    from msconv.report.int8 import int8_proof
+
+    manifest, _ = manifest_of("Qwen3-8B", 1, 1, ("cpu",), quant="w8a8")
+    proof = int8_proof("cpu", manifest.verified[0], 200)
+    assert proof is not None
+    assert len(proof["heat"]["columns"]) == 67
+    assert proof["heat"]["columns"][0]["mlp"]["error"] == 5e-5
+    assert proof["heat"]["columns"][-1]["mlp"] is None

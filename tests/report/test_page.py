@@ -52,7 +52,7 @@ def evil(manifest: Manifest, config: DecoderConfig) -> dict[str, Any]:
     return describe(changed, config, {})
 
 
-@pytest.fixture(params=["real", "large", "unproven", "graphs only", "weights only", "dense"])
+@pytest.fixture(params=["real", "large", "unproven", "graphs only", "weights only", "dense", "int8"])
 def page(request: pytest.FixtureRequest) -> Page:
     if request.param == "real":
         proven: Path = request.getfixturevalue("proven")
@@ -63,6 +63,7 @@ def page(request: pytest.FixtureRequest) -> Page:
         "graphs only": lambda: page_of("Qwen3-32B", 8, 1, ("ascend910b",), weights=False),
         "weights only": lambda: page_of("Qwen3-235B-A22B", 16, 8),
         "dense": lambda: page_of("Qwen3-0.6B", 1, 1, ("cpu",)),
+        "int8": lambda: page_of("DeepSeek-V3", 16, 16, ("ascend910b",), quant="w8a8"),
     }[request.param]()
 
 

@@ -36,6 +36,7 @@ WORDS = (
     "ascend910b",
 )
 NUMBERS = (-1, 0, 1, 2**31, 2**53, 2**63 - 1, 2**64, -(2**63), 10**30, 1.5, -0.0, 1e308)
+LED = {"int8_codes_compared": 100000, "int8_codes_led": 1, "int8_codes_unexplained": 0}
 OTHERS: tuple[Any, ...] = (None, [], {}, [None], {"a": 1}, True, [[[[[]]]]], ["x"] * 3000)
 
 
@@ -57,6 +58,7 @@ def proof(root: Path, **changes: Any) -> Verified:
             "prefill": 2e-6,
             "half_precision_max_abs_logit_error": 0.5,
             "half_precision_argmax_agreement": 0.9,
+            **LED,
         },
         "norms": {"model.norm": 1e-6},
     }
@@ -159,6 +161,12 @@ def test_any_forged_manifest_is_refused_or_does_no_harm(own_artifact: Path) -> N
         ({"target": "evil"}, "is of no known target"),
         ({"settings": {"half_precision_bound": 1.0}}, "has half precision's bound"),
         ({"settings": {"prefill": "good"}}, "has a setting that is no number"),
+        ({"settings": {**LED, "int8_codes_unexplained": 1}}, "led 1 of 100000 codes and left 1 unexplained"),
+        ({"settings": {**LED, "int8_codes_led": 10}}, "led 10 of 100000 codes"),
+        ({"settings": {"int8_drift_kl": 0.1}}, "led nan of nan codes"),
+        ({"settings": {**LED, "int8_tensors_compared": -1}}, "has the number -1"),
+        ({"settings": {**LED, "int8_drift_kl": 0.2, "int8_drift_kl_bound": 0.1}}, "has a divergence"),
+        ({"settings": {**LED, "int8_session_kl_bound": 0.1}}, "has a divergence"),
     ],
 )
 def test_a_proof_that_contradicts_itself(compiled: Path, changes: dict[str, Any], told: str) -> None:

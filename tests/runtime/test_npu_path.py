@@ -54,7 +54,7 @@ def test_the_warm_up_stays_within_its_caches(
     graphs = Graphs(Artifact(ascend), "ascend910b", Place(page=page))
     graphs.warm_up(strict)
     assert graphs.page == page
-    assert len(calls) == (4 if strict else 2)
+    assert len(calls) == (6 if strict else 3)
     for role, slot, table, (pages, slots, heads, width) in calls:
         assert (slots, heads, width) == (page, 1, 32), role
         assert slot < pages * slots, f"{role}: slot {slot} of {pages * slots}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msconv_runtime.paging import Batch, Sequences, Tails, chunks
@@ -30,6 +30,7 @@ def fits(part: Batch, whole: Batch) -> bool:
     return same and (part.context_lens == part.positions[ends] + 1).all() and (slots == part.slots[ends]).all()
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.data())
 def test_tails_come_piece_by_piece_after_what_stands_before_them(
     lengths: list[tuple[int, int]], data: st.DataObject
@@ -49,6 +50,7 @@ def test_tails_come_piece_by_piece_after_what_stands_before_them(
     assert sorted(t for part in parts for t in part.input_ids.tolist()) == list(range(len(batch.input_ids)))
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 9), st.booleans())
 def test_chunks_have_every_token_in_order_and_no_more_than_asked_for(
     lengths: list[tuple[int, int]], most: int, ragged: bool

@@ -215,10 +215,12 @@ def sweep(
     root: Path,
     jobs: Sequence[int],
     arguments: list[str],
+    most: int = 0,
 ) -> dict[str, Any]:
-    """Let `do` happen at every step of a command that writes into `root`, and in half of the cases once more while
-    the next run resumes.  The command finds, as `begin` says, `nothing`, `the last step undone`, `a lost file` or
-    `all done`.  Returns the steps' names, how many runs ended early, and what went wrong."""
+    """Let `do` happen at every step of a command that writes into `root`, or at `most` of them, evenly spread, and
+    in half of the cases once more while the next run resumes.  The command finds, as `begin` says, `nothing`, `the
+    last step undone`, `a lost file` or `all done`.  Returns the steps' names, how many runs ended early, and what
+    went wrong."""
     import msconv.steps.convert
     import msconv.steps.reshard  # noqa: F401  (once, before the forks)
     from tests.synthetic import digests
@@ -248,7 +250,8 @@ def sweep(
         go(root / "again", Fault(report=str(report)))
         names = report.read_text().split("\n")
     ended, problems = 0, list[str]()
-    for step, name in enumerate(names, 1):
+    every = max(1, len(names) // most) if most else 1
+    for step, name in list(enumerate(names, 1))[rng.randrange(every) :: every]:
         out = root / str(step)
         prepare(out)
         codes = [go(out, Fault(do, step, times=times))]

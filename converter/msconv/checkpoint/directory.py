@@ -103,24 +103,8 @@ class Checkpoint:
 def open_configuration(root: Path, harmless: Iterable[str] = ()) -> Checkpoint:
     """Only config.json: enough to plan and to compile.  `harmless`: keys of it that a person says change nothing.
     Raises UsageError if `root` is no model directory."""
-    try:
-        found = root.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
-        raise UsageError(f"{str(root)[:300]}: no such directory.", "Give the directory of a downloaded model.")
-    if not root.is_dir():
-        if found_instead := weightless([root.name]):
-            raise UnsupportedCheckpoint(f"{root}: is one of {found_instead[0]}.", found_instead[1])
-        raise UsageError(f"{root}: not a directory.", "Give the directory that holds config.json.")
+    require_model(root)
     path = root / "config.json"
-    if not path.is_file():
-        _refuse_without_config(root)
-    if (root / MANIFEST).exists():
-        raise UsageError(
-            f"{root}: this is an msconv artifact, not a checkpoint.",
-            "Convert from the original model directory.",
-        )
     data = read_small(path)
     raw = parse_json(data, str(path))
     if not isinstance(raw, dict):
@@ -153,6 +137,27 @@ def open_configuration(root: Path, harmless: Iterable[str] = ()) -> Checkpoint:
     )
 
 
+def require_model(root: Path) -> None:
+    """Raises MsconvError if `root` is no directory with a config.json, or an artifact."""
+    try:
+        found = root.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise UsageError(f"{str(root)[:300]}: no such directory.", "Give the directory of a downloaded model.")
+    if not root.is_dir():
+        if found_instead := weightless([root.name]):
+            raise UnsupportedCheckpoint(f"{root}: is one of {found_instead[0]}.", found_instead[1])
+        raise UsageError(f"{root}: not a directory.", "Give the directory that holds config.json.")
+    if not (root / "config.json").is_file():
+        _refuse_without_config(root)
+    if (root / MANIFEST).exists():
+        raise UsageError(
+            f"{root}: this is an msconv artifact, not a checkpoint.",
+            "Convert from the original model directory.",
+        )
+
+
 def _description(root: Path) -> tuple[object, str] | None:
     """What ModelSlim says of the tensors, and its digest."""
     path = root / DESCRIPTION
@@ -163,7 +168,7 @@ def _description(root: Path) -> tuple[object, str] | None:
 
 
 def _refuse_without_config(root: Path) -> NoReturn:
-    if found := weightless(_files(root)):
+    if found := weightless(names_in(root)):
         raise UnsupportedCheckpoint(f"{root}: has no config.json; it has {found[0]}.", found[1])
     snapshots = sorted(p for p in root.glob("snapshots/*") if (p / "config.json").is_file())
     raise UsageError(
@@ -174,7 +179,7 @@ def _refuse_without_config(root: Path) -> NoReturn:
     )
 
 
-def _files(root: Path) -> list[str]:
+def names_in(root: Path) -> list[str]:
     """Names in a directory, folders with what is in them left out."""
     try:
         return sorted(p.name for p in root.iterdir())
@@ -192,19 +197,19 @@ def open_checkpoint(
     then all names there.  Raises CheckpointError listing missing, damaged or doubtful shards, and
     UnsupportedCheckpoint for what is whole and cannot be converted."""
     base = open_configuration(root, harmless)
-    present = _files(root) if listed is None else listed
+    present = names_in(root) if listed is None else listed
     refuse_embedding(str(root), present)
     index = read_index(root)
-    _refuse_doubt(root, index, present)
-    names = sorted(set(index.values())) or sorted(remote or ()) or _unindexed(root)
-    files, tensors, errors, unsupported = _read_shards(root, names, remote)
+    refuse_doubt(root, index, present)
+    names = sorted(set(index.values())) or sorted(remote or ()) or unindexed(root)
+    files, tensors, errors, unsupported = read_shards(root, names, remote)
     if index and not errors and not unsupported:
-        errors += _disagreements(index, tensors)
+        errors += disagreements(index, tensors)
     if errors:
         raise CheckpointError("\n".join(errors), "Download the files again that are named here.")
     if unsupported:
         raise UnsupportedCheckpoint("\n".join(e.message for e in unsupported[:SOME]), unsupported[0].hint)
-    refuse_names(str(root), [n for n in tensors if not n.endswith(_companion_endings(base.config.formats))])
+    refuse_names(str(root), [n for n in tensors if not n.endswith(companion_endings(base.config.formats))])
     found = named(tensors, base.config, str(root))
     notes = (*found.notes, tokenizer_note(present), unnamed_note(present, names))
     return replace(
@@ -217,13 +222,13 @@ def open_checkpoint(
     )
 
 
-def _companion_endings(formats: tuple[WeightFormat, ...]) -> tuple[str, ...]:
+def companion_endings(formats: tuple[WeightFormat, ...]) -> tuple[str, ...]:
     """What the names of scales and the like end with, which the configuration's weight formats account for."""
     names = (n for f in formats for n in (*f.companions("x.weight"), *(d.name for d in f.left_out("x.weight"))))
     return tuple(name.removeprefix("x.weight").removeprefix("x") for name in names)
 
 
-def _read_shards(
+def read_shards(
     root: Path, names: list[str], remote: Mapping[str, Shard] | None
 ) -> tuple[dict[str, ShardFile], dict[str, TensorInfo], list[str], list[UnsupportedCheckpoint]]:
     """Files and tensors by name, what is wrong with them, and what is whole and not supported."""
@@ -248,7 +253,7 @@ def _read_shards(
     return files, tensors, errors, unsupported
 
 
-def _refuse_doubt(root: Path, index: Mapping[str, str], present: Collection[str]) -> None:
+def refuse_doubt(root: Path, index: Mapping[str, str], present: Collection[str]) -> None:
     """Raises CheckpointError where two sets of weights are there and nothing says which is the model's."""
     named_files = set(index.values())
     if not index or SINGLE not in present or SINGLE in named_files:
@@ -311,7 +316,7 @@ def index_of(names: Collection[str], where: str) -> str:
 
 def read_index(root: Path) -> dict[str, str]:
     """{tensor: file name}, {} if there is no index.  Raises CheckpointError for one that cannot be believed."""
-    name = index_of(_files(root), str(root))
+    name = index_of(names_in(root), str(root))
     if not name:
         return {}
     path = root / name
@@ -330,16 +335,16 @@ def read_index(root: Path) -> dict[str, str]:
     return index
 
 
-def _unindexed(root: Path) -> list[str]:
+def unindexed(root: Path) -> list[str]:
     if (root / SINGLE).is_file():
         return [SINGLE]
     shards = sorted(p.name for p in root.glob("*.safetensors"))
-    if shards and "adapter_config.json" not in _files(root):
+    if shards and "adapter_config.json" not in names_in(root):
         raise CheckpointError(
             f"{root}: {len(shards)} safetensors files and no {INDEX} to say which belong to the model.",
             f"Download {INDEX} too.",
         )
-    raise without_weights(str(root), _files(root))
+    raise without_weights(str(root), names_in(root))
 
 
 def without_weights(where: str, files: Collection[str]) -> CheckpointError:
@@ -351,7 +356,7 @@ def without_weights(where: str, files: Collection[str]) -> CheckpointError:
     )
 
 
-def _disagreements(index: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
+def disagreements(index: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
     errors = []
     absent = [n for n in index if n not in tensors]
     extra = [n for n in tensors if n not in index]

@@ -14,6 +14,7 @@ from .. import __version__
 COMMANDS = {
     "convert": "Convert a checkpoint: reshard it for tensor and expert parallelism into an artifact.",
     "plan": "Say what a conversion would cost, and what the model needs on a device.",
+    "lint": "Say what is wrong with a checkpoint: names, numbers, scales and digests.",
     "compile": "Compile an artifact's static graphs, ahead of time, for one or more targets.",
     "verify": "Prove an artifact numerically against the source checkpoint.",
     "rehearse": "Serve an artifact on a stand-in for the NPU, and compare all that the server does.",

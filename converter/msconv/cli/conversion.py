@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from msconv_runtime.units import human_bytes
 
 from ..checkpoint.reference import Hub
+from ..layout.kept import KeptGroup, formats_named, kept_groups
 from .console import say
 from .options import (
     Decorator,
@@ -27,7 +28,10 @@ from .references import first_argument, harmless_option, model_option, recipe_op
 from .result import Result
 
 if TYPE_CHECKING:
+    from ..layout.plan import Plan
     from ..steps.conversion import Conversion, Converted
+
+MOST_NAMES = 12  # folded, of a format
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,21 @@ def layout_options(model: str, output: str) -> Decorator:
         source_option,
         harmless_option,
     )
+
+
+def kept_groups_of(plan: Plan) -> list[KeptGroup]:
+    """What a plan's tensors are kept as."""
+    return kept_groups(((t.name, t.dtype, t.nbytes) for t in plan.tensors), formats_named(plan.quant))
+
+
+def kept_lines(groups: Sequence[KeptGroup]) -> list[str]:
+    """A line for each format: how much, and of what."""
+    return [
+        f"{g.title}{f', {g.dtype}' if not g.format else ''}: {g.tensors} tensors, {human_bytes(g.nbytes)} a rank: "
+        + ", ".join(g.names[:MOST_NAMES])
+        + (f" and {len(g.names) - MOST_NAMES} more" if len(g.names) > MOST_NAMES else "")
+        for g in groups
+    ]
 
 
 def say_plan(conversion: Conversion) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from msconv_runtime.signatures import described, refuse_unsigned
 from msconv_runtime.units import human_bytes
 
 from ..checkpoint.reference import REPOSITORY
+from ..layout.kept import KeptGroup, formats_named, kept_groups
 from ..layout.names import fold
 from ..standing import standings
 from .command import Command
 from .console import byte_progress, find_artifact, visible
+from .conversion import MOST_NAMES
 from .here import quoted
 from .options import artifact_argument, signature_option
 from .result import Result, json_option, show
@@ -119,6 +122,8 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
         else {
             "dtype": w.dtype,
             "source_dtype": w.source_dtype,
+            "quant": w.quant,
+            "formats": [asdict(group) for group in _kept(manifest)],
             "bytes": sum(f.size for f in w.files),
             "rank_bytes": sum(f.size for f in w.files if f.rank == 0),
             "files": len(w.files),
@@ -160,6 +165,14 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def _kept(manifest: Manifest) -> list[KeptGroup]:
+    """What the weights are kept as, by format."""
+    w = manifest.weights
+    if w is None:
+        return []
+    return kept_groups(((t.name, t.dtype, t.nbytes) for t in w.tensors), formats_named(w.quant))
+
+
 def _named(graph: dict[str, Any]) -> str:
     return " ".join(filter(None, (graph["role"], graph["variant"] and f"({graph['variant']})")))
 
@@ -187,6 +200,16 @@ def _single_lines(value: Any) -> Any:
     return visible(value, keep="") if isinstance(value, str) else value
 
 
+def _format_lines(formats: list[dict[str, Any]]) -> list[str]:
+    """How much is kept in which format."""
+    return [
+        f"{f['title']}{'' if f['format'] else ', ' + f['dtype']}: {f['tensors']} tensors, "
+        f"{human_bytes(f['nbytes'])} per rank: {', '.join(f['names'][:MOST_NAMES])}"
+        + (f" and {len(f['names']) - MOST_NAMES} more" if len(f["names"]) > MOST_NAMES else "")
+        for f in formats
+    ]
+
+
 def _beside(data: dict[str, Any]) -> str:
     """Line about what is vouched for besides weights and graphs."""
     if not data["files"]:
@@ -204,11 +227,12 @@ def describe(data: dict[str, Any]) -> str:
     if w is None:
         lines.append("weights: none")
     else:
+        kinds = f"{w['quant']} and {w['dtype']}" if w["quant"] else w["dtype"]
         cast = f" (cast from {w['source_dtype']})" if w["source_dtype"] != w["dtype"] else ""
         lines.append(
-            f"weights: {w['dtype']}{cast}, {human_bytes(w['rank_bytes'])} per rank, {w['files']} files, "
-            f"{w['digest']}"
+            f"weights: {kinds}{cast}, {human_bytes(w['rank_bytes'])} per rank, {w['files']} files, {w['digest']}"
         )
+        lines += [f"  as {line}" for line in _format_lines(w["formats"])] if w["quant"] else []
         lines += [f"  padded: {p['name']} {p['size']} -> {p['padded']}" for p in w["padded"]]
         lines += [f"  kept: {k['name']}" + f"  x{k['count']}" * (k["count"] > 1) for k in data["coverage"]["kept"]]
         lines += [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,7 +15,7 @@ from ..location import LocalDirectory, Location, open_reference
 from ..published import published
 from .command import Command
 from .console import say, visible
-from .conversion import LayoutOptions, layout_options
+from .conversion import LayoutOptions, kept_groups_of, kept_lines, layout_options
 from .here import quoted
 from .options import Size, grouped
 from .phases import in_words
@@ -140,6 +140,7 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
         "parameters": plan.parameters,
         "dtype": plan.dtype,
         "quant": plan.quant,
+        "kept": [asdict(group) for group in kept_groups_of(plan)],
         "ranks": [rank for _ in plan.mesh.ranks],
         "source_bytes": plan.read_bytes,
         "download_bytes": e.download_bytes,
@@ -168,6 +169,7 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
         f"source      {human_bytes(plan.read_bytes)} of {plan.source_dtype}",
         f"output      {human_bytes(plan.output_bytes)} of {kinds}: {plan.mesh.tp} ranks of {rank_bytes}",
     ]
+    lines += [f"kept        {line}" for line in kept_lines(kept_groups_of(plan))] if plan.quant else []
     if experts := plan.sizes.experts:
         shared = "whole" if plan.mesh.moe_tp == 1 else f"each over {plan.mesh.moe_tp} ranks"
         lines.append(

@@ -138,6 +138,7 @@ def summary(result: Any) -> dict[str, Any]:
             "ties": answers.ties,
             "undecided": answers.undecided,
             "max_abs_logit_error": finite(answers.error),
+            "kl": answers.kl,
         },
         "calls": {
             "count": replay.num_calls,
@@ -169,6 +170,8 @@ def lines(data: dict[str, Any]) -> list[str]:
     server = ", ".join(f"{name} {value}" for name, value in data["server"].items() if value is not None)
     graphs = ", ".join(f"{count} {phase}" for phase, count in calls["by_graph"].items())
     bound = f" (bound {data['bound']:.0e})" if data["bound"] else ""
+    if (kl := answers.get("kl")) is not None:
+        bound = f", {kl:.1e} nats of divergence in the mean (each rounds to int8 by itself)"
     cached = sum(r["cached"] for r in data["requests"])
     left = f", {answers['ties']} ties" * bool(answers["ties"])
     left += f", {answers['undecided']} after a router's tie" * bool(answers["undecided"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msconv_runtime.artifact import Artifact
+from msconv_runtime.artifact.consistency import MOST_LED
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.targets import target_named
 
@@ -34,13 +35,27 @@ if TYPE_CHECKING:
 )
 @reference_option
 @click.option("--layers", default=0, type=click.IntRange(0), help="Only the first N layers: for large models.")
+@click.option("--max-kl", type=click.FloatRange(0), help="int8: fail above this divergence from the source.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="int8: measure the divergence on this text instead of msconv's own.",
+)
 @json_option
-def command(artifact: Path | None, target: str | None, reference: str | None, layers: int) -> None:
+def command(
+    artifact: Path | None,
+    target: str | None,
+    reference: str | None,
+    layers: int,
+    max_kl: float | None,
+    text: Path | None,
+) -> None:
     """Prove an artifact numerically against the source checkpoint.
 
     Runs the artifact's own graphs on its own bytes and compares logits with transformers in float32:
     ragged prefill, decode, prefill on a cached prefix, decode.  Exit 0 if proven, 3 if not.
     Ascend graphs and several ranks run in an interpreter, all ranks together.
+    Of int8 artifacts, codes are compared too, and how far they are from the source is measured.
 
     \b
     msconv verify artifacts/Qwen3-0.6B-tp1 --reference models/Qwen3-0.6B
@@ -52,7 +67,7 @@ def command(artifact: Path | None, target: str | None, reference: str | None, la
         with phases(f"comparing {root} ({target}) with transformers") as tell, leaving_at_once():
             from ..verify.prove import prove
 
-            proof = prove(root, target, reference, layers, tell)
+            proof = prove(root, target, reference, layers, tell, max_kl, text)
     except VerificationFailed:
         refresh(root)  # an earlier proof is gone
         raise
@@ -94,8 +109,9 @@ def _data(proof: Proof) -> dict[str, Any]:
         "by_phase": c.by_phase,
         "layers": proof.layers or None,
         "norms": c.probes,
-        "place": c.first,
+        "place": proof.place,
         **proof.half_precision,
+        "int8": proof.int8 or None,
     }
 
 
@@ -114,12 +130,26 @@ def _failure(root: Path, proof: Proof) -> VerificationFailed:
     return VerificationFailed(
         f"{root}: not proven for {proof.target}: largest logit error {c.max_abs_logit_error:.3e} "
         f"(bound {c.bound:.0e}) at {c.worst or 'no row'}; argmax agrees in {c.argmax_agreement:.2%}"
-        + (f"; first apart: {c.first}" if c.first else "")
+        + (f"; first apart: {proof.place}" if proof.place else "")
+        + _of_int8(proof)
         + (f"; ranks differ by {c.apart:.1e} where they must agree" if c.apart >= c.bound else "")
         + (f"; tensors missing or unused: {names}" if names else "")
         + ".",
         "Check that --reference is what was converted; then convert and compile again with --force.",
     )
+
+
+def _of_int8(proof: Proof) -> str:
+    """What else is wrong with a proof of int8."""
+    led, drift = proof.led, proof.drift
+    if led is None:
+        return ""
+    found = f"; {led.unexplained} of {led.compared} codes are not explained by a tie" if led.unexplained else ""
+    if led.share >= MOST_LED:
+        found += f"; {led.share:.1e} of all codes had to be led, {MOST_LED:.0e} is too many"
+    if proof.is_adrift and drift is not None:
+        found += f"; KL divergence {drift.kl:.2e} from {drift.against}, --max-kl is {proof.max_kl:.2e}"
+    return found
 
 
 def _first_layers(proof: Proof) -> str:
@@ -131,14 +161,38 @@ def _first_layers(proof: Proof) -> str:
     )
 
 
+def _codes(proof: Proof) -> Iterator[str]:
+    led, drift = proof.led, proof.drift
+    assert led is not None
+    yield (
+        f"  int8: {proof.tensors} tensors are the source's bit for bit; of {led.compared:,} codes of activations "
+        f"{led.led} were led at ties ({led.share:.1e}), none is unexplained"
+    )
+    for name, session in led.sessions.items():
+        yield (
+            f"  the server's own run{f' ({name})' if name else ''} against the interpreter's: KL {session.kl:.1e} "
+            f"(bound {session.bound:.0e}), argmax agrees in {session.argmax_agreement:.2%}, largest logit error "
+            f"{session.max_abs_logit_error:.2e}"
+        )
+    if drift is not None:
+        yield (
+            f"  drift from {drift.against}, {drift.tokens} tokens of {drift.text}: KL {drift.kl:.2e}"
+            + (f" (bound {proof.max_kl:.2e})" if proof.max_kl is not None else "")
+            + f", argmax agrees in {drift.argmax_agreement:.2%}, perplexity {drift.perplexity_before:.4g} -> "
+            f"{drift.perplexity:.4g}"
+        )
+
+
 def _proven(proof: Proof) -> Iterator[str]:
     c = proof.comparison
     if half := proof.half_precision:
-        expected = "other experts are chosen here and there"
+        expected = f"other {'experts are chosen' if proof.led is None else 'codes are taken'} here and there"
         if "half_precision_bound" in half:
             expected = f"expected below {half['half_precision_bound']:.2e}"
         error = half["half_precision_max_abs_logit_error"]
         yield f"  in the target's own precision: largest logit error {error:.2e}, {expected}"
+    if proof.led is not None:
+        yield from _codes(proof)
     if c.closest_routing < float("inf"):
         left = f"; {c.undecided} rows behind closer calls were left out" if c.undecided else ""
         yield f"  routing: closest call among what was judged {c.closest_routing:.1e}{left}"

@@ -12,10 +12,13 @@ from msconv_runtime.errors import CheckpointError, UsageError
 
 from ..layout.names import shorten
 from ..quant import WeightFormat, read_formats
+from ..quant.modelslim import DESCRIPTION
+from ..quant.unsupported import INSTEAD
 from .config import MAX_LAYERS, DecoderConfig, Family, Reader, Rope, show
 from .keys import ROPE, ROPE_OTHERS, Keys, Unknown, check, joined
 
 KEYS_NAMED = 60  # in one message
+QUANTISED = ("quantization_config", DESCRIPTION)  # how problems begin that are of weights' formats
 
 
 def read_config(raw: dict[str, object], family: Family, where: str, harmless: Iterable[str] = ()) -> DecoderConfig:
@@ -54,6 +57,8 @@ def read_config(raw: dict[str, object], family: Family, where: str, harmless: It
         config = replace(config, **family.read(r, layers))
     hint = _check_keys(r, family.keys, config.formats, where, tuple(harmless))
     if r.problems:
+        if not hint and any(p.startswith(QUANTISED) for p in r.problems):
+            hint = f"The files are whole: downloading them again gives the same.  Instead, {INSTEAD}."
         raise CheckpointError(
             f"{where}: this {family.name} configuration cannot be used:\n"
             + "\n".join(f"  {p}." for p in dict.fromkeys(r.problems)),

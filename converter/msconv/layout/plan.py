@@ -64,6 +64,7 @@ class Plan:
     dropped: tuple[LeftOut, ...]
     vocab: tuple[int, int] = field(default=(0, 0))
     encoded: Formats = field(default_factory=dict)
+    checked: Mapping[str, tuple[LeftOut, ...]] = field(default_factory=dict)
 
     @property
     def rank_bytes(self) -> int:
@@ -75,8 +76,9 @@ class Plan:
 
     @property
     def read_names(self) -> list[str]:
-        """Every source tensor that is read: those that are moved, and what others are decoded with."""
-        return [*self.moves, *(c for name in self.moves for c in self.decoded_with(name))]
+        """Every source tensor that is read: those that are moved, what others are decoded with, and what is only
+        looked at."""
+        return [*self.moves, *(c for name in self.moves for c in self.read_with(name))]
 
     @property
     def read_bytes(self) -> int:
@@ -109,13 +111,26 @@ class Plan:
         """Other sources that are read to decode this one."""
         return self.formats[name].companions(name) if self.is_decoded(name) else ()
 
+    def read_with(self, name: str) -> tuple[str, ...]:
+        """Other sources that are read when this one is moved."""
+        return (*self.decoded_with(name), *(entry.name for entry in self.checked.get(name, ())))
+
     def ranks(self, move: Move) -> list[int]:
         """Ranks that get this move's bytes."""
         return [r for r in self.mesh.ranks if move.owner in (-1, self.mesh.ep_rank(r))]
 
     def reads(self, unit: tuple[str, ...]) -> tuple[str, ...]:
-        """Its sources, and what they are decoded with."""
-        return (*unit, *(c for name in unit for c in self.decoded_with(name)))
+        """Its sources, and what is read with them."""
+        return (*unit, *(c for name in unit for c in self.read_with(name)))
+
+    def shared(self, unit: tuple[str, ...]) -> tuple[str, ...]:
+        """Small sources that other units move and that this one needs too: what something is compared with, and
+        the offset that sums are taken with."""
+        twins = [entry.twin for name in unit for entry in self.checked.get(name, ()) if entry.twin]
+        if any(move.sums_of for name in unit for move in self.moves[name]):
+            stored = self.formats[unit[0]].stored
+            twins += [s.of(unit[0]) for s in stored if s.along == "input"]
+        return tuple(twins)
 
     def unit_bytes(self, unit: tuple[str, ...]) -> int:
         """What is read for it."""

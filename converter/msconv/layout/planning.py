@@ -10,13 +10,77 @@ from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.errors import PlanError
 
 from ..quant import WeightFormat
+from ..quant.record import LeftOut
 from .checks import common_dtype, coverage, divisions, dropped_sources, mixtures, other_layout, unfit
 from .constants import RANK_CONSTANTS, Constant, constants_for
 from .cuts import Mesh, part_shape
 from .files import PART_BYTES, place
-from .model import Sizes, Table, TensorInfo, expand, present
+from .model import Output, Sizes, Table, TensorInfo, expand, present
 from .plan import Move, Plan
-from .stored import Tensor, encoded_as, formats_of, left_out, tensors_of
+from .stored import Formats, Tensor, encoded_as, formats_of, left_out, tensors_of
+
+DAMAGED = (
+    "The files are whole: downloading them again gives the same.  Check that config.json belongs to these "
+    "weights, and that this model is one that msconv converts."
+)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A checkpoint's headers held against a weight table.  `damage`: what is missing, unknown or misshapen;
+    `mixed`: matrices stored as one and not alike; `unfit`: codes where none can be; `others`: element types, and
+    what does not split.  `beside`: what is left out of those that `dropped` has, by the matrix it belongs to.
+    `source_dtype`: of most values."""
+
+    outputs: list[Output]
+    formats: Formats
+    beside: Mapping[str, list[LeftOut]]
+    dropped: list[LeftOut]
+    source_dtype: str
+    damage: list[str]
+    mixed: list[str]
+    unfit: list[str]
+    others: list[str]
+
+    @property
+    def problems(self) -> list[str]:
+        return [*self.damage, *self.mixed, *self.unfit, *self.others]
+
+    def hint(self, sizes: Sizes, mesh: Mesh, quant: WeightFormat | None) -> str:
+        """What to do next."""
+        if self.damage:
+            return DAMAGED
+        if self.mixed:
+            return "Quantise them alike, or leave all of them out."
+        if self.unfit:
+            return "Leave --quant out: they stay as they are." if quant else "Quantise the model without them."
+        return other_layout(self.outputs, sizes, mesh)
+
+
+def examine(
+    table: Table,
+    sizes: Sizes,
+    sources: Mapping[str, TensorInfo],
+    mesh: Mesh,
+    dtype: str | None = None,
+    quant: WeightFormat | None = None,
+) -> Examined:
+    """Every problem that a plan would have, none raised."""
+    outputs = present(expand(table, sizes), sources)
+    formats = formats_of(outputs, sizes, sources)
+    used = {name for o in outputs for _, name in o.sources}
+    used |= {c for name, chosen in formats.items() for c in chosen.companions(name)}
+    beside = {name: entries for o in outputs for name, entries in left_out(o, sources, formats).items()}
+    dropped = [
+        *(d for entries in beside.values() for d in entries),
+        *dropped_sources(table, sizes, sources, used),
+    ]
+    damage = coverage(outputs, sizes, sources, formats, dropped)
+    others: list[str] = []
+    source_dtype = common_dtype(outputs, sources, formats, dtype, others)
+    others += divisions(outputs, sizes, mesh)
+    mixed, codes = mixtures(outputs, formats), unfit(outputs, formats, quant)
+    return Examined(outputs, formats, beside, dropped, source_dtype, damage, mixed, codes, others)
 
 
 def make_plan(
@@ -31,30 +95,12 @@ def make_plan(
     """Plan a conversion.  Raises PlanError that lists every missing, unused, misshapen or indivisible tensor.
     `dtype` None keeps the sources' own; matrices that are decoded take that of the others.  `quant`: what matrices
     of values are brought into."""
-    outputs = present(expand(table, sizes), sources)
-    formats = formats_of(outputs, sizes, sources)
-    used = {name for o in outputs for _, name in o.sources}
-    used |= {c for name, chosen in formats.items() for c in chosen.companions(name)}
-    dropped = [
-        *(d for o in outputs for d in left_out(o, sources, formats)),
-        *dropped_sources(table, sizes, sources, used),
-    ]
-    errors = coverage(outputs, sizes, sources, formats, dropped)
-    is_damaged = bool(errors)
-    source_dtype = common_dtype(outputs, sources, formats, dtype, errors)
-    mixed = mixtures(outputs, formats)
-    errors += mixed + unfit(outputs, formats, quant) + divisions(outputs, sizes, mesh)
-    if is_damaged:
-        hint = (
-            "The files are whole: downloading them again gives the same.  Check that config.json belongs to these "
-            "weights, and that this model is one that msconv converts."
-        )
-        raise PlanError("\n".join(errors), hint)
-    if errors:
-        hint = "Quantise them alike, or leave all of them out." if mixed else other_layout(outputs, sizes, mesh)
-        raise PlanError("\n".join(errors), hint)
+    found = examine(table, sizes, sources, mesh, dtype, quant)
+    outputs, formats = found.outputs, found.formats
+    if found.problems:
+        raise PlanError("\n".join(found.problems), found.hint(sizes, mesh, quant))
 
-    draft = _Draft(sizes, mesh, dtype or source_dtype)
+    draft = _Draft(sizes, mesh, dtype or found.source_dtype)
     encoded: dict[str, WeightFormat] = {}
     for output in outputs:
         if chosen := encoded_as(output, formats, quant):
@@ -70,7 +116,7 @@ def make_plan(
         mesh=mesh,
         sizes=sizes,
         dtype=draft.dtype,
-        source_dtype=next((f.element for f in formats.values() if not f.is_kept), source_dtype),
+        source_dtype=next((f.element for f in formats.values() if not f.is_kept), found.source_dtype),
         tensors=placed,
         files=files,
         moves={name: tuple(moves) for name, moves in draft.moves.items()},
@@ -78,9 +124,14 @@ def make_plan(
         formats=formats,
         sources=sources,
         constants=tuple(draft.constants),
-        dropped=tuple(dropped),
+        dropped=tuple(found.dropped),
         vocab=draft.vocab,
         encoded=encoded,
+        checked={
+            name: kept
+            for name, entries in found.beside.items()
+            if name in draft.moves and (kept := tuple(e for e in entries if e.twin or e.is_zero))
+        },
     )
 
 

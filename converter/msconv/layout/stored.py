@@ -97,23 +97,21 @@ def tensors_of(
     return found
 
 
-def left_out(output: Output, sources: Mapping[str, TensorInfo], formats: Formats) -> list[LeftOut]:
-    """Tensors of its matrices that nothing reads: those their format names, and, of matrices that are joined, what
-    the others have of the input they share."""
-    found = [
-        entry
+def left_out(output: Output, sources: Mapping[str, TensorInfo], formats: Formats) -> dict[str, list[LeftOut]]:
+    """Tensors that nothing reads, by the matrix they belong to: those its format names, and, of matrices that are
+    joined, what the others have of the input they share."""
+    found = {
+        name: [entry for entry in formats[name].left_out(name) if entry.name in sources]
         for _, name in output.sources
         if name in formats
-        for entry in formats[name].left_out(name)
-        if entry.name in sources
-    ]
+    }
     kept, (_, first) = kept_as(output, formats), output.sources[0]
     shared = [s for s in kept.stored if s.along == "input"] if kept is not PLAIN else []
-    return found + [
-        LeftOut(s.of(name), f"the same as that of {first}: they share their input", twin=s.of(first))
-        for s in shared
-        for _, name in output.sources[1:]
-    ]
+    for s in shared:
+        for _, name in output.sources[1:]:
+            reason = f"the same as that of {first}: they share their input"
+            found.setdefault(name, []).append(LeftOut(s.of(name), reason, twin=s.of(first)))
+    return found
 
 
 def cut_of(stored: Stored, matrix: Cut) -> Cut:

@@ -24,6 +24,18 @@ def look_up(codes: Any, tables: Any, first: int, rows: int, columns: int, out: A
 
 
 @compile_loop
+def scaled(codes: Any, table: Any, scales: Any, first: int, rows: int, columns: int, out: Any) -> None:
+    count, width = codes.shape
+    for i in range(count):
+        of_row = scales[(first + i) // rows]
+        for j0 in range(0, width, columns):
+            scale = of_row[j0 // columns]
+            piece, place = codes[i, j0 : j0 + columns], out[i, j0 : j0 + columns]
+            for j in range(piece.size):
+                place[j] = table[piece[j]] * scale
+
+
+@compile_loop
 def look_up_transposed(codes: Any, tables: Any, top: int, left: int, rows: int, columns: int, out: Any) -> None:
     height, width = codes.shape
     j0 = 0
@@ -84,3 +96,35 @@ def transpose(matrix: Any, out: Any) -> None:
             for j in range(place.shape[0]):
                 for i in range(place.shape[1]):
                     place[j, i] = piece[i, j]
+
+
+@compile_loop
+def transpose_bytes(words: Any, out: Any) -> None:
+    """Of bytes, eight in a word: [8 N, M] words -> [8 M, N] words.  In squares of eight by eight, halves change
+    places, then quarters, then single bytes (Hacker's Delight, 7-3)."""
+    height, width = words.shape
+    a, b, c = np.uint64(0x00000000FFFFFFFF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00FF00FF00FF00FF)
+    far, mid, near = np.uint64(32), np.uint64(16), np.uint64(8)
+    for i0 in range(0, height, 64):
+        for j0 in range(0, width, 8):
+            for j in range(j0, min(width, j0 + 8)):
+                for i in range(i0, min(height, i0 + 64), 8):
+                    x0, x1, x2, x3 = words[i, j], words[i + 1, j], words[i + 2, j], words[i + 3, j]
+                    x4, x5, x6, x7 = words[i + 4, j], words[i + 5, j], words[i + 6, j], words[i + 7, j]
+                    x0, x4 = (x0 & a) | ((x4 & a) << far), ((x0 >> far) & a) | (x4 & ~a)
+                    x1, x5 = (x1 & a) | ((x5 & a) << far), ((x1 >> far) & a) | (x5 & ~a)
+                    x2, x6 = (x2 & a) | ((x6 & a) << far), ((x2 >> far) & a) | (x6 & ~a)
+                    x3, x7 = (x3 & a) | ((x7 & a) << far), ((x3 >> far) & a) | (x7 & ~a)
+                    x0, x2 = (x0 & b) | ((x2 & b) << mid), ((x0 >> mid) & b) | (x2 & ~b)
+                    x1, x3 = (x1 & b) | ((x3 & b) << mid), ((x1 >> mid) & b) | (x3 & ~b)
+                    x4, x6 = (x4 & b) | ((x6 & b) << mid), ((x4 >> mid) & b) | (x6 & ~b)
+                    x5, x7 = (x5 & b) | ((x7 & b) << mid), ((x5 >> mid) & b) | (x7 & ~b)
+                    x0, x1 = (x0 & c) | ((x1 & c) << near), ((x0 >> near) & c) | (x1 & ~c)
+                    x2, x3 = (x2 & c) | ((x3 & c) << near), ((x2 >> near) & c) | (x3 & ~c)
+                    x4, x5 = (x4 & c) | ((x5 & c) << near), ((x4 >> near) & c) | (x5 & ~c)
+                    x6, x7 = (x6 & c) | ((x7 & c) << near), ((x6 >> near) & c) | (x7 & ~c)
+                    row, column = j * 8, i // 8
+                    out[row, column], out[row + 1, column] = x0, x1
+                    out[row + 2, column], out[row + 3, column] = x2, x3
+                    out[row + 4, column], out[row + 5, column] = x4, x5
+                    out[row + 6, column], out[row + 7, column] = x6, x7

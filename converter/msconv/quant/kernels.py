@@ -51,6 +51,17 @@ class Numpy:
         np.clip(np.rint(values / scales), -CODE, CODE, out=out, casting="unsafe")
 
     @staticmethod
+    def scaled(codes: Array, table: Array, scales: Array, first: int, rows: int, columns: int, out: Array) -> None:
+        table.take(codes, out=out)
+        for begin, end in _pieces(first, first + len(codes), rows):
+            for left, right in _pieces(0, codes.shape[1], columns):
+                out[begin - first : end - first, left:right] *= scales[begin // rows, left // columns]
+
+    @staticmethod
+    def transpose_bytes(words: Array, out: Array) -> None:
+        Numpy.transpose(words.view(np.uint8), out.view(np.uint8))
+
+    @staticmethod
     def transpose(matrix: Array, out: Array) -> None:
         for j0, j1 in _pieces(0, out.shape[0], TILE):
             for i0, i1 in _pieces(0, out.shape[1], TILE):
@@ -92,9 +103,25 @@ def encode(values: Array, scales: Array, out: Array) -> None:
     _kernels().encode(values, scales, out)
 
 
+def scaled(codes: Array, table: Array, scales: Array, first: int, rows: int, columns: int, out: Array) -> None:
+    """out[i, j] = table[codes[i, j]] * scales[(first + i) // rows, j // columns], float32."""
+    _kernels().scaled(codes, table, scales, first, rows, columns, out)
+
+
 def transpose(matrix: Array, out: Array) -> None:
     """out[j, i] = matrix[i, j]."""
-    _kernels().transpose(matrix, out)
+    if _is_of_words(matrix) and _is_of_words(out):
+        _kernels().transpose_bytes(matrix.view(np.uint64), out.view(np.uint64))
+    else:
+        _kernels().transpose(matrix, out)
+
+
+def _is_of_words(matrix: Array) -> bool:
+    """Whether its rows are bytes that can be taken as words of eight."""
+    if matrix.itemsize != 1 or 0 in matrix.shape:
+        return False
+    places = (*matrix.shape, matrix.ctypes.data, matrix.strides[0])
+    return matrix.strides[1] == 1 and all(place % 8 == 0 for place in places)
 
 
 def memory_bytes() -> int:

@@ -47,6 +47,7 @@ SIGNS: Mapping[str, str] = {  # pieces of names of tensors that change the graph
     ".scale_bias": "weights of 4 bits, two in a byte",
 }
 SOME = 3  # names in a message
+LONGEST = 160  # letters of one
 
 
 def read(config: Mapping[str, object], problems: list[str]) -> Mapping[str, str]:
@@ -82,8 +83,7 @@ def read(config: Mapping[str, object], problems: list[str]) -> Mapping[str, str]
                 f"{DESCRIPTION}: {key} = {shown(description[key])}: rotations change the graph, and none has them"
             )
     for what, names in found.items():
-        listed = ", ".join(shown(n).strip("'") for n in names[:SOME]) + (", ..." if len(names) > SOME else "")
-        problems.append(f"{DESCRIPTION}: {what} ({len(names)}: {listed})")
+        problems.append(f"{DESCRIPTION}: {what} ({len(names)}: {_some(names)})")
     return types
 
 
@@ -102,7 +102,10 @@ def disagreements(types: Mapping[str, str], headers: Mapping[str, Header]) -> li
             found.setdefault(f"in the files, and not described in {DESCRIPTION}", []).append(name)
         elif name.endswith(".weight") and (kind in INT8) != (header.dtype == "int8"):
             found.setdefault(f"described as {kind} in {DESCRIPTION}, and of type {header.dtype}", []).append(name)
-    return [
-        f"{what} ({len(names)}): {', '.join(names[:SOME])}{', ...' if len(names) > SOME else ''}."
-        for what, names in found.items()
-    ]
+    return [f"{what} ({len(names)}): {_some(names)}." for what, names in found.items()]
+
+
+def _some(names: list[str]) -> str:
+    """Some of the names, printable and of bounded length."""
+    listed = (name.encode("unicode_escape").decode()[:LONGEST] for name in names[:SOME])
+    return ", ".join(listed) + (", ..." if len(names) > SOME else "")

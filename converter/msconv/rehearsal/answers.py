@@ -11,6 +11,9 @@ import numpy as np
 
 from msconv_runtime.artifact import Manifest
 
+from ..verify.int8.drift import divergence
+from ..verify.int8.reference import QuantisedReference
+from ..verify.prove import is_int8
 from ..verify.reference import Reference
 from .replay import Row, Rows
 from .scenario import Conversation
@@ -23,7 +26,8 @@ Tokens = tuple[int, ...]
 class Answers:
     """`ties`: tokens whose logit is the best but for less than twice the bound.  `undecided`: tokens after a
     router's choice that hung on rounding.  `error`: largest difference of logits to transformers'.  `logprobs`: of
-    prompts, that were compared."""
+    prompts, that were compared.  `divergence`: of each call's logits from the reference's, where both round
+    activations to int8 by themselves, so that no bound of logits holds."""
 
     tokens: int = 0
     equal: int = 0
@@ -31,7 +35,13 @@ class Answers:
     undecided: int = 0
     error: float = 0.0
     logprobs: int = 0
+    divergence: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def kl(self) -> float | None:
+        """Mean divergence in nats; None where logits have a bound."""
+        return float(np.mean(self.divergence)) if self.divergence else None
 
 
 class Expected:
@@ -44,6 +54,7 @@ class Expected:
         problem."""
         self.conversations, self.complete, self.bound = conversations, complete, math.inf
         self.answers = Answers()
+        self.rounds_by_itself = isinstance(reference, QuantisedReference)
         self.asked = False  # whether the calls are past what the server asks itself at its start
         self._rows: dict[Tokens, Rows] = {}
         self._next: dict[Tokens, int] = {}  # the token that was answered after these
@@ -133,6 +144,8 @@ class Expected:
     def _compare_logits(self, where: str, row: Row, expected: Rows) -> None:
         error = float(np.abs(row.logits.astype(np.float64) - expected).max())
         error = error if np.isfinite(error) else math.inf
+        if self.rounds_by_itself:
+            self.answers.divergence.append(divergence(expected[None], row.logits[None]))
         self.answers.error = max(self.answers.error, error)
         if error >= self.bound:
             self.answers.problems.append(
@@ -173,4 +186,5 @@ def bound_manifest(manifest: Manifest, target: str) -> Manifest:
 
 def make_reference(source: Path, manifest: Manifest, target: str) -> Reference:
     """The reference that rounds as the server does.  Raises VerificationFailed if it is of another model."""
-    return Reference(source, manifest, bound=bound_manifest(manifest, target))
+    make = QuantisedReference if manifest.weights and is_int8(manifest.weights) else Reference
+    return make(source, manifest, bound=bound_manifest(manifest, target))

@@ -18,15 +18,17 @@ from ..families import DecoderConfig, family_named
 from ..layout.constants import RANK_CONSTANTS
 from ..layout.coverage import unused_names
 from ..layout.cuts import Mesh
+from ..layout.kept import formats_named, kept_groups
 from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
-from ..layout.model import expand, present
+from ..layout.model import Table, expand, present
 from ..layout.names import fold
-from ..quant import kept_format
+from ..quant import PLAIN, kept_format
 from ..standing import standings
 from ..workspace.names import default_name
 from ..workspace.timings import Timing
 from .cutting import cutting
 from .groups import KV_CACHE, ORDER, folded, group_of
+from .int8 import int8_proof
 from .verification import verification
 
 CONTEXT, LONG_CONTEXT = 4096, 32768
@@ -59,6 +61,7 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
         "verification": [
             verification(t, manifest.proof_for(t), config.layers, manifest.weights is not None) for t in targets
         ],
+        "int8": [d for t in targets if (d := int8_proof(t, manifest.proof_for(t), config.layers))],
         "standing": {s.target: s.data for s in standings(manifest)},
         "coverage": _coverage(manifest, config, mesh, targets),
         "graphs": [_graphs(manifest, t, timings) for t in targets],
@@ -155,10 +158,29 @@ def _weights(w: Weights | None) -> Data | None:
         "source_dtype": w.source_dtype,
         "cast": w.source_dtype != w.dtype,
         "quant": w.quant,
+        "formats": _formats(w),
         "digest": w.digest,
         "files": len(w.files),
         "bytes": sum(f.size for f in w.files),
     }
+
+
+def _formats(w: Weights) -> list[Data]:
+    """What is kept how, by weight format; of one rank."""
+    groups = kept_groups(((t.name, t.dtype, t.nbytes) for t in w.tensors), formats_named(w.quant))
+    whole = sum(g.nbytes for g in groups)
+    return [
+        {
+            "title": g.title,
+            "dtype": g.dtype,
+            "groups": ", ".join(name for name in ORDER if name in {group_of(n) for n in g.names}),
+            "names": list(g.names[:MAX_NAMES]),
+            "tensors": g.tensors,
+            "bytes": g.nbytes,
+            "share": _share(g.nbytes, whole),
+        }
+        for g in groups
+    ]
 
 
 def _commands(manifest: Manifest, targets: list[str]) -> list[Data]:
@@ -285,11 +307,10 @@ def _coverage(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: li
     family = family_named(manifest.model.family)
     table = family.table if family else None
     w = manifest.weights
+    expected = _expected(table, config, w) if table else set[str]()
+    expected |= {n for n in RANK_CONSTANTS if mesh.ep > 1 or (mesh.tp > 1 and n != "expert_start")}
     tensors = w.tensors if w else []
     stored = {t.name for t in tensors}
-    outputs = present(expand(table, config.sizes()), stored) if table else []
-    expected = {s.of(o.name) for o in outputs for s in kept_format(o.name, stored, config.formats).stored}
-    expected |= {n for n in RANK_CONSTANTS if mesh.ep > 1 or (mesh.tp > 1 and n != "expert_start")}
     dropped = [{"name": d.name, "tensors": d.count, "reason": d.reason} for d in w.dropped] if w else []
     return {
         "expected": len(expected),
@@ -301,6 +322,18 @@ def _coverage(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: li
         "padded": [{"name": p.name, "size": p.size, "padded": p.padded} for p in w.padded] if w else [],
         "targets": [_coverage_of(manifest, t, stored) for t in targets] if w else [],
     }
+
+
+def _expected(table: Table, config: DecoderConfig, w: Weights | None) -> set[str]:
+    """Names that the table asks for: those that matrices are stored as, in the formats that they are kept in."""
+    types = {t.name: t.dtype for t in w.tensors} if w else {}
+    formats = formats_named(w.quant) if w else ()
+    names = set[str]()
+    for output in present(expand(table, config.sizes()), types):
+        kept = kept_format(output.name, types, formats)
+        is_kept = kept is not PLAIN and types.get(output.name) == kept.stored[0].dtype
+        names |= {stored.of(output.name) for stored in kept.stored} if is_kept else {output.name}
+    return names
 
 
 def _coverage_of(manifest: Manifest, target: str, stored: set[str]) -> Data:

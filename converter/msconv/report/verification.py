@@ -13,6 +13,7 @@ from msconv_runtime.claims import CLAIMED, is_checked_here
 
 MAX_COLUMNS = 96  # of more layers, neighbours share a column that shows the larger error
 HALF = "half_precision_"
+INT8 = "int8_"
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the bound, the upper ends of the scale's steps
 
 
@@ -40,9 +41,10 @@ def verification(target: str, proof: Verified | None, layers: int, has_weights: 
         "phases": [
             {"phase": phase, "max_abs_logit_error": error, "share_of_bound": _share(error, proof.bound)}
             for phase, error in errors.items()
-            if not phase.startswith(HALF)
+            if not phase.startswith((HALF, INT8))
         ],
         "half_precision": half or None,
+        "int8": {k.removeprefix(INT8): v for k, v in errors.items() if k.startswith(INT8)} or None,
         "heat": _heat(proof.norms, layers, proof.bound),
     }
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import msgspec
@@ -198,16 +197,35 @@ def _export(local: Local) -> Made:
 def _export_in_a_process(local: Local) -> Made:
     """The same in a process of its own: MindSpore's front end keeps what it built, and the graphs of a deep model
     would add up."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            with without_signals():
-                running = pool.submit(_export, local)
-            return running.result()
-        except BrokenProcessPool:
-            raise ResourceError(
-                f"{local.title}: the process that compiled it was ended, most likely for want of memory.",
-                "A model of 61 layers needs 2 GiB.",
-            ) from None
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_export_for, args=(theirs, local), daemon=True)
+    with without_signals():
+        process.start()
+    theirs.close()
+    try:
+        made = ours.recv()
+    except EOFError:
+        raise ResourceError(
+            f"{local.title}: the process that compiled it was ended, most likely for want of memory.",
+            "A model of 61 layers needs 2 GiB.",
+        ) from None
+    finally:
+        ours.close()
+        process.kill()  # it has nothing more to do
+        process.join()
+    if isinstance(made, Exception):
+        raise made
+    assert isinstance(made, Made)
+    return made
+
+
+def _export_for(theirs: Connection, local: Local) -> None:
+    """Send what exporting gave, or why it could not be."""
+    try:
+        theirs.send(_export(local))
+    except Exception as e:
+        theirs.send(e)
 
 
 def _check_heads(config: DecoderConfig, target: Target) -> None:

@@ -24,7 +24,6 @@ from msconv_runtime.artifact import (
     digest_of,
     write_manifest,
 )
-from msconv_runtime.errors import CheckpointError
 
 from ..checkpoint.directory import ShardFile
 from ..layout.coverage import misfits
@@ -33,6 +32,7 @@ from ..process import peak_rss_bytes
 from ..stream.entries import source_files, weights_entry
 from ..stream.execute import Watch, execute
 from ..stream.journal import Journal
+from ..stream.left_out import is_lost, refuse_lost
 from ..stream.movers import Mover
 from ..stream.movers.threads import LocalThreads
 from ..stream.outputs import has_all_files
@@ -166,7 +166,7 @@ def _convert(
             if journal.done and not has_all_files(conversion.task.outputs, plan):
                 journal.restart()
             if not journal.done:
-                _check_left_out(plan, source, watch.downloaded)
+                _check_left_out(conversion, source, watch.downloaded)
             before = set(journal.done)
             extra_bytes = conversion.extra_bytes
             moved = execute(conversion.task, source, journal, mover, watch, extra_bytes)
@@ -180,38 +180,16 @@ def _convert(
     return before
 
 
-def _check_left_out(plan: Plan, source: Source, downloading: Progress) -> None:
-    """Raises CheckpointError if leaving a tensor out would lose something: one that must hold the same bytes as
-    another, or zeros."""
+def _check_left_out(conversion: Conversion, source: Source, downloading: Progress) -> None:
+    """Raises CheckpointError if leaving tensors out would lose something.  What belongs to matrices is looked at
+    again as they are moved: only then, if it is still to be downloaded."""
+    plan = conversion.plan
+    later = {entry.name for entries in plan.checked.values() for entry in entries}
     checked = [d for d in plan.dropped if d.twin or d.is_zero]
+    if conversion.download_bytes:
+        checked = [d for d in checked if d.name not in later]
     source.expect([n for d in checked for n in (d.name, d.twin) if n], downloading)
-    for entry in checked:
-        info = plan.sources[entry.name]
-        twin = plan.sources[entry.twin] if entry.twin else None
-        is_same = twin is None or (info.dtype, info.shape) == (twin.dtype, twin.shape)
-        for begin in range(0, info.nbytes if is_same else 0, 4 << 20):
-            n = min(4 << 20, info.nbytes - begin)
-            found, wanted = bytearray(n), bytearray(n)
-            source.read(info, begin, memoryview(found))
-            if twin is not None:
-                source.read(twin, begin, memoryview(wanted))
-            is_same = is_same and found == wanted
-        if is_same:
-            continue
-        if twin is None:
-            raise CheckpointError(
-                f"{entry.name}: is not zero; it would be left out ({entry.reason}).",
-                "Quantise the model with symmetric weights: no graph has an offset for them.",
-            )
-        if entry.name == "lm_head.weight":
-            raise CheckpointError(
-                f"{entry.name}: the configuration ties it to {entry.twin}, but its values are different.",
-                'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.',
-            )
-        raise CheckpointError(
-            f"{entry.name}: differs from {entry.twin}, though {entry.reason}.",
-            "Quantise the model again: one product serves both, and it has one input scale.",
-        )
+    refuse_lost([d for d in checked if is_lost(plan, source, d)])
 
 
 def _fitting(manifest: Manifest) -> list[Graph]:

@@ -39,7 +39,7 @@ def prepare(
     config = configuration(artifact)
     table = _table(artifact)
     old = _plan_of(artifact)
-    plan = replace(make_plan(table, config.sizes(), old.sources, mesh, weights.dtype), dropped=())
+    plan = replace(make_plan(table, config.sizes(), old.sources, mesh, weights.dtype), dropped=(), checked={})
     refuse_wrong_files(artifact)
     recorded = [f.name for f in manifest.files]
     buffers, planned = plan_memory(plan, jobs, max_memory)
@@ -78,7 +78,7 @@ def _plan_of(artifact: Artifact) -> Plan:
     table = _table(artifact)
     own = {t.name: t.dtype for t in weights.tensors}
     sources = expected_sources(table, config.sizes(), weights.dtype, own)
-    plan = make_plan(table, config.sizes(), sources, mesh, weights.dtype)
+    plan = replace(make_plan(table, config.sizes(), sources, mesh, weights.dtype), checked={})
     recorded = [(t.name, t.dtype, tuple(t.shape), t.file, t.begin, tuple(t.parts)) for t in weights.tensors]
     made = [
         (t.name, t.dtype, t.shape, t.file, len(plan.files[t.file].header) + t.begin, t.parts) for t in plan.tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from msconv_runtime.errors import ArtifactError, ResourceError
@@ -67,7 +67,7 @@ def execute(
         for constant in plan.constants:
             for rank in plan.mesh.ranks:
                 outputs.write_constant(plan, constant, rank)
-        source.expect((n for unit in todo for n in plan.reads(unit)), watch.downloaded)
+        source.expect((n for unit in todo for n in (*plan.reads(unit), *plan.shared(unit))), watch.downloaded)
         _move(task, todo, Opened(source, outputs), journal, mover, watch.moved)
         try:
             source.check_unchanged()
@@ -85,23 +85,32 @@ def _move(
     """Have the units moved, with a checkpoint after every so many bytes and one at the end, however it ends."""
     waiting: list[Moved] = []
     waiting_bytes = 0
+    by_first = {unit[0]: unit for unit in units}
     moving = mover.start(task, units, opened, progress)
     try:
         for moved in moving:
             waiting += moved
             waiting_bytes += sum(task.plan.sources[m.name].nbytes for m in moved)
             if waiting_bytes >= CHECKPOINT_BYTES:
-                _checkpoint(moving, journal, opened.source, waiting)
+                _checkpoint(task, moving, journal, opened.source, waiting, by_first)
                 waiting_bytes = 0
     finally:
         moving.stop()
-        _checkpoint(moving, journal, opened.source, waiting)
+        _checkpoint(task, moving, journal, opened.source, waiting, by_first)
 
 
-def _checkpoint(moving: Moving, journal: Journal, source: Source, waiting: list[Moved]) -> None:
+def _checkpoint(
+    task: Task,
+    moving: Moving,
+    journal: Journal,
+    source: Source,
+    waiting: list[Moved],
+    by_first: Mapping[str, Unit],
+) -> None:
     """Bytes first, then the journal that speaks of them, then the source may let go of them."""
     if waiting:
         moving.sync()
         journal.append(waiting)
-        source.moved(m.name for m in waiting)
+        plan, done = task.plan, [by_first[m.name] for m in waiting if m.name in by_first]
+        source.moved(n for unit in done for n in (*plan.reads(unit), *plan.shared(unit)))
         waiting.clear()

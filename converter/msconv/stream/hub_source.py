@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,13 +41,13 @@ class HubSource(Source):
         self._own = shards.repository.own
         self._here: dict[str, ShardFile] = {}
         self._inner = DirectorySource(self._here)
-        self._unread: dict[str, set[str]] = {}
+        self._unread = Counter[str]()  # by file: how often its tensors are still to be read
 
     def expect(self, names: Iterable[str], progress: Progress) -> None:
         order: list[str] = []
         for name in names:
             file = self._tensors[name].file
-            self._unread.setdefault(file, set()).add(name)
+            self._unread[file] += 1
             order.append(file)
         self._downloads.expect(order, progress)
 
@@ -61,9 +62,13 @@ class HubSource(Source):
     def moved(self, names: Iterable[str]) -> None:
         for name in names:
             file = self._tensors[name].file
-            left = self._unread.get(file, set())
-            left.discard(name)
-            if self._own and not left and file in self._here and self._here[file].path.parent == self._own:
+            self._unread[file] -= 1
+            if (
+                self._own
+                and self._unread[file] <= 0
+                and file in self._here
+                and self._here[file].path.parent == self._own
+            ):
                 del self._here[file]
                 self._inner.forget(file)
                 self._downloads.delete(file)

@@ -21,7 +21,8 @@ class Source(Protocol):
     """Where rows of source tensors come from."""
 
     def expect(self, names: Iterable[str], progress: Progress) -> None:
-        """These tensors will be read, about in this order.  `progress` gets the bytes that come from elsewhere."""
+        """These tensors will be read, about in this order; one that is named twice, twice.  `progress` gets the
+        bytes that come from elsewhere."""
         return
 
     def read(self, info: TensorInfo, begin: int, out: memoryview) -> None:
@@ -31,7 +32,7 @@ class Source(Protocol):
         """The tensor is not needed again: its pages may leave the page cache."""
 
     def moved(self, names: Iterable[str]) -> None:
-        """These tensors are durably in their places: no later run will read them either."""
+        """What these tensors were read for is durably in its place: no later run will read them for it either."""
         return
 
     def interrupt(self) -> None:

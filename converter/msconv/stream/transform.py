@@ -20,6 +20,7 @@ from ..quant.record import Decoder, WeightFormat
 from ..quant.w8a8 import INPUT_OFFSET
 from .buffers import ENCODED_BYTES, Buffers, rows_together
 from .cutting import cast, cut_rows, too_large
+from .left_out import is_lost, refuse_lost
 from .outputs import Outputs
 from .rank_parts import RankPart, rank_parts
 from .source import Source
@@ -62,6 +63,8 @@ def move_unit(work: Work, unit: tuple[str, ...]) -> list[Moved]:
     """Bring the sources of a unit to all their places."""
     plan, source = work.plan, work.source
     digests: dict[str, str] = {}
+    for name in unit:
+        _check_left_out(work, name, digests)
     decoders = {n: d for n in unit if (d := _decoder(work, n, digests)) is not None}
     is_transposed = plan.moves[unit[0]][0].is_transposed
     places = (_transpose if is_transposed else _move_rows)(work, unit, decoders, digests)
@@ -70,10 +73,19 @@ def move_unit(work: Work, unit: tuple[str, ...]) -> list[Moved]:
     for name in unit:
         source.release(plan.sources[name])
         moved.append(Moved(name, digests[name], parts if name == unit[0] else {}))
-        for companion in plan.decoded_with(name):
+        for companion in plan.read_with(name):
             moved.append(Moved(companion, digests[companion], {}))
             work.advance(plan.sources[companion].nbytes)
     return moved
+
+
+def _check_left_out(work: Work, name: str, digests: dict[str, str]) -> None:
+    """Look at what is left out with this source.  Raises CheckpointError if something would be lost."""
+    for entry in work.plan.checked.get(name, ()):
+        hasher = xxhash.xxh3_128()
+        if is_lost(work.plan, work.source, entry, hasher.update):
+            refuse_lost([entry])
+        digests[entry.name] = "xxh3:" + hasher.hexdigest()
 
 
 def _decoder(work: Work, name: str, digests: dict[str, str]) -> Decoder | None:
@@ -247,7 +259,7 @@ def _transpose(
         digests[name] = "xxh3:" + xxhash.xxh3_128_hexdigest(raw.data)
         words = raw.view(DTYPES[info.dtype].bits).reshape(matrix(info.shape))
         decoder = decoders.get(name)
-        if decoder is not None:
+        if decoder is not None and name not in plan.encoded:  # those are checked as they are decoded
             decoder.check(words)
         whole = _Whole(name, info.dtype, words, decoder, plan.moves[name][0])
         if name in plan.encoded:

@@ -1,47 +1,23 @@
-"""What is run and how it is judged: ragged prefill, decode, chunked prefill on a cached prefix, decode."""
+"""How a scenario is judged: logits, norms and ties against the reference's."""
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msconv_runtime.targets import Target
 
-from .reference import Logits, Reference, Trace
+from .reference import Reference, Trace
+from .scenario import DECODE_STEPS, Candidate, Lengths, Seen, play
 from .telling import Tell, quietly
 
 FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random models, a fault is 1e-2 and up
-DECODE_STEPS = 16
-PROMPTS = (1, 5, 16, 17, 33, 70)  # below, at and above page boundaries
-EVERY = (3, 40, 1, 2, 20, 9)  # appended at last, where a graph gives the logits of all of them
 REDRAWS = 6  # of sequences with a tie in routing
-CHUNKS = (3, 40, 1, 2, 300, 9)  # appended to what is cached by then
-
-
-class Candidate(Protocol):
-    """What is to be proved: sequences in, logits of each last token out, [B, V]."""
-
-    def prefill(self, prompts: list[list[int]]) -> Logits: ...
-    def extend(self, tokens: list[list[int]]) -> Logits: ...
-    def decode(self, tokens: list[int]) -> Logits: ...
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One call of the candidate.  `places` and `rows`: (sequence, position) of each token and each logits row."""
-
-    phase: str
-    places: list[tuple[int, int]]
-    rows: list[tuple[int, int]]
-    logits: Logits
-    probes: dict[str, NDArray[np.float32]]
 
 
 @dataclass
@@ -182,57 +158,26 @@ def compare(
 ) -> Comparison:
     """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
     shows (`probes`), with the reference's.  Then the same with `others`, by name, as long as nothing is wrong."""
-    room = max(1, max_positions - 2 * DECODE_STEPS - max(EVERY))
-    prompts = [min(n, max(1, room // 2)) for n in PROMPTS]
-    appended = [min(n, max(1, room - p)) for n, p in zip(CHUNKS, prompts, strict=True)]
-    every = list(EVERY if getattr(candidate, "has_all_tokens", False) else ())
-    lengths = [p + c + 2 * steps + e for p, c, e in zip(prompts, appended, every or [0] * len(EVERY), strict=True)]
-    sequences, traces = draw(reference, lengths, vocab, np.random.default_rng(seed))
+    lengths = Lengths.within(max_positions, steps, getattr(candidate, "has_all_tokens", False))
+    sequences, traces = draw(reference, lengths.totals, vocab, np.random.default_rng(seed))
     result = Comparison(bound)
-    _scenario(result, candidate, "", sequences, traces, (prompts, appended, every, steps), tell)
+
+    def judge(one: Candidate, name: str) -> None:
+        for step in play(one, name, sequences, lengths, tell):
+            result.add_step(step, traces)
+        result.apart = max(result.apart, getattr(one, "apart", 0.0))
+
+    judge(candidate, "")
     for name, make in others.items():
         if result.ok or result.ok_but_for_ties:
-            _scenario(result, make(), name + " ", sequences, traces, (prompts, appended, every, steps), tell)
-    result.closest_routing = min(float(t.closest[: t.decided].min(initial=np.inf)) for t in traces)
+            judge(make(), name + " ")
+    result.closest_routing = closest_judged(traces)
     return result
 
 
-def _scenario(
-    result: Comparison,
-    candidate: Candidate,
-    name: str,
-    sequences: list[list[int]],
-    traces: list[Trace],
-    lengths: tuple[list[int], list[int], list[int], int],
-    tell: Tell,
-) -> None:
-    """`lengths`: of prompts, of what is appended to them, of what is appended at last with all its logits, and how
-    often to decode."""
-    prompts, appended, every_token, steps = lengths
-    done = [0] * len(sequences)
-    calls, num_calls = itertools.count(), 2 + 2 * steps + bool(every_token)
-
-    def run(phase: str, counts: list[int], call: Callable[[list[list[int]]], Logits], every: bool = False) -> None:
-        new = [s[d : d + n] for s, d, n in zip(sequences, done, counts, strict=True)]
-        places = [(i, done[i] + t) for i, n in enumerate(counts) for t in range(n)]
-        for i, n in enumerate(counts):
-            done[i] += n
-        tell(f"{name}graphs".strip(), next(calls), num_calls)
-        logits = call(new)
-        rows = places if every else [(i, d - 1) for i, d in enumerate(done)]
-        result.add_step(Seen(name + phase, places, rows, logits, dict(getattr(candidate, "probes", {}))), traces)
-
-    def decode(phase: str) -> None:
-        for _ in range(steps):
-            run(phase, [1] * len(sequences), lambda new: candidate.decode([t for (t,) in new]))
-
-    run("prefill", prompts, candidate.prefill)
-    decode("decode")
-    run("prefill on a cached prefix", appended, candidate.extend)
-    decode("decode after it")
-    if every_token and getattr(candidate, "has_all_tokens", False):
-        run("all tokens", every_token, candidate.extend_all, every=True)  # type: ignore[attr-defined]
-    result.apart = max(result.apart, getattr(candidate, "apart", 0.0))
+def closest_judged(traces: list[Trace]) -> float:
+    """How close a router came to another choice before any that hung on rounding."""
+    return min(float(t.closest[: t.decided].min(initial=np.inf)) for t in traces)
 
 
 def draw(

@@ -6,6 +6,7 @@ the names that the graph's parameters carry.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from msconv_runtime.targets import target_named
 
 from ..graph.spec import TP_GROUP
 from ..mindir.interpreter import Interpreter, join
-from ..mindir.kernels import Context
+from ..mindir.kernels import Context, Recorder
 from ..mindir.program import Node, Program, parse
 
 PAGE = 16
@@ -100,6 +101,11 @@ class Lockstep:
     @property
     def has_all_tokens(self) -> bool:
         return VERIFY.name in self.programs
+
+    def hear(self, recorder: Recorder | None) -> None:
+        """Tell `recorder` of the codes of int8 products, from now on; nobody if that is None."""
+        self.context = replace(self.context, codes=recorder)
+        self.interpreter.context = self.context
 
     def begin(self, count: int) -> None:
         """Start over with so many empty sequences."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msconv_runtime import claims
-from msconv_runtime.artifact import Artifact, Verified
+from msconv_runtime.artifact import Artifact, Verified, Weights
 from msconv_runtime.artifact.integrity import refuse_damage
-from msconv_runtime.errors import VerificationFailed
+from msconv_runtime.errors import UsageError, VerificationFailed
 from msconv_runtime.kernels import library
 from msconv_runtime.roles import COMPILED, of_variant
 from msconv_runtime.targets import Target, target_named
@@ -20,17 +22,29 @@ from ..families import DecoderConfig
 from ..graph.toolchain import mindspore_version
 from ..layout.coverage import unused_names
 from ..workspace.lock import exclusive
-from .compare import DECODE_STEPS, Candidate, Comparison, compare, half_precision_bound
+from .compare import Comparison, compare, half_precision_bound
 from .reference import Reference, source_of
+from .scenario import DECODE_STEPS, Candidate
 from .telling import Tell, quietly
 
+if TYPE_CHECKING:
+    from .int8.drift import Drift
+    from .int8.run import Led
+    from .lockstep import Lockstep
+
+CODES = "int8"  # the element type of an artifact's codes
+LED = "float32, led"  # as `mode`: codes are the candidate's where rounding is a tie
 LARGE_BYTES = 2 << 30
 FEW_STEPS = 2
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The outcome.  `missing` and `unused` are tensor names: graph parameters against stored weights."""
+    """The outcome.  `missing` and `unused` are tensor names: graph parameters against stored weights.
+
+    Of int8 artifacts: `led`, what there was to say of codes; `drift` from the unquantised model, with the bound
+    `max_kl` if somebody set one; `tensors`, how many were compared bit for bit.
+    """
 
     target: str
     ranks: int
@@ -40,27 +54,68 @@ class Proof:
     seconds: float
     layers: int = 0
     half_precision: dict[str, float] = field(default_factory=dict)
+    led: Led | None = None
+    drift: Drift | None = None
+    max_kl: float | None = None
+    tensors: int = 0
 
     @property
     def ok(self) -> bool:
-        return self.comparison.ok and not self.missing and not self.unused
+        agrees = self.comparison.ok and (self.led is None or self.led.ok)
+        return agrees and not self.missing and not self.unused and not self.is_adrift
+
+    @property
+    def is_adrift(self) -> bool:
+        return self.max_kl is not None and self.drift is not None and not self.drift.kl <= self.max_kl
+
+    @property
+    def int8(self) -> dict[str, str | int | float]:
+        """What is said of a proof of int8, {} of another."""
+        if self.led is None:
+            return {}
+        found = {"tensors_compared": self.tensors, **self.led.settings}
+        found |= self.drift.settings if self.drift else {}
+        return found | ({"drift_kl_bound": self.max_kl} if self.max_kl is not None else {})
+
+    @property
+    def place(self) -> str:
+        """The first thing that is wrong."""
+        return (self.led.place if self.led else "") or self.comparison.first
+
+
+def is_int8(weights: Weights) -> bool:
+    """Whether some of the matrices are codes of int8."""
+    return any(t.dtype == CODES for t in weights.tensors)
 
 
 def prove(
-    root: Path, target_name: str, reference: str | Path | None, layers: int = 0, tell: Tell = quietly
+    root: Path,
+    target_name: str,
+    reference: str | Path | None,
+    layers: int = 0,
+    tell: Tell = quietly,
+    max_kl: float | None = None,
+    text: Path | None = None,
 ) -> Proof:
     """Compare the artifact's graphs and bytes with transformers.  A failed proof removes an earlier one.
 
     Weights that do not stay in memory are read anew at each step: of those models few decode steps are compared.
     `layers` above 0 compares the first layers only, in bounded memory; that is no proof of the whole and is
     not recorded as one.  Half-precision targets are also run in their own precision, and that is reported.
-    `tell`: hears of each phase how much of it is done.
+    Of int8 artifacts, how far they are from the unquantised model on `text` is measured, and must stay within
+    `max_kl` if that is given.  `tell`: hears of each phase how much of it is done.
     """
     started = time.monotonic()
     artifact = Artifact(root)
     config = configuration(artifact)
     artifact.graphs(target_name)
     target = target_named(target_name)
+    layers = layers if layers < config.layers else 0
+    has_codes = is_int8(artifact.weights)
+    if not has_codes and (max_kl is not None or text is not None):
+        raise UsageError(
+            f"{root}: is not quantised: there is no drift to measure.", "Leave --max-kl and --text out."
+        )
     source = source_of(root, reference)
     mindspore_version()
     tell("reading every byte", 0, 1)
@@ -69,56 +124,130 @@ def prove(
     except VerificationFailed:
         _record(root, target, None)
         raise
-    missing, unused = _coverage(artifact, target)
-    layers = layers if layers < config.layers else 0
-    model = Reference(source, artifact.manifest, layers)
-    model.tell = tell
-    is_large = sum(f.size for f in artifact.weights.files) > LARGE_BYTES
-    comparison = compare(
-        _candidate(artifact, target, layers),
-        model,
-        config.vocab,
-        config.max_positions,
-        steps=FEW_STEPS if is_large else DECODE_STEPS,
-        others=_others(artifact, target, layers),
-        tell=tell,
-    )
-    ok = comparison.ok and not missing and not unused
-    tell("the target's own precision", 0, 1)
-    half = _half_precision(artifact, target, model, config) if ok and not layers and not is_large else {}
-    seconds = time.monotonic() - started
-    proof = Proof(target.name, artifact.tp, comparison, missing, unused, seconds, layers, half)
+    subject = Subject(artifact, target, config, source, layers, tell)
+    found = subject.led(max_kl, text) if has_codes else subject.plain()
+    proof = replace(found, seconds=time.monotonic() - started)
     if not layers:
         _record(root, target, _entry(artifact, proof) if proof.ok else None)
     return proof
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is proved: an artifact's graphs of a target, against `source`; the first `layers` only, if not 0."""
+
+    artifact: Artifact
+    target: Target
+    config: DecoderConfig
+    source: Path
+    layers: int
+    tell: Tell
+
+    @property
+    def steps(self) -> int:
+        return FEW_STEPS if self.is_large else DECODE_STEPS
+
+    @property
+    def is_large(self) -> bool:
+        return sum(f.size for f in self.artifact.weights.files) > LARGE_BYTES
+
+    def plain(self) -> Proof:
+        """Against the source's own values."""
+        artifact, target, config, layers = self.artifact, self.target, self.config, self.layers
+        model = Reference(self.source, artifact.manifest, layers)
+        model.tell = self.tell
+        comparison = compare(
+            _candidate(artifact, target, layers),
+            model,
+            config.vocab,
+            config.max_positions,
+            steps=self.steps,
+            others=_others(artifact, target, layers),
+            tell=self.tell,
+        )
+        proof = self._proof(comparison)
+        if proof.ok and not layers and not self.is_large:
+            self.tell("the target's own precision", 0, 1)
+            proof = replace(proof, half_precision=_half_precision(artifact, target, model, config))
+        return proof
+
+    def led(self, max_kl: float | None, text: Path | None) -> Proof:
+        """Against int8 arithmetic, led where rounding is a tie.  Raises VerificationFailed if the artifact's codes
+        are not the source's, or not those that it must have been quantised to."""
+        from .int8 import drift, stored
+        from .int8.reference import QuantisedReference
+        from .int8.run import compare_led
+
+        artifact, target, config, layers = self.artifact, self.target, self.config, self.layers
+        model = QuantisedReference(self.source, artifact.manifest, layers)
+        model.tell = self.tell
+        self.tell("int8 tensors against the source's", 0, 1)
+        found = stored.Check(artifact, model.weights).run(layers)
+        if found.place:
+            if not layers:
+                _record(artifact.root, target, None)
+            raise VerificationFailed(
+                f"{artifact.root}: not proven for {target.name}: {found.place}.",
+                "Check that --reference is what was converted; then convert again with --force.",
+            )
+        candidates = {"": lambda: self._interpreted("")}
+        sessions = {}
+        if of_variant(artifact.graphs(target.name), COMPILED):
+            candidates[COMPILED] = lambda: self._interpreted(COMPILED)
+        for variant in candidates:
+            if _runs_here(artifact, target, layers, variant):
+                sessions[variant] = partial(_candidate, artifact, target, layers, variant)
+        comparison, led = compare_led(
+            candidates, sessions, model, config.vocab, config.max_positions, steps=self.steps, tell=self.tell
+        )
+        proof = replace(self._proof(comparison), led=led, tensors=found.tensors, max_kl=max_kl)
+        if not proof.ok or layers:
+            return proof
+        if not self.is_large:
+            self.tell("the target's own precision", 0, 1)
+            proof = replace(proof, half_precision=_half_precision(artifact, target, model, config, is_int8=True))
+        self.tell("drift", 0, 1)
+        measured = drift.measure(self.source, artifact.manifest, model, text, config.vocab, config.max_positions)
+        return replace(proof, drift=measured)
+
+    def _interpreted(self, variant: str) -> Lockstep:
+        from .lockstep import Lockstep
+
+        return Lockstep(self.artifact, self.target.name, layers=self.layers, variant=variant)
+
+    def _proof(self, comparison: Comparison) -> Proof:
+        missing, unused = _coverage(self.artifact, self.target)
+        return Proof(self.target.name, self.artifact.tp, comparison, missing, unused, 0.0, self.layers)
+
+
 def _entry(artifact: Artifact, proof: Proof) -> Verified:
     """What the manifest keeps of a proof."""
-    weights, comparison = artifact.weights, proof.comparison
+    weights, comparison, drift = artifact.weights, proof.comparison, proof.drift
+    int8 = {f"int8_{name}": n for name, n in proof.int8.items() if not isinstance(n, str)}
     rounded = f", weights rounded to {weights.dtype}" if weights.source_dtype != weights.dtype else ""
     return Verified(
         target=proof.target,
         weights_digest=weights.digest,
         graph_digests=sorted(g.digest for g in artifact.graphs(proof.target)),
-        reference=f"transformers on {artifact.manifest.model.source}{rounded}",
-        mode="float32",
+        reference=f"transformers on {artifact.manifest.model.source}{rounded}"
+        + (f"; {drift.words}" if drift else ""),
+        mode="float32" if proof.led is None else LED,
         bound=comparison.bound,
         max_abs_logit_error=comparison.max_abs_logit_error,
         argmax_agreement=comparison.argmax_agreement,
         ranks=artifact.tp,
         logits_compared=comparison.rows,
-        settings={**comparison.by_phase, **proof.half_precision},
+        settings={**comparison.by_phase, **proof.half_precision, **int8},
         norms=comparison.probes,
     )
 
 
 def _half_precision(
-    artifact: Artifact, target: Target, model: Reference, config: DecoderConfig
+    artifact: Artifact, target: Target, model: Reference, config: DecoderConfig, is_int8: bool = False
 ) -> dict[str, float]:
     """The same graphs with the target's own rounding, short: reported with a bound of its own, no gate.
 
-    With experts there is no bound: half precision takes other ones.
+    With experts there is no bound: half precision takes other ones.  Nor with int8: it takes other codes.
     """
     if target.dtype == "float32":
         return {}
@@ -130,7 +259,7 @@ def _half_precision(
         "half_precision_max_abs_logit_error": result.max_abs_logit_error,
         "half_precision_argmax_agreement": result.argmax_agreement,
     }
-    if config.moe is None:
+    if config.moe is None and not is_int8:
         found["half_precision_bound"] = half_precision_bound(target, result.largest_logit, config.layers)
     return found
 
@@ -138,14 +267,18 @@ def _half_precision(
 def _candidate(artifact: Artifact, target: Target, layers: int, variant: str = "") -> Candidate:
     """One CPU rank runs for real, in MindSpore, where it has what the variant needs; several ranks, and Ascend's
     graphs, in the interpreter."""
-    runs_here = target.device.is_host and artifact.tp == 1 and not layers
-    if runs_here and (variant != COMPILED or library().path is not None):
+    if _runs_here(artifact, target, layers, variant):
         from msconv_runtime import Session
 
         return Session(artifact.root, target.name, compiled=variant == COMPILED)
     from .lockstep import Lockstep
 
     return Lockstep(artifact, target.name, layers=layers, variant=variant)
+
+
+def _runs_here(artifact: Artifact, target: Target, layers: int, variant: str) -> bool:
+    is_one = target.device.is_host and artifact.tp == 1 and not layers
+    return is_one and (variant != COMPILED or library().path is not None)
 
 
 def _others(artifact: Artifact, target: Target, layers: int) -> dict[str, Callable[[], Candidate]]:

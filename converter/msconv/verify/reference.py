@@ -77,7 +77,7 @@ class Reference:
                 "Give the directory the artifact was converted from with --reference.",
             )
         self._torch = torch
-        self.weights = SourceWeights(checkpoint, [manifest, *([bound] if bound else [])])
+        self.weights = self._weights(checkpoint, [manifest, *([bound] if bound else [])])
         self.moe = checkpoint.config.moe
         config = _configuration(root, checkpoint.family)
         if getattr(config, "quantization_config", None):
@@ -92,11 +92,19 @@ class Reference:
                 config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        with torch.device("meta"):
+            self._prepare(model)
         self.model = model.eval()
-        keep = sum(p.numel() for p in model.parameters()) * 4 <= KEEP_BYTES
+        keep = sum(t.nbytes for t in model.state_dict().values()) <= KEEP_BYTES
         for name, module in model.named_modules():
             if name in ("model.embed_tokens", "model.norm", "lm_head") or LAYER.fullmatch(name):
                 self._load_on_use(name, module, keep)
+
+    def _weights(self, checkpoint: Checkpoint, manifests: list[Manifest]) -> SourceWeights:
+        return SourceWeights(checkpoint, manifests)
+
+    def _prepare(self, model: Any) -> None:
+        """Change modules before they have weights."""
 
     def _load_on_use(self, name: str, module: Any, keep: bool) -> None:
         """Its weights come when it is called, and go afterwards."""
@@ -213,6 +221,10 @@ class SourceWeights:
                 value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
             return value
 
+        return self.published(name, rounds)
+
+    def published(self, name: str, rounds: Any) -> Any:
+        """A tensor's values in float32, decoded by its format's published rule, through `rounds`."""
         self._require(name)
         headers = ChainMap(self.checkpoint.tensors, dict(self.checkpoint.stacked))
         stored = format_of(name, headers, self.checkpoint.config.formats)

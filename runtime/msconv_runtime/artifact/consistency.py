@@ -29,6 +29,8 @@ GROUP = "msconv_tp"
 FILE = re.compile(r"[A-Za-z0-9][\w-]{0,90}\.(?:json|jinja|model|txt|tiktoken)", re.ASCII)
 NOT_FILES = {"msconv.json"}
 HALF = "half_precision_"  # settings that a proof reports without a gate
+INT8 = "int8_"  # settings of a proof of int8: not errors of logits, see _led
+MOST_LED = 1e-4  # share of codes that the reference took from the candidate
 HALVES = {"max_abs_logit_error", "argmax_agreement", "bound"}
 
 
@@ -136,7 +138,10 @@ def _claims(manifest: Manifest) -> str:
 
 def _proof(v: Verified, tp: int) -> str:
     gated = [v.max_abs_logit_error, *v.norms.values()]
-    gated += [float(n) for name, n in v.settings.items() if not isinstance(n, str) and not name.startswith(HALF)]
+    ungated = (HALF, INT8)
+    gated += [
+        float(n) for name, n in v.settings.items() if not isinstance(n, str) and not name.startswith(ungated)
+    ]
     if v.target not in TARGETS:
         return "is of no known target"
     if not math.isfinite(v.bound) or v.bound <= 0:
@@ -153,8 +158,25 @@ def _proof(v: Verified, tp: int) -> str:
         return f"has half precision's {', '.join(sorted(half))[:80]}"
     if any(isinstance(n, str) or not math.isfinite(n) for n in v.settings.values()):
         return "has a setting that is no number"
+    if problem := _led({n.removeprefix(INT8): float(x) for n, x in v.settings.items() if n.startswith(INT8)}):
+        return problem
     if not v.graph_digests or _twice(v.graph_digests):
         return "is of no graphs, or of one twice"
+    return ""
+
+
+def _led(found: dict[str, float]) -> str:
+    """What a proof of int8 says of its codes, by the names it has them under; {} for another proof."""
+    if not found:
+        return ""
+    if worst := next((n for n in found.values() if n < 0), None):
+        return f"has the number {worst}"
+    compared, led, wrong = (found.get(f"codes_{n}", math.nan) for n in ("compared", "led", "unexplained"))
+    if not (compared > 0 and led < MOST_LED * compared and wrong == 0):
+        return f"led {led:.0f} of {compared:.0f} codes and left {wrong:.0f} unexplained"
+    for name, bound in found.items():
+        if name.endswith("kl_bound") and not found.get(name.removesuffix("_bound"), math.nan) <= bound:
+            return f"has a divergence ({name.removesuffix('_bound')}) beyond its own bound, {bound:.1e}"
     return ""
 
 

@@ -103,7 +103,12 @@ async function ask(prompt) {
   const speed = element('p', 'speed', '…');
   turn.append(speed);
   const begun = performance.now();
-  let text = '', first = 0, count = 0, usage = null, stopped = '';
+  let text = '', first = 0, count = 0, painted = 0, usage = null, stopped = '';
+  const paint = () => {
+    render(said, text);
+    if (first) tell(speed, begun, first, count, null, '');
+    at('log').scrollTop = at('log').scrollHeight;
+  };
   const [path, body] = request(prompt);
   running = new AbortController();
   busy(true);
@@ -119,14 +124,16 @@ async function ask(prompt) {
       first = first || performance.now();
       count += 1;
       text += piece;
-      render(said, text);
-      tell(speed, begun, first, count, null, '');
-      at('log').scrollTop = at('log').scrollHeight;
+      if (performance.now() - painted < 50) continue;
+      paint();
+      painted = performance.now();
+      await new Promise(resolve => setTimeout(resolve));  // clicks come in between, however fast the tokens are
     }
   } catch (error) {
     if (error.name === 'AbortError') stopped = ', stopped';
     else turn.append(element('p', 'wrong', String(error.message || error)));
   }
+  paint();
   running = null;
   busy(false);
   tell(speed, begun, first, count, usage, stopped);

@@ -1,0 +1,145 @@
+"""How far int8 is from the unquantised model: reported, and a bound only if somebody sets one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from msconv_runtime.artifact import Manifest
+from msconv_runtime.errors import UsageError
+
+from ..reference import Reference, Trace
+from .reference import QuantisedReference
+
+TEXT = Path(__file__).with_name("text.txt")
+WINDOW = 256  # tokens that are read as one sequence
+MOST_TOKENS = 1024
+FEWEST_TOKENS = 32
+SHIPPED, RANDOM = "msconv's own text", "random tokens"
+SOURCE, VALUES = "the unquantised source", "the values of the source's codes"
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Over all tokens of a text.  `kl`: mean of sum p log(p / q) in nats, p the unquantised model's.
+    `perplexity` of the int8 model, `perplexity_before` of the other, `against`.  `text`: what was read."""
+
+    kl: float
+    argmax_agreement: float
+    perplexity: float
+    perplexity_before: float
+    tokens: int
+    text: str
+    against: str
+
+    @property
+    def words(self) -> str:
+        return f"drift from {self.against}, over {self.tokens} tokens of {self.text}"
+
+    @property
+    def settings(self) -> dict[str, str | int | float]:
+        """As a manifest and `--json` have it."""
+        return {
+            "drift_kl": self.kl,
+            "drift_argmax_agreement": self.argmax_agreement,
+            "drift_perplexity": self.perplexity,
+            "drift_perplexity_unquantised": self.perplexity_before,
+            "drift_tokens": self.tokens,
+            "drift_text": self.text,
+            "drift_against": self.against,
+        }
+
+
+def measure(
+    root: Path, manifest: Manifest, reference: QuantisedReference, given: Path | None, vocab: int, positions: int
+) -> Drift:
+    """`root`: of the source.  `given`: a text instead of the one that ships.  Raises UsageError for one that
+    cannot be read."""
+    tokens, text = tokens_of(root, given, vocab)
+    size = max(2, min(WINDOW, positions))
+    windows = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+    windows = [w for w in windows if len(w) > 1]
+    after = reference.traces(windows)
+    if reference.weights.is_made:
+        plain = Reference(root, msgspec.structs.replace(manifest, weights=None))
+        before, against = plain.traces(windows), SOURCE
+    else:
+        before, against = reference.traces_of_values(windows), VALUES
+    p, q = (np.concatenate([t.logits for t in traces]) for traces in (before, after))
+    return Drift(
+        divergence(p, q),
+        agreement(p, q),
+        perplexity(after, windows),
+        perplexity(before, windows),
+        sum(map(len, windows)),
+        text,
+        against,
+    )
+
+
+def tokens_of(root: Path, given: Path | None, vocab: int) -> tuple[list[int], str]:
+    """Tokens of a text, and what it is: a model without a tokenizer gets random ones."""
+    try:
+        text = (given or TEXT).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(
+            f"{given}: cannot be read as text: {e}.", "Give a file of plain text, in UTF-8."
+        ) from None
+    found = _encode(root / "tokenizer.json", text)
+    is_usable = len(found) >= FEWEST_TOKENS and max(found) < vocab
+    if given is not None and not is_usable:
+        raise UsageError(
+            f"{given}: the tokenizer makes {len(found)} tokens of it; {FEWEST_TOKENS} or more are needed.",
+            f"Check that {root / 'tokenizer.json'} is there and the model's, or leave --text out.",
+        )
+    if is_usable:
+        return found[:MOST_TOKENS], given.name if given is not None else SHIPPED
+    rng = np.random.default_rng(0)
+    return [int(t) for t in rng.integers(0, vocab, WINDOW)], RANDOM
+
+
+def _encode(path: Path, text: str) -> list[int]:
+    """[] if there is no tokenizer that can be read."""
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        return []
+    try:
+        return list(Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids)
+    except Exception:  # the library raises its own for whatever is wrong with a file
+        return []
+
+
+def divergence(p: Logits, q: Logits) -> float:
+    """Mean over rows [N, V] of logits of sum p log(p / q)."""
+    total = 0.0
+    for a, b in zip(p, q, strict=True):
+        log_p, log_q = _log_softmax(a), _log_softmax(b)
+        total += float((np.exp(log_p) * (log_p - log_q)).sum())
+    return total / len(p)
+
+
+def agreement(p: Logits, q: Logits) -> float:
+    """Share of rows whose largest logit is the same one."""
+    return float((p.argmax(-1) == q.argmax(-1)).mean())
+
+
+def perplexity(traces: list[Trace], windows: list[list[int]]) -> float:
+    """Of each token after the first in its window."""
+    losses = [
+        -float(_log_softmax(row)[token])
+        for trace, window in zip(traces, windows, strict=True)
+        for row, token in zip(trace.logits[:-1], window[1:], strict=True)
+    ]
+    return float(np.exp(np.mean(losses)))
+
+
+def _log_softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = row.astype(np.float64)
+    wide -= wide.max()
+    return wide - np.log(np.exp(wide).sum())

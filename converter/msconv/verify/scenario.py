@@ -1,0 +1,92 @@
+"""What is run: ragged prefill, decode, chunked prefill on a cached prefix, decode."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .reference import Logits
+from .telling import Tell, quietly
+
+DECODE_STEPS = 16
+PROMPTS = (1, 5, 16, 17, 33, 70)  # below, at and above page boundaries
+EVERY = (3, 40, 1, 2, 20, 9)  # appended at last, where a graph gives the logits of all of them
+CHUNKS = (3, 40, 1, 2, 300, 9)  # appended to what is cached by then
+
+
+class Candidate(Protocol):
+    """What is to be proved: sequences in, logits of each last token out, [B, V]."""
+
+    def prefill(self, prompts: list[list[int]]) -> Logits: ...
+    def extend(self, tokens: list[list[int]]) -> Logits: ...
+    def decode(self, tokens: list[int]) -> Logits: ...
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of the candidate.  `places` and `rows`: (sequence, position) of each token and each logits row."""
+
+    phase: str
+    places: list[tuple[int, int]]
+    rows: list[tuple[int, int]]
+    logits: Logits
+    probes: dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each sequence: of prompts, of what is appended to them, of what is appended at last with all its
+    logits, [] if none is; and how often to decode."""
+
+    prompts: list[int]
+    appended: list[int]
+    every: list[int]
+    steps: int
+
+    @classmethod
+    def within(cls, max_positions: int, steps: int, has_all_tokens: bool) -> Lengths:
+        """The usual ones, where a model has as many positions."""
+        room = max(1, max_positions - 2 * DECODE_STEPS - max(EVERY))
+        prompts = [min(n, max(1, room // 2)) for n in PROMPTS]
+        appended = [min(n, max(1, room - p)) for n, p in zip(CHUNKS, prompts, strict=True)]
+        return cls(prompts, appended, list(EVERY if has_all_tokens else ()), steps)
+
+    @property
+    def totals(self) -> list[int]:
+        every = self.every or [0] * len(self.prompts)
+        both = zip(self.prompts, self.appended, every, strict=True)
+        return [p + a + 2 * self.steps + e for p, a, e in both]
+
+
+def play(
+    candidate: Candidate, name: str, sequences: list[list[int]], lengths: Lengths, tell: Tell = quietly
+) -> Iterator[Seen]:
+    """Run a candidate; each of its calls, as soon as it is done.  `name`: before the phase's."""
+    done = [0] * len(sequences)
+    calls, num_calls = itertools.count(), 2 + 2 * lengths.steps + bool(lengths.every)
+
+    def run(phase: str, counts: list[int], call: Callable[[list[list[int]]], Logits], every: bool = False) -> Seen:
+        new = [s[d : d + n] for s, d, n in zip(sequences, done, counts, strict=True)]
+        places = [(i, done[i] + t) for i, n in enumerate(counts) for t in range(n)]
+        for i, n in enumerate(counts):
+            done[i] += n
+        tell(f"{name}graphs", next(calls), num_calls)
+        logits = call(new)
+        rows = places if every else [(i, d - 1) for i, d in enumerate(done)]
+        return Seen(name + phase, places, rows, logits, dict(getattr(candidate, "probes", {})))
+
+    def decode(phase: str) -> Iterator[Seen]:
+        for _ in range(lengths.steps):
+            yield run(phase, [1] * len(sequences), lambda new: candidate.decode([t for (t,) in new]))
+
+    yield run("prefill", lengths.prompts, candidate.prefill)
+    yield from decode("decode")
+    yield run("prefill on a cached prefix", lengths.appended, candidate.extend)
+    yield from decode("decode after it")
+    if lengths.every and getattr(candidate, "has_all_tokens", False):
+        yield run("all tokens", lengths.every, candidate.extend_all, every=True)  # type: ignore[attr-defined]
