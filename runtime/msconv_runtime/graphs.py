@@ -114,12 +114,12 @@ class Graphs:
         """How many tokens `every_token` should be asked for at once: their logits are some megabytes."""
         return min(max(FEWEST_ROWS, LOGITS_BYTES // (4 * self.vocab_size)), CHUNK_TOKENS)
 
-    def every_token(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
+    def every_token(self, batch: Batch, caches: Sequence[Any], at_once: int = 0) -> NDArray[np.float32]:
         """Any number of new tokens a sequence, after any cached prefix.  Logits of all of them, [T, V] float32, in
-        the batch's order.  In calls of `rows_at_once` tokens; what they give together, the caller bounds.  Raises
-        ArtifactError if the artifact has no such graph."""
+        the batch's order.  In calls of `at_once` tokens, 0 for `rows_at_once`; what they give together, the caller
+        bounds.  Raises ArtifactError if the artifact has no such graph."""
         ragged = self.is_compiled or not self.target.device.is_host
-        parts = [part for _, _, part in chunks(batch, self.page, ragged, self.rows_at_once)]
+        parts = [part for _, _, part in chunks(batch, self.page, ragged, at_once or self.rows_at_once)]
         found = [self.run(VERIFY, part, caches)[LOGITS] for part in parts]
         return found[0] if len(found) == 1 else np.concatenate(found)
 

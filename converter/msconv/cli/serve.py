@@ -126,6 +126,8 @@ def command(
     launch = plan_launch(root, device, host, port, flags, settings, nodes, print_command, target)
     for flag in launch.untried:
         say(f"{flag}: nobody has tried this flag with an artifact; it is passed on.")
+    for note in launch.notes:
+        say(note)
     data = {"argv": launch.argv, "environment": launch.environment}
     if print_command:
         show(Result(data, launch.shell(), next=_without_print(root)))

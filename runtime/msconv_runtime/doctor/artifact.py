@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, Manifest
 from ..claims import CLAIMED, is_checked_here
 from ..errors import MsconvError
-from ..roles import can_serve, of_variant
+from ..roles import can_serve, gives_all_logits, of_variant
 from ..targets import DEVICES, device_of, usual_target
 from ..versions import MINDSPORE, in_series, named
 from .findings import NPU, SERVE, Finding, State, to_serve
@@ -23,7 +23,7 @@ MAX_DAMAGE = 20  # files that are named
 
 
 def artifact_findings(
-    machine: Machine, root: Path, tokens: int, needs: Needs
+    machine: Machine, root: Path, tokens: int, needs: Needs, drafts: Sequence[Artifact] = ()
 ) -> tuple[dict[str, Any], list[Finding]]:
     """The artifact in short, and how it fits this machine."""
     short: dict[str, Any] = {"path": str(root), "ready": False}
@@ -32,7 +32,7 @@ def artifact_findings(
         manifest = artifact.manifest
         short["ready"] = True
         damage = _damage(artifact)
-        memory = list(memory_findings(machine, artifact, tokens, needs))
+        memory = list(memory_findings(machine, artifact, tokens, needs, drafts))
     except (MsconvError, OSError, ImportError) as e:
         hint = getattr(e, "hint", "") or "make it readable, and numpy importable"
         return short, [Finding("artifact", "wrong", str(e), "READY, and a manifest that fits", hint, SERVE)]
@@ -101,6 +101,9 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
     needed = f"prefill and decode of mindspore {named(MINDSPORE, ' or ')}"
     hint = f"`msconv compile {root} --target {target}`"
     yield Finding(f"graphs {target}", state, found, needed, hint, (to_serve(device.kind),))
+    if can_serve(of_variant(graphs, "")) and not gives_all_logits(graphs):
+        needed = "for drafts (speculative decoding) and log probabilities of prompts"
+        yield Finding(f"all logits {target}", "missing", "no graphs that give them", needed, hint)
     if graphs:
         proof = manifest.proof_for(target) if intact else None
         found = f"largest logit error {proof.max_abs_logit_error:.2e}" if proof else "UNPROVEN"

@@ -68,6 +68,14 @@ class Engine(ABC):
         """The user's flags that are passed on and that nobody has tried with an artifact."""
         return []
 
+    def drafts(self, given: Mapping[str, str]) -> list[Artifact]:
+        """Other artifacts that the user's flags load beside the one that is served, as far as they can be read."""
+        return []
+
+    def notes(self, target: Target, given: Mapping[str, str]) -> list[str]:
+        """What the engine does otherwise than the user's flags let one expect."""
+        return []
+
     def without_keys(self, argv: list[str]) -> list[str]:
         """A command for a log: keys and passwords in it are not shown."""
         return argv

@@ -19,13 +19,14 @@ from .settings import USUAL, Settings
 @dataclass(frozen=True)
 class Launch:
     """A process to start.  `environment` holds only what is added to the caller's.  `target`: whose graphs.
-    `untried`: flags of the user's that nobody has tried."""
+    `untried`: flags of the user's that nobody has tried.  `notes`: what the engine does unexpectedly."""
 
     argv: list[str]
     environment: dict[str, str]
     target: Target
     untried: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def shell(self, hide_keys: bool = False) -> str:
         """As one would type it; `hide_keys`: for a log."""
@@ -69,4 +70,5 @@ def plan_launch(
         settings = replace(settings, ranks_here=ranks // nodes.count)
     environment = settings.environment() | engine.environment(chosen, ranks, nodes.count)
     argv += extra
-    return Launch(argv, environment, chosen, tuple(engine.untried(given)), tuple(engine.without_keys(argv)))
+    untried, notes = tuple(engine.untried(given)), tuple(engine.notes(chosen, given))
+    return Launch(argv, environment, chosen, untried, tuple(engine.without_keys(argv)), notes)

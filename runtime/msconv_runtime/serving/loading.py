@@ -96,13 +96,19 @@ def finish(artifact: Artifact, place: Place) -> Graphs:
     return loaded.graphs
 
 
-def state() -> dict[str, Any]:
-    """What this process has loaded, for /server_info.  Empty: nothing of ours."""
-    for root, loaded in _finished.items():
-        return {
-            "artifact": str(root),
-            "graphs": sorted(g.name for g in loaded.graphs.entries.values()),
-            "compiles_since_ready": loaded.graphs.compiles_since_ready,
-            "start_seconds": loaded.seconds,
-        }
-    return {}
+def state(root: Path) -> dict[str, Any]:
+    """What this process has loaded, for /server_info: of the artifact that is served, with that of its draft.
+    Empty: nothing of ours."""
+    if root not in _finished:
+        return {}
+    drafts = [_told(other, loaded) for other, loaded in _finished.items() if other != root]
+    return _told(root, _finished[root]) | ({"draft": drafts[0]} if drafts else {})
+
+
+def _told(root: Path, loaded: Loaded) -> dict[str, Any]:
+    return {
+        "artifact": str(root),
+        "graphs": sorted(g.name for g in loaded.graphs.entries.values()),
+        "compiles_since_ready": loaded.graphs.compiles_since_ready,
+        "start_seconds": loaded.seconds,
+    }

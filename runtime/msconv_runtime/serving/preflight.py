@@ -39,5 +39,7 @@ def refuse(
 
 def _findings(engine: Engine, artifact: Artifact, target: Target, given: dict[str, str]) -> list[Finding]:
     machine, tokens = Machine(), engine.pool(artifact, target, given).tokens
-    found = examine(machine, artifact.root, tokens, engine.needs).against(to_serve(target.kind))
+    found = examine(machine, artifact.root, tokens, engine.needs, engine.drafts(given)).against(
+        to_serve(target.kind)
+    )
     return [*found, *flag_findings(machine, given, engine.needs)]

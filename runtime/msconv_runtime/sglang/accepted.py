@@ -46,7 +46,23 @@ TRIED = frozenset(
         "--json-model-override-args",
         "--load-format",
         "--enable-metrics",
+        "--speculative-algorithm",
+        "--speculative-draft-model-path",
+        "--speculative-draft-model",
+        "--speculative-num-steps",
+        "--speculative-eagle-topk",
+        "--speculative-num-draft-tokens",
+        "--speculative-ngram-min-bfs-breadth",
+        "--speculative-ngram-max-bfs-breadth",
     ]
+)
+CHECKED = (  # their values are looked at
+    "--json-model-override-args",
+    "--kv-cache-dtype",
+    "--speculative-algorithm",
+    "--speculative-draft-model-path",
+    "--speculative-eagle-topk",
+    "--speculative-ngram-max-bfs-breadth",
 )
 
 
@@ -73,7 +89,9 @@ GATE = "its requests would not pass msconv's list of endpoints"
 LAYOUT = "the artifact's ranks are those of tp and ep"
 TORCH = "the model is a MindSpore graph, without torch modules"
 TEXT = "the model takes text"
-DRAFTS = "an artifact has no drafts to speculate with"
+EAGLE = "drafts of EAGLE, EAGLE3 and NEXTN read the target's hidden states, and the graphs give logits"
+DRAFT = "a draft is an artifact too, loaded as it is"
+ATTEND = "the graphs attend and choose experts by themselves, for drafts too"
 REFUSED = (
     Refused("--model-path --model", "the artifact is the model"),
     Refused("--config", "flags from a file are not checked: write them here"),
@@ -84,8 +102,23 @@ REFUSED = (
         "--experts-shared-outer-loras --no-experts-shared-outer-loras --no-lora-strict-loading",
         "the graphs have no place for LoRA: merge it into the checkpoint and convert again",
     ),
-    Refused("--speculative-* --enable-multi-layer-eagle --decoupled-spec-* --spec-trace-dir", DRAFTS),
-    Refused("--decrypted-draft-config-file --enable-draft-weights-cpu-backup --no-speculative-*", DRAFTS),
+    Refused("--enable-multi-layer-eagle --speculative-token-map --speculative-adaptive*", EAGLE),
+    Refused("--speculative-draft-window-size --speculative-draft-sink-size", EAGLE),
+    Refused("--speculative-use-rejection-sampling --speculative-use-block-verification", EAGLE),
+    Refused(
+        "--speculative-dflash-* --speculative-dspark-* --speculative-domino-*", "no graphs are drafts of this kind"
+    ),
+    Refused("--speculative-draft-model-revision --speculative-draft-load-format", DRAFT),
+    Refused("--speculative-draft-model-quantization", DRAFT, ("unquant",)),
+    Refused("--decrypted-draft-config-file --enable-draft-weights-cpu-backup", DRAFT),
+    Refused("--speculative-draft-attention-backend --speculative-attention-mode --speculative-dsa-*", ATTEND),
+    Refused("--speculative-moe-* --speculative-enable-* --no-speculative-*", ATTEND),
+    Refused("--speculative-draft-kv-cache-dtype", POOL, ("auto",)),
+    Refused(
+        "--speculative-accept-threshold-*", "a draft is accepted where the target says the same", ("1", "1.0")
+    ),
+    Refused("--speculative-ngram-external-*", "drafts come from the tokens that the server has seen"),
+    Refused("--decoupled-spec-* --spec-trace-dir", "a draft runs beside its target, in the same processes"),
     Refused(
         "--quantization --quantization-param-path --modelopt-* --quantize-and-serve --rl-quant-profile "
         "--enable-fp32-lm-head --rl-on-policy-target",
@@ -169,7 +202,6 @@ def untried(given: Mapping[str, str]) -> list[str]:
 
 
 def _meant(flag: str) -> str:
-    guarded = ["--json-model-override-args", "--kv-cache-dtype"]  # whose values are looked at
-    if found := next((full for full in guarded if full.startswith(flag)), ""):
+    if found := next((full for full in CHECKED if full.startswith(flag)), ""):
         return found
     return next((full for r in REFUSED if (full := r.shortened(flag))), "")

@@ -46,7 +46,7 @@ LOGGING = Rule("never", "it can end the log and write files where the client say
 NO_VECTORS = Rule("never", "the graphs give the logits of the next token, no vectors and no classes")
 NO_AUDIO = Rule("never", "the model takes text")
 CACHE = Rule("never", "an artifact is served without a hierarchical cache")
-SPECULATION = Rule("never", "an artifact is served without speculative decoding")
+CORPORA = Rule("never", "drafts come from the tokens that the server has seen")
 ROLES = Rule("never", "an artifact's server prefills and decodes, on the ranks that it has")
 UNKNOWN = Rule("never", "it is not among the endpoints that a server of an artifact answers")
 
@@ -85,7 +85,7 @@ ENDPOINTS: dict[str, Rule] = {
     **dict.fromkeys(("/v1/audio/transcriptions", "/v1/realtime"), NO_AUDIO),
     **dict.fromkeys(("/hicache/storage-backend", "/hicache/storage-backend/clear"), CACHE),
     "/get_hicache_l3_cache_layout": CACHE,
-    **dict.fromkeys(("/add_external_corpus", "/remove_external_corpus", "/list_external_corpora"), SPECULATION),
+    **dict.fromkeys(("/add_external_corpus", "/remove_external_corpus", "/list_external_corpora"), CORPORA),
     **dict.fromkeys(("/pd_role_switch", "/scale_elastic_ep", "/is_scaling_elastic_ep"), ROLES),
 }
 _TEMPLATES = [

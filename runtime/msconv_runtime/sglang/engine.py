@@ -19,6 +19,7 @@ from .accepted import untried
 from .environment import server_environment
 from .keys import hide_words
 from .plugin import PACKAGE
+from .speculation import drafts, speculation_notes
 
 NOT_NEEDED = "an artifact is served without it, and fills the slot that it was for"
 NEEDS = Needs(
@@ -96,6 +97,12 @@ class SGLang(Engine):
 
     def untried(self, given: Mapping[str, str]) -> list[str]:
         return untried(given)
+
+    def drafts(self, given: Mapping[str, str]) -> list[Artifact]:
+        return drafts(given)
+
+    def notes(self, target: Target, given: Mapping[str, str]) -> list[str]:
+        return speculation_notes(target, given)
 
     def without_keys(self, argv: list[str]) -> list[str]:
         return hide_words(argv)

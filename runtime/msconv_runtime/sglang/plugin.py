@@ -24,6 +24,7 @@ from ..serving.signed import refuse_unsigned_once
 from . import meeting
 from .asked import in_clients_words
 from .configuration import refuse_other
+from .draft_attention import attend_in_extend, attend_in_steps
 from .endpoints import ENDPOINTS, Gate
 from .keys import hide_fields, hide_text, hide_words
 from .requests import check_answers, check_request
@@ -36,6 +37,7 @@ REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
 RUNNING = "sglang.srt.managers.schedule_batch.Req"
 AUTH = "sglang.srt.utils.auth"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 logger = logging.getLogger(__name__)
 
 
@@ -58,6 +60,11 @@ def activate() -> None:
     HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool", _make_pool, HookType.AROUND
     )
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.init_mindspore_runner", _begin_once, HookType.AROUND
+    )
+    HookRegistry.register(f"{DRAFT_BACKENDS}.create_decode_backend", attend_in_steps, HookType.AROUND)
+    HookRegistry.register(f"{DRAFT_BACKENDS}.create_draft_extend_backend", attend_in_extend, HookType.AROUND)
     HookRegistry.register(f"{CONFIGURATOR}._build_ascend_mla_kv_pool", _build_one_latent, HookType.AROUND)
     HookRegistry.register(f"{MANAGER}._validate_one_request", _refuse_request, HookType.BEFORE)
     HookRegistry.register(f"{RUNNING}._stop_match_tail_len", _search_few_tokens, HookType.AFTER)
@@ -135,6 +142,12 @@ def _make_pool(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: 
         return original(runner, *args, **kwargs)
     with pool.reserved_zeros():
         return original(runner, *args, **kwargs)
+
+
+def _begin_once(original: Callable[[Any], None], runner: Any) -> None:
+    """MindSpore's device, meeting and groups are a process's: those of the target are there for its draft."""
+    if not (runner.is_draft_worker and _slot_is_ours() and is_artifact(runner.model_config.model_path)):
+        original(runner)
 
 
 def _build_one_latent(original: Callable[..., Any], configurator: Any, **sizes: Any) -> Any:
@@ -283,9 +296,11 @@ def _missing(path: str) -> str:
 
 def _add_state(reply: Any, *args: Any, **kwargs: Any) -> Any:
     """What /server_info says of an artifact: how it started, and what has been compiled since."""
+    from sglang.srt.runtime_context import get_model
+
     from ..serving import loading
 
-    if found := loading.state():
+    if found := loading.state(Path(get_model().model_path)):
         reply.internal_state["msconv"] = found
     return reply
 

@@ -22,11 +22,11 @@ from ..artifact import Artifact, GraphInput, is_artifact
 from ..artifact.served import refuse_wrong_files
 from ..errors import ArtifactError, EnvironmentProblem
 from ..graphs import Graphs, Place
-from ..paging import Batch, Ints
+from ..paging import RAGGED_TOKENS, Batch, Ints
 from ..serving import loading
 from ..serving.settings import Settings
 from ..targets import Target, target_named
-from . import pool, prompt_logprobs
+from . import drafts, pool, prompt_logprobs
 from .flags import pool_problems
 from .groups import find_groups
 from .upstream_names import NoMask, complete
@@ -97,7 +97,7 @@ class ArtifactModel(nn.Cell):
 
     def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
         """SGLang's LogitsProcessorOutput: logits [B, V] float32 of each sequence's last token, and what is asked
-        for of the prompts' log probabilities."""
+        for of the prompts' log probabilities.  Of drafts that are verified, logits of every token [T, V]."""
         if self.graphs is None:
             self.graphs = loading.finish(self.artifact, self.place)
         if not self.caches:
@@ -112,9 +112,12 @@ class ArtifactModel(nn.Cell):
 
     def _output(self, graphs: Graphs, batch: Batch, forward_batch: Any, device: Any) -> Any:
         mode = forward_batch.forward_mode
-        if mode.is_extend() and (asked := prompt_logprobs.asked(forward_batch)):
+        if _has_drafts(mode):
+            logits = graphs.every_token(batch, self.caches, RAGGED_TOKENS)
+        elif mode.is_extend() and (asked := prompt_logprobs.asked(forward_batch)):
             return prompt_logprobs.run(graphs, batch, asked, self.caches, device)
-        logits = (graphs.prefill if mode.is_extend() else graphs.decode)(batch, self.caches)
+        else:
+            logits = (graphs.prefill if mode.is_extend() else graphs.decode)(batch, self.caches)
         return LogitsProcessorOutput(next_token_logits=torch.from_numpy(logits).to(device), hidden_states=None)
 
     def _map_pool(self, graphs: Graphs) -> list[Any]:
@@ -142,20 +145,28 @@ class ArtifactModel(nn.Cell):
 
 def batch_of(input_ids: Any, positions: Any, forward_batch: Any, page: int) -> Batch:
     """SGLang's batch as graph inputs, without a MindSpore operation: those cost more than a small graph."""
-    context_lens = _ints(forward_batch.seq_lens)
-    rows = get_req_to_token_pool().req_to_token[forward_batch.req_pool_indices, : int(context_lens.max())]
-    if forward_batch.forward_mode.is_extend():
-        q_lens = _ints(forward_batch.extend_seq_lens)
-    else:
-        q_lens = np.ones(len(context_lens), np.int32)
+    ids, places, slots = _ints(input_ids), _ints(positions), _ints(forward_batch.out_cache_loc)
+    table, mode = get_req_to_token_pool().req_to_token, forward_batch.forward_mode
+    if _has_drafts(mode):
+        return drafts.batch_of(ids, places, slots, forward_batch, table, page)
+    if mode.is_extend():
+        context_lens, q_lens = _ints(forward_batch.seq_lens), _ints(forward_batch.extend_seq_lens)
+    else:  # a draft model's steps go on with positions, while seq_lens stay
+        context_lens, q_lens = places + 1, np.ones(len(places), np.int32)
+    rows = table[forward_batch.req_pool_indices, : int(context_lens.max())]
     return Batch(
-        input_ids=_ints(input_ids),
-        positions=_ints(positions),
-        slots=_ints(forward_batch.out_cache_loc),
+        input_ids=ids,
+        positions=places,
+        slots=slots,
         block_tables=_ints(rows[:, ::page]) // page,
         context_lens=context_lens,
         q_lens=q_lens,
     )
+
+
+def _has_drafts(mode: Any) -> bool:
+    """Whether a batch has several new tokens of each sequence whose logits are all asked for."""
+    return bool(mode.is_target_verify() or mode.is_draft_extend_v2())
 
 
 def _ints(tensor: Any) -> Ints:

@@ -1,0 +1,58 @@
+"""Batches of speculative decoding: drafts that the target verifies, and steps of a draft model.
+
+k drafts of each of B sequences are one batch of B * k tokens, all of whose logits are asked for.  The graphs write
+all keys and values of a call before they read any, so a token sees those before it in the same call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..paging import Batch, Ints
+
+
+def chains(input_ids: Ints, positions: Ints, slots: Ints, tables: Ints, before: Ints, width: int) -> Batch:
+    """`width` tokens of each sequence, one after another, after the `before` that it has in the cache."""
+    return Batch(input_ids, positions, slots, tables, before + width, np.full(len(before), width, np.int32))
+
+
+def trees(
+    input_ids: Ints, positions: Ints, slots: Ints, tables: Ints, before: Ints, seen: NDArray[np.bool_]
+) -> Batch:
+    """Drafts that branch, for pages of one slot: each token is a sequence of its own.  Its table has the slots of
+    its sequence, and after them those of its ancestors, each at its position.
+
+    `tables` [B, P]; `before` [B]; `seen` [B, k, k]: row i has the ancestors of draft i and itself, none after it.
+    """
+    count, width, _ = seen.shape
+    rows = np.zeros((count * width, max(tables.shape[1], int(positions.max()) + 1)), np.int32)
+    rows[:, : tables.shape[1]] = np.repeat(tables, width, 0)
+    for sequence in range(count):
+        own = slots[sequence * width : (sequence + 1) * width]
+        for draft in range(width):
+            path = own[: draft + 1][seen[sequence, draft, : draft + 1]]
+            row, begin = sequence * width + draft, int(before[sequence])
+            rows[row, begin : begin + len(path)] = path
+    return Batch(input_ids, positions, slots, rows, positions + 1, np.ones(count * width, np.int32))
+
+
+def batch_of(input_ids: Ints, positions: Ints, slots: Ints, forward_batch: Any, table: Any, page: int) -> Batch:
+    """The batch of SGLang's TARGET_VERIFY or DRAFT_EXTEND_V2.  `table`: its slots of each sequence by position.
+
+    Only drafts of NGRAM branch; the kind of tree that a draft model makes is refused at the start."""
+    count = len(forward_batch.req_pool_indices)
+    width = len(positions) // count
+    before = positions[::width].copy()  # the first draft stands right after what is cached
+    info = forward_batch.spec_info
+    longest = int(before.max()) + width
+    rows = np.array(table[forward_batch.req_pool_indices, :longest].cpu().numpy(), np.int32)
+    tables = rows[:, ::page] // page
+    if not forward_batch.forward_mode.is_target_verify() or info.tree_topk == 1:
+        return chains(input_ids, positions, slots, tables, before, width)
+    if page != 1:
+        raise ValueError(f"drafts that branch need pages of one slot, these have {page}")
+    seen = info.custom_mask[: count * width * width].view(count, width, width).cpu().numpy()
+    return trees(input_ids, positions, slots, tables, before, seen)
