@@ -58,7 +58,7 @@ def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.delenv(key, raising=False)
     for key, value in server.environment(tmp_path / "home").items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
     yield server
     server.stop()
 
