@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from demo.checkpoint import make_checkpoint
+from demo.checkpoint import make_tokenizer, zen_lines
+from tests.checkpoints import make_qwen3
 from tests.e2e.servers import Server, make_artifact, serving
 
 REQUESTS = 20
@@ -32,10 +33,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demonstration's model, trained for some seconds, with a tokenizer and a chat template."""
-    directory = tmp_path_factory.mktemp("clients")
-    make_checkpoint(directory / "zen-qwen3")
-    return make_artifact(directory / "zen-qwen3", directory / "zen-qwen3-tp1")
+    """A random model with the demonstration's tokenizer and chat template."""
+    checkpoint = tmp_path_factory.mktemp("clients") / "tiny-qwen3"
+    tokenizer = make_tokenizer(zen_lines())
+    make_qwen3(checkpoint, vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.2)
+    tokenizer.save_pretrained(checkpoint)
+    return make_artifact(checkpoint, checkpoint.parent / "artifact")
 
 
 @pytest.fixture(scope="module")

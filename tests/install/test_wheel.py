@@ -58,6 +58,7 @@ def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.delenv(key, raising=False)
     for key, value in server.environment(tmp_path / "home").items():
         monkeypatch.setenv(key, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
     yield server
     server.stop()
 
@@ -124,7 +125,7 @@ def test_the_base_alone_converts_and_says_what_a_hub_needs(
         imports_all_but(env, set())
         converts(env, checkpoint, tmp_path / "out")
         for command in (
-            ("convert", "some/tiny-qwen3", "--output", "elsewhere"),
+            ("convert", "some/tiny-qwen3", "--tp", "2", "--output", "elsewhere"),
             ("push", str(tmp_path / "out"), "--to", "me/tiny"),
             ("pull", "me/tiny"),
         ):

@@ -103,7 +103,7 @@ def package_finding(machine: Machine, name: str, needs: Needs) -> Finding:
         return Finding(name, "missing", "not installed", needed, hint, stops)
     state: State = "ok" if in_series(version, tested) else "untested"
     if name == "numpy" and re.match(r"[2-9]|1\d", version):
-        state = "wrong"
+        state, stops = "wrong", ALL[1:]  # converting goes with any
     if name == "mindspore" and state == "untested":
         state, stops = "wrong", ("compile",)  # what it makes is refused when it is loaded
     return Finding(name, state, version, needed, hint, stops)
