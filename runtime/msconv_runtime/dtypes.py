@@ -77,6 +77,7 @@ DTYPES = {
 }
 BY_CODE = {t.code: t for t in DTYPES.values()}
 ValueDtype = Literal["bfloat16", "float16", "float32"]  # of weights that are stored as values
+QUANT = {"w8a8": "w8a8-dynamic"}  # what values can be quantised to, and what a manifest calls it
 VALUE_DTYPES: tuple[ValueDtype, ...] = get_args(ValueDtype)
 
 

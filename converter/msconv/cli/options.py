@@ -12,9 +12,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from msconv_runtime.artifact import is_artifact
-from msconv_runtime.dtypes import VALUE_DTYPES
+from msconv_runtime.dtypes import QUANT, VALUE_DTYPES
 
-from ..quant.record import QUANT
 from .console import ARTIFACTS
 from .typed import DTYPES_ELSEWHERE, Spelled
 

@@ -9,8 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
 
+from msconv_runtime.dtypes import QUANT
+
 from .plain import PLAIN
-from .record import QUANT, Header, WeightFormat, shown
+from .record import Header, WeightFormat, shown
 from .unsupported import unsupported_method
 
 LOOPS = ("compiled", "kernels")  # files that are no formats; numba may be missing

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-QUANT: Mapping[str, str] = {"w8a8": "w8a8-dynamic"}  # what `--quant` takes, and the format that is made
 Along = Literal["matrix", "rows", "sums", "input", "whole"]
 
 
