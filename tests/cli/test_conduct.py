@@ -169,7 +169,8 @@ def test_commands_flags_and_values_are_completed() -> None:
 
 
 def test_names_of_recipes_are_completed_in_any_case() -> None:
-    expected = {"Qwen3-8B", "Qwen3-8B-310p", "Qwen3-8B-910b-32g", "Qwen3-8B-910c"}
+    kinds = ("", "-310p", "-910b-32g", "-910c", "-w8a8", "-w8a8-910c")
+    expected = {f"Qwen3-8B{kind}" for kind in kinds}
     assert complete("msconv", "convert", "--model", "qwen3-8") == expected
     assert complete("msconv", "serve", "--recipe", "qwen3-8") == expected
     assert complete("msconv", "recipes", "qwen3-8") == expected
