@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from tests.checkpoints import make_qwen3
 from tests.hub.server import Hub
-from tests.install.environments import HERE, Environment, build_wheel, environment
+from tests.install.environments import HERE, Environment, build_wheel, environment, interpreter
 
 pytestmark = [
     pytest.mark.slow,
@@ -115,7 +114,7 @@ def imports_all_but(env: Environment, here: set[str]) -> None:
 def test_the_base_alone_converts_and_says_what_a_hub_needs(
     version: str, wheel: Path, checkpoint: Path, tmp_path: Path, hub: Hub
 ) -> None:
-    python = shutil.which(f"python{version}")
+    python = interpreter(version)
     if python is None:
         pytest.skip(f"there is no Python {version} here")
     with environment(tmp_path / "env", python) as env:
