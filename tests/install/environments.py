@@ -58,6 +58,15 @@ class Environment:
         return found
 
 
+def interpreter(version: str) -> str | None:
+    """A Python of this version that runs: on the path, or one of pyenv's."""
+    others = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*/bin/python")
+    for found in (shutil.which(f"python{version}"), *map(str, others)):
+        if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
+            return found
+    return None
+
+
 @contextmanager
 def environment(directory: Path, python: str = sys.executable) -> Iterator[Environment]:
     """An empty one, until the block ends.  The machine has little disk: they are not kept."""

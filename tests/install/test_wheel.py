@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from tests.checkpoints import make_qwen3
 from tests.hub.server import Hub
-from tests.install.environments import HERE, Environment, build_wheel, environment
+from tests.install.environments import HERE, Environment, build_wheel, environment, interpreter
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,6 +58,8 @@ def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     for key, value in server.environment(tmp_path / "home").items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # that hub does not speak it to clients before 2
+    server.home = tmp_path / "hub"
     yield server
     server.stop()
 
@@ -113,7 +114,7 @@ def imports_all_but(env: Environment, here: set[str]) -> None:
 def test_the_base_alone_converts_and_says_what_a_hub_needs(
     version: str, wheel: Path, checkpoint: Path, tmp_path: Path, hub: Hub
 ) -> None:
-    python = shutil.which(f"python{version}")
+    python = interpreter(version)
     if python is None:
         pytest.skip(f"there is no Python {version} here")
     with environment(tmp_path / "env", python) as env:

@@ -70,7 +70,7 @@ def explain(error: Exception, repository: str, what: str = "", purpose: Purpose 
             "for longer, several times.",
             f"{RESUMES}  HF_HUB_DOWNLOAD_TIMEOUT sets how long it may be silent.",
         )
-    if isinstance(error, http.HTTPError):
+    if isinstance(error, http.HTTPError | ConnectionError):  # the second: of Xet's client
         return HubError(
             f"{where}: the connection to {constants.ENDPOINT} failed: {str(error)[:200] or type(error).__name__}.",
             f"Check the network and HF_ENDPOINT.  {RESUMES}",

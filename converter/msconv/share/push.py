@@ -232,7 +232,7 @@ def _explained(error: Exception, name: str, what: str = "") -> Exception:
         error = error.__cause__
     if isinstance(error, Cancelled):
         return error
-    if isinstance(error, OSError) and not isinstance(error, http.HTTPError):
+    if isinstance(error, OSError) and not isinstance(error, http.HTTPError | ConnectionError):
         return ArtifactError(f"{error.filename or what}: cannot be read: {error.strerror}.")
     if isinstance(error, KeyError | TypeError) or type(error) is ValueError:
         said = f"{name}: {constants.ENDPOINT} refuses the upload, or does not answer as a hub does"
