@@ -378,8 +378,8 @@ def snapshot_download(model_id, revision=None, allow_patterns=None):
     target = Path({str(tmp_path / "snapshot")!r})
     target.mkdir(exist_ok=True)
     for name in allow_patterns:
-        if (Path({str(shards)!r}) / name).exists():
-            shutil.copy(Path({str(shards)!r}) / name, target)
+        for path in Path({str(shards)!r}).glob(name):
+            shutil.copy(path, target)
     return str(target)
 """)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from msconv_runtime.artifact import Artifact, Manifest
+from msconv_runtime.artifact import Artifact, Manifest, Weights
 from msconv_runtime.artifact.integrity import Damage, check_artifact, check_graphs
 from msconv_runtime.artifact.served import other_files
 from msconv_runtime.claims import CLAIMED, is_checked_here
@@ -130,10 +130,7 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
             "digest": w.digest,
             "padded": [{"name": p.name, "size": p.size, "padded": p.padded} for p in w.padded],
         },
-        "coverage": {
-            "kept": [{"name": n, "count": c} for n, c in fold(t.name for t in w.tensors)] if w else [],
-            "dropped": [{"name": d.name, "count": d.count, "reason": d.reason} for d in w.dropped] if w else [],
-        },
+        "coverage": _coverage(w),
         "graphs": [
             {
                 "target": g.target,
@@ -162,6 +159,15 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
         "files": [{"name": f.name, "bytes": f.size, "digest": f.digest} for f in manifest.files],
         "other_files": other_files(Artifact(root, manifest)),
         "signature": described(root),
+    }
+
+
+def _coverage(w: Weights | None) -> dict[str, Any]:
+    kept = fold(t.name for t in w.tensors) if w else []
+    dropped = w.dropped if w else []
+    return {
+        "kept": [{"name": n, "count": c} for n, c in kept],
+        "dropped": [{"name": d.name, "count": d.count, "reason": d.reason} for d in dropped],
     }
 
 

@@ -126,9 +126,9 @@ class WeightFormat(Kept, ABC):
 
     `name`: in the manifest.  `title`: for people.  `method`: what `quant_method` calls it.  `element`: the element
     type of its codes.  `of_experts`: experts' matrices may be stored in it.  `has_values`: graphs may read it as
-    values, not only multiply by it.  `keys` of a `quantization_config` that `read` obeys; those in `harmless`
-    change nothing,
-    for the reason there.  Every other key is refused.
+    values, not only multiply by it.  `rounds_input`: what is multiplied by it becomes codes too.  `keys` of a
+    `quantization_config` that `read` obeys; those in `harmless` change nothing, for the reason there.  Every other
+    key is refused.
     """
 
     name: ClassVar[str]
@@ -137,6 +137,7 @@ class WeightFormat(Kept, ABC):
     element: ClassVar[str]
     of_experts: ClassVar[bool] = True
     has_values: ClassVar[bool] = True
+    rounds_input: ClassVar[bool] = False
     keys: ClassVar[frozenset[str]] = frozenset({"quant_method"})
     harmless: ClassVar[Mapping[str, str]] = {}
 

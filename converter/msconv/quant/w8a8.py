@@ -50,6 +50,7 @@ class W8A8Dynamic(WeightFormat):
     method = modelslim.METHOD
     element = "int8"
     has_values: ClassVar[bool] = False
+    rounds_input: ClassVar[bool] = True
     keys = modelslim.KEYS
 
     @classmethod
@@ -118,6 +119,7 @@ class W8A8Static(WeightFormat):
     element = "int8"
     of_experts: ClassVar[bool] = False
     has_values: ClassVar[bool] = False
+    rounds_input: ClassVar[bool] = True
     keys = modelslim.KEYS
 
     @classmethod

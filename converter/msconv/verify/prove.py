@@ -21,6 +21,7 @@ from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
 from ..graph.toolchain import mindspore_version
 from ..layout.coverage import unused_names
+from ..quant import format_named
 from ..workspace.lock import exclusive
 from .compare import Comparison, compare, half_precision_bound
 from .reference import Reference, source_of
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .int8.run import Led
     from .lockstep import Lockstep
 
-CODES = "int8"  # the element type of an artifact's codes
 LED = "float32, led"  # as `mode`: codes are the candidate's where rounding is a tie
 LARGE_BYTES = 2 << 30
 FEW_STEPS = 2
@@ -84,8 +84,9 @@ class Proof:
 
 
 def is_int8(weights: Weights) -> bool:
-    """Whether some of the matrices are codes of int8."""
-    return any(t.dtype == CODES for t in weights.tensors)
+    """Whether some of the matrices are multiplied in int8."""
+    kept = (format_named(name) for name in weights.quant.split(", "))
+    return any(f is not None and f.rounds_input for f in kept)
 
 
 def prove(
