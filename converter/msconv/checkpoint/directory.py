@@ -95,6 +95,11 @@ class Checkpoint:
         """A tensor, or several experts in one; None if there is none of this name."""
         return self.tensors.get(name) or self.stacked.get(name)
 
+    def bare(self) -> Checkpoint:
+        """The same, for an artifact of other weights: its config.json does not say how those here are stored."""
+        data = _bare(self.config_bytes)
+        return replace(self, config_bytes=data, config_digest=digest_bytes(data))
+
     @property
     def auxiliary(self) -> list[Path]:
         return [self.root / n for n in AUXILIARY if (self.root / n).is_file()]
@@ -121,8 +126,7 @@ def open_configuration(root: Path, harmless: Iterable[str] = ()) -> Checkpoint:
         raw = {**raw, "quantization_config": {"quant_method": MODELSLIM, "description": described[0]}}
     family, config = configure(raw, str(path), harmless)
     if described is None and any(f.is_kept for f in config.formats):  # a server would load the weights by it
-        raw = {k: v for k, v in raw.items() if k != "quantization_config"}
-        data = json.dumps(raw, indent=2).encode() + b"\n"
+        data = _bare(data)
     return Checkpoint(
         root,
         model_name(root),
@@ -156,6 +160,14 @@ def require_model(root: Path) -> None:
             f"{root}: this is an msconv artifact, not a checkpoint.",
             "Convert from the original model directory.",
         )
+
+
+def _bare(config: bytes) -> bytes:
+    """A config.json without the description of weights, by which a server would choose a loader of its own."""
+    raw = json.loads(config)
+    if not raw.pop("quantization_config", None):
+        return config
+    return json.dumps(raw, indent=2).encode() + b"\n"
 
 
 def _description(root: Path) -> tuple[object, str] | None:

@@ -71,7 +71,7 @@ def command(
         if artifact is not None or tp is None or output is None:
             raise click.UsageError("--model needs --tp and --output, and no ARTIFACT.")
         root = output
-        compiler.begin_without_weights(open_reference(model, hub, weights=False), tp, ep, root)
+        compiler.begin_without_weights(open_reference(model, hub, weights=False), tp, ep, root, quant)
     elif tp is not None or output is not None:
         raise click.UsageError("--tp and --output go with --model; an artifact has its own.")
     else:

@@ -68,11 +68,13 @@ class Compiled:
     peak_rss_bytes: int
 
 
-def begin_without_weights(model: Location, tp: int, ep: int, root: Path) -> None:
+def begin_without_weights(model: Location, tp: int, ep: int, root: Path, quant: str | None = None) -> None:
     """Make `root` an artifact with a configuration and no weights: enough to compile for.  A later conversion
-    into the same directory completes it.  Raises UsageError or ArtifactError if it holds something else."""
+    into the same directory completes it; `quant`: what that will quantise weights to.  Raises UsageError or
+    ArtifactError if the directory holds something else."""
     mesh = make_mesh(tp, ep)
     source = model.open_configuration()
+    source = source.bare() if quant else source
     model.origin()  # raises, if a later conversion could not record it
     model.bring_small()
     table, sizes = source.family.table, source.config.sizes()

@@ -38,6 +38,8 @@ def prepare(
     mesh = make_mesh(tp, ep)
     model.bring_small()
     checkpoint = model.open_checkpoint(harmless)
+    if quant:
+        checkpoint = checkpoint.bare()
     origin = model.origin()
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     plan = make_plan(table, sizes, checkpoint.tensors, mesh, dtype, quant=format_asked(quant))

@@ -69,7 +69,7 @@ class Reference:
         transformers_logging.disable_progress_bar()
         self.layers = layers
         checkpoint = open_checkpoint(root, harmless=manifest.model.harmless)
-        if checkpoint.config_digest != manifest.model.config_digest:
+        if manifest.model.config_digest not in (checkpoint.config_digest, checkpoint.bare().config_digest):
             raise VerificationFailed(
                 f"{root}: is another model than the artifact was built from ({manifest.model.source}): "
                 f"the digests of config.json are {checkpoint.config_digest} and "
