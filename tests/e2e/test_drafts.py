@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e import drafting, logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, make_artifact, serving
+from tests.rehearsal.rehearsing import every_layout
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -50,7 +51,7 @@ def answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     return [expected(model, ids, NEW_TOKENS + DRAFTS) for ids in prompts]
 
 
-@pytest.fixture(scope="module", params=COMPILED)
+@pytest.fixture(scope="module", params=[pytest.param("chain", marks=every_layout), "tree", "model"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
