@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from msconv.verify.int8.arithmetic import Quotients, by_input, by_token, product, quantise_rows
 from msconv.verify.int8.codes import Record
-from msconv.verify.int8.drift import agreement, divergence, perplexity
+from msconv.verify.int8.drift import OWN, SHIPPED, agreement, divergence, perplexity, tokens_of
 from msconv.verify.int8.lead import TIE, Lead, Verdict
 from msconv.verify.reference import Trace
+from msconv_runtime.errors import UsageError
 
 MATRIX = "model.layers.0.self_attn.qkv_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -185,3 +190,19 @@ def test_drift_is_zero_of_equal_logits_and_known_of_others() -> None:
     assert agreement(p, q) == 0.5
     trace = Trace(p, {}, np.full(2, np.inf, np.float32))
     assert perplexity([trace], [[0, 1]]) == pytest.approx(2.0)
+
+
+def test_a_text_beside_the_source_comes_before_the_one_that_ships(tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(40)]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate([*words, "?"])}, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokens_of(tmp_path, None, 41)[1] == SHIPPED
+    (tmp_path / OWN).write_text(" ".join(words))
+    assert tokens_of(tmp_path, None, 41) == (list(range(40)), OWN)
+    given = tmp_path / "given.txt"
+    given.write_text(" ".join(reversed(words)))
+    assert tokens_of(tmp_path, given, 41) == (list(reversed(range(40))), "given.txt")
+    (tmp_path / OWN).write_text("w1 w2")
+    with pytest.raises(UsageError, match="makes 2 tokens"):
+        tokens_of(tmp_path, None, 41)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--text",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="int8: measure the divergence on this text instead of msconv's own.",
+    help="int8: measure the divergence on this text.  [default: the source's evaluation.txt, or msconv's own]",
 )
 @json_option
 def command(

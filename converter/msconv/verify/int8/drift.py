@@ -19,6 +19,7 @@ TEXT = Path(__file__).with_name("text.txt")
 WINDOW = 256  # tokens that are read as one sequence
 MOST_TOKENS = 1024
 FEWEST_TOKENS = 32
+OWN = "evaluation.txt"  # in the source's directory: what the model is for
 SHIPPED, RANDOM = "msconv's own text", "random tokens"
 SOURCE, VALUES = "the unquantised source", "the values of the source's codes"
 Logits = NDArray[np.float32]
@@ -83,7 +84,10 @@ def measure(
 
 
 def tokens_of(root: Path, given: Path | None, vocab: int) -> tuple[list[int], str]:
-    """Tokens of a text, and what it is: a model without a tokenizer gets random ones."""
+    """Tokens of a text, and what it is: one that is given, that lies beside the source, or that ships.  A model
+    without a tokenizer gets random ones."""
+    if given is None and (root / OWN).is_file():
+        given = root / OWN
     try:
         text = (given or TEXT).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
