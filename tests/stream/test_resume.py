@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from msconv.steps.conversion import run
@@ -173,7 +174,7 @@ def test_graphs_survive_a_crash_between_ready_and_the_end(
         patch.setattr(Journal, "remove", die)
         with pytest.raises(Crash):
             convert(model, out)
-    graph = entry(small())
+    graph = msgspec.structs.replace(entry(small()), reads=[])  # of no other weights than these
     manifest = read_manifest(out)
     write_manifest(
         out, type(manifest)(**{**{f: getattr(manifest, f) for f in manifest.__struct_fields__}, "graphs": [graph]})

@@ -26,7 +26,6 @@ from msconv_runtime.artifact import (
 )
 
 from ..checkpoint.directory import ShardFile
-from ..layout.coverage import misfits
 from ..layout.plan import Plan
 from ..process import peak_rss_bytes
 from ..stream.entries import source_files, weights_entry
@@ -45,6 +44,8 @@ from ..workspace.lock import exclusive
 from ..workspace.names import JOURNAL, TOOL
 from ..workspace.recording import Publish, copy_files
 from ..workspace.state import Identity, previous_manifest, record_identity, record_source
+
+CODES = "int8"  # the element type of matrices that are no values
 
 
 @dataclass(frozen=True)
@@ -193,16 +194,10 @@ def _check_left_out(conversion: Conversion, source: Source, downloading: Progres
 
 
 def _fitting(manifest: Manifest) -> list[Graph]:
-    """The graphs that read just these weights: earlier ones may be of matrices in another weight format."""
+    """The graphs that read these weights: earlier ones may be of matrices in another weight format."""
     weights = manifest.weights
-    stored = {t.name: t.shape for t in weights.tensors} if weights else {}
-    targets = {g.target for g in manifest.graphs}
-    kept = {
-        target
-        for target in targets
-        if not misfits(stored, [(p.name, p.shape) for g in manifest.graphs if g.target == target for p in g.reads])
-    }
-    return [g for g in manifest.graphs if g.target in kept]
+    stored = {t.name: (t.shape, t.dtype == CODES) for t in weights.tensors} if weights else {}
+    return [g for g in manifest.graphs if all(stored.get(p.name) == (p.shape, p.dtype == CODES) for p in g.reads)]
 
 
 def _finish(
