@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Loaded:
 
 _loading: dict[Path, Future[Loaded]] = {}
 _finished: dict[Path, Loaded] = {}
+_alone = threading.Lock()
 
 
 def begin(root: Path) -> None:
@@ -57,7 +58,13 @@ def has_begun(root: Path) -> bool:
 
 
 def load(artifact: Artifact, place: Place) -> Loaded:
-    """Map or read the rank's file, bind the graphs, warm them up."""
+    """Map or read the rank's file, bind the graphs, warm them up.  One artifact after the other: MindSpore compiles
+    in one thread at a time, and a server of drafts loads two."""
+    with _alone:
+        return _load(artifact, place)
+
+
+def _load(artifact: Artifact, place: Place) -> Loaded:
     settings = Settings.read()
     refuse_unsigned_once(artifact.root)
     seconds = {}
@@ -79,6 +86,7 @@ def finish(artifact: Artifact, place: Place) -> Graphs:
     if root in _finished:
         return _finished[root].graphs
     started = time.monotonic()
+    wait(_loading.values())  # the other's too: no graph may run while one is compiled
     loaded = _loading[root].result() if root in _loading else load(artifact, place)
     loaded.seconds["waited for"] = time.monotonic() - started
     seconds = {part: round(s, 2) for part, s in loaded.seconds.items()}
