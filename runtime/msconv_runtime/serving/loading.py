@@ -58,8 +58,8 @@ def has_begun(root: Path) -> bool:
 
 
 def load(artifact: Artifact, place: Place) -> Loaded:
-    """Map or read the rank's file, bind the graphs, warm them up.  One artifact after the other: MindSpore compiles
-    in one thread at a time, and a server of drafts loads two."""
+    """Map or read the rank's file, bind the graphs, warm them up.  One artifact after the other: MindSpore does
+    not compile in two threads at once, and a server of drafts loads two."""
     with _alone:
         return _load(artifact, place)
 
