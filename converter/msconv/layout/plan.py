@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quant.record import LeftOut
+from ..quant.record import LeftOut, MadeFormat
 from . import constants
 from .constants import Constant
 from .cuts import Box, Cut, Mesh, boxes, row_order
@@ -63,7 +63,7 @@ class Plan:
     constants: tuple[Constant, ...]
     dropped: tuple[LeftOut, ...]
     vocab: tuple[int, int] = field(default=(0, 0))
-    encoded: Formats = field(default_factory=dict)
+    encoded: Mapping[str, MadeFormat] = field(default_factory=dict)
     checked: Mapping[str, tuple[LeftOut, ...]] = field(default_factory=dict)
 
     @property

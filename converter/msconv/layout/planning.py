@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from msconv_runtime.dtypes import DTYPES
 from msconv_runtime.errors import PlanError
 
-from ..quant import WeightFormat
+from ..quant import MadeFormat
 from ..quant.record import LeftOut
 from .checks import common_dtype, coverage, divisions, dropped_sources, mixtures, other_layout, unfit
 from .constants import RANK_CONSTANTS, Constant, constants_for
@@ -46,7 +46,7 @@ class Examined:
     def problems(self) -> list[str]:
         return [*self.damage, *self.mixed, *self.unfit, *self.others]
 
-    def hint(self, sizes: Sizes, mesh: Mesh, quant: WeightFormat | None) -> str:
+    def hint(self, sizes: Sizes, mesh: Mesh, quant: MadeFormat | None) -> str:
         """What to do next."""
         if self.damage:
             return DAMAGED
@@ -63,7 +63,7 @@ def examine(
     sources: Mapping[str, TensorInfo],
     mesh: Mesh,
     dtype: str | None = None,
-    quant: WeightFormat | None = None,
+    quant: MadeFormat | None = None,
 ) -> Examined:
     """Every problem that a plan would have, none raised."""
     outputs = present(expand(table, sizes), sources)
@@ -90,7 +90,7 @@ def make_plan(
     mesh: Mesh,
     dtype: str | None = None,
     part_bytes: int = PART_BYTES,
-    quant: WeightFormat | None = None,
+    quant: MadeFormat | None = None,
 ) -> Plan:
     """Plan a conversion.  Raises PlanError that lists every missing, unused, misshapen or indivisible tensor.
     `dtype` None keeps the sources' own; matrices that are decoded take that of the others.  `quant`: what matrices
@@ -101,7 +101,7 @@ def make_plan(
         raise PlanError("\n".join(found.problems), found.hint(sizes, mesh, quant))
 
     draft = _Draft(sizes, mesh, dtype or found.source_dtype)
-    encoded: dict[str, WeightFormat] = {}
+    encoded: dict[str, MadeFormat] = {}
     for output in outputs:
         if chosen := encoded_as(output, formats, quant):
             encoded |= {name: chosen for _, name in output.sources}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..quant import PLAIN, WeightFormat, format_of, unconfigured
+from ..quant import PLAIN, MadeFormat, WeightFormat, format_of, unconfigured
 from ..quant.record import LeftOut, Stored
 from .cuts import COPY, Cut
 from .model import Output, Sizes, TensorInfo, is_matrix
@@ -56,7 +56,7 @@ def kept_as(output: Output, formats: Formats) -> WeightFormat:
     return chosen.kept_as if chosen.is_kept and is_matrix(output.rule, part) else PLAIN
 
 
-def encoded_as(output: Output, formats: Formats, quant: WeightFormat | None) -> WeightFormat | None:
+def encoded_as(output: Output, formats: Formats, quant: MadeFormat | None) -> MadeFormat | None:
     """The format that its matrices are brought into: what is asked, if they are values and may be quantised."""
     can_be = is_matrix(output.rule, output.sources[0][0]) and not output.rule.as_values
     return quant if can_be and kept_as(output, formats) is PLAIN else None
@@ -67,7 +67,7 @@ def tensors_of(
     sizes: Sizes,
     sources: Mapping[str, TensorInfo],
     formats: Formats,
-    quant: WeightFormat | None = None,
+    quant: MadeFormat | None = None,
 ) -> list[Tensor]:
     """What it is stored as.  Of outputs that passed the checks.  `quant`: what is made of values, where that is
     asked."""

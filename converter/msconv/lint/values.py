@@ -49,13 +49,12 @@ class Check(Protocol):
 
 
 @dataclass
-class Values:
-    """Values: all of them must be numbers."""
+class Magnitudes:
+    """Numbers without their signs, as words in the numbers' order.  From `limit` on they are no numbers."""
 
     name: str
-    dtype: str
-    is_matrix: bool
     findings: Findings
+    limit: int
     width: int = 1
     seen: int = 0
     bad: int = 0
@@ -63,50 +62,40 @@ class Values:
     largest: int = 0
 
     def see(self, words: Array) -> None:
-        sign = 1 << (8 * words.itemsize - 1)
-        sizes = words & words.dtype.type(sign - 1)
+        sizes = words & words.dtype.type((1 << (8 * words.itemsize - 1)) - 1)
         largest = int(sizes.max(initial=0))
-        if largest >= EXPONENT[self.dtype]:
-            places = np.flatnonzero(sizes >= EXPONENT[self.dtype])
+        if largest >= self.limit:
+            places = np.flatnonzero(sizes >= self.limit)
             self.first_bad = self.seen + int(places[0]) if self.first_bad < 0 else self.first_bad
             self.bad += len(places)
         self.largest = max(self.largest, largest)
         self.seen += len(words)
 
+    def tell_bad(self, kind: str, what: str) -> None:
+        where = f"{self.bad} of {self.seen} in {self.name}, from element {self.first_bad} on"
+        self.findings.add("error", kind, what, [self.name], where)
+
+
+@dataclass
+class Values(Magnitudes):
+    """Values: all of them must be numbers."""
+
+    is_matrix: bool = False
+
     def end(self) -> None:
         if self.bad:
-            first = f"{self.bad} of {self.seen} in {self.name}, from element {self.first_bad} on"
-            self.findings.add("error", "values", "values are NaN or infinite", [self.name], first)
+            self.tell_bad("values", "values are NaN or infinite")
         elif self.is_matrix and not self.largest:
             self.findings.add("warning", "values", "all values are zero", [self.name])
 
 
 @dataclass
-class Fp8Codes:
+class Fp8Codes(Magnitudes):
     """e4m3 codes in blocks."""
-
-    name: str
-    findings: Findings
-    width: int = 1
-    seen: int = 0
-    bad: int = 0
-    first_bad: int = -1
-    largest: int = 0
-
-    def see(self, words: Array) -> None:
-        sizes = words & np.uint8(0x7F)
-        largest = int(sizes.max(initial=0))
-        if largest == NAN_E4M3:
-            places = np.flatnonzero(sizes == NAN_E4M3)
-            self.first_bad = self.seen + int(places[0]) if self.first_bad < 0 else self.first_bad
-            self.bad += len(places)
-        self.largest = max(self.largest, largest)
-        self.seen += len(words)
 
     def end(self) -> None:
         if self.bad:
-            first = f"{self.bad} of {self.seen} in {self.name}, from element {self.first_bad} on"
-            self.findings.add("error", "codes", "FP8 codes stand for NaN", [self.name], first)
+            self.tell_bad("codes", "FP8 codes stand for NaN")
         elif self.largest < LEAST_E4M3:
             self.findings.add("warning", "codes", "FP8 codes use less than a quarter of their range", [self.name])
 
@@ -244,9 +233,9 @@ def check_for(info: TensorInfo, tensors: Mapping[str, TensorInfo], read: Read, f
     ):
         return Companion(name, read, findings, ".experts." in name)
     if info.dtype in VALUE_DTYPES:
-        return Values(name, info.dtype, len(info.shape) > 1, findings)
+        return Values(name, findings, EXPONENT[info.dtype], is_matrix=len(info.shape) > 1)
     if info.dtype == "float8_e4m3fn":
-        return Fp8Codes(name, findings)
+        return Fp8Codes(name, findings, NAN_E4M3)
     if info.dtype == "int8" and name.endswith(".weight") and len(info.shape) > 1:
         has_biases = any(n.endswith(".bias") for n in tensors)
         return Int8Codes(name, info, read, has_biases, findings)

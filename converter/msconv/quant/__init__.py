@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
+from inspect import isabstract
 from pkgutil import iter_modules
 
 from msconv_runtime.dtypes import QUANT
 
 from .plain import PLAIN
-from .record import Header, WeightFormat, shown
+from .record import Header, MadeFormat, WeightFormat, shown
 from .unsupported import unsupported_method
 
 LOOPS = ("compiled", "kernels")  # files that are no formats; numba may be missing
@@ -24,7 +25,7 @@ FORMATS: tuple[type[WeightFormat], ...] = tuple(
     if isinstance(value, type)
     and issubclass(value, WeightFormat)
     and value.__module__ == f"{__name__}.{name}"
-    and value is not WeightFormat
+    and not isabstract(value)
     and value is not type(PLAIN)
 )
 
@@ -52,9 +53,10 @@ def format_of(matrix: str, headers: Mapping[str, Header], formats: Sequence[Weig
     return next((f for f in (*formats, PLAIN) if f.claims(matrix, headers)), None)
 
 
-def format_asked(quant: str | None) -> WeightFormat | None:
+def format_asked(quant: str | None) -> MadeFormat | None:
     """The format that `--quant` names."""
-    return format_named(QUANT[quant]) if quant else None
+    found = format_named(QUANT[quant]) if quant else None
+    return found if isinstance(found, MadeFormat) else None
 
 
 def unconfigured(dtype: str) -> WeightFormat | None:
@@ -76,6 +78,7 @@ __all__ = [
     "FORMATS",
     "PLAIN",
     "QUANT",
+    "MadeFormat",
     "WeightFormat",
     "format_asked",
     "format_named",

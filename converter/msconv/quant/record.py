@@ -183,17 +183,6 @@ class WeightFormat(Kept, ABC):
         """What a checkpoint's configuration says of its tensors and their headers do not bear out."""
         return []
 
-    def encode(self, matrix: str, values: NDArray[np.float32], out: Array) -> Array:
-        """Rows of a matrix [R, C] as codes, into `out` [R, C]; returns what each row has besides, [R, 1], as
-        `stored` wants it.  Rows are encoded each by itself.  Raises CheckpointError for values that have no code.
-        Only of formats that `--quant` names."""
-        raise NotImplementedError(f"{self.name} is not made, only read")
-
-    def shares(self, total: Array, sums: Array, offset: float) -> Array:
-        """Of a tensor `along` sums, [O] int32, each rank's share, [ranks, O]; together they are `total`.
-        `sums`: of each rank's columns of the codes, [ranks, O]; `offset`: of the input."""
-        raise NotImplementedError(f"{self.name} has no sums")
-
     def companions(self, matrix: str) -> tuple[str, ...]:
         """Names of a checkpoint's other tensors of the matrix."""
         return tuple(s.of(matrix) for s in self.sources[1:])
@@ -211,6 +200,15 @@ class WeightFormat(Kept, ABC):
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         """The values in float32, a torch tensor, by another way than the decoder's.  `read` gives a checkpoint's
         tensor of some name as float32, `rounds` values as conversion rounds them."""
+
+
+class MadeFormat(WeightFormat):
+    """One that is not only read but made of values: `--quant` names it."""
+
+    @abstractmethod
+    def encode(self, matrix: str, values: NDArray[np.float32], out: Array) -> Array:
+        """Rows of a matrix [R, C] as codes, into `out` [R, C], each row by itself; returns what each has besides,
+        [R, 1], as `stored` wants it.  Raises CheckpointError for values that have no code."""
 
 
 def problem(key: str, value: object, what: str) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from msconv_runtime.errors import CheckpointError
 
 from . import kernels, modelslim
-from .record import Array, Header, LeftOut, Stored, WeightFormat
+from .record import Array, Header, LeftOut, MadeFormat, Stored, WeightFormat
 
 CODES = Stored("{matrix}", lambda rows, columns: (rows, columns), "int8")
 SCALES = Stored("{matrix}_scale", lambda rows, columns: (rows, 1), "float32", "rows")
@@ -39,19 +39,28 @@ MIX = "W8A8_MIX: served with a scale a token, in prompts and in decoding, as vll
 ZERO = "offset of symmetric codes: zero"
 
 
+def shares(total: Array, sums: Array, offset: float) -> Array:
+    """Of a quant_bias, [O] int32, each rank's share, [ranks, O]: it takes out what the input's offset adds to its
+    own columns; what is left, a bias, is on rank 0.  `sums`: of each rank's columns of the codes, [ranks, O]."""
+    found = -round(offset) * sums.astype(np.int64)
+    found[0] += total.astype(np.int64) - found.sum(0)
+    return found.astype(np.int32)
+
+
 @dataclass(frozen=True, slots=True)
-class W8A8Dynamic(WeightFormat):
-    """Activations get their scales while the graph runs.  `types`: of a checkpoint's tensors, by ModelSlim."""
+class _W8A8(WeightFormat):
+    """What both have in common.  `types`: of a checkpoint's tensors, by ModelSlim.  `own`: those of a matrix in
+    this format; `sign`: the tensor that tells it where nothing is described."""
 
     types: Mapping[str, str] = field(default_factory=dict, compare=False)
 
-    name = "w8a8-dynamic"
-    title = "int8 (W8A8, a scale a token)"
     method = modelslim.METHOD
     element = "int8"
     has_values: ClassVar[bool] = False
     rounds_input: ClassVar[bool] = True
     keys = modelslim.KEYS
+    own: ClassVar[tuple[str, ...]]
+    sign: ClassVar[Stored]
 
     @classmethod
     def read(cls, config: Mapping[str, object], problems: list[str]) -> Self | None:
@@ -60,19 +69,28 @@ class W8A8Dynamic(WeightFormat):
         return cls(modelslim.read(config, problems))
 
     def claims(self, matrix: str, headers: Mapping[str, Header]) -> bool:
-        if self.types:
-            return headers[matrix].dtype == self.element and self.types.get(matrix) in DYNAMIC_TYPES
-        return headers[matrix].dtype == self.element and SCALES.of(matrix) in headers
-
-    def expects(self, matrix: str) -> bool:
-        return not self.types or self.types.get(matrix) in DYNAMIC_TYPES
-
-    @property
-    def sources(self) -> tuple[Stored, ...]:
-        return (CODES, SCALES)
+        is_own = self.types.get(matrix) in self.own if self.types else self.sign.of(matrix) in headers
+        return is_own and headers[matrix].dtype == self.element
 
     @property
     def stored(self) -> tuple[Stored, ...]:
+        return self.sources
+
+
+@dataclass(frozen=True, slots=True)
+class W8A8Dynamic(_W8A8, MadeFormat):
+    """Activations get their scales while the graph runs."""
+
+    name = "w8a8-dynamic"
+    title = "int8 (W8A8, a scale a token)"
+    own = DYNAMIC_TYPES
+    sign = SCALES
+
+    def expects(self, matrix: str) -> bool:
+        return not self.types or self.types.get(matrix) in self.own
+
+    @property
+    def sources(self) -> tuple[Stored, ...]:
         return (CODES, SCALES)
 
     def left_out(self, matrix: str) -> tuple[LeftOut, ...]:
@@ -108,40 +126,20 @@ class W8A8Dynamic(WeightFormat):
 
 
 @dataclass(frozen=True, slots=True)
-class W8A8Static(WeightFormat):
-    """One scale and offset for all activations of an input.  `types`: as W8A8Dynamic's."""
-
-    types: Mapping[str, str] = field(default_factory=dict, compare=False)
+class W8A8Static(_W8A8):
+    """One scale and offset for all activations of an input."""
 
     name = "w8a8-static"
     title = "int8 (W8A8, one scale an input)"
-    method = modelslim.METHOD
-    element = "int8"
     of_experts: ClassVar[bool] = False
-    has_values: ClassVar[bool] = False
-    rounds_input: ClassVar[bool] = True
-    keys = modelslim.KEYS
-
-    @classmethod
-    def read(cls, config: Mapping[str, object], problems: list[str]) -> Self | None:
-        if config.get("quant_method") != cls.method:
-            return None
-        return cls(modelslim.read(config, []))
-
-    def claims(self, matrix: str, headers: Mapping[str, Header]) -> bool:
-        if self.types:
-            return headers[matrix].dtype == self.element and self.types.get(matrix) == "W8A8"
-        return headers[matrix].dtype == self.element and DEQ_SCALES.of(matrix) in headers
+    own = ("W8A8",)
+    sign = DEQ_SCALES
 
     def expects(self, matrix: str) -> bool:
-        return self.types.get(matrix) == "W8A8"
+        return self.types.get(matrix) in self.own
 
     @property
     def sources(self) -> tuple[Stored, ...]:
-        return (CODES, DEQ_SCALES, QUANT_BIAS, INPUT_SCALE, INPUT_OFFSET)
-
-    @property
-    def stored(self) -> tuple[Stored, ...]:
         return (CODES, DEQ_SCALES, QUANT_BIAS, INPUT_SCALE, INPUT_OFFSET)
 
     def left_out(self, matrix: str) -> tuple[LeftOut, ...]:
@@ -153,12 +151,6 @@ class W8A8Static(WeightFormat):
 
     def multiply_experts(self, ops: Any) -> Any:
         return ops.static_experts_product()
-
-    def shares(self, total: Array, sums: Array, offset: float) -> Array:
-        """Each rank takes out what the offset added to its own columns; what is left, a bias, is on rank 0."""
-        shares = -round(offset) * sums.astype(np.int64)
-        shares[0] += total.astype(np.int64) - shares.sum(0)
-        return shares.astype(np.int32)
 
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * (read(DEQ_SCALES.of(matrix)) / read(INPUT_SCALE.of(matrix))).reshape(-1, 1)

@@ -16,8 +16,9 @@ from ..layout.cuts import Box, matrix
 from ..layout.model import TensorInfo
 from ..layout.plan import Move, Plan
 from ..quant.kernels import transpose, widen
-from ..quant.record import Decoder, WeightFormat
+from ..quant.record import Decoder, MadeFormat
 from ..quant.w8a8 import INPUT_OFFSET
+from ..quant.w8a8 import shares as shares_of
 from .buffers import ENCODED_BYTES, Buffers, rows_together
 from .cutting import cast, cut_rows, too_large
 from .left_out import is_lost, refuse_lost
@@ -144,7 +145,7 @@ def _move_rows(
 
 
 def encode(
-    encoded: WeightFormat,
+    encoded: MadeFormat,
     name: str,
     block: NDArray[np.uint8],
     dtype: str,
@@ -185,10 +186,9 @@ class ColumnSums:
 
     def write(self, work: Work, digests: dict[str, str]) -> list[RankPart]:
         plan, info = self.plan, self.plan.sources[self.name]
-        weight_format = plan.formats[self.matrix]
         total = _read_whole(work, info, digests)
         offset = _read_whole(work, plan.sources[INPUT_OFFSET.of(self.matrix)], {})
-        shares = weight_format.shares(total, self.sums, float(offset[0]))
+        shares = shares_of(total, self.sums, float(offset[0]))
         (move,) = plan.moves[self.name]
         places = rank_parts(plan, self.name, move)
         for place, share in zip(places, shares, strict=True):
