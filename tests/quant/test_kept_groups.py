@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from msconv.layout.kept import formats_named, kept_groups
+from msconv.layout.kept import kept_groups
+from msconv.quant import formats_named
 from msconv_runtime.artifact import read_manifest
 from tests.commands import run_msconv
 from tests.conversions import convert

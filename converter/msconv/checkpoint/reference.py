@@ -9,7 +9,7 @@ from typing import Literal
 from msconv_runtime.artifact import Artifact
 
 from ..families import DecoderConfig, configure
-from ..quant import format_named
+from ..quant import formats_named
 from .headers import parse_json
 
 Hub = Literal["huggingface", "modelscope"]
@@ -24,5 +24,5 @@ def configuration(artifact: Artifact) -> DecoderConfig:
     assert isinstance(raw, dict)
     config = configure(raw, where, artifact.manifest.model.harmless)[1]
     weights = artifact.manifest.weights
-    kept = [format_named(name) for name in weights.quant.split(", ")] if weights else []
-    return replace(config, formats=(*config.formats, *(f for f in kept if f is not None)))
+    kept = formats_named(weights.quant) if weights else ()
+    return replace(config, formats=(*config.formats, *kept))

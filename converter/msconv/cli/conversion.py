@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from msconv_runtime.units import human_bytes
 
 from ..checkpoint.reference import Hub
-from ..layout.kept import KeptGroup, formats_named, kept_groups
+from ..layout.kept import KeptGroup, kept_groups
+from ..quant import formats_named
 from .console import say
 from .options import (
     Decorator,

@@ -18,8 +18,9 @@ from msconv_runtime.signatures import described, refuse_unsigned
 from msconv_runtime.units import human_bytes
 
 from ..checkpoint.reference import REPOSITORY
-from ..layout.kept import KeptGroup, formats_named, kept_groups
+from ..layout.kept import KeptGroup, kept_groups
 from ..layout.names import fold
+from ..quant import formats_named
 from ..standing import standings
 from .command import Command
 from .console import byte_progress, find_artifact, visible

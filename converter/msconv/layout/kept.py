@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..quant import PLAIN, WeightFormat, format_named, kept_format
+from ..quant import PLAIN, WeightFormat, kept_format
 from .constants import RANK_CONSTANTS
 from .names import fold
 
@@ -29,12 +29,6 @@ class _Gathered:
     title: str
     names: list[str] = field(default_factory=list)
     nbytes: int = 0
-
-
-def formats_named(quant: str) -> tuple[WeightFormat, ...]:
-    """The formats of a manifest's `quant`: names with commas between."""
-    found = (format_named(name.strip()) for name in quant.split(","))
-    return tuple(f for f in found if f is not None)
 
 
 def kept_groups(tensors: Iterable[tuple[str, str, int]], formats: Sequence[WeightFormat]) -> list[KeptGroup]:

@@ -53,6 +53,12 @@ def format_of(matrix: str, headers: Mapping[str, Header], formats: Sequence[Weig
     return next((f for f in (*formats, PLAIN) if f.claims(matrix, headers)), None)
 
 
+def formats_named(quant: str) -> tuple[WeightFormat, ...]:
+    """The formats of a manifest's `quant`: names with commas between."""
+    found = (format_named(name.strip()) for name in quant.split(","))
+    return tuple(f for f in found if f is not None)
+
+
 def format_asked(quant: str | None) -> MadeFormat | None:
     """The format that `--quant` names."""
     found = format_named(QUANT[quant]) if quant else None
@@ -83,6 +89,7 @@ __all__ = [
     "format_asked",
     "format_named",
     "format_of",
+    "formats_named",
     "kept_format",
     "read_formats",
     "unconfigured",

@@ -18,11 +18,11 @@ from ..families import DecoderConfig, family_named
 from ..layout.constants import RANK_CONSTANTS
 from ..layout.coverage import unused_names
 from ..layout.cuts import Mesh
-from ..layout.kept import formats_named, kept_groups
+from ..layout.kept import kept_groups
 from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
 from ..layout.model import Table, expand, present
 from ..layout.names import fold
-from ..quant import PLAIN, kept_format
+from ..quant import PLAIN, formats_named, kept_format
 from ..standing import standings
 from ..workspace.names import default_name
 from ..workspace.timings import Timing

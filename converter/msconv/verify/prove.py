@@ -21,7 +21,7 @@ from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
 from ..graph.toolchain import mindspore_version
 from ..layout.coverage import unused_names
-from ..quant import format_named
+from ..quant import formats_named
 from ..workspace.lock import exclusive
 from .compare import Comparison, compare, half_precision_bound
 from .reference import Reference, source_of
@@ -85,8 +85,7 @@ class Proof:
 
 def is_int8(weights: Weights) -> bool:
     """Whether some of the matrices are multiplied in int8."""
-    kept = (format_named(name) for name in weights.quant.split(", "))
-    return any(f is not None and f.rounds_input for f in kept)
+    return any(f.rounds_input for f in formats_named(weights.quant))
 
 
 def prove(
