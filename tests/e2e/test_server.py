@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -51,11 +52,12 @@ GRAPHS = {
 @pytest.fixture(scope="module", params=GRAPHS)
 def server(artifact: Path, keys: Keys, request: pytest.FixtureRequest) -> Iterator[Server]:
     log = artifact.with_name(f"server-{request.param}.log")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MSCONV_COMPILED", request.param)
-        environment.setenv(REQUIRE_SIGNATURE, str(keys.public))
-        with serving(artifact, log, "--chunked-prefill-size", str(CHUNK)) as s:
-            yield s
+    with contextlib.ExitStack() as running:
+        with pytest.MonkeyPatch.context() as environment:  # of this server alone
+            environment.setenv("MSCONV_COMPILED", request.param)
+            environment.setenv(REQUIRE_SIGNATURE, str(keys.public))
+            s = running.enter_context(serving(artifact, log, "--chunked-prefill-size", str(CHUNK)))
+        yield s
 
 
 def test_the_log_shows_the_slot_and_the_warm_up_before_ready(

@@ -107,13 +107,13 @@ def test_nothing_of_the_current_directory_is_run(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A build is tried in a process of its own, which imports NumPy."""
-    changed = sources(tmp_path, "#include <cmath>", "#if 0\n#include <cmath>")
+    changed = sources(tmp_path, "", "")
     (changed / "kernels.cc").write_text('extern "C" int none;')
     (tmp_path / "numpy.py").write_text("raise SystemExit('of the current directory')")
     monkeypatch.setattr(kernels, "__file__", str(changed / "__init__.py"))
     monkeypatch.chdir(tmp_path)
     assert library().path is None
-    assert "undefined symbol: Threads" in library().why
+    assert "undefined symbol" in library().why
 
 
 def test_what_computes_something_else_is_not_used(

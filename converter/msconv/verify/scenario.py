@@ -50,11 +50,13 @@ class Lengths:
 
     @classmethod
     def within(cls, max_positions: int, steps: int, has_all_tokens: bool) -> Lengths:
-        """The usual ones, where a model has as many positions."""
-        room = max(1, max_positions - 2 * DECODE_STEPS - max(EVERY))
+        """The usual ones, where a model has as many positions, or as many as fit into it."""
+        most = min(DECODE_STEPS, max(1, max_positions // 8))
+        every = [min(n, max(1, max_positions // 3)) for n in EVERY]
+        room = max(1, max_positions - 2 * most - max(every))
         prompts = [min(n, max(1, room // 2)) for n in PROMPTS]
         appended = [min(n, max(1, room - p)) for n, p in zip(CHUNKS, prompts, strict=True)]
-        return cls(prompts, appended, list(EVERY if has_all_tokens else ()), steps)
+        return cls(prompts, appended, every if has_all_tokens else [], min(steps, most))
 
     @property
     def totals(self) -> list[int]:
