@@ -17,7 +17,7 @@ from .command import Command
 from .console import find_artifact, say
 from .here import quoted, usual_target
 from .interrupts import leaving_at_once
-from .options import artifact_argument, complete_targets, output_option, quant_option
+from .options import UserPath, artifact_argument, complete_targets, output_option, quant_option
 from .phases import phases
 from .references import compare_layout, convert_command, model_option, recipe_option, source_option
 from .report import refresh
@@ -43,6 +43,14 @@ if TYPE_CHECKING:
 @click.option("--ep", default=1, type=click.IntRange(1, 1024), help="With --model: expert-parallel ranks.")
 @quant_option
 @output_option("With --model: the artifact to make.")
+@click.option(
+    "--graphs",
+    "kept",
+    type=UserPath(),
+    envvar="MSCONV_GRAPHS",
+    help="A directory that keeps graphs: those compiled before for the same are taken from it, others are left "
+    "there.  [variable: MSCONV_GRAPHS]",
+)
 @source_option
 @json_option
 def command(
@@ -53,6 +61,7 @@ def command(
     ep: int,
     quant: str | None,
     output: Path | None,
+    kept: Path | None,
     hub: Hub,
 ) -> None:
     """Compile an artifact's static graphs, ahead of time, for one or more targets.
@@ -65,6 +74,7 @@ def command(
     msconv compile artifacts/Qwen3-8B-tp4 --target ascend910b --target cpu
     msconv compile --model models/Qwen3-32B --tp 8 --target ascend910b --output graphs-only
     """
+    from ..graph.store import GraphStore
     from ..steps import compile as compiler
 
     if model is not None:
@@ -81,9 +91,10 @@ def command(
     targets = targets or (usual_target(Artifact(root)),)
     for target in targets:
         target_named(target)  # before the first one is compiled
+    store = None if kept is None else GraphStore(kept)
     for target in dict.fromkeys(targets):
         with phases(f"compiling for {target}") as tell, leaving_at_once():
-            done = compiler.compile_graphs(root, target, say, tell, quant if model is not None else None)
+            done = compiler.compile_graphs(root, target, say, tell, quant if model is not None else None, store)
         for compiled in done:
             say(_line(compiled))
         made += done
@@ -105,12 +116,14 @@ def _data(root: Path, compiled: Compiled) -> dict[str, Any]:
         "nodes": graph.nodes,
         "seconds": round(compiled.seconds, 3),
         "peak_rss_bytes": compiled.peak_rss_bytes,
+        "taken": compiled.taken,
     }
 
 
 def _line(compiled: Compiled) -> str:
     graph = compiled.graph
+    made = f"peak memory {human_bytes(compiled.peak_rss_bytes)}"
     return (
         f"{graph.path}: {graph.nodes} nodes, {human_bytes(graph.size)}, {compiled.seconds:.1f} s, "
-        f"peak memory {human_bytes(compiled.peak_rss_bytes)}"
+        f"{'taken from --graphs' if compiled.taken else made}"
     )
