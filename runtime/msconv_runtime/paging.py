@@ -111,9 +111,7 @@ class Sequences:
         )
 
 
-def chunks(
-    batch: Batch, page: int, ragged: bool, most: int = RAGGED_TOKENS
-) -> Iterator[Chunk]:
+def chunks(batch: Batch, page: int, ragged: bool, most: int = RAGGED_TOKENS) -> Iterator[Chunk]:
     """Cut a batch into calls of bounded size, at most `most` tokens: (members, whether each is at its end, the
     part).  Unless a graph takes `ragged` sequences, it makes each as long as the longest.
 

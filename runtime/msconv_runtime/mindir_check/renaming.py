@@ -1,6 +1,6 @@
 """Other names in a graph: those under which kernels and groups are known here.
 
-Only for bytes that were checked: they have one spelling, so that what is not renamed stays as it is, byte for byte.
+Only for bytes that were checked: they have one spelling, so what is not renamed stays as it is, byte for byte.
 MindSpore's own reader takes 0.1 s a graph for the same.
 """
 
@@ -23,9 +23,7 @@ def renamed(data: bytes, rename: Rename) -> bytes:
 
         def attribute(one: bytes) -> bytes:
             name = _text(one, _number(ATTRIBUTE, "name"))
-            return _changed(
-                one, _number(ATTRIBUTE, "s"), lambda text: rename(kind, name, text.decode()).encode()
-            )
+            return _changed(one, _number(ATTRIBUTE, "s"), lambda text: rename(kind, name, text.decode()).encode())
 
         return _changed(old, _number(PRIMITIVE, "attribute"), attribute)
 
