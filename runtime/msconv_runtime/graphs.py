@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from .artifact.weights import LoadMode
 from .binding import bind, element_type, load_weights
 from .errors import EnvironmentProblem
 from .kernels import Library, library, use_threads
-from .paging import CHUNK_TOKENS, Batch, Sequences, attention_mask, chunks
+from .paging import CHUNK_TOKENS, Batch, Chunk, Sequences, attention_mask, chunks
 from .roles import COMPILED, DECODE, LOGITS, PREFILL, ROLES, VERIFY, Role, graph_for, of_variant
 from .targets import target_named
 from .versions import MINDSPORE, named
@@ -89,7 +89,7 @@ class Graphs:
         if not self.target.prefill_reads_cache:
             return self.run(PREFILL, batch, caches)[LOGITS]
         out: NDArray[np.float32] | None = None
-        for members, last, part in chunks(batch, self.page, ragged=self.is_compiled):
+        for members, last, part in self._prefills(batch):
             logits = self.run(PREFILL, part, caches)[LOGITS]
             if out is None:
                 out = np.empty((len(batch.q_lens), logits.shape[1]), np.float32)
@@ -118,26 +118,38 @@ class Graphs:
         """Any number of new tokens a sequence, after any cached prefix.  Logits of all of them, [T, V] float32, in
         the batch's order.  In calls of `at_once` tokens, 0 for `rows_at_once`; what they give together, the caller
         bounds.  Raises ArtifactError if the artifact has no such graph."""
-        ragged = self.is_compiled or not self.target.device.is_host
-        parts = [part for _, _, part in chunks(batch, self.page, ragged, at_once or self.rows_at_once)]
-        found = [self.run(VERIFY, part, caches)[LOGITS] for part in parts]
+        found = [self.run(VERIFY, part, caches)[LOGITS] for part in self._of_rows(batch, at_once)]
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _prefills(self, batch: Batch) -> Iterator[Chunk]:
+        return chunks(batch, self.page, ragged=self.is_compiled)
+
+    def _of_rows(self, batch: Batch, at_once: int = 0) -> list[Batch]:
+        ragged = self.is_compiled or not self.target.device.is_host
+        return [part for _, _, part in chunks(batch, self.page, ragged, at_once or self.rows_at_once)]
 
     def run(self, asked: Role, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         """The outputs, by name, of the graph that answers `asked` for this batch."""
         return self._call(graph_for(self.entries, asked, batch), batch, caches)
 
     def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
+        found = self.cells[graph.role](*self._inputs(graph, batch), *caches)
+        outputs = found if isinstance(found, tuple) else (found,)
+        names = [o.name for o in graph.outputs]
+        return {name: _on_host(out) for name, out in zip(names, outputs, strict=True)}
+
+    def _compile(self, graph: Graph, batch: Batch, caches: Sequence[Any]) -> None:
+        """What a call does before it runs: nothing, if the graph that was compiled takes this batch."""
+        self.cells[graph.role].compile(*self._inputs(graph, batch), *caches)
+
+    def _inputs(self, graph: Graph, batch: Batch) -> list[Any]:
         from mindspore import Tensor
 
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
         if self.target.mask is not None:
             mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(Tensor(mask, element_type(self.target.dtype)))
-        found = self.cells[graph.role](*inputs, *caches)
-        outputs = found if isinstance(found, tuple) else (found,)
-        names = [o.name for o in graph.outputs]
-        return {name: _on_host(out) for name, out in zip(names, outputs, strict=True)}
+        return inputs
 
     @property
     def compiles(self) -> int:
@@ -149,18 +161,18 @@ class Graphs:
         return self.compiles - self._compiles_at_ready
 
     def warm_up(self, strict: bool = False) -> None:
-        """Run all graphs on a cache of their own.  Later calls of any shape compile nothing: `strict` tries other
-        shapes too and raises EnvironmentProblem if that compiles."""
+        """Run each graph once, on a cache of its own.  Later calls of any shape compile nothing: `strict` asks for
+        other shapes too, without running them, and raises EnvironmentProblem if that compiles."""
         page = self.page
         batches: list[list[int]] = [[1] * WARM_UP_SEQUENCES, *([[page + 1, 2, 1, 1]] if strict else [])]
         pages = max(sum(-(-(n + 2) // page) for n in lengths) for lengths in batches)  # each gets two more
         caches = [self._blank(cache, pages) for cache in self.caches]
+        warm: set[str] = set()
         for lengths in batches:
-            sequences = Sequences(len(lengths), page)
-            self.prefill(sequences.advance([[0] * n for n in lengths]), caches)
-            self.decode(sequences.advance([[0] for _ in lengths]), caches)
-            if self.gives_all_logits:
-                self.every_token(sequences.advance([[0] for _ in lengths]), caches)
+            for role, batch in self._one_of_each(lengths):
+                graph = graph_for(self.entries, role, batch)
+                (self._compile if graph.role in warm else self._call)(graph, batch, caches)
+                warm.add(graph.role)
             if self._compiles_at_ready and self.compiles_since_ready:
                 raise EnvironmentProblem(
                     f"MindSpore compiled {self.compiles_since_ready} times more for a batch of another shape: "
@@ -168,6 +180,16 @@ class Graphs:
                     f"Compile again with mindspore {named(MINDSPORE, ' or ')}, or start with --no-strict-aot.",
                 )
             self._compiles_at_ready = self.compiles
+
+    def _one_of_each(self, lengths: list[int]) -> Iterator[tuple[Role, Batch]]:
+        """A call of each role, or several, for prompts of these lengths and two tokens after them."""
+        sequences = Sequences(len(lengths), self.page)
+        prompts = sequences.advance([[0] * n for n in lengths])
+        parts = [part for _, _, part in self._prefills(prompts)] if self.target.prefill_reads_cache else [prompts]
+        yield from ((PREFILL, part) for part in parts)
+        yield DECODE, sequences.advance([[0] for _ in lengths])
+        if self.gives_all_logits:
+            yield from ((VERIFY, part) for part in self._of_rows(sequences.advance([[0] for _ in lengths])))
 
     def _blank(self, cache: GraphInput, pages: int) -> Any:
         from mindspore import Tensor
