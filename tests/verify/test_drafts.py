@@ -103,6 +103,20 @@ def _guesses(root: Path) -> None:
     assert again[HIDDEN].shape == (1, 64) and np.isfinite(again[LOGITS]).all()
 
 
+@every_layout
+def test_in_int8(model: Path, tmp_path: Path) -> None:
+    """The draft's graphs and the reference each round by themselves: close, and not led."""
+    convert(model, tmp_path / "artifact", 2, ep=2, quant="w8a8")
+    compile_graphs(tmp_path / "artifact", TARGET)
+    proof = prove(tmp_path / "artifact", TARGET, model)
+    assert proof.ok, proof.place
+    assert proof.led is not None
+    assert 0 < proof.led.drafts[""].kl < 1e-3
+    types = {t.name: t.dtype for t in Artifact(tmp_path / "artifact").weights.tensors}
+    assert types["model.layers.2.mlp.experts.gate_up_proj.weight"] == "int8"
+    assert types["model.layers.2.eh_proj.weight"] == "float32"
+
+
 # Faults.  Each graph or conversion is what a plausible slip would make of it.
 
 
