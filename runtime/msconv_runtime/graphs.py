@@ -13,12 +13,28 @@ from numpy.typing import NDArray
 from .artifact import Artifact, Graph, GraphInput
 from .artifact.weights import LoadMode
 from .binding import bind, element_type, load_weights
-from .errors import EnvironmentProblem
+from .errors import ArtifactError, EnvironmentProblem
 from .kernels import Library, library, use_threads
-from .paging import CHUNK_TOKENS, Batch, Chunk, Sequences, attention_mask, chunks
-from .roles import COMPILED, DECODE, LOGITS, PREFILL, ROLES, VERIFY, Role, graph_for, of_variant
+from .paging import CHUNK_TOKENS, RAGGED_TOKENS, Batch, Sequences, attention_mask, chunks
+from .roles import (
+    COMPILED,
+    DECODE,
+    DRAFT_DECODE,
+    DRAFT_EXTEND,
+    LOGITS,
+    PREFILL,
+    ROLES,
+    VERIFY,
+    Role,
+    graph_for,
+    of_draft,
+    of_model,
+    of_variant,
+)
 from .targets import target_named
 from .versions import MINDSPORE, named
+
+Outputs = dict[str, NDArray[np.float32]]
 
 LOGITS_BYTES = 32 << 20  # of one call's, where a graph gives those of every token
 FEWEST_ROWS = 16
@@ -40,7 +56,10 @@ class Place:
 
 class Graphs:
     """The graphs of one rank, sharing one set of weights: those of compiled kernels, where this machine has them
-    and `compiled` allows it, else those of MindSpore's own operations."""
+    and `compiled` allows it, else those of MindSpore's own operations.
+
+    `model`: the graphs of the model whose draft these shall be, loaded already.  Weights that both read are
+    there once."""
 
     def __init__(
         self,
@@ -50,9 +69,16 @@ class Graphs:
         mode: LoadMode = "mmap",
         check: bool = False,
         compiled: bool = True,
+        model: Graphs | None = None,
     ) -> None:
         self.target, self.place = target_named(target), place
-        entries = artifact.graphs(target)
+        self.is_draft = model is not None
+        entries = of_draft(artifact.graphs(target)) if self.is_draft else of_model(artifact.graphs(target))
+        if not entries:
+            raise ArtifactError(
+                f"{artifact.root}: has no graphs of a draft for {target}.",
+                f"Run `msconv compile {artifact.root} --target {target}`, if its weights have one.",
+            )
         faster = of_variant(entries, COMPILED)
         self.library = library() if compiled and faster else NO_KERNELS
         self.is_compiled = self.library.path is not None
@@ -61,7 +87,9 @@ class Graphs:
         self.entries: dict[str, Graph] = faster if self.is_compiled else of_variant(entries, "")
         self._compiles_at_ready = 0
         started = time.monotonic()
-        self.tensors = load_weights(artifact, list(self.entries.values()), place.rank, mode, check)
+        shared: dict[str, Any] = model.tensors if model else {}
+        graphs = list(self.entries.values())
+        self.tensors: dict[str, Any] = load_weights(artifact, graphs, place.rank, mode, check, shared)
         loaded = time.monotonic()
         self.cells = {
             role: bind(artifact, g, self.tensors, self.library, place.groups) for role, g in self.entries.items()
@@ -84,25 +112,19 @@ class Graphs:
         return self.run(DECODE, batch, caches)[LOGITS]
 
     def prefill(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
-        """Any number of new tokens a sequence, after any cached prefix.  Logits of the last, [B, V] float32.  Cut
-        into several calls where a graph reads what an earlier one cached."""
-        if not self.target.prefill_reads_cache:
-            return self.run(PREFILL, batch, caches)[LOGITS]
-        out: NDArray[np.float32] | None = None
-        for members, last, part in self._prefills(batch):
-            logits = self.run(PREFILL, part, caches)[LOGITS]
-            if out is None:
-                out = np.empty((len(batch.q_lens), logits.shape[1]), np.float32)
-            for row, (member, is_last) in enumerate(zip(members, last, strict=True)):
-                if is_last:
-                    out[member] = logits[row]
-        assert out is not None
-        return out
+        """Any number of new tokens a sequence, after any cached prefix.  Logits of the last, [B, V] float32."""
+        return self.in_parts(PREFILL, batch, caches)[LOGITS]
 
     @property
     def vocab_size(self) -> int:
         """Tokens that a row of logits is for."""
         return next(o.shape[-1] or 0 for g in self.entries.values() for o in g.outputs if o.name == LOGITS)
+
+    @property
+    def hidden_width(self) -> int:
+        """Of the hidden states that a draft's graphs take; 0 of a model's own."""
+        given = (i for g in self.entries.values() for i in g.inputs if i.kind == "hidden")
+        return next((i.shape[-1] or 0 for i in given), 0)
 
     @property
     def gives_all_logits(self) -> bool:
@@ -118,37 +140,56 @@ class Graphs:
         """Any number of new tokens a sequence, after any cached prefix.  Logits of all of them, [T, V] float32, in
         the batch's order.  In calls of `at_once` tokens, 0 for `rows_at_once`; what they give together, the caller
         bounds.  Raises ArtifactError if the artifact has no such graph."""
-        found = [self.run(VERIFY, part, caches)[LOGITS] for part in self._of_rows(batch, at_once)]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        return self.in_parts(VERIFY, batch, caches, at_once or self.rows_at_once)[LOGITS]
 
-    def _prefills(self, batch: Batch) -> Iterator[Chunk]:
-        return chunks(batch, self.page, ragged=self.is_compiled)
+    def in_parts(
+        self, asked: Role, batch: Batch, caches: Sequence[Any], most: int = RAGGED_TOKENS, hidden: Any = None
+    ) -> Outputs:
+        """The outputs, by name, of the graph that answers `asked`: logits as its role says, hidden states of every
+        new token.  Cut into calls of at most `most` tokens where a graph reads what an earlier one cached.
+        `hidden` [T, ...]: what a draft's graph takes beside the tokens."""
+        found: dict[str, list[NDArray[np.float32]]] = {}
+        done = 0
+        for last, part in self._cut(asked, batch, most):
+            count = len(part.input_ids)  # parts have the batch's tokens in its order
+            given = None if hidden is None else hidden[done : done + count]
+            done += count
+            for name, values in self.run(asked, part, caches, given).items():
+                found.setdefault(name, []).append(values if asked.is_of_all(name) or all(last) else values[last])
+        return {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in found.items()}
 
-    def _of_rows(self, batch: Batch, at_once: int = 0) -> list[Batch]:
+    def _cut(self, asked: Role, batch: Batch, most: int = RAGGED_TOKENS) -> Iterator[tuple[list[bool], Batch]]:
+        """The calls that run a batch, with which of their sequences end in them."""
+        if asked.begins and not self.target.prefill_reads_cache:
+            yield [True] * len(batch.q_lens), batch
+            return
         ragged = self.is_compiled or not self.target.device.is_host
-        return [part for _, _, part in chunks(batch, self.page, ragged, at_once or self.rows_at_once)]
+        for _, last, part in chunks(batch, self.page, ragged, most):
+            yield last, part
 
-    def run(self, asked: Role, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
-        """The outputs, by name, of the graph that answers `asked` for this batch."""
-        return self._call(graph_for(self.entries, asked, batch), batch, caches)
+    def run(self, asked: Role, batch: Batch, caches: Sequence[Any], hidden: Any = None) -> Outputs:
+        """The outputs, by name, of the graph that answers `asked` for this batch, in one call."""
+        return self._call(graph_for(self.entries, asked, batch), batch, caches, hidden)
 
-    def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
-        found = self.cells[graph.role](*self._inputs(graph, batch), *caches)
+    def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any], hidden: Any) -> Outputs:
+        found = self.cells[graph.role](*self._inputs(graph, batch, hidden), *caches)
         outputs = found if isinstance(found, tuple) else (found,)
         names = [o.name for o in graph.outputs]
         return {name: _on_host(out) for name, out in zip(names, outputs, strict=True)}
 
-    def _compile(self, graph: Graph, batch: Batch, caches: Sequence[Any]) -> None:
+    def _compile(self, graph: Graph, batch: Batch, caches: Sequence[Any], hidden: Any) -> None:
         """What a call does before it runs: nothing, if the graph that was compiled takes this batch."""
-        self.cells[graph.role].compile(*self._inputs(graph, batch), *caches)
+        self.cells[graph.role].compile(*self._inputs(graph, batch, hidden), *caches)
 
-    def _inputs(self, graph: Graph, batch: Batch) -> list[Any]:
+    def _inputs(self, graph: Graph, batch: Batch, hidden: Any) -> list[Any]:
         from mindspore import Tensor
 
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
         if self.target.mask is not None:
             mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(Tensor(mask, element_type(self.target.dtype)))
+        if ROLES[graph.role].is_draft:
+            inputs.append(Tensor(np.ascontiguousarray(hidden, np.float32), element_type(self.target.dtype)))
         return inputs
 
     @property
@@ -169,9 +210,10 @@ class Graphs:
         caches = [self._blank(cache, pages) for cache in self.caches]
         warm: set[str] = set()
         for lengths in batches:
-            for role, batch in self._one_of_each(lengths):
-                graph = graph_for(self.entries, role, batch)
-                (self._compile if graph.role in warm else self._call)(graph, batch, caches)
+            for asked, batch in self._one_of_each(lengths):
+                graph = graph_for(self.entries, asked, batch)
+                hidden = np.zeros((len(batch.input_ids), self.hidden_width)) if self.is_draft else None
+                (self._compile if graph.role in warm else self._call)(graph, batch, caches, hidden)
                 warm.add(graph.role)
             if self._compiles_at_ready and self.compiles_since_ready:
                 raise EnvironmentProblem(
@@ -182,14 +224,15 @@ class Graphs:
             self._compiles_at_ready = self.compiles
 
     def _one_of_each(self, lengths: list[int]) -> Iterator[tuple[Role, Batch]]:
-        """A call of each role, or several, for prompts of these lengths and two tokens after them."""
-        sequences = Sequences(len(lengths), self.page)
-        prompts = sequences.advance([[0] * n for n in lengths])
-        parts = [part for _, _, part in self._prefills(prompts)] if self.target.prefill_reads_cache else [prompts]
-        yield from ((PREFILL, part) for part in parts)
-        yield DECODE, sequences.advance([[0] for _ in lengths])
-        if self.gives_all_logits:
-            yield from ((VERIFY, part) for part in self._of_rows(sequences.advance([[0] for _ in lengths])))
+        """The calls of each role, for prompts of these lengths and one token after another."""
+        sequences, first = Sequences(len(lengths), self.page), [[0] * n for n in lengths]
+        roles = [DRAFT_EXTEND, DRAFT_DECODE] if self.is_draft else [PREFILL, DECODE]
+        if not self.is_draft and self.gives_all_logits:
+            roles.append(VERIFY)
+        for number, role in enumerate(roles):
+            batch = sequences.advance([[0] for _ in lengths] if number else first)
+            most = self.rows_at_once if role is VERIFY else RAGGED_TOKENS
+            yield from ((role, part) for _, part in self._cut(role, batch, most))
 
     def _blank(self, cache: GraphInput, pages: int) -> Any:
         from mindspore import Tensor

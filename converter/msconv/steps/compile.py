@@ -28,6 +28,7 @@ from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
 from msconv_runtime.roles import DECODE, ROLES
 from msconv_runtime.targets import Target, target_named
 
+from ..checkpoint.drafts import draft_of, with_draft
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig, family_named
 from ..graph.spec import CannotCompute, Exported, Local
@@ -70,13 +71,16 @@ class Compiled:
     taken: bool = False
 
 
-def begin_without_weights(model: Location, tp: int, ep: int, root: Path, quant: str | None = None) -> None:
+def begin_without_weights(
+    model: Location, tp: int, ep: int, root: Path, quant: str | None = None, drafts: bool = True
+) -> None:
     """Make `root` an artifact with a configuration and no weights: enough to compile for.  A later conversion
-    into the same directory completes it; `quant`: what that will quantise weights to.  Raises UsageError or
-    ArtifactError if the directory holds something else."""
+    into the same directory completes it; `quant`: what that will quantise weights to; `drafts`: whether it will
+    take the layer of multi-token prediction.  Raises UsageError or ArtifactError if the directory holds something
+    else."""
     mesh = make_mesh(tp, ep)
     source = model.open_configuration()
-    source = source.bare() if quant else source
+    source = with_draft(source.bare() if quant else source, drafts)
     model.origin()  # raises, if a later conversion could not record it
     model.bring_small()
     table, sizes = source.family.table, source.config.sizes()
@@ -90,7 +94,8 @@ def begin_without_weights(model: Location, tp: int, ep: int, root: Path, quant: 
             return
         files = copy_files(source.auxiliary, root, source.config_bytes)
         described = model_of(source, plan.parameters)
-        write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel, files=files))
+        draft = draft_of(source.config)
+        write_manifest(root, Manifest(FORMAT, TOOL, described, parallel, files=files, draft=draft))
 
 
 def compile_graphs(
@@ -117,10 +122,11 @@ def compile_graphs(
         mesh = Mesh(artifact.tp, artifact.ep)
         made: list[Compiled] = []
         exports: list[bytes] = []
-        for number, (role, variant) in enumerate(target.graphs):
+        wanted = (*target.graphs, *(target.draft_graphs if config.drafts else ()))
+        for number, (role, variant) in enumerate(wanted):
             started = time.monotonic()
-            progress(role, number, len(target.graphs))
-            local = Local(config, mesh, target, ROLES[role], variant, types)
+            progress(role, number, len(wanted))
+            local = Local(config, mesh, target, ROLES[role], variant, types, artifact.manifest.draft)
             try:
                 graph, proto, peak, taken = _taken(local, kept, tell) or _compiled(local, kept)
             except CannotCompute as e:

@@ -17,6 +17,7 @@ from .directory import (
 )
 from .manifest import (
     FORMAT,
+    Draft,
     Dropped,
     File,
     Graph,
@@ -45,6 +46,7 @@ __all__ = [
     "SIGNATURE",
     "STATE_DIR",
     "Artifact",
+    "Draft",
     "Dropped",
     "File",
     "Graph",

@@ -9,6 +9,7 @@ CPU = Target(
     kind="cpu",
     dtype="float32",
     graphs=(("prefill", ""), ("decode", ""), ("verify", ""), ("mixed", "compiled"), ("verify", "compiled")),
+    draft_graphs=(("draft_extend", ""), ("draft_decode", ""), ("draft_extend", "compiled")),
     operations="cpu",
     paging=Paging(slots=1),
     epsilon=2**-24,
