@@ -11,7 +11,8 @@ at a time:
   quant    `msconv serve` on the artifact that `msconv convert --quant` of `--quant` makes of the checkpoint
 Start is from the process's start to the first token of a first request of 8 tokens.  Decode counts the tokens
 between the moment the last request has its first token and the moment the first one ends, for prompts that differ
-from their first token.  The order of the ways changes from round to round.
+from their first token.  Beside it, the processors' time a token, of all the server's processes: other programs on
+the machine disturb it less.  The order of the ways changes from round to round.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ RUNTIME_SHARE = re.compile(r"msconv: start, seconds: (\{.*\})")
 
 @dataclass
 class Found:
-    """What one server showed.  Seconds, tokens per second, bytes."""
+    """What one server showed.  Seconds, tokens per second, seconds of processors a token, bytes."""
 
     start_s: float = 0.0
     own_s: dict[str, float] = field(default_factory=dict)
     decode: dict[str, float] = field(default_factory=dict)
+    decode_cpu: dict[str, float] = field(default_factory=dict)
     prefill: dict[str, float] = field(default_factory=dict)
     idle_bytes: dict[str, int] = field(default_factory=dict)
     loaded_bytes: dict[str, int] = field(default_factory=dict)
@@ -190,9 +192,10 @@ def measure(way: str, places: Places, shapes: list[tuple[int, int]], work: Path)
         if own := RUNTIME_SHARE.search(log.read_text(errors="replace")):
             found.own_s = json.loads(own[1])
         for requests, context in shapes:
-            prefill, decode = asyncio.run(_load(port, requests, context))
+            shape = f"{requests}x{context}"
+            prefill, decode, cpu = asyncio.run(_load(port, main, requests, context))
             found.prefill.setdefault(str(context), prefill)
-            found.decode[f"{requests}x{context}"] = decode
+            found.decode[shape], found.decode_cpu[shape] = decode, cpu
         found.loaded_bytes = memory(main)
     return found
 
@@ -210,6 +213,12 @@ def memory(main: psutil.Process) -> dict[str, int]:
     return total
 
 
+def cpu_time(main: psutil.Process) -> float:
+    """Of all the server's processes, user's and system's, in seconds."""
+    times = [p.cpu_times() for p in [main, *main.children(recursive=True)]]
+    return sum(t.user + t.system for t in times)
+
+
 async def _first_token(port: int, main: psutil.Process, log: Path) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     async with aiohttp.ClientSession() as session:
@@ -223,8 +232,9 @@ async def _first_token(port: int, main: psutil.Process, log: Path) -> None:
             await asyncio.sleep(0.05)
 
 
-async def _load(port: int, requests: int, context: int) -> tuple[float, float]:
-    """(prompt tokens a second of one request alone, generated tokens a second of all together)."""
+async def _load(port: int, main: psutil.Process, requests: int, context: int) -> tuple[float, float, float]:
+    """(prompt tokens a second of one request alone, generated tokens a second of all together, the
+    processors' seconds a generated token)."""
     drawn = random.Random(f"{requests} {context}")
     prompts = [[drawn.randrange(1000, 100_000) for _ in range(context)] for _ in range(requests)]
     timeout = aiohttp.ClientTimeout(total=REQUEST_LIMIT_S)
@@ -234,10 +244,12 @@ async def _load(port: int, requests: int, context: int) -> tuple[float, float]:
         prefill = context / (first[0] - started)
         for prompt in prompts[1:]:  # into the prefix cache: what is measured next is decoding
             await _stream(session, port, prompt, 1)
+        before = cpu_time(main)
         all_times = await asyncio.gather(*(_stream(session, port, p, NEW_TOKENS) for p in prompts))
+        spent = cpu_time(main) - before
     begin, end = max(t[0] for t in all_times), min(t[-1] for t in all_times)
     tokens = sum(begin < t <= end for times in all_times for t in times)
-    return prefill, tokens / (end - begin)
+    return prefill, tokens / (end - begin), spent / sum(map(len, all_times))
 
 
 async def _stream(session: aiohttp.ClientSession, port: int, ids: list[int], new: int) -> list[float]:
@@ -269,6 +281,7 @@ def summarise(rounds: list[dict[str, Found]], ways: list[str]) -> dict[str, Any]
             "start_s": statistics.median(each(way, "start_s")),
             "own_s": {k: statistics.median(each(way, "own_s", k)) for k in last.own_s},
             "decode_tokens_per_s": {k: statistics.median(each(way, "decode", k)) for k in last.decode},
+            "decode_cpu_s_per_token": {k: statistics.median(each(way, "decode_cpu", k)) for k in last.decode_cpu},
             "prefill_tokens_per_s": {k: statistics.median(each(way, "prefill", k)) for k in last.prefill},
             "idle_bytes": {k: statistics.median(each(way, "idle_bytes", k)) for k in last.idle_bytes},
             "loaded_bytes": {k: statistics.median(each(way, "loaded_bytes", k)) for k in last.loaded_bytes},
@@ -284,6 +297,7 @@ def summarise(rounds: list[dict[str, Found]], ways: list[str]) -> dict[str, Any]
         report["ratios"][f"{one} to {other}"] = {
             "start": ratio("start_s"),
             "decode": {k: ratio("decode", k) for k in rounds[-1][one].decode},
+            "decode by cpu": {k: ratio("decode_cpu", k, other, one) for k in rounds[-1][one].decode_cpu},
             "prefill": {k: ratio("prefill", k) for k in rounds[-1][one].prefill},
         }
     return report
@@ -299,6 +313,8 @@ def table(report: dict[str, Any], ways: list[str]) -> str:
         )
     for shape in found[0]["decode_tokens_per_s"]:
         rows.append([f"decode {shape}, tokens/s", *(f"{f['decode_tokens_per_s'][shape]:.1f}" for f in found)])
+        values = (f"{f['decode_cpu_s_per_token'][shape] * 1e3:.1f}" for f in found)
+        rows.append(["  processors' time a token, ms", *values])
     for context in found[0]["prefill_tokens_per_s"]:
         values = (f"{f['prefill_tokens_per_s'][context]:.0f}" for f in found)
         rows.append([f"prefill of {context}, tokens/s", *values])
@@ -315,9 +331,11 @@ def table(report: dict[str, Any], ways: list[str]) -> str:
     ]
     for title, ratios in report["ratios"].items():
         decode = ", ".join(f"{k} {v:.2f}x" for k, v in ratios["decode"].items())
+        by_cpu = ", ".join(f"{k} {v:.2f}x" for k, v in ratios["decode by cpu"].items())
         prefill = ", ".join(f"{k} {v:.2f}x" for k, v in ratios["prefill"].items())
         lines.append(
-            f"{title}: start {ratios['start']:.2f}x; decode {decode or 'not measured'}; prefill {prefill}"
+            f"{title}: start {ratios['start']:.2f}x; decode {decode or 'not measured'}, "
+            f"by processors' time {by_cpu or 'not measured'}; prefill {prefill}"
         )
     return "\n".join(lines)
 

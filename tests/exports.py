@@ -57,8 +57,13 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-INT8 = {"qwen3 int8": "static", "qwen3_moe int8": "dynamic", "deepseek_v3 int8": "mixed"}  # how matrices are kept
-MODELS |= {name: MODELS[name.removesuffix(" int8")] for name in INT8}
+INT8 = {  # how matrices are kept, and whether norms have biases
+    "qwen3 int8": ("static", True),
+    "qwen3 unshifted int8": ("dynamic", False),
+    "qwen3_moe int8": ("dynamic", True),
+    "deepseek_v3 int8": ("mixed", True),
+}
+MODELS |= {name: MODELS[name.partition(" ")[0]] for name in INT8}
 
 
 class AllInBfloat16(dict[str, str]):
@@ -83,7 +88,7 @@ def exported(
 
     config, types = config_named(model), AllInBfloat16()
     if model in INT8:
-        config, types = quantised(config), Int8Types(INT8[model], shifted=True)
+        config, types = quantised(config), Int8Types(*INT8[model])
     made = export(Local(config, make_mesh(tp, ep), TARGETS[target], ROLES[role], variant, types))
     entry = Graph(
         target=target,

@@ -26,6 +26,7 @@ from tests.runtime.mindir_forging import FORGES, damaged, meaning
 SEED = 20261128
 FORGED, DAMAGED = 1400, 1000
 SECONDS = 30
+UNSHIFTED = "qwen3 unshifted int8"  # on one rank, kernels compute most of a layer at once
 REFUSED = "is not a graph that msconv makes, and was not loaded: "
 
 
@@ -34,9 +35,11 @@ def graphs(every: bool) -> Iterator[tuple[bytes, Graph, int]]:
     layouts = itertools.cycle([(1, 1), (2, 1), (2, 2)])
     for name, target in itertools.product(MODELS, TARGETS.values()):
         for role, variant in target.graphs:
-            tp, ep = next(layouts)
+            if name == UNSHIFTED and variant != "compiled":
+                continue
+            tp, ep = next(layouts) if name != UNSHIFTED else (1, 1)
             ep = ep if (" " not in name and "moe" in name) or "deepseek" in name else 1
-            if INT8.get(name, "static") != "static" and not target.token_scales:
+            if name in INT8 and INT8[name][0] != "static" and not target.token_scales:
                 continue
             if every or target.name != "ascend910c":  # the same graphs as those for 910b
                 yield *exported(name, target.name, role, variant, tp, ep), tp

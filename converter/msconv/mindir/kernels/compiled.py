@@ -162,14 +162,15 @@ def heads_int8(h: Tensor, qkv: Tensor, scale: Tensor, *rest: Tensor) -> tuple[Te
     return split_heads(dynamic_product(h, qkv.T, scale.reshape(-1)), *rest)
 
 
-def _normed(mixed: Tensor, x: Tensor, o: Tensor, scale: Tensor, weight: Tensor, eps: Tensor) -> Any:
+def _normed(mixed: Tensor, *rest: Tensor) -> Any:
     """What goes into the MLP, and the sum that it is the norm of: [T, width] each."""
+    x, o, scale, weight, *_, eps = rest
     return add_norm(dynamic_product(mixed, o.T, scale.reshape(-1)), x, weight, eps)
 
 
 def _behind(mixed: Tensor, *rest: Tensor) -> list[tuple[int, Tensor, Tensor | None]]:
-    _, _, _, _, gate_up, scale, *_, eps = rest
-    h, _ = _normed(mixed, *rest[:4], eps)
+    gate_up, scale, *_ = rest[4:]
+    h, _ = _normed(mixed, *rest)
     within = _within(h, gate_up, scale)
     return [(2, row_codes(mixed)[0], None), (5, row_codes(h)[0], None), (7, row_codes(within)[0], None)]
 
@@ -177,7 +178,7 @@ def _behind(mixed: Tensor, *rest: Tensor) -> list[tuple[int, Tensor, Tensor | No
 @compiled("AfterAttentionInt8", _behind)
 def after_attention_int8(mixed: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     *matrices, next_weight, eps = rest[4:]
-    h, total = _normed(mixed, *rest[:4], eps)
+    h, total = _normed(mixed, *rest)
     return add_norm(mlp_int8(h, *matrices), total, next_weight, eps)
 
 
