@@ -71,6 +71,17 @@ class Mla:
 
 
 @dataclass(frozen=True, slots=True)
+class Eagle:
+    """A draft of EAGLE3, which reads `captured` residual streams of its target side by side.  `vocab`: the target's
+    tokens, of which it scores some.  `layers`: of the target, whose inputs those streams are; () for the usual
+    ones."""
+
+    vocab: int
+    captured: int = 3
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A decoder-only model.  Counts and widths are those of the whole model, before any cut.
 
@@ -99,6 +110,7 @@ class DecoderConfig:
     qk_norm: bool = True
     windows: tuple[int | None, ...] = ()
     output_bias: bool | None = None
+    eagle: Eagle | None = None
 
     @property
     def rope_dim(self) -> int:
@@ -146,6 +158,8 @@ class DecoderConfig:
             traits.add("attention_bias")
         if self.mtp_layers:
             traits.add("mtp")
+        if eagle := self.eagle:
+            dims |= {"streams": eagle.captured * self.hidden, "both": 2 * self.hidden}
         kinds: tuple[frozenset[str], ...] = ()
         if moe := self.moe:
             dims |= {"experts": moe.experts, "expert_ffn": moe.ffn, "shared_ffn": moe.shared_ffn}
@@ -174,7 +188,8 @@ class Family:
 
     `keys`: those of config.json that are known.  `aliases`: other values of `model_type` under which the same
     computation is published; the reference reads them as `name`.  `windows_by_layer`: sliding windows begin at
-    `max_window_layers`, in all layers otherwise.
+    `max_window_layers`, in all layers otherwise.  `is_draft`: it drafts for another model, and its `model_type`
+    alone does not tell it.
     """
 
     name: str
@@ -184,6 +199,7 @@ class Family:
     keys: Keys = COMMON
     aliases: tuple[str, ...] = ()
     windows_by_layer: bool = False
+    is_draft: bool = False
 
 
 class Reader:
