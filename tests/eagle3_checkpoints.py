@@ -81,3 +81,49 @@ def save_eagle3(
     save_file(named, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     return directory
+
+
+def train_eagle3(
+    directory: Path, target: Any, sequences: list[list[int]], layers: list[int], steps: int, **config: Any
+) -> Path:
+    """A draft that has learnt a little of the target's sequences, in `steps`.  `layers`: whose inputs it reads."""
+    import torch
+
+    from msconv.verify.eagle3 import Eagle3Reference
+
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    values = {**CONFIG, **config}
+    often = np.unique([t for s in sequences for t in s[2:]])
+    others = np.setdiff1d(np.arange(values["vocab_size"]), often)
+    tokens = np.sort(np.concatenate([often[len(often) // 8 :], others[:20]]))  # some are beyond it
+    values["draft_vocab_size"] = len(tokens)
+    save_eagle3(directory, random_weights(values, rng), tokens, values)
+    draft = Eagle3Reference(directory)
+    places = {int(t): i for i, t in enumerate(tokens)}
+    learnt = []
+    for ids in sequences:
+        embedded, streams = of_target(target, ids, layers)
+        wanted = torch.tensor([places.get(t, -1) for t in ids[2:]])
+        learnt.append((embedded[1:-1], streams[:-2], wanted))
+    for weight in draft.weights.values():
+        weight.requires_grad_(True)
+    optimizer = torch.optim.Adam(draft.weights.values(), 3e-3)
+    for step in range(steps):
+        embedded, streams, wanted = learnt[step % len(learnt)]
+        logits, _ = draft.forward(embedded[None], draft.narrow(streams)[None])
+        loss = torch.nn.functional.cross_entropy(logits[0], wanted, ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    weights = {name: weight.detach().numpy() for name, weight in draft.weights.items()}
+    return save_eagle3(directory, weights, tokens, values)
+
+
+def of_target(target: Any, ids: list[int], layers: list[int]) -> tuple[Any, Any]:
+    """Of transformers' model: rows of the embedding [T, hidden], and what enters the layers, side by side."""
+    import torch
+
+    with torch.no_grad():
+        found = target(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    return target.get_input_embeddings().weight.detach()[ids], torch.cat([found[i][0] for i in layers], -1)

@@ -72,9 +72,9 @@ class Mla:
 
 @dataclass(frozen=True, slots=True)
 class Eagle:
-    """A draft of EAGLE3, which reads `captured` residual streams of its target side by side.  `vocab`: the target's
-    tokens, of which it scores some.  `layers`: of the target, whose inputs those streams are; () for the usual
-    ones."""
+    """A draft of EAGLE3, which reads `captured` residual streams of its target, side by side.  `vocab`: how many
+    tokens the target has, of which it scores some.  `layers`: those of the target that make the streams, as
+    config.json numbers them; () for the usual ones."""
 
     vocab: int
     captured: int = 3

@@ -1,4 +1,4 @@
-"""Drafts of EAGLE3: one layer that reads residual streams of its target, with a head over a part of the vocabulary.
+"""Drafts of EAGLE3: one layer that reads residual streams of its target, with a head over some of its tokens.
 
 The embedding is the target's: a draft's artifact has none, and takes the rows that its target has in memory.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from msconv_runtime.artifact import D2T
+from msconv_runtime.captured import LAYER_IDS
+
 from ..layout.cuts import COLS, COPY, HEAD_COLS, HEADS, KV_HEADS, ROWS, VOCAB
 from ..layout.model import Table
 from ..layout.rules import Drop, Part, Rule, fuse, keep
@@ -14,9 +17,7 @@ from .config import Eagle, Family, Reader, show
 from .keys import COMMON, Off
 
 LAYER = "midlayer."
-D2T = "d2t"  # what is added to a draft's token to make it the target's
 OBJECT = "eagle_config"
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def read(r: Reader, layers: int) -> dict[str, Any]:

@@ -31,11 +31,12 @@ def add_norm(ops: Operations, name: str, width: int) -> nn.Cell:
 class HeadsAttention(nn.Cell):
     """Fused qkv, heads split and rotated, cache write, attention, output projection."""
 
-    def __init__(self, ops: Operations, local: Local, prefix: str, spec: Attention) -> None:
+    def __init__(self, ops: Operations, local: Local, prefix: str, spec: Attention, inner: int = 0) -> None:
+        """`inner`: the width of what goes in, 0 for that of what comes out."""
         super().__init__()
         hidden = local.config.hidden
         q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        self.qkv_proj = ops.linear(prefix + "qkv_proj", q + 2 * kv, hidden, spec.bias)
+        self.qkv_proj = ops.linear(prefix + "qkv_proj", q + 2 * kv, inner or hidden, spec.bias)
         self.heads = ops.split_heads(prefix, spec)
         self.write = ops.write_kv()
         self.attend = ops.attend(spec)

@@ -20,7 +20,7 @@ from msconv_runtime.targets import Target, target_named
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
 from ..graph.toolchain import mindspore_version
-from ..layout.coverage import unused_names
+from ..layout.coverage import own_names, unused_names
 from ..quant import formats_named
 from ..workspace.lock import exclusive
 from .compare import Comparison, compare, half_precision_bound
@@ -303,5 +303,5 @@ def _record(root: Path, target: Target, entry: Verified | None) -> None:
 def _coverage(artifact: Artifact, target: Target) -> tuple[list[str], list[str]]:
     """Names that a graph reads and that are not stored; stored ones that no graph reads."""
     stored = {t.name for t in artifact.weights.tensors}
-    read = {p.name for g in artifact.graphs(target.name) for p in g.reads}
+    read = own_names(p.name for g in artifact.graphs(target.name) for p in g.reads)
     return sorted(read - stored), unused_names(stored, read)
