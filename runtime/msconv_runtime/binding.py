@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from numpy.typing import NDArray
@@ -24,9 +25,15 @@ NZ = 29  # CANN's number of the FRACTAL_NZ format
 
 
 def load_weights(
-    artifact: Artifact, graphs: list[Graph], rank: int, mode: LoadMode, check: bool
+    artifact: Artifact,
+    graphs: list[Graph],
+    rank: int,
+    mode: LoadMode,
+    check: bool,
+    loaded: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Tensors by name, in the types that these graphs of one target take.  Zero copy where nothing is cast.
+    `loaded`: those of other graphs of the same target, which are taken as they are.
 
     Sizes are always checked; `check` reads the rank's files first and compares every digest."""
     if check:
@@ -44,7 +51,9 @@ def load_weights(
             f"missing {missing[:5]}, of another shape or type {wrong[:5]}.",
             f"Run `msconv compile {artifact.root} --target {target.name}` again.",
         )
-    return {n: tensor(weights.array(n, p.dtype)[0], p.dtype) for n, p in wanted.items()}
+    return {
+        n: loaded[n] if n in loaded else tensor(weights.array(n, p.dtype)[0], p.dtype) for n, p in wanted.items()
+    }
 
 
 def tensor(array: NDArray[Any], dtype: str) -> Any:

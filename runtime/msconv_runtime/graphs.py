@@ -13,12 +13,28 @@ from numpy.typing import NDArray
 from .artifact import Artifact, Graph, GraphInput
 from .artifact.weights import LoadMode
 from .binding import bind, element_type, load_weights
-from .errors import EnvironmentProblem
+from .errors import ArtifactError, EnvironmentProblem
 from .kernels import Library, library, use_threads
-from .paging import CHUNK_TOKENS, Batch, Sequences, attention_mask, chunks
-from .roles import COMPILED, DECODE, LOGITS, PREFILL, ROLES, VERIFY, Role, graph_for, of_variant
+from .paging import CHUNK_TOKENS, RAGGED_TOKENS, Batch, Sequences, attention_mask, chunks
+from .roles import (
+    COMPILED,
+    DECODE,
+    DRAFT_DECODE,
+    DRAFT_EXTEND,
+    LOGITS,
+    PREFILL,
+    ROLES,
+    VERIFY,
+    Role,
+    graph_for,
+    of_draft,
+    of_model,
+    of_variant,
+)
 from .targets import target_named
 from .versions import MINDSPORE, named
+
+Outputs = dict[str, NDArray[np.float32]]
 
 LOGITS_BYTES = 32 << 20  # of one call's, where a graph gives those of every token
 FEWEST_ROWS = 16
@@ -40,7 +56,10 @@ class Place:
 
 class Graphs:
     """The graphs of one rank, sharing one set of weights: those of compiled kernels, where this machine has them
-    and `compiled` allows it, else those of MindSpore's own operations."""
+    and `compiled` allows it, else those of MindSpore's own operations.
+
+    `model`: the graphs of the model whose draft these shall be, loaded already.  Weights that both read are
+    there once."""
 
     def __init__(
         self,
@@ -50,9 +69,16 @@ class Graphs:
         mode: LoadMode = "mmap",
         check: bool = False,
         compiled: bool = True,
+        model: Graphs | None = None,
     ) -> None:
         self.target, self.place = target_named(target), place
-        entries = artifact.graphs(target)
+        self.is_draft = model is not None
+        entries = of_draft(artifact.graphs(target)) if self.is_draft else of_model(artifact.graphs(target))
+        if not entries:
+            raise ArtifactError(
+                f"{artifact.root}: has no graphs of a draft for {target}.",
+                f"Run `msconv compile {artifact.root} --target {target}`, if its weights have one.",
+            )
         faster = of_variant(entries, COMPILED)
         self.library = library() if compiled and faster else NO_KERNELS
         self.is_compiled = self.library.path is not None
@@ -61,7 +87,9 @@ class Graphs:
         self.entries: dict[str, Graph] = faster if self.is_compiled else of_variant(entries, "")
         self._compiles_at_ready = 0
         started = time.monotonic()
-        self.tensors = load_weights(artifact, list(self.entries.values()), place.rank, mode, check)
+        shared: dict[str, Any] = model.tensors if model else {}
+        graphs = list(self.entries.values())
+        self.tensors: dict[str, Any] = load_weights(artifact, graphs, place.rank, mode, check, shared)
         loaded = time.monotonic()
         self.cells = {
             role: bind(artifact, g, self.tensors, self.library, place.groups) for role, g in self.entries.items()
@@ -84,25 +112,19 @@ class Graphs:
         return self.run(DECODE, batch, caches)[LOGITS]
 
     def prefill(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
-        """Any number of new tokens a sequence, after any cached prefix.  Logits of the last, [B, V] float32.  Cut
-        into several calls where a graph reads what an earlier one cached."""
-        if not self.target.prefill_reads_cache:
-            return self.run(PREFILL, batch, caches)[LOGITS]
-        out: NDArray[np.float32] | None = None
-        for members, last, part in chunks(batch, self.page, ragged=self.is_compiled):
-            logits = self.run(PREFILL, part, caches)[LOGITS]
-            if out is None:
-                out = np.empty((len(batch.q_lens), logits.shape[1]), np.float32)
-            for row, (member, is_last) in enumerate(zip(members, last, strict=True)):
-                if is_last:
-                    out[member] = logits[row]
-        assert out is not None
-        return out
+        """Any number of new tokens a sequence, after any cached prefix.  Logits of the last, [B, V] float32."""
+        return self.in_parts(PREFILL, batch, caches)[LOGITS]
 
     @property
     def vocab_size(self) -> int:
         """Tokens that a row of logits is for."""
         return next(o.shape[-1] or 0 for g in self.entries.values() for o in g.outputs if o.name == LOGITS)
+
+    @property
+    def hidden_width(self) -> int:
+        """Of the hidden states that a draft's graphs take; 0 of a model's own."""
+        given = (i for g in self.entries.values() for i in g.inputs if i.kind == "hidden")
+        return next((i.shape[-1] or 0 for i in given), 0)
 
     @property
     def gives_all_logits(self) -> bool:
@@ -118,22 +140,40 @@ class Graphs:
         """Any number of new tokens a sequence, after any cached prefix.  Logits of all of them, [T, V] float32, in
         the batch's order.  In calls of `at_once` tokens, 0 for `rows_at_once`; what they give together, the caller
         bounds.  Raises ArtifactError if the artifact has no such graph."""
+        return self.in_parts(VERIFY, batch, caches, at_once or self.rows_at_once)[LOGITS]
+
+    def in_parts(
+        self, asked: Role, batch: Batch, caches: Sequence[Any], most: int = RAGGED_TOKENS, hidden: Any = None
+    ) -> Outputs:
+        """The outputs, by name, of the graph that answers `asked`: logits as its role says, hidden states of every
+        new token.  Cut into calls of at most `most` tokens where a graph reads what an earlier one cached.
+        `hidden` [T, ...]: what a draft's graph takes beside the tokens."""
+        if asked.begins and not self.target.prefill_reads_cache:
+            return self.run(asked, batch, caches, hidden)
         ragged = self.is_compiled or not self.target.device.is_host
-        parts = [part for _, _, part in chunks(batch, self.page, ragged, at_once or self.rows_at_once)]
-        found = [self.run(VERIFY, part, caches)[LOGITS] for part in parts]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        found: dict[str, list[NDArray[np.float32]]] = {}
+        done = 0
+        for _, last, part in chunks(batch, self.page, ragged, most):
+            count = len(part.input_ids)  # parts have the batch's tokens in its order
+            given = None if hidden is None else hidden[done : done + count]
+            done += count
+            for name, values in self.run(asked, part, caches, given).items():
+                found.setdefault(name, []).append(values if asked.is_of_all(name) or all(last) else values[last])
+        return {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in found.items()}
 
-    def run(self, asked: Role, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
-        """The outputs, by name, of the graph that answers `asked` for this batch."""
-        return self._call(graph_for(self.entries, asked, batch), batch, caches)
+    def run(self, asked: Role, batch: Batch, caches: Sequence[Any], hidden: Any = None) -> Outputs:
+        """The outputs, by name, of the graph that answers `asked` for this batch, in one call."""
+        return self._call(graph_for(self.entries, asked, batch), batch, caches, hidden)
 
-    def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
+    def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any], hidden: Any) -> Outputs:
         from mindspore import Tensor
 
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
         if self.target.mask is not None:
             mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(Tensor(mask, element_type(self.target.dtype)))
+        if ROLES[graph.role].is_draft:
+            inputs.append(Tensor(np.ascontiguousarray(hidden, np.float32), element_type(self.target.dtype)))
         found = self.cells[graph.role](*inputs, *caches)
         outputs = found if isinstance(found, tuple) else (found,)
         names = [o.name for o in graph.outputs]
@@ -156,11 +196,7 @@ class Graphs:
         pages = max(sum(-(-(n + 2) // page) for n in lengths) for lengths in batches)  # each gets two more
         caches = [self._blank(cache, pages) for cache in self.caches]
         for lengths in batches:
-            sequences = Sequences(len(lengths), page)
-            self.prefill(sequences.advance([[0] * n for n in lengths]), caches)
-            self.decode(sequences.advance([[0] for _ in lengths]), caches)
-            if self.gives_all_logits:
-                self.every_token(sequences.advance([[0] for _ in lengths]), caches)
+            self._run_once(Sequences(len(lengths), page), lengths, caches)
             if self._compiles_at_ready and self.compiles_since_ready:
                 raise EnvironmentProblem(
                     f"MindSpore compiled {self.compiles_since_ready} times more for a batch of another shape: "
@@ -168,6 +204,19 @@ class Graphs:
                     f"Compile again with mindspore {named(MINDSPORE, ' or ')}, or start with --no-strict-aot.",
                 )
             self._compiles_at_ready = self.compiles
+
+    def _run_once(self, sequences: Sequences, lengths: list[int], caches: Sequence[Any]) -> None:
+        """Every graph, for prompts of these lengths."""
+        prompts, one = [[0] * n for n in lengths], [[0] for _ in lengths]
+        if self.is_draft:
+            for role, tokens in ((DRAFT_EXTEND, prompts), (DRAFT_DECODE, one)):
+                batch = sequences.advance(tokens)
+                self.in_parts(role, batch, caches, hidden=np.zeros((len(batch.input_ids), self.hidden_width)))
+            return
+        self.prefill(sequences.advance(prompts), caches)
+        self.decode(sequences.advance(one), caches)
+        if self.gives_all_logits:
+            self.every_token(sequences.advance(one), caches)
 
     def _blank(self, cache: GraphInput, pages: int) -> Any:
         from mindspore import Tensor

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .artifact import Artifact, Graph, GraphInput
 from .dtypes import DTYPES
+from .roles import of_model
 from .targets import Target
 
 POOL_BYTES = 4 << 30  # most memory the KV pools of all ranks take by default, in a machine's own memory
@@ -36,7 +37,7 @@ def weight_bytes(graphs: Iterable[Graph]) -> int:
 
 def widest_cache(artifact: Artifact, target: Target) -> GraphInput:
     """The cache whose rows are longest: it bounds the page.  Raises ArtifactError as `Artifact.graphs` does."""
-    return max(artifact.graphs(target.name)[0].caches, key=_width)
+    return max(of_model(artifact.graphs(target.name))[0].caches, key=_width)
 
 
 def page_problem(target: Target, cache: GraphInput, page: int) -> str:
@@ -53,7 +54,7 @@ def page_problem(target: Target, cache: GraphInput, page: int) -> str:
 def usual_pool(artifact: Artifact, target: Target) -> Pool:
     """What a server makes unless it is told otherwise: the best page that fits; in a machine's own memory, tokens
     within POOL_BYTES, in whole pages."""
-    caches, pages = artifact.graphs(target.name)[0].caches, target.paging.pages
+    caches, pages = of_model(artifact.graphs(target.name))[0].caches, target.paging.pages
     cache = widest_cache(artifact, target)
     page = next((p for p in pages if not page_problem(target, cache, p)), pages[-1])
     if not target.device.is_host:

@@ -139,7 +139,9 @@ class Session:
         with _turn:
             self.reset()
             fresh = Sequences(len(tokens), self.page_size)
-            found = self._run(fresh, tokens, lambda batch, caches: self.graphs.run(ROLES[role], batch, caches))
+            found = self._run(
+                fresh, tokens, lambda batch, caches: self.graphs.in_parts(ROLES[role], batch, caches)
+            )
             self._sequences = fresh
             return found
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from mindspore import nn
+from mindspore import ops as functional
 
 from msconv_runtime.artifact import GraphOutput
 from msconv_runtime.roles import HIDDEN, LOGITS
 
 from ..families.attention import Attention
 from .operations import Operations
-from .spec import Local
+from .spec import CannotCompute, Local
 
 LATENT_EPS = 1e-6  # of the norms inside latent attention: the published code takes it from nowhere
 
@@ -161,11 +162,13 @@ class Logits(nn.Cell):
 
 
 class Hidden(nn.Cell):
-    """What the head would read: the last norm's output."""
+    """What the head would read, the last norm's output; or, side by side, the residual streams that enter the
+    layers that a draft asks for."""
 
     def __init__(self, ops: Operations, local: Local, embedding: Any) -> None:
         super().__init__()
-        self.output = GraphOutput(HIDDEN, local.target.dtype, [None, local.config.hidden])
+        streams = len(local.draft.layers) if local.draft else 0
+        self.output = GraphOutput(HIDDEN, local.target.dtype, [None, max(1, streams) * local.config.hidden])
 
     def construct(self, h: Any) -> Any:
         return h
@@ -191,7 +194,7 @@ class Decoder(nn.Cell):
         self.layers = nn.CellList([Layer(ops, local, i) for i in range(c.layers)])
         self.has_all_rows = local.role.rows == "all"
         self.last = ops.last_tokens()
-        self.results = nn.CellList([OUTPUTS[name](ops, local, self.embed.weight) for name in local.role.outputs])
+        self.results = nn.CellList([OUTPUTS[name](ops, local, self.embed.weight) for name in local.outputs])
 
     @property
     def outputs(self) -> list[GraphOutput]:
@@ -213,7 +216,38 @@ class Decoder(nn.Cell):
         return found[0] if len(found) == 1 else found
 
 
+class DecoderWithDraft(Decoder):
+    """The same with hidden states of all tokens beside the logits, for what guesses further ones."""
+
+    def __init__(self, ops: Operations, local: Local) -> None:
+        super().__init__(ops, local)
+        layers = local.draft.layers if local.draft else []
+        self.is_captured = [i in layers for i in range(local.config.layers)]
+        self.num_captured = sum(self.is_captured)
+        if self.num_captured < len(layers):
+            raise CannotCompute(f"{local.title}: a draft reads layers {layers} of {local.config.layers}.")
+
+    def construct(self, *inputs: Any) -> Any:
+        step = self.begin(inputs)
+        x = self.embed(inputs[0])
+        h = self.first_norm(x)
+        streams: Any = ()
+        for i in range(self.num_layers):
+            if self.is_captured[i]:
+                streams = (*streams, x)
+            first = self.num_inputs + self.num_caches * i
+            h, x = self.layers[i](h, x, step, inputs[first : first + self.num_caches])
+        hidden = h
+        if self.num_captured == 1:
+            hidden = streams[0]
+        if self.num_captured > 1:
+            hidden = functional.concat(streams, -1)
+        if not self.has_all_rows:
+            h = self.last(h, step)
+        return self.results[0](h), self.results[1](hidden)
+
+
 def build(ops: Operations, local: Local) -> Decoder:
     """The network of a role whose record names this module.  It has `outputs`, and `caches`, a list for each layer
     that it runs, the first layer's first."""
-    return Decoder(ops, local)
+    return Decoder(ops, local) if local.outputs == local.role.outputs else DecoderWithDraft(ops, local)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from msconv_runtime.artifact import GraphInput, GraphOutput, GraphParameter
+from msconv_runtime.artifact import Draft, GraphInput, GraphOutput, GraphParameter
 from msconv_runtime.errors import UsageError
 from msconv_runtime.roles import Role
 from msconv_runtime.targets import Target
@@ -42,7 +42,7 @@ class Local:
     """One rank of a graph to make: what is in it is the same on every rank.
 
     `variant`: of the target's operations, "" or "compiled".  `types`: the stored element type of each weight, {}
-    where none are stored yet.
+    where none are stored yet.  `draft`: what the graph gives hidden states for, if anything.
     """
 
     config: DecoderConfig
@@ -51,6 +51,7 @@ class Local:
     role: Role
     variant: str = ""
     types: Mapping[str, str] = field(default_factory=dict)
+    draft: Draft | None = None
 
     @property
     def title(self) -> str:
@@ -69,6 +70,11 @@ class Local:
     def windows(self) -> tuple[int | None, ...]:
         """The different windows of the layers, in the order in which they come."""
         return tuple(dict.fromkeys(self.config.attention(i).window for i in range(self.config.layers)))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what the graph gives, in order."""
+        return self.role.given(self.draft is not None)
 
     @property
     def heads(self) -> int:

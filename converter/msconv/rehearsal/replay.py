@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Artifact, Graph, digest_bytes
-from msconv_runtime.roles import ROLES, of_variant
+from msconv_runtime.roles import ROLES, of_model, of_variant
 from msconv_runtime.targets import Target
 
 from ..graph.spec import TP_GROUP
@@ -69,7 +69,7 @@ class Replayer:
     def __init__(self, artifact: Artifact, target: Target, exact: bool, bound: float) -> None:
         """`bound`: of exact logits; in half precision the same kernels ran, and may differ by some ulp."""
         self.exact, self.bound = exact, bound
-        self.graphs: dict[str, Graph] = of_variant(artifact.graphs(target.name), "")
+        self.graphs: dict[str, Graph] = of_variant(of_model(artifact.graphs(target.name)), "")
         paths = {role: artifact.root / g.path for role, g in self.graphs.items()}
         self.programs: dict[str, Program] = {role: parse(path) for role, path in paths.items()}
         context = Context(exact, next(iter(self.programs.values())).dtype)

@@ -117,7 +117,7 @@ def compile_graphs(
         for number, (role, variant) in enumerate(target.graphs):
             started = time.monotonic()
             progress(role, number, len(target.graphs))
-            local = Local(config, mesh, target, ROLES[role], variant, types)
+            local = Local(config, mesh, target, ROLES[role], variant, types, artifact.manifest.draft)
             try:
                 result = export(local)
             except CannotCompute as e:

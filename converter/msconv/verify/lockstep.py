@@ -17,7 +17,7 @@ from safetensors import safe_open
 from msconv_runtime.artifact import Artifact, Graph, GraphInput
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.paging import Sequences, attention_mask
-from msconv_runtime.roles import DECODE, LOGITS, PREFILL, ROLES, VERIFY, Role, graph_for, of_variant
+from msconv_runtime.roles import DECODE, LOGITS, PREFILL, ROLES, VERIFY, Role, graph_for, of_model, of_variant
 from msconv_runtime.targets import target_named
 
 from ..graph.spec import TP_GROUP
@@ -78,7 +78,7 @@ class Lockstep:
         variant: str = "",
     ) -> None:
         self.target, self.tp, self.layers = target_named(target), artifact.tp, layers
-        self.graphs = of_variant(artifact.graphs(target), variant)
+        self.graphs = of_variant(of_model(artifact.graphs(target)), variant)
         self.programs = {role: parse(artifact.root / g.path) for role, g in self.graphs.items()}
         for role, program in self.programs.items():
             check_declared(artifact, self.graphs[role], program)

@@ -25,6 +25,8 @@ from .manifest import (
 MOST_RANKS = 4096
 MOST_GRAPH_BYTES = 256 << 20
 MOST_SIZE = 1 << 31  # of a dimension
+MOST_LAYERS = 4096
+MOST_CAPTURED = 16  # whose hidden states a draft reads
 GROUP = "msconv_tp"
 FILE = re.compile(r"[A-Za-z0-9][\w-]{0,90}\.(?:json|jinja|model|txt|tiktoken)", re.ASCII)
 NOT_FILES = {"msconv.json"}
@@ -39,7 +41,7 @@ def contradiction(manifest: Manifest) -> str:
     tp = manifest.parallel.tp
     if not 1 <= tp <= MOST_RANKS or not 1 <= manifest.parallel.ep <= tp:
         return f"tp {tp}, ep {manifest.parallel.ep}"
-    return _weights(manifest) or _graphs(manifest) or _files(manifest) or _claims(manifest)
+    return _weights(manifest) or _draft(manifest) or _graphs(manifest) or _files(manifest) or _claims(manifest)
 
 
 def _weights(manifest: Manifest) -> str:
@@ -72,17 +74,24 @@ def _weights(manifest: Manifest) -> str:
     return ""
 
 
+def _draft(manifest: Manifest) -> str:
+    layers = manifest.draft.layers if manifest.draft else []
+    if len(layers) > MOST_CAPTURED or layers != sorted({n for n in layers if 0 <= n < MOST_LAYERS}):
+        return f"the draft reads the layers {layers[:9]}, which are no few in ascending order"
+    return ""
+
+
 def _graphs(manifest: Manifest) -> str:
     graphs = manifest.graphs
     for graph in graphs:
-        if problem := _graph(graph):
+        if problem := _graph(graph, manifest.draft is not None):
             return problem
     if double := _twice(f"{g.target} {g.name}" for g in graphs) or _twice(g.path for g in graphs):
         return f"the graph {double} is there twice"
     return ""
 
 
-def _graph(g: Graph) -> str:
+def _graph(g: Graph, has_draft: bool) -> str:
     named = f"the graph {g.target[:40]!r} {g.name[:40]!r}"
     if g.target not in TARGETS:
         return f"{named}: no such target, known are {', '.join(TARGETS)}; a newer msconv may know it"
@@ -99,7 +108,7 @@ def _graph(g: Graph) -> str:
         return f"{named} reads a weight twice, or one of no shape"
     if not g.caches or any(len(c.shape) != 4 for c in g.caches):
         return f"{named} has no caches of pages, slots, heads and width"
-    if tuple(o.name for o in g.outputs) != ROLES[g.role].outputs:
+    if tuple(o.name for o in g.outputs) != ROLES[g.role].given(has_draft):
         return f"{named} gives {[o.name[:40] for o in g.outputs][:5]}"
     if set(g.groups) - {GROUP} or set(g.nz) - {p.name for p in g.reads}:
         return f"{named} names a group or a weight that it has not"

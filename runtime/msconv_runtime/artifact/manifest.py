@@ -10,9 +10,10 @@ import xxhash
 
 FORMAT = 2
 
-InputKind = Literal["batch", "mask", "cache"]
 OF_TARGET = "target."  # before the name of a weight that a draft's graph takes from its target's artifact
 D2T = "d2t"  # of a draft: what is added to the number of a token that it scores, to make it the target's
+InputKind = Literal["batch", "mask", "hidden", "cache"]
+DraftKind = Literal["mtp", "eagle3"]
 PHASES = {"verify": "decode_all", "mixed_compiled": "native", "verify_compiled": "native_all"}  # by a graph's name
 
 
@@ -38,6 +39,15 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
 class Parallel(msgspec.Struct, frozen=True, omit_defaults=True):
     tp: int
     ep: int = 1
+
+
+class Draft(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What guesses further tokens for this model.  `mtp`: a layer among its own weights; `eagle3`: an artifact of
+    its own.  `layers`: the model's graphs give the residual streams that enter these layers, ascending, side by
+    side, [T, k * hidden]; with none of them, what the head reads, the last norm's output [T, hidden]."""
+
+    kind: DraftKind
+    layers: list[int] = []
 
 
 class WeightFile(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -94,8 +104,8 @@ class Weights(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class GraphInput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`kind`: a batch's integers, the attention mask, or a cache that the graph reads and writes.  `None` in a
-    shape is a dynamic dimension."""
+    """`kind`: a batch's integers, the attention mask, a draft's hidden states, or a cache that the graph reads and
+    writes.  `None` in a shape is a dynamic dimension."""
 
     name: str
     dtype: str
@@ -213,7 +223,8 @@ class File(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`files`: empty in artifacts of before files had digests."""
+    """`files`: empty in artifacts of before files had digests.  `draft`: its graphs give hidden states beside
+    logits, of every token, for what that is."""
 
     format: int
     tool: str
@@ -224,6 +235,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     verified: list[Verified] = []
     rehearsed: list[Rehearsed] = []
     files: list[File] = []
+    draft: Draft | None = None
 
     def graphs_for(self, target: str) -> list[Graph]:
         return [g for g in self.graphs if g.target == target]

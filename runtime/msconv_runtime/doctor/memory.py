@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ..artifact import Artifact
 from ..kv_pool import POOL_TOKENS, token_bytes, usual_pool, weight_bytes
-from ..roles import COMPILED, can_serve, of_variant
+from ..roles import COMPILED, can_serve, of_model, of_variant
 from ..targets import TARGETS
 from .findings import Finding, State, gib, to_serve
 from .machine import Machine
@@ -47,4 +47,4 @@ def _rank_bytes(artifact: Artifact, target: str, variant: str) -> tuple[int, int
     there are none of the variant."""
     graphs = artifact.manifest.graphs_for(target)
     used = list((of_variant(graphs, variant) or of_variant(graphs, "")).values())
-    return (weight_bytes(used), token_bytes(used[0].caches)) if used else (0, 0)
+    return (weight_bytes(used), token_bytes(of_model(used)[0].caches)) if used else (0, 0)

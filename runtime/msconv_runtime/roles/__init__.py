@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError
 from ..targets import TARGETS
+from .drafting import DRAFT_DECODE, DRAFT_EXTEND
 from .record import HIDDEN, LOGITS, Role
 from .serving import DECODE, MIXED, PREFILL, VERIFY
 
@@ -35,6 +36,16 @@ def of_variant(graphs: Iterable[Graph], variant: str) -> dict[str, Graph]:
     return {g.role: g for g in graphs if g.variant == variant}
 
 
+def of_model(graphs: Iterable[Graph]) -> list[Graph]:
+    """Those that run the model itself, and not its draft."""
+    return [g for g in graphs if not ROLES[g.role].is_draft]
+
+
+def of_draft(graphs: Iterable[Graph]) -> list[Graph]:
+    """Those that guess further tokens."""
+    return [g for g in graphs if ROLES[g.role].is_draft]
+
+
 def best_variant(graphs: Iterable[Graph]) -> list[Graph]:
     """The graphs of a target that serve where their kernels can be had: compiled ones if there are any."""
     of_all = list(graphs)
@@ -46,7 +57,10 @@ def graph_for(graphs: dict[str, Graph], asked: Role, batch: Batch) -> Graph:
 
     A mixed graph runs every batch.  A prefill graph that attends to new tokens only leaves batches with a cached
     prefix to the decode graph; a decode graph that is slow for few sequences leaves those to the prefill graph.
+    Of a draft the same holds; without a graph for one token, the other one runs every batch.
     """
+    if asked.is_draft:
+        return _draft_graph_for(graphs, asked, batch)
     role = asked.name
     if asked in (PREFILL, DECODE) and MIXED.name in graphs:
         role = MIXED.name
@@ -54,6 +68,18 @@ def graph_for(graphs: dict[str, Graph], asked: Role, batch: Batch) -> Graph:
         role = DECODE.name
     elif asked is DECODE and len(batch.q_lens) < graphs[DECODE.name].min_sequences:
         role = PREFILL.name
+    return _named(graphs, role)
+
+
+def _draft_graph_for(graphs: dict[str, Graph], asked: Role, batch: Batch) -> Graph:
+    has_decode = DRAFT_DECODE.name in graphs
+    extends = _named(graphs, DRAFT_EXTEND.name)
+    if not has_decode or (asked is DRAFT_EXTEND and (reads_cache(extends) or not has_prefix(batch))):
+        return extends
+    return graphs[DRAFT_DECODE.name]
+
+
+def _named(graphs: dict[str, Graph], role: str) -> Graph:
     if role not in graphs:
         raise ArtifactError(f"no {role} graph among {', '.join(sorted(graphs)) or 'none'}.", "Compile again.")
     return graphs[role]
@@ -66,7 +92,7 @@ def can_serve(graphs: dict[str, Graph]) -> bool:
 
 def gives_all_logits(graphs: Iterable[Graph]) -> bool:
     """Whether each variant of a target's graphs has one with the logits of every new token."""
-    of_all = list(graphs)
+    of_all = of_model(graphs)
     return bool(of_all) and all(VERIFY.name in of_variant(of_all, v) for v in {g.variant for g in of_all})
 
 
@@ -83,6 +109,8 @@ def reads_cache(prefill: Graph) -> bool:
 __all__ = [
     "COMPILED",
     "DECODE",
+    "DRAFT_DECODE",
+    "DRAFT_EXTEND",
     "HIDDEN",
     "LOGITS",
     "MIXED",
@@ -95,6 +123,8 @@ __all__ = [
     "gives_all_logits",
     "graph_for",
     "has_prefix",
+    "of_draft",
+    "of_model",
     "of_variant",
     "reads_cache",
 ]

@@ -16,6 +16,9 @@ class Role:
 
     `outputs`: their names, in order.  `rows` of them: of each sequence's last token [B, ...], or of all new tokens
     [T, ...].  `network`: the module of msconv.graph that builds it.
+
+    `is_draft`: it takes hidden states beside tokens, has caches of its own, and gives logits as `rows` says and
+    hidden states of all new tokens.
     """
 
     name: str
@@ -24,3 +27,13 @@ class Role:
     rows: Literal["last", "all"] = "last"
     outputs: tuple[str, ...] = (LOGITS,)
     network: str = "decoder"
+    is_draft: bool = False
+
+    def given(self, has_draft: bool) -> tuple[str, ...]:
+        """The outputs of its graph.  Where an artifact has a draft, graphs that give logits also give hidden
+        states of every new token, [T, ...], whatever the rows of the logits."""
+        return (*self.outputs, HIDDEN) if has_draft and self.outputs == (LOGITS,) else self.outputs
+
+    def is_of_all(self, output: str) -> bool:
+        """Whether an output has a row for every new token."""
+        return self.rows == "all" or (output == HIDDEN and (self.is_draft or HIDDEN not in self.outputs))
