@@ -63,6 +63,7 @@ class Eagle3(nn.Cell):
         super().__init__()
         c, spec = local.config, local.attention(0)
         self.at = len(ops.inputs())
+        self.takes = [GraphInput(HIDDEN, local.target.dtype, [None, hidden_width(local)], "hidden")]
         self.caches = [ops.caches(spec)]
         self.begin = ops.begin()
         self.embed = target_embedding(ops, local)
@@ -95,10 +96,6 @@ def target_embedding(ops: Operations, local: Local) -> nn.Cell:
     rows = -(-eagle_of(local).vocab // local.mesh.tp)
     weight = parameter(OF_TARGET + "model.embed_tokens.weight", (rows, local.config.hidden), ops.dtype)
     return Embed(local, weight, ops.rows(), ops.dtype, start=OF_TARGET + "vocab_start")
-
-
-def hidden_input(local: Local) -> GraphInput:
-    return GraphInput(HIDDEN, local.target.dtype, [None, hidden_width(local)], "hidden")
 
 
 def build(ops: Operations, local: Local) -> Eagle3:

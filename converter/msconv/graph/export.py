@@ -52,8 +52,8 @@ def export(local: Local) -> Exported:
 def build(local: Local) -> tuple[Operations, Any, list[GraphInput]]:
     """The network of a role: a cell, the operations that it is made of, and what it takes."""
     ops = operations_for(local)
-    net = import_module(f".{local.role.network}", __package__).build(ops, local)
-    return ops, net, ops.inputs() + cache_inputs(ops, net.caches)
+    net = import_module(f".{local.network}", __package__).build(ops, local)
+    return ops, net, ops.inputs() + getattr(net, "takes", []) + cache_inputs(ops, net.caches)
 
 
 def cache_inputs(ops: Operations, caches: list[list[tuple[str, int, int]]]) -> list[GraphInput]:

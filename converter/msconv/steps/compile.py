@@ -25,7 +25,7 @@ from msconv_runtime.artifact import (
 )
 from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
-from msconv_runtime.roles import DECODE, ROLES
+from msconv_runtime.roles import DECODE, ROLES, Role
 from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.reference import configuration
@@ -114,9 +114,10 @@ def compile_graphs(
         mesh = Mesh(artifact.tp, artifact.ep)
         made: list[Compiled] = []
         exports: list[bytes] = []
-        for number, (role, variant) in enumerate(target.graphs):
+        wanted = [(role, variant) for role, variant in target.graphs if is_made(config, ROLES[role])]
+        for number, (role, variant) in enumerate(wanted):
             started = time.monotonic()
-            progress(role, number, len(target.graphs))
+            progress(role, number, len(wanted))
             local = Local(config, mesh, target, ROLES[role], variant, types, artifact.manifest.draft)
             try:
                 result = export(local)
@@ -140,6 +141,11 @@ def compile_graphs(
         add_timings(root, ((m.graph, m.seconds) for m in made))
         _remove_others(root / "graphs" / target.name, graphs)
     return made
+
+
+def is_made(config: DecoderConfig, role: Role) -> bool:
+    """Whether a model has graphs of the role: a model those that serve it, a draft those that draft."""
+    return role.is_draft == (config.eagle is not None)
 
 
 def _stored(artifact: Artifact, quant: str | None) -> tuple[DecoderConfig, dict[str, str]]:
