@@ -125,7 +125,10 @@ def prove(
         _record(root, target, None)
         raise
     subject = Subject(artifact, target, config, source, layers, tell)
-    found = subject.led(max_kl, text) if has_codes else subject.plain()
+    if config.eagle is not None:
+        found = subject.draft()
+    else:
+        found = subject.led(max_kl, text) if has_codes else subject.plain()
     proof = replace(found, seconds=time.monotonic() - started)
     if not layers:
         _record(root, target, _entry(artifact, proof) if proof.ok else None)
@@ -150,6 +153,13 @@ class Subject:
     @property
     def is_large(self) -> bool:
         return sum(f.size for f in self.artifact.weights.files) > LARGE_BYTES
+
+    def draft(self) -> Proof:
+        """Against its own checkpoint, with a target that is drawn."""
+        from .drafts import prove_draft
+
+        self.tell("the draft in torch", 0, 1)
+        return self._proof(prove_draft(self.artifact, self.target, self.config, self.source, self.tell))
 
     def plain(self) -> Proof:
         """Against the source's own values."""
