@@ -115,60 +115,6 @@ class Graphs:
         shared = model.tensors if model.artifact.root == self.artifact.root else {}
         return {**shared, **{name: model.lend(p) for name, p in own.items()}}
 
-    def lend(self, wanted: GraphParameter) -> Any: ...
-
-
-class Graphs:
-    """The graphs of one rank, sharing one set of weights: those of compiled kernels, where this machine has them
-    and `compiled` allows it, else those of MindSpore's own operations.
-
-    `model`: the graphs of the model whose draft these shall be, loaded already.  Weights that both read are
-    there once, also where the draft is an artifact of its own."""
-
-    def __init__(
-        self,
-        artifact: Artifact,
-        target: str,
-        place: Place = Place(),
-        mode: LoadMode = "mmap",
-        check: bool = False,
-        compiled: bool = True,
-        model: Lender | None = None,
-    ) -> None:
-        self.artifact, self.mode = artifact, mode
-        self.target, self.place = target_named(target), place
-        self.is_draft = model is not None
-        entries = of_draft(artifact.graphs(target)) if self.is_draft else of_model(artifact.graphs(target))
-        if not entries:
-            raise ArtifactError(
-                f"{artifact.root}: has no graphs of a draft for {target}.",
-                f"Run `msconv compile {artifact.root} --target {target}`, if its weights have one.",
-            )
-        faster = of_variant(entries, COMPILED)
-        self.library = library() if compiled and faster else NO_KERNELS
-        self.is_compiled = self.library.path is not None
-        if self.is_compiled:
-            use_threads(place.ranks_here or artifact.tp)
-        self.entries: dict[str, Graph] = faster if self.is_compiled else of_variant(entries, "")
-        self._compiles_at_ready = 0
-        started = time.monotonic()
-        graphs = list(self.entries.values())
-        self.tensors: dict[str, Any] = load_weights(artifact, graphs, place.rank, mode, check, self._lent(model))
-        loaded = time.monotonic()
-        self.cells = {
-            role: bind(artifact, g, self.tensors, self.library, place.groups) for role, g in self.entries.items()
-        }
-        self.seconds = {mode: loaded - started, "bind": time.monotonic() - loaded}
-
-    def _lent(self, model: Lender | None) -> Mapping[str, Any]:
-        if model is None or model.artifact.root == self.artifact.root:
-            return model.tensors if model else {}
-        reads = {p.name: p for g in self.entries.values() for p in g.reads if p.name.startswith(OF_TARGET)}
-        return {
-            name: model.lend(msgspec.structs.replace(p, name=name.removeprefix(OF_TARGET)))
-            for name, p in reads.items()
-        }
-
     def lend(self, wanted: GraphParameter) -> Any:
         """A weight for a draft that is another artifact: the same memory, if it takes it in the same type.  Raises
         ArtifactError if there is none of this shape."""

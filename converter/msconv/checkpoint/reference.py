@@ -25,4 +25,6 @@ def configuration(artifact: Artifact) -> DecoderConfig:
     config = configure(raw, where, artifact.manifest.model.harmless)[1]
     weights = artifact.manifest.weights
     kept = formats_named(weights.quant) if weights else ()
+    draft = artifact.manifest.draft
+    config = config.with_draft() if draft and draft.kind == "mtp" else config
     return replace(config, formats=(*config.formats, *kept))

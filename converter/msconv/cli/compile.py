@@ -17,7 +17,7 @@ from .command import Command
 from .console import find_artifact, say
 from .here import quoted, usual_target
 from .interrupts import leaving_at_once
-from .options import artifact_argument, complete_targets, output_option, quant_option
+from .options import artifact_argument, complete_targets, no_drafts_option, output_option, quant_option
 from .phases import phases
 from .references import compare_layout, convert_command, model_option, recipe_option, source_option
 from .report import refresh
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 )
 @output_option("With --model: the artifact to make.")
 @source_option
+@no_drafts_option
 @json_option
 def command(
     artifact: Path | None,
@@ -61,6 +62,7 @@ def command(
     draft: str | None,
     output: Path | None,
     hub: Hub,
+    no_drafts: bool,
 ) -> None:
     """Compile an artifact's static graphs, ahead of time, for one or more targets.
 
@@ -78,9 +80,12 @@ def command(
         if artifact is not None or tp is None or output is None:
             raise click.UsageError("--model needs --tp and --output, and no ARTIFACT.")
         root = output
-        compiler.begin_without_weights(open_reference(model, hub, weights=False), tp, ep, root, quant)
+        location = open_reference(model, hub, weights=False)
+        compiler.begin_without_weights(location, tp, ep, root, quant, not no_drafts)
     elif tp is not None or output is not None:
         raise click.UsageError("--tp and --output go with --model; an artifact has its own.")
+    elif no_drafts:
+        raise click.UsageError("--no-drafts goes with --model; an artifact has a draft or none.")
     else:
         root = find_artifact(artifact)
         compare_layout(Artifact(root).manifest)

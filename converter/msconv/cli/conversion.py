@@ -20,6 +20,7 @@ from .options import (
     grouped,
     jobs_option,
     memory_option,
+    no_drafts_option,
     output_option,
     quant_option,
     tp_option,
@@ -49,6 +50,7 @@ class LayoutOptions:
     max_memory: int | None
     hub: Hub
     harmless: tuple[str, ...]
+    no_drafts: bool
 
     @property
     def num_jobs(self) -> int:
@@ -73,6 +75,7 @@ def layout_options(model: str, output: str) -> Decorator:
         memory_option,
         source_option,
         harmless_option,
+        no_drafts_option,
     )
 
 
@@ -108,6 +111,8 @@ def say_plan(conversion: Conversion) -> None:
         say(f"Matrices stay as they are stored: {kept}.")
     for made in sorted({f.title for f in plan.encoded.values()}):
         say(f"{len(plan.encoded)} matrices become {made}; embedding, head, norms and routers stay as values.")
+    if plan.sizes.drafts:
+        say(f"With its draft, the layer of multi-token prediction: {human_bytes(plan.draft_bytes)} a rank.")
     if plan.vocab[1] > plan.vocab[0]:
         say(f"Vocabulary of {plan.vocab[0]} padded to {plan.vocab[1]} rows; the padding is never sampled.")
 

@@ -57,6 +57,7 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
         delete_source,
         layout.harmless,
         layout.quant,
+        not layout.no_drafts,
     )
     say_plan(conversion)
     if dry_run:

@@ -120,6 +120,11 @@ quant_option = click.option(
     type=click.Choice(list(QUANT)),
     help="Quantise the layers' matrices: w8a8, int8 with a scale a token.  [default: as stored]",
 )
+no_drafts_option = click.option(
+    "--no-drafts",
+    is_flag=True,
+    help="Leave out the layer of multi-token prediction, which guesses tokens for speculative decoding.",
+)
 jobs_option = click.option(
     "--jobs", type=click.IntRange(1, 64), help="Worker threads.  [default: 2, or 1 on one core]"
 )

@@ -82,6 +82,7 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
         device.device_memory,
         layout.harmless,
         layout.quant,
+        not layout.no_drafts,
     )
     for note in planned.checkpoint.notes:
         say(note)
@@ -132,6 +133,11 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
         "kv_bytes": memory.kv_bytes,
         "device_bytes": memory.total_bytes,
     }
+    if plan.sizes.drafts:
+        rank |= {
+            "draft_weight_bytes": plan.draft_bytes,
+            "draft_kv_bytes_per_token": memory.kv_bytes_per_token - e.model_kv_bytes_per_token,
+        }
     if plan.sizes.experts:
         rank |= {"experts": plan.sizes.experts // plan.mesh.ep, "expert_bytes": plan.expert_bytes}
     return {
@@ -196,6 +202,12 @@ def _needs(e: Estimate, device: DeviceOptions) -> list[str]:
         f"({device.batch} x {device.context} tokens of {human_bytes(memory.kv_bytes_per_token)}) = "
         f"{human_bytes(memory.total_bytes)}"
     ]
+    if e.plan.sizes.drafts:
+        own = memory.kv_bytes_per_token - e.model_kv_bytes_per_token
+        lines.append(
+            f"            of it a draft, if one is served: {human_bytes(e.plan.draft_bytes)} weights + "
+            f"{human_bytes(own * device.batch * device.context)} KV cache"
+        )
     if device.device_memory:
         share = f"{RESERVED:.0%} kept free"
         verdict = "fits" if memory.fits(device.device_memory) else "does not fit"

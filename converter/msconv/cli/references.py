@@ -49,6 +49,7 @@ def convert_command(tp: int, ep: int) -> str:
     for name, flag in (("dtype", "--dtype"), ("quant", "--quant"), ("hub", "--source")):
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             words += [flag, str(ctx.params[name])]
+    words += ["--no-drafts"] if ctx.params.get("no_drafts") else []
     words += [word for key in ctx.params.get("harmless", ()) for word in ("--harmless", key)]
     return shlex.join(words) + (recipe_argument() if typed == ctx.params["model"] else "")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..layout.model import Sizes, Table
@@ -86,8 +86,9 @@ class DecoderConfig:
     """A decoder-only model.  Counts and widths are those of the whole model, before any cut.
 
     `head_dim`: of queries and keys.  `formats`: in which matrices may be stored besides plain.
-    `mtp_layers`: layers after the last, for multi-token prediction.  `windows`: of each layer's attention, () for
-    none.  `output_bias`: of attention; None if it is there where `attention_bias` is.
+    `mtp_layers`: layers after the last, for multi-token prediction; `drafts`: how many of them are taken.
+    `windows`: of each layer's attention, () for none.  `output_bias`: of attention; None if it is there where
+    `attention_bias` is.
     """
 
     hidden: int
@@ -111,6 +112,11 @@ class DecoderConfig:
     windows: tuple[int | None, ...] = ()
     output_bias: bool | None = None
     eagle: Eagle | None = None
+    drafts: int = 0
+
+    def with_draft(self) -> DecoderConfig:
+        """The same with the layer that guesses one token more, if it promises one.  Servers use no further one."""
+        return replace(self, drafts=min(self.mtp_layers, 1))
 
     @property
     def rope_dim(self) -> int:
@@ -139,7 +145,8 @@ class DecoderConfig:
         )
 
     def has_experts(self, layer: int) -> bool:
-        return self.moe is not None and self.moe.layers[layer]
+        """Layers after the last have them where any has."""
+        return self.moe is not None and (layer >= self.layers or self.moe.layers[layer])
 
     def sizes(self) -> Sizes:
         dims = {
@@ -152,6 +159,7 @@ class DecoderConfig:
             "ffn": self.ffn,
             "vocab": self.vocab,
             "mtp_layers": self.mtp_layers,
+            "both_hidden": 2 * self.hidden,
         }
         traits = {"tied" if self.tied else "untied"}
         if self.attention_bias:
@@ -160,11 +168,14 @@ class DecoderConfig:
             traits.add("mtp")
         if eagle := self.eagle:
             dims |= {"streams": eagle.captured * self.hidden, "both": 2 * self.hidden}
+        if self.drafts:
+            traits.add("draft")
         kinds: tuple[frozenset[str], ...] = ()
         if moe := self.moe:
             dims |= {"experts": moe.experts, "expert_ffn": moe.ffn, "shared_ffn": moe.shared_ffn}
             sparse = frozenset({"moe_layer"} | ({"shared_expert"} if moe.shared_ffn else set()))
             kinds = tuple(sparse if has else frozenset({"dense_layer"}) for has in moe.layers)
+            kinds += (sparse | {"draft_layer"},) * self.drafts
         if mla := self.mla:
             dims |= {
                 "q_lora": mla.q_lora,
@@ -178,7 +189,7 @@ class DecoderConfig:
                 "pairs": mla.rope if mla.interleaved else 0,
             }
             traits.add("q_lora" if mla.q_lora else "no_q_lora")
-        return Sizes(dims, self.layers, frozenset(traits), kinds, self.formats)
+        return Sizes(dims, self.layers, frozenset(traits), kinds, self.formats, self.drafts)
 
 
 @dataclass(frozen=True, slots=True)

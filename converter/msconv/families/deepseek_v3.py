@@ -103,6 +103,33 @@ def _check_widths(r: Reader, mla: Mla) -> None:
             r.problems.append(f"{key} {r.raw[key]}: {' or '.join(map(str, values))} is what the other widths give")
 
 
+DRAFT = (
+    keep(LAYER + "enorm.weight", ("hidden",), COPY),
+    keep(LAYER + "hnorm.weight", ("hidden",), COPY),
+    keep(LAYER + "eh_proj.weight", ("hidden", "both_hidden"), COPY, as_values=True),
+    keep(LAYER + "shared_head.norm.weight", ("hidden",), COPY),
+)
+SHARED_WITH_DRAFT = (  # published twice, used once: servers give the draft the model's own
+    Drop(
+        "model.layers.{draft}.embed_tokens.weight",
+        "the draft's copy of model.embed_tokens.weight",
+        "draft",
+        twin="model.embed_tokens.weight",
+    ),
+    Drop(
+        "model.layers.{draft}.shared_head.head.weight",
+        "the draft's copy of lm_head.weight",
+        "draft untied",
+        twin="lm_head.weight",
+    ),
+    Drop(
+        "model.layers.{draft}.shared_head.head.weight",
+        "the draft's copy of model.embed_tokens.weight",
+        "draft tied",
+        twin="model.embed_tokens.weight",
+    ),
+)
+
 V32 = "index_topk, index_n_heads, index_head_dim: the sparse attention of DeepSeek-V3.2 is not supported"
 
 KEYS = COMMON.plus(
@@ -122,9 +149,14 @@ DEEPSEEK_V3 = Family(
             *only("dense_layer", DENSE_MLP),
             *only("moe_layer", (*EXPERTS, *ROUTER_BIAS)),
             *only("shared_expert", SHARED_EXPERT),
+            *only("draft_layer", DRAFT),
             *HEAD,
         ),
-        (*DROPS, Drop("model.layers.{mtp}.*", "multi-token prediction layer, not part of the decoder", "mtp")),
+        (
+            *DROPS,
+            *SHARED_WITH_DRAFT,
+            Drop("model.layers.{mtp}.*", "multi-token prediction layer, not part of the decoder", "mtp"),
+        ),
     ),
     read=read,
     keys=KEYS,

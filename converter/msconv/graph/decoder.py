@@ -137,6 +137,8 @@ class Layer(nn.Cell):
         c = local.config
         prefix = f"model.layers.{index}."
         follower = f"model.layers.{index + 1}.input_layernorm" if index + 1 < c.layers else "model.norm"
+        if index >= c.layers:  # a draft
+            follower = prefix + "shared_head.norm"
         spec = local.attention(index)
         attention = HeadsAttention if spec.kind == "heads" else LatentAttention
         self.attention = attention(ops, local, prefix + "self_attn.", spec)

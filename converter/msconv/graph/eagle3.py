@@ -11,7 +11,7 @@ from typing import Any
 from mindspore import nn
 from mindspore import ops as functional
 
-from msconv_runtime.artifact import OF_TARGET, GraphInput, GraphOutput
+from msconv_runtime.artifact import OF_TARGET, GraphOutput
 from msconv_runtime.roles import HIDDEN, LOGITS
 
 from ..families.config import Eagle
@@ -26,9 +26,9 @@ def hidden_width(local: Local) -> int:
     """Of the hidden states that a graph takes.  Where one graph runs both first and further steps, streams and own
     states stand side by side, and those that are not there are zeros."""
     eagle, hidden = eagle_of(local), local.config.hidden
-    if local.role.begins:
-        return eagle.captured * hidden
-    return hidden if local.target.prefill_reads_cache else (eagle.captured + 1) * hidden
+    if local.variant or not (local.role.begins or local.target.prefill_reads_cache):
+        return (eagle.captured + 1) * hidden
+    return eagle.captured * hidden if local.role.begins else hidden
 
 
 def eagle_of(local: Local) -> Eagle:
@@ -63,7 +63,7 @@ class Eagle3(nn.Cell):
         super().__init__()
         c, spec = local.config, local.attention(0)
         self.at = len(ops.inputs())
-        self.takes = [GraphInput(HIDDEN, local.target.dtype, [None, hidden_width(local)], "hidden")]
+        self.takes = hidden_width(local)
         self.caches = [ops.caches(spec)]
         self.begin = ops.begin()
         self.embed = target_embedding(ops, local)

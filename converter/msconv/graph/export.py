@@ -13,6 +13,7 @@ import mindspore as ms
 from mindspore import Tensor
 
 from msconv_runtime.artifact import GraphInput, GraphParameter
+from msconv_runtime.roles import HIDDEN
 
 from ..mindir.canonical import canonical
 from .operations import Operations, operations_for
@@ -53,7 +54,8 @@ def build(local: Local) -> tuple[Operations, Any, list[GraphInput]]:
     """The network of a role: a cell, the operations that it is made of, and what it takes."""
     ops = operations_for(local)
     net = import_module(f".{local.network}", __package__).build(ops, local)
-    return ops, net, ops.inputs() + getattr(net, "takes", []) + cache_inputs(ops, net.caches)
+    hidden = [GraphInput(HIDDEN, local.target.dtype, [None, net.takes], "hidden")] if local.role.is_draft else []
+    return ops, net, ops.inputs() + hidden + cache_inputs(ops, net.caches)
 
 
 def cache_inputs(ops: Operations, caches: list[list[tuple[str, int, int]]]) -> list[GraphInput]:

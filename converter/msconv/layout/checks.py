@@ -24,13 +24,12 @@ def dropped_sources(
 ) -> list[LeftOut]:
     """Sources that no rule takes and a drop names."""
     out = []
-    after = range(sizes.layers, sizes.layers + sizes.dims.get("mtp_layers", 0))
-    patterns = [
-        (drop.pattern.replace("{mtp}", str(layer)), drop)
-        for drop in table.drops
-        if sizes.holds(drop.when)
-        for layer in (after if "{mtp}" in drop.pattern else range(1))
-    ]
+    end = sizes.layers + sizes.dims.get("mtp_layers", 0)
+    holes = {"{draft}": sizes.draft_layers, "{mtp}": range(sizes.layers + sizes.drafts, end)}
+    patterns = []
+    for drop in (d for d in table.drops if sizes.holds(d.when)):
+        hole = next((h for h in holes if h in drop.pattern), "")
+        patterns += [(drop.pattern.replace(hole, str(n)), drop) for n in holes.get(hole, range(1))]
     for name in sources:
         if name in used:
             continue

@@ -34,9 +34,10 @@ class DeviceMemory:
 
 
 def kv_bytes_per_token(sizes: Sizes, mesh: Mesh, dtype: str) -> int:
-    """Keys and values of one token on one rank, all layers.  Replicated heads count on each rank, and so does a
-    latent cache, which no rank can divide."""
+    """Keys and values of one token on one rank, all layers, those of a draft too.  Replicated heads count on each
+    rank, and so does a latent cache, which no rank can divide."""
+    layers = sizes.layers + sizes.drafts
     if latent := sizes.dims.get("latent", 0):
-        return sizes.layers * latent * DTYPES[dtype].nbytes
+        return layers * latent * DTYPES[dtype].nbytes
     heads = max(1, sizes.dims["kv_heads"] // mesh.tp)
-    return 2 * sizes.layers * heads * sizes.dims["head_dim"] * DTYPES[dtype].nbytes
+    return 2 * layers * heads * sizes.dims["head_dim"] * DTYPES[dtype].nbytes

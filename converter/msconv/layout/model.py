@@ -15,13 +15,24 @@ from .rules import OWN, Drop, Part, Rule
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """`dims`: named sizes (`hidden`, `heads`, ...).  `traits` and, by layer, `layer_traits`: names that rules
-    ask for in `when`.  `formats`: in which matrices may be stored besides plain, as the configuration says."""
+    ask for in `when`.  `formats`: in which matrices may be stored besides plain, as the configuration says.
+    `drafts`: layers after the last that are taken to guess further tokens."""
 
     dims: Mapping[str, int]
     layers: int
     traits: frozenset[str]
     layer_traits: tuple[frozenset[str], ...] = ()
     formats: tuple[WeightFormat, ...] = ()
+    drafts: int = 0
+
+    @property
+    def draft_layers(self) -> range:
+        """Their numbers."""
+        return range(self.layers, self.layers + self.drafts)
+
+    def is_of_draft(self, name: str) -> bool:
+        """Whether a tensor belongs to one of them."""
+        return name.startswith(tuple(f"model.layers.{i}." for i in self.draft_layers))
 
     def holds(self, when: str, layer: int | None = None) -> bool:
         """Whether the model, or this layer of it, has all traits that `when` names."""
@@ -77,15 +88,19 @@ def is_matrix(rule: Rule, part: Part) -> bool:
 
 
 def expand(table: Table, sizes: Sizes) -> list[Output]:
-    """Every output.  What comes before the layers, the layers one by one, what comes after."""
+    """Every output.  What comes before the layers, the layers one by one, what comes after, then drafts."""
     first = next((i for i, r in enumerate(table.rules) if "{layer}" in r.dst), len(table.rules))
     layered = [r for r in table.rules if "{layer}" in r.dst]
     single = [r for r in table.rules if "{layer}" not in r.dst and sizes.holds(r.when)]
     head = [r for r in single if table.rules.index(r) < first]
     out = [_output(rule, sizes, None) for rule in head]
-    for layer in range(sizes.layers):
-        out += [_output(rule, sizes, layer) for rule in layered if sizes.holds(rule.when, layer)]
-    return out + [_output(rule, sizes, None) for rule in single if rule not in head]
+
+    def of_layers(layers: range) -> list[Output]:
+        return [_output(rule, sizes, i) for i in layers for rule in layered if sizes.holds(rule.when, i)]
+
+    out += of_layers(range(sizes.layers))
+    out += [_output(rule, sizes, None) for rule in single if rule not in head]
+    return out + of_layers(sizes.draft_layers)
 
 
 def _output(rule: Rule, sizes: Sizes, layer: int | None) -> Output:

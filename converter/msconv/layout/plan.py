@@ -86,10 +86,16 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Elements of the source tensors that are used, without scales and the like: the model's published
-        parameter count."""
+        """Elements of the source tensors that are used, without scales and the like, and without a draft's: the
+        model's published parameter count."""
         companions = {c for name, chosen in self.formats.items() for c in chosen.companions(name)}
-        return sum(math.prod(self.sources[name].shape) for name in self.moves if name not in companions)
+        of_model = [n for n in self.moves if n not in companions and not self.sizes.is_of_draft(n)]
+        return sum(math.prod(self.sources[name].shape) for name in of_model)
+
+    @property
+    def draft_bytes(self) -> int:
+        """Bytes of the layer that guesses further tokens, on one rank."""
+        return sum(t.nbytes for t in self.tensors if self.sizes.is_of_draft(t.name))
 
     @property
     def expert_bytes(self) -> int:

@@ -39,9 +39,9 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Source tensors left out on purpose.  `pattern` is a glob, `{mtp}` the numbers of the layers after the last;
-    the reason is shown to people.  `twin`: a tensor that must hold the same bytes, or dropping would lose
-    something."""
+    """Source tensors left out on purpose.  `pattern` is a glob, `{draft}` the numbers of the layers after the last
+    that are taken as a draft, `{mtp}` of those that are not; the reason is shown to people.  `twin`: a tensor that
+    must hold the same bytes, or dropping would lose something."""
 
     pattern: str
     reason: str

@@ -25,9 +25,10 @@ from msconv_runtime.artifact import (
 )
 from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
-from msconv_runtime.roles import DECODE, ROLES, Role
+from msconv_runtime.roles import DECODE, ROLES
 from msconv_runtime.targets import Target, target_named
 
+from ..checkpoint.drafts import draft_of, with_draft
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig, family_named
 from ..graph.spec import CannotCompute, Exported, Local
@@ -68,13 +69,16 @@ class Compiled:
     peak_rss_bytes: int
 
 
-def begin_without_weights(model: Location, tp: int, ep: int, root: Path, quant: str | None = None) -> None:
+def begin_without_weights(
+    model: Location, tp: int, ep: int, root: Path, quant: str | None = None, drafts: bool = True
+) -> None:
     """Make `root` an artifact with a configuration and no weights: enough to compile for.  A later conversion
-    into the same directory completes it; `quant`: what that will quantise weights to.  Raises UsageError or
-    ArtifactError if the directory holds something else."""
+    into the same directory completes it; `quant`: what that will quantise weights to; `drafts`: whether it will
+    take the layer of multi-token prediction.  Raises UsageError or ArtifactError if the directory holds something
+    else."""
     mesh = make_mesh(tp, ep)
     source = model.open_configuration()
-    source = source.bare() if quant else source
+    source = with_draft(source.bare() if quant else source, drafts)
     model.origin()  # raises, if a later conversion could not record it
     model.bring_small()
     table, sizes = source.family.table, source.config.sizes()
@@ -88,7 +92,8 @@ def begin_without_weights(model: Location, tp: int, ep: int, root: Path, quant: 
             return
         files = copy_files(source.auxiliary, root, source.config_bytes)
         described = model_of(source, plan.parameters)
-        write_manifest(root, Manifest(format=FORMAT, tool=TOOL, model=described, parallel=parallel, files=files))
+        draft = draft_of(source.config)
+        write_manifest(root, Manifest(FORMAT, TOOL, described, parallel, files=files, draft=draft))
 
 
 def compile_graphs(
@@ -114,7 +119,7 @@ def compile_graphs(
         mesh = Mesh(artifact.tp, artifact.ep)
         made: list[Compiled] = []
         exports: list[bytes] = []
-        wanted = [(role, variant) for role, variant in target.graphs if is_made(config, ROLES[role])]
+        wanted = graphs_of(config, target)
         for number, (role, variant) in enumerate(wanted):
             started = time.monotonic()
             progress(role, number, len(wanted))
@@ -143,9 +148,12 @@ def compile_graphs(
     return made
 
 
-def is_made(config: DecoderConfig, role: Role) -> bool:
-    """Whether a model has graphs of the role: a model those that serve it, a draft those that draft."""
-    return role.is_draft == (config.eagle is not None)
+def graphs_of(config: DecoderConfig, target: Target) -> tuple[tuple[str, str], ...]:
+    """(role, variant) of each graph of a model.  One that drafts by itself has those of a draft besides; one that
+    drafts for another model has nothing else."""
+    if config.eagle is not None:
+        return target.draft_graphs
+    return (*target.graphs, *(target.draft_graphs if config.drafts else ()))
 
 
 def _stored(artifact: Artifact, quant: str | None) -> tuple[DecoderConfig, dict[str, str]]:

@@ -15,6 +15,7 @@ import msgspec
 from msconv_runtime.artifact import (
     FORMAT,
     READY,
+    Draft,
     Dropped,
     Graph,
     Manifest,
@@ -54,7 +55,8 @@ class Conversion:
 
     `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit.
     `model`: what the manifest will say, but for the digests of `shards`, which are known when they were read.
-    `config`: the artifact's config.json, b"" if it is copied.  `notes`: what people should know of it.
+    `config`: the artifact's config.json, b"" if it is copied.  `draft`: what its weights have to guess further
+    tokens.  `notes`: what people should know of it.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Conversion:
     download_bytes: int = 0
     config: bytes = b""
     notes: tuple[str, ...] = ()
+    draft: Draft | None = None
 
     @property
     def family(self) -> str:
@@ -216,8 +219,9 @@ def _finish(
         model=model,
         parallel=conversion.parallel,
         weights=weights_entry(conversion.plan, moved, conversion.source_dtype, conversion.dropped),
-        graphs=previous.graphs if previous else [],
+        graphs=previous.graphs if previous and previous.draft == conversion.draft else [],
         files=copied,
+        draft=conversion.draft,
     )
     manifest = msgspec.structs.replace(manifest, graphs=_fitting(manifest))
     publish(root, manifest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from ..checkpoint.drafts import draft_of, with_draft
 from ..layout.cuts import make_mesh
 from ..layout.planning import make_plan
 from ..location import Location, bytes_to_download
@@ -29,17 +30,19 @@ def prepare(
     delete_source: bool = False,
     harmless: Collection[str] = (),
     quant: str | None = None,
+    drafts: bool = True,
 ) -> Conversion:
     """Read headers and plan.  Moves nothing; of a repository, only small files are downloaded.
     `delete_source`: its shards go to the output's own directory and are deleted as their bytes are in place.
     `harmless`: keys of config.json, on no list, that a person says change nothing.  `quant`: what matrices are
-    quantised to, one of QUANT.
+    quantised to, one of QUANT.  `drafts`: take the layer of multi-token prediction, if it is there.
     Raises any MsconvError there is to raise beforehand."""
     mesh = make_mesh(tp, ep)
     model.bring_small()
     checkpoint = model.open_checkpoint(harmless)
     if quant:
         checkpoint = checkpoint.bare()
+    checkpoint = with_draft(checkpoint, drafts)
     origin = model.origin()
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     plan = make_plan(table, sizes, checkpoint.tensors, mesh, dtype, quant=format_asked(quant))
@@ -67,4 +70,5 @@ def prepare(
         download_bytes=bytes_to_download(model, plan),
         notes=checkpoint.notes,
         config=checkpoint.config_bytes,
+        draft=draft_of(checkpoint.config),
     )

@@ -7,12 +7,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msconv_runtime.errors import PlanError
 
 from ..checkpoint.directory import Checkpoint
+from ..checkpoint.drafts import with_draft
 from ..layout.checks import TP_CHOICES
 from ..layout.cuts import Mesh, make_mesh
 from ..layout.memory import DeviceMemory, kv_bytes_per_token
@@ -32,7 +33,8 @@ class Estimate:
     """`seconds` None: the output's disk could not be tried.  `free_bytes`: there, None if it cannot be known;
     `lacking_bytes`: more than is free that output and download need, and `lacking_without_source` if the download
     is deleted as it is read.  `smallest_tp` None: no device size was given, or
-    nothing fits.  `assumed`: there are no weights yet, shapes come from the configuration."""
+    nothing fits.  `assumed`: there are no weights yet, shapes come from the configuration.
+    `model_kv_bytes_per_token`: without a draft's."""
 
     checkpoint: Checkpoint
     plan: Plan
@@ -42,6 +44,7 @@ class Estimate:
     seconds: float | None
     smallest_tp: int | None
     assumed: bool
+    model_kv_bytes_per_token: int = 0
     free_bytes: int | None = None
     lacking_bytes: int = 0
     lacking_without_source: int = 0
@@ -60,6 +63,7 @@ def estimate(
     device_bytes: int | None,
     harmless: Collection[str] = (),
     quant: str | None = None,
+    drafts: bool = True,
 ) -> Estimate:
     """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
     mesh = make_mesh(tp, ep)
@@ -67,6 +71,7 @@ def estimate(
     assumed = not model.has_weights()
     if not assumed:
         checkpoint = model.open_checkpoint(harmless)
+    checkpoint = with_draft(checkpoint, drafts)
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     sources = checkpoint.tensors
     if assumed:
@@ -95,6 +100,7 @@ def estimate(
         peak_memory_bytes=plan_memory(plan, jobs, max_memory)[1],
         download_bytes=download_bytes,
         seconds=_seconds(plan, target),
+        model_kv_bytes_per_token=kv_bytes_per_token(replace(sizes, drafts=0), mesh, plan.dtype),
         free_bytes=_free(target),
         lacking_bytes=_lacking(target, plan.output_bytes, download_bytes),
         lacking_without_source=_lacking(target, plan.output_bytes, 0),

@@ -58,6 +58,7 @@ def prepare(
         source_dtype=weights.source_dtype,
         jobs=jobs,
         planned_memory_bytes=planned,
+        draft=manifest.draft,
     )
 
 

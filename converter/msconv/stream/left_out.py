@@ -17,6 +17,7 @@ from .source import Source
 BLOCK_BYTES = 4 << 20
 SOME = 20  # lines of a message
 HEAD = "lm_head.weight"
+DRAFTS_COPIES = (".embed_tokens.weight", ".shared_head.head.weight")  # of a layer after the last
 
 Seen = Callable[[bytearray], object]  # takes the bytes of the tensor that is left out, in order
 
@@ -53,6 +54,9 @@ def refuse_lost(entries: Sequence[LeftOut]) -> None:
         elif entry.name == HEAD:
             lines.append(f"{HEAD}: the configuration ties it to {entry.twin}, but its values are different.")
             hint = 'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.'
+        elif entry.name.endswith(DRAFTS_COPIES):
+            lines.append(f"{shorten(entry.name)}: differs from {entry.twin}, which a server gives its draft too.")
+            hint = "`--no-drafts` leaves the layer of multi-token prediction out."
         else:
             lines.append(f"{shorten(entry.name)}: differs from {shorten(entry.twin)}: they share their input.")
             hint = "Quantise the model again: one product serves both, and it has one input scale."

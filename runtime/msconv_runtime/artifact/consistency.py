@@ -95,7 +95,7 @@ def _graph(g: Graph, has_draft: bool) -> str:
     named = f"the graph {g.target[:40]!r} {g.name[:40]!r}"
     if g.target not in TARGETS:
         return f"{named}: no such target, known are {', '.join(TARGETS)}; a newer msconv may know it"
-    if (g.role, g.variant) not in TARGETS[g.target].graphs:
+    if (g.role, g.variant) not in (*TARGETS[g.target].graphs, *TARGETS[g.target].draft_graphs):
         return f"{named}: a target has no such graph"
     if not re.fullmatch(rf"graphs/{g.target}/\w{{1,64}}\.mindir", g.path, re.ASCII):
         return f"{named} is in {g.path[:80]!r}, where no graph of its target is"

@@ -10,12 +10,14 @@ GIB = 1 << 30
 # ascendtb_01_0075).  With SGLang's smallest pages of 16 that is a head of 1024.
 ATB = Paging(pages=(128, 64, 32, 16), multiple=16, elements=128 * 128, head_multiple=8, head_limit=1024)
 ASCEND_GRAPHS = (("prefill", ""), ("decode", ""), ("verify", ""))
+ASCEND_DRAFT_GRAPHS = (("draft_extend", ""), ("draft_decode", ""))
 
 ASCEND910B = Target(
     name="ascend910b",
     kind="npu",
     dtype="bfloat16",
     graphs=ASCEND_GRAPHS,
+    draft_graphs=ASCEND_DRAFT_GRAPHS,
     operations="ascend",
     paging=ATB,
     epsilon=2**-8,
@@ -28,6 +30,7 @@ ASCEND910C = Target(
     kind="npu",
     dtype="bfloat16",
     graphs=ASCEND_GRAPHS,
+    draft_graphs=ASCEND_DRAFT_GRAPHS,
     operations="ascend",
     paging=ATB,
     epsilon=2**-8,
@@ -40,6 +43,7 @@ ASCEND310P = Target(
     kind="npu",
     dtype="float16",
     graphs=ASCEND_GRAPHS,
+    draft_graphs=ASCEND_DRAFT_GRAPHS,
     operations="ascend",
     paging=ATB,
     epsilon=2**-11,

@@ -48,7 +48,8 @@ class Paging:
 @dataclass(frozen=True)
 class Target:
     """`kind`: the device, in SGLang's words.  `dtype`: of activations and caches.  `graphs`: (role, variant) of
-    each.  `operations`: the package of msconv.graph.
+    each; `draft_graphs`: those that an artifact with a draft has besides.  `operations`: the package of
+    msconv.graph.
 
     `mask`: what a prefill mask holds where it hides, None for graphs without a mask input.  `nz`: matrices are
     cast to the NZ format at load.  `rounds_weights`: stored values may be rounded to the graphs' type.
@@ -71,6 +72,7 @@ class Target:
     nz: bool = False
     rounds_weights: bool = True
     only_dtype: str = ""
+    draft_graphs: tuple[tuple[str, str], ...] = ()
     prefill_reads_cache: bool = False
     decode_min_sequences: int = 0
     cumulative_counts: bool = False
