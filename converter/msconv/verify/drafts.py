@@ -28,7 +28,8 @@ from .telling import Tell, quietly
 
 TOKENS = 2048  # of the target's, at most so many are drawn: the rows of all others stay untouched
 STEPS = 4  # further steps after each call with the target's states
-PAGE, PAGES = 16, 256  # where the graphs leave the page free
+PAGE = 16  # where the graphs leave it free
+SLOTS = 4096  # of the caches that real graphs get
 Run = Callable[[Role, Batch, NDArray[np.float32]], dict[str, NDArray[np.float32]]]
 
 
@@ -93,7 +94,7 @@ def _here(artifact: Artifact, target: targets.Target, drawn: Drawn) -> tuple[Run
 
     graphs = Graphs(artifact, target.name, Place(page=PAGE), model=drawn)
     caches = [
-        Tensor(np.zeros((PAGES, graphs.page, *(n or 1 for n in c.shape[2:])), np.float32)) for c in graphs.caches
+        Tensor(np.zeros((SLOTS // graphs.page, graphs.page, *(n or 1 for n in c.shape[2:])), np.float32)) for c in graphs.caches
     ]
     return lambda role, batch, hidden: graphs.in_parts(role, batch, caches, hidden=hidden), graphs.page
 

@@ -124,7 +124,7 @@ class ArtifactModel(nn.Cell):
             self.graphs = self._finish()
 
     def _finish(self) -> Graphs:
-        model = self.drafts_for and loading.finish(self.drafts_for, self.place)
+        model = loading.finish(self.drafts_for, self.place) if self.drafts_for else None
         return loading.finish(self.artifact, self.place, model)
 
     def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
