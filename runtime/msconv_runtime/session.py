@@ -18,8 +18,8 @@ from .artifact import Artifact
 from .artifact.weights import LoadMode
 from .errors import ArtifactError, EnvironmentProblem, UsageError
 from .graphs import Graphs, Place
-from .paging import Batch, Sequences
-from .roles import ROLES
+from .paging import RAGGED_TOKENS, Batch, Sequences
+from .roles import DECODE, HIDDEN, LOGITS, PREFILL, ROLES, VERIFY, Role
 from .targets import target_named
 
 Logits = NDArray[np.float32]
@@ -46,6 +46,7 @@ class Session:
     tokens = session.generate([[1, 2, 3]], 16)          # greedy
 
     `vocab_size`: tokens are 0 to one less.  `max_positions`: so long may a prompt with what it generates be.
+    `hidden`: of an artifact with a draft, the hidden states of the last call's tokens, [T, width]; else None.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Session:
         limits = _limits(opened)
         self.vocab_size, self.max_positions = limits.vocab_size, limits.max_position_embeddings
         self._load = partial(Graphs, opened, target, Place(rank), load, check_digests, compiled)
+        self.hidden: NDArray[np.float32] | None = None
         with _turn:
             self.graphs = self._load()
             self._has_failed = False
@@ -99,7 +101,7 @@ class Session:
         with _turn:
             self.reset()  # the cache is written over from its begin
             fresh = Sequences(len(tokens), self.page_size)
-            logits = self._run(fresh, tokens, lambda batch, caches: self.graphs.prefill(batch, caches))
+            logits = self._logits(PREFILL, fresh, tokens)
             self._sequences = fresh
             return logits
 
@@ -108,7 +110,7 @@ class Session:
         with _turn:
             new = self._tokens("extend", tokens, self._sequences)
             self._check_lengths("extend", self._sequences, new)
-            return self._run(self._sequences, new, lambda batch, caches: self.graphs.prefill(batch, caches))
+            return self._logits(PREFILL, self._sequences, new)
 
     @property
     def has_all_tokens(self) -> bool:
@@ -121,14 +123,14 @@ class Session:
         with _turn:
             new = self._tokens("extend_all", tokens, self._sequences)
             self._check_lengths("extend_all", self._sequences, new)
-            return self._run(self._sequences, new, lambda batch, caches: self.graphs.every_token(batch, caches))
+            return self._logits(VERIFY, self._sequences, new)
 
     def decode(self, tokens: list[int]) -> Logits:
         """Append one token to each sequence, also past `max_positions`: what the model makes of those positions
         nobody has trained.  [B, V]."""
         with _turn:
             new = self._tokens("decode", [[t] for t in _listed("decode", tokens)], self._sequences)
-            return self._run(self._sequences, new, lambda batch, caches: self.graphs.decode(batch, caches))
+            return self._logits(DECODE, self._sequences, new)
 
     def run(self, role: str, prompts: list[list[int]]) -> dict[str, NDArray[np.float32]]:
         """Start over with these prompts, and give the outputs, by name, of the graph that has this role.  Raises
@@ -204,6 +206,18 @@ class Session:
             raise UsageError(f"{what} is {token}; this model has tokens 0 to {self.vocab_size - 1}.")
         return token
 
+    @property
+    def draft(self) -> DraftSession:
+        """What guesses further tokens, with sequences of its own.  Raises ArtifactError if there is none."""
+        with _turn:
+            return DraftSession(self._load(model=self.graphs))
+
+    def _logits(self, asked: Role, sequences: Sequences, tokens: list[list[int]]) -> Logits:
+        most = self.graphs.rows_at_once if asked is VERIFY else RAGGED_TOKENS
+        found = self._run(sequences, tokens, lambda b, caches: self.graphs.in_parts(asked, b, caches, most))
+        self.hidden = found.get(HIDDEN)
+        return found[LOGITS]
+
     def _run(
         self, sequences: Sequences, tokens: list[list[int]], call: Callable[[Batch, list[Any]], Found]
     ) -> Found:
@@ -228,19 +242,56 @@ class Session:
 
     def _reserve(self, pages: int) -> None:
         """Room for so many pages; grows by doubling and keeps what is there."""
-        if pages <= self._num_pages:
-            return
-        from mindspore import Tensor
+        if pages > self._num_pages:
+            self._num_pages = max(pages, 2 * self._num_pages, 1024 // self.page_size)
+            self._caches = _grown(self.graphs, self._caches, self._num_pages)
 
-        more = max(pages, 2 * self._num_pages, 1024 // self.page_size)
-        grown = []
-        for i, cache in enumerate(self.graphs.caches):
-            new = np.zeros((more, self.page_size, *(n or 1 for n in cache.shape[2:])), np.float32)
-            if self._caches:
-                old = self._caches[i].asnumpy()
-                new[: len(old)] = old
-            grown.append(Tensor.from_numpy(new))
-        self._caches, self._num_pages = grown, more
+
+class DraftSession:
+    """A draft's graphs, warmed up, beside the session of its model, with caches of their own.
+
+    draft = session.draft
+    draft.begin(1)
+    session.prefill([[1, 2, 3]])
+    found = draft.run(DRAFT_EXTEND, [[2, 3, 7]], session.hidden)   # each token, and the states of the one before
+    """
+
+    def __init__(self, graphs: Graphs) -> None:
+        self.graphs = graphs
+        graphs.warm_up()
+        self.begin(0)
+
+    def begin(self, count: int) -> None:
+        """Start over with so many empty sequences."""
+        self._sequences = Sequences(count, self.graphs.page)
+        self._caches: list[Any] = []
+        self._num_pages = 0
+
+    def run(
+        self, asked: Role, tokens: list[list[int]], hidden: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """Append tokens to each sequence, of which `hidden` [T, width] are the states of the positions before.
+        Logits of each last token, hidden states of all."""
+        with _turn:
+            batch = self._sequences.advance(tokens)
+            if self._sequences.num_pages > self._num_pages:
+                self._num_pages = 2 * self._sequences.num_pages
+                self._caches = _grown(self.graphs, self._caches, self._num_pages)
+            return self.graphs.in_parts(asked, batch, self._caches, hidden=hidden)
+
+
+def _grown(graphs: Graphs, caches: list[Any], pages: int) -> list[Any]:
+    """Caches of so many pages, with what is in these."""
+    from mindspore import Tensor
+
+    grown = []
+    for i, cache in enumerate(graphs.caches):
+        new = np.zeros((pages, graphs.page, *(n or 1 for n in cache.shape[2:])), np.float32)
+        if caches:
+            old = caches[i].asnumpy()
+            new[: len(old)] = old
+        grown.append(Tensor.from_numpy(new))
+    return grown
 
 
 def _limits(artifact: Artifact) -> _Limits:

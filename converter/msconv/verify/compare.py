@@ -17,6 +17,7 @@ from .scenario import DECODE_STEPS, Candidate, Lengths, Seen, play
 from .telling import Tell, quietly
 
 FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random models, a fault is 1e-2 and up
+Further = Callable[["Comparison", list[list[int]], list[NDArray[np.float32]], Lengths], None]
 REDRAWS = 6  # of sequences with a tie in routing
 
 
@@ -83,6 +84,9 @@ class Comparison:
         self.places += sum(judged)
         self.places_undecided += len(judged) - sum(judged)
         self.layers_only = not step.logits.size
+        if step.hidden is not None and step.logits.size:
+            states = np.stack([traces[i].hidden[p] for i, p in step.places])
+            self.add_hidden(step.phase, step.hidden, states, np.array(judged))
         for name, found in step.probes.items():
             expected = np.stack([traces[i].probes[name][p] for i, p in step.places])
             largest = float(np.abs(expected).max())
@@ -103,6 +107,22 @@ class Comparison:
                 self.undecided += 1
         if not self.max_abs_logit_error < self.bound and not self.first:
             self.first = f"lm_head or what follows the last norm, seen at the logits in {step.phase}"
+
+    def add_hidden(
+        self, phase: str, found: NDArray[np.float32], expected: NDArray[np.float32], judged: NDArray[np.bool_]
+    ) -> None:
+        """Compare hidden states [T, ...] of a call, relative to the largest, where they are `judged`."""
+        same = found.shape == expected.shape
+        largest = max(1.0, float(np.abs(expected).max(initial=0.0)))
+        error = largest_error(found[judged], expected[judged]) / largest if same else float("inf")
+        key = f"hidden states {phase}"
+        self.by_phase[key] = max(error, self.by_phase.get(key, 0.0))
+        if not error < self.bound:
+            self.fail(f"hidden states, seen in {phase}")
+
+    def fail(self, where: str) -> None:
+        """Something is wrong there that no logits row need show."""
+        self.first = self.first or where
 
     def add(self, phase: str, where: str, found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
         """Compare one row of logits [V]."""
@@ -155,9 +175,11 @@ def compare(
     seed: int = 0,
     others: Mapping[str, Callable[[], Candidate]] = MappingProxyType({}),
     tell: Tell = quietly,
+    further: Further | None = None,
 ) -> Comparison:
     """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
-    shows (`probes`), with the reference's.  Then the same with `others`, by name, as long as nothing is wrong."""
+    shows (`probes`), with the reference's.  Then the same with `others`, by name, as long as nothing is wrong.
+    `further`: what else is compared for these sequences, last."""
     lengths = Lengths.within(max_positions, steps, getattr(candidate, "has_all_tokens", False))
     sequences, traces = draw(reference, lengths.totals, vocab, np.random.default_rng(seed))
     result = Comparison(bound)
@@ -171,6 +193,8 @@ def compare(
     for name, make in others.items():
         if result.ok or result.ok_but_for_ties:
             judge(make(), name + " ")
+    if further is not None and (result.ok or result.ok_but_for_ties):
+        further(result, sequences, [t.hidden for t in traces], lengths)
     result.closest_routing = closest_judged(traces)
     return result
 

@@ -17,7 +17,19 @@ from safetensors import safe_open
 from msconv_runtime.artifact import Artifact, Graph, GraphInput
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.paging import Sequences, attention_mask
-from msconv_runtime.roles import DECODE, LOGITS, PREFILL, ROLES, VERIFY, Role, graph_for, of_model, of_variant
+from msconv_runtime.roles import (
+    DECODE,
+    HIDDEN,
+    LOGITS,
+    PREFILL,
+    ROLES,
+    VERIFY,
+    Role,
+    graph_for,
+    of_draft,
+    of_model,
+    of_variant,
+)
 from msconv_runtime.targets import target_named
 
 from ..graph.spec import TP_GROUP
@@ -71,7 +83,8 @@ class RankFiles:
 
 
 class Lockstep:
-    """Ranks of one target as a candidate for `compare`.  `variant`: of its graphs."""
+    """Ranks of one target as a candidate for `compare`.  `variant`: of its graphs; `draft`: those that guess
+    further tokens, and not the model's."""
 
     def __init__(
         self,
@@ -80,9 +93,10 @@ class Lockstep:
         exact: bool = True,
         layers: int = 0,
         variant: str = "",
+        draft: bool = False,
     ) -> None:
         self.target, self.tp, self.layers = target_named(target), artifact.tp, layers
-        self.graphs = of_variant(of_model(artifact.graphs(target)), variant)
+        self.graphs = of_variant((of_draft if draft else of_model)(artifact.graphs(target)), variant)
         self.programs = {role: parse(artifact.root / g.path) for role, g in self.graphs.items()}
         for role, program in self.programs.items():
             check_declared(artifact, self.graphs[role], program)
@@ -94,6 +108,7 @@ class Lockstep:
         self.interpreter = Interpreter(self.context, self.ranks, in_lockstep)
         self.caches: list[list[torch.Tensor]] = []
         self.probes: dict[str, NDArray[np.float32]] = {}
+        self.hidden: NDArray[np.float32] | None = None
         self.apart = 0.0
         self.page = self._cache_inputs[0].shape[1] or PAGE
         self.sequences = Sequences(0, self.page)
@@ -133,9 +148,11 @@ class Lockstep:
     def _logits(self, asked: Role, tokens: list[list[int]]) -> NDArray[np.float32]:
         return self.run(asked, tokens).get(LOGITS, np.zeros((0, 0), np.float32))
 
-    def run(self, asked: Role, tokens: list[list[int]]) -> dict[str, NDArray[np.float32]]:
+    def run(
+        self, asked: Role, tokens: list[list[int]], hidden: NDArray[np.float32] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Append tokens to each sequence.  The outputs of rank 0, by name, of the graph that answers `asked`; none
-        where only the first layers run."""
+        where only the first layers run.  `hidden` [T, ...]: what a draft's graph takes beside them."""
         batch = self.sequences.advance(tokens)
         self._reserve(self.sequences.num_pages)
         inputs: list[torch.Tensor] = [torch.from_numpy(a.copy()) for a in batch.arrays]
@@ -143,11 +160,15 @@ class Lockstep:
         if self.target.mask is not None:
             mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(torch.from_numpy(mask).to(self.context.keep(self.context.dtype)))
+        if hidden is not None:
+            inputs.append(torch.from_numpy(hidden.copy()).to(self.context.keep(self.context.dtype)))
         stop = f"model.layers.{self.layers}.input_layernorm.weight" if self.layers else ""
         out = self.interpreter.run(self.programs[graph.role], [[*inputs, *caches] for caches in self.caches], stop)
         self.probes, self.apart = out.probes, max(self.apart, out.apart)
         found = out.outputs[0] if out.outputs else []
-        return {output.name: value for output, value in zip(graph.outputs, found, strict=False)}
+        outputs = {output.name: value for output, value in zip(graph.outputs, found, strict=False)}
+        self.hidden = outputs.get(HIDDEN)
+        return outputs
 
     def _reserve(self, pages: int) -> None:
         shapes = [i.shape for i in self._cache_inputs]

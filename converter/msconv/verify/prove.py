@@ -14,7 +14,7 @@ from msconv_runtime.artifact import Artifact, Verified, Weights
 from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.errors import UsageError, VerificationFailed
 from msconv_runtime.kernels import library
-from msconv_runtime.roles import COMPILED, of_variant
+from msconv_runtime.roles import COMPILED, of_draft, of_variant
 from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.reference import configuration
@@ -23,7 +23,7 @@ from ..graph.toolchain import mindspore_version
 from ..layout.coverage import own_names, unused_names
 from ..quant import formats_named
 from ..workspace.lock import exclusive
-from .compare import Comparison, compare, half_precision_bound
+from .compare import Comparison, Further, compare, half_precision_bound
 from .reference import Reference, source_of
 from .scenario import DECODE_STEPS, Candidate
 from .telling import Tell, quietly
@@ -174,12 +174,34 @@ class Subject:
             steps=self.steps,
             others=_others(artifact, target, layers),
             tell=self.tell,
+            further=None if layers else self.drafts(model),
         )
         proof = self._proof(comparison)
         if proof.ok and not layers and not self.is_large:
             self.tell("the target's own precision", 0, 1)
             proof = replace(proof, half_precision=_half_precision(artifact, target, model, config))
         return proof
+
+    def drafts(self, model: Reference) -> Further | None:
+        """The comparison of the draft's graphs, if the artifact has them."""
+        artifact, target = self.artifact, self.target.name
+        variants = sorted({g.variant for g in of_draft(artifact.graphs(target))})
+        if not variants:
+            return None
+        from .draft_reference import DraftReference
+        from .drafting import DraftCandidate, Drafting, compare_drafts
+
+        def candidate(variant: str) -> DraftCandidate:
+            if _runs_here(artifact, self.target, 0, variant):
+                from msconv_runtime import Session
+
+                return Session(artifact.root, target, compiled=variant == COMPILED).draft
+            from .lockstep import Lockstep
+
+            return Lockstep(artifact, target, variant=variant, draft=True)
+
+        drafting = Drafting(DraftReference(model), {v: partial(candidate, v) for v in variants})
+        return partial(compare_drafts, drafting=drafting, tell=self.tell)
 
     def led(self, max_kl: float | None, text: Path | None) -> Proof:
         """Against int8 arithmetic, led where rounding is a tie.  Raises VerificationFailed if the artifact's codes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import ChainMap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,14 @@ KEEP_BYTES = 4 << 30  # a model up to this size stays in memory
 
 @dataclass(frozen=True)
 class Trace:
-    """One sequence through the reference.  `closest` [T]: how far the router was from choosing other experts."""
+    """One sequence through the reference.  `closest` [T]: how far the router was from choosing other experts.
+    `hidden` [T, ...]: the hidden states that the model's graphs give a draft; where there is none, the last norm's
+    output."""
 
     logits: Logits
     probes: dict[str, Logits]
     closest: NDArray[np.float32]
+    hidden: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     @property
     def decided(self) -> int:
@@ -68,6 +71,7 @@ class Reference:
         transformers_logging.set_verbosity_error()  # our own words say what is compared
         transformers_logging.disable_progress_bar()
         self.layers = layers
+        self.captured = manifest.draft.layers if manifest.draft else []
         checkpoint = open_checkpoint(root, harmless=manifest.model.harmless)
         if manifest.model.config_digest not in (checkpoint.config_digest, checkpoint.bare().config_digest):
             raise VerificationFailed(
@@ -76,7 +80,7 @@ class Reference:
                 f"{manifest.model.config_digest}.",
                 "Give the directory the artifact was converted from with --reference.",
             )
-        self._torch = torch
+        self.torch = torch
         self.weights = self._weights(checkpoint, [manifest, *([bound] if bound else [])])
         self.moe = checkpoint.config.moe
         config = _configuration(root, checkpoint.family)
@@ -95,10 +99,10 @@ class Reference:
         with torch.device("meta"):
             self._prepare(model)
         self.model = model.eval()
-        keep = sum(t.nbytes for t in model.state_dict().values()) <= KEEP_BYTES
+        self._keep = sum(t.nbytes for t in model.state_dict().values()) <= KEEP_BYTES
         for name, module in model.named_modules():
             if name in ("model.embed_tokens", "model.norm", "lm_head") or LAYER.fullmatch(name):
-                self._load_on_use(name, module, keep)
+                self.load_on_use(name, module)
 
     def _weights(self, checkpoint: Checkpoint, manifests: list[Manifest]) -> SourceWeights:
         return SourceWeights(checkpoint, manifests)
@@ -106,7 +110,7 @@ class Reference:
     def _prepare(self, model: Any) -> None:
         """Change modules before they have weights."""
 
-    def _load_on_use(self, name: str, module: Any, keep: bool) -> None:
+    def load_on_use(self, name: str, module: Any) -> None:
         """Its weights come when it is called, and go afterwards."""
 
         def load(_module: Any, _inputs: Any) -> None:
@@ -117,14 +121,14 @@ class Reference:
                 module.load_state_dict(values, strict=True, assign=True)
 
         module.register_forward_pre_hook(load)
-        if not keep:
+        if not self._keep:
             module.register_forward_hook(lambda _module, _inputs, _out: module.to("meta") and None)
 
     def traces(self, sequences: list[list[int]]) -> list[Trace]:
         """Each sequence by itself: logits [T, V], and the output [T, hidden] of every norm of the residual stream.
 
         All run as one batch, filled up on the right: no token looks there."""
-        torch = self._torch
+        torch = self.torch
         probes: dict[str, Any] = {}
         routed: dict[str, Any] = {}
         hooks = [
@@ -136,7 +140,7 @@ class Reference:
         ]
         hooks += [
             module.register_forward_hook(
-                lambda module, _inputs, out, name=name: routed.__setitem__(name, self._closeness(module, out[0]))
+                lambda module, _inputs, out, name=name: routed.__setitem__(name, self.closeness(module, out[0]))
             )
             for name, module in self.model.named_modules()
             if name.endswith("mlp.gate")
@@ -150,6 +154,8 @@ class Reference:
             for hook in hooks:
                 hook.remove()
         before, last = probes["model.norm"]
+        streams = [probes[f"model.layers.{i}.input_layernorm"][0] for i in self.captured if not self.layers]
+        hidden = torch.cat(streams, -1) if streams else last
         found = {name: out for name, (_, out) in probes.items()}
         if self.layers:
             del found["model.norm"]
@@ -159,28 +165,29 @@ class Reference:
             closest = torch.minimum(closest, distance.reshape(ids.shape))
         return [
             Trace(
-                self._logits(last[i, : len(s)]),
+                self.logits(last[i, : len(s)]),
                 {name: out[i, : len(s)].numpy() for name, out in found.items()},
                 closest[i, : len(s)].numpy(),
+                hidden[i, : len(s)].numpy(),
             )
             for i, s in enumerate(sequences)
         ]
 
-    def _logits(self, hidden: Any) -> Logits:
+    def logits(self, hidden: Any) -> Logits:
         if self.layers:
             return np.zeros((0, 0), np.float32)
-        with self._torch.no_grad():
+        with self.torch.no_grad():
             out: Logits = self.model.lm_head(hidden).numpy()
         return out
 
-    def _closeness(self, module: Any, logits: Any) -> Any:
+    def closeness(self, module: Any, logits: Any) -> Any:
         assert self.moe is not None
         return closeness(logits.float(), self.moe, getattr(module, "e_score_correction_bias", None))
 
     def _follower(self, x: Any) -> Any:
         """The norm that comes after the last of the layers that are looked at."""
         weight = self.weights.get(f"model.layers.{self.layers}.input_layernorm.weight")
-        scale = self._torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.model.norm.variance_epsilon)
+        scale = self.torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.model.norm.variance_epsilon)
         return x * scale * weight
 
 

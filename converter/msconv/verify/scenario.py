@@ -29,13 +29,15 @@ class Candidate(Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """One call of the candidate.  `places` and `rows`: (sequence, position) of each token and each logits row."""
+    """One call of the candidate.  `places` and `rows`: (sequence, position) of each token and each logits row.
+    `hidden`: states of each token, where the graphs give them to a draft."""
 
     phase: str
     places: list[tuple[int, int]]
     rows: list[tuple[int, int]]
     logits: Logits
     probes: dict[str, NDArray[np.float32]]
+    hidden: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def play(
         tell(f"{name}graphs", next(calls), num_calls)
         logits = call(new)
         rows = places if every else [(i, d - 1) for i, d in enumerate(done)]
-        return Seen(name + phase, places, rows, logits, dict(getattr(candidate, "probes", {})))
+        probes, hidden = dict(getattr(candidate, "probes", {})), getattr(candidate, "hidden", None)
+        return Seen(name + phase, places, rows, logits, probes, hidden)
 
     def decode(phase: str) -> Iterator[Seen]:
         for _ in range(lengths.steps):

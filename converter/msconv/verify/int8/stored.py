@@ -50,7 +50,7 @@ class Cuts:
         prefix = f"model.layers.{layer}."
         yield from (self._heads if self.config.mla is None else self._latent)(prefix + "self_attn.", layer)
         moe = self.config.moe
-        if moe is None or not moe.layers[layer]:
+        if moe is None or not self.config.has_experts(layer):
             yield from self._mlp(prefix + "mlp.", self.config.ffn)
         elif moe.shared_ffn:
             yield from self._mlp(prefix + "mlp.shared_experts.", moe.shared_ffn)
@@ -154,10 +154,10 @@ class Check:
     def run(self, layers: int = 0) -> Stored:
         """`layers`: only the first of them."""
         cuts = Cuts(self.config, self.tp, self.ep)
-        for layer in range(layers or self.config.layers):
+        for layer in range(layers or self.config.layers + self.config.drafts):
             for name, pieces in cuts.matrices(layer):
                 self._matrix(name, pieces)
-            if self.config.moe is not None and self.config.moe.layers[layer]:
+            if self.config.has_experts(layer):
                 self._experts(f"model.layers.{layer}.mlp.experts.")
             if self.found.place:
                 return self.found

@@ -1,0 +1,124 @@
+"""The proof of a draft's graphs: prompts, single tokens, more after a cached prefix, and tokens after its own
+hidden states; against the reference of that layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Role
+
+from .compare import Comparison
+from .draft_reference import DraftReference, DraftTrace
+from .scenario import Lengths
+from .telling import Tell, quietly
+
+STEPS = 2
+MOST_APPENDED = 20
+
+Rows = NDArray[np.float32]
+
+
+class DraftCandidate(Protocol):
+    """What is to be proved: tokens and hidden states in; logits of each last token, hidden states of all out."""
+
+    def begin(self, count: int) -> None: ...
+    def run(self, asked: Role, tokens: list[list[int]], hidden: Rows | None = None) -> Mapping[str, Rows]: ...
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """A layer's reference, and its candidates by name."""
+
+    reference: DraftReference
+    candidates: Mapping[str, Callable[[], DraftCandidate]]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Sequences as a draft sees them: each token with the hidden states of the position before it.  `traces`: the
+    reference's, `chained` times after its own hidden states at the end."""
+
+    tokens: list[list[int]]
+    hidden: list[Rows]
+    traces: list[DraftTrace]
+    counts: list[tuple[Role, list[int]]]
+    chained: int
+
+
+def compare_drafts(
+    result: Comparison,
+    sequences: list[list[int]],
+    hidden: list[Rows],
+    lengths: Lengths,
+    drafting: Drafting,
+    tell: Tell = quietly,
+) -> None:
+    """Add to `result` what each candidate does for the sequences, of which `hidden` are the model's states."""
+    case = _case(drafting.reference, sequences, hidden, lengths)
+    for number, (name, make) in enumerate(drafting.candidates.items()):
+        if not result.ok and not result.ok_but_for_ties:
+            return
+        tell("drafts", number, len(drafting.candidates))
+        candidate = make()
+        _judge(result, case, candidate, f"{name} draft".strip())
+        result.apart = max(result.apart, getattr(candidate, "apart", 0.0))
+
+
+def _case(reference: DraftReference, sequences: list[list[int]], hidden: list[Rows], lengths: Lengths) -> _Case:
+    room = [len(s) - 1 - p for s, p in zip(sequences, lengths.prompts, strict=True)]
+    steps = min(STEPS, min(room) // 3)
+    appended = [max(1, min(MOST_APPENDED, r - 2 * steps)) for r in room]
+    one = [1] * len(sequences)
+    counts = [(DRAFT_EXTEND, lengths.prompts), *[(DRAFT_DECODE, one)] * steps, (DRAFT_EXTEND, appended)]
+    ends = [p + steps + a for p, a in zip(lengths.prompts, appended, strict=True)]
+    tokens = [s[1 : end + 1] for s, end in zip(sequences, ends, strict=True)]
+    given = [h[:end] for h, end in zip(hidden, ends, strict=True)]
+    traces = reference.run(tokens, given)
+    for step in range(steps):  # from here on, a token follows what the layer itself made of the one before
+        given = [np.concatenate([h, t.hidden[-1:]]) for h, t in zip(given, traces, strict=True)]
+        tokens = [s[1 : end + step + 2] for s, end in zip(sequences, ends, strict=True)]
+        traces = reference.run(tokens, given)
+    return _Case(tokens, given, traces, [*counts, *[(DRAFT_DECODE, one)] * steps], steps)
+
+
+def _judge(result: Comparison, case: _Case, candidate: DraftCandidate, name: str) -> None:
+    candidate.begin(len(case.tokens))
+    done = [0] * len(case.tokens)
+    last: list[Rows] = []
+    for number, (role, counts) in enumerate(case.counts):
+        spans = [slice(d, d + n) for d, n in zip(done, counts, strict=True)]
+        new = [t[span] for t, span in zip(case.tokens, spans, strict=True)]
+        is_chained = number >= len(case.counts) - case.chained
+        given = last if is_chained else [h[span] for h, span in zip(case.hidden, spans, strict=True)]
+        phase = f"{name} {'extend' if role is DRAFT_EXTEND else 'decode'}"
+        phase += (
+            " after itself" if is_chained else " on a cached prefix" if number and role is DRAFT_EXTEND else ""
+        )
+        outputs = candidate.run(role, new, np.concatenate(given))
+        done = [span.stop for span in spans]
+        ends = np.cumsum(counts)
+        last = [outputs[HIDDEN][end - 1 : end] for end in ends]
+        result.add_hidden(
+            phase,
+            outputs[HIDDEN],
+            np.concatenate([t.hidden[span] for t, span in zip(case.traces, spans, strict=True)]),
+            np.concatenate(
+                [np.arange(s.start, s.stop) < t.decided for t, s in zip(case.traces, spans, strict=True)]
+            ),
+        )
+        if len(outputs[LOGITS]) != len(counts):
+            result.fail(f"{phase}: {len(outputs[LOGITS])} rows of logits for {len(counts)} sequences")
+            return
+        for i, (row, end) in enumerate(zip(outputs[LOGITS], done, strict=True)):
+            if end <= case.traces[i].decided:
+                result.add(phase, f"sequence {i}, position {end - 1}", row, case.traces[i].logits[end - 1])
+            else:
+                result.undecided += 1
+        if not result.max_abs_logit_error < result.bound:
+            result.fail(f"the draft's logits, seen in {phase}")
+            return
