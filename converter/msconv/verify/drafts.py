@@ -94,7 +94,8 @@ def _here(artifact: Artifact, target: targets.Target, drawn: Drawn) -> tuple[Run
 
     graphs = Graphs(artifact, target.name, Place(page=PAGE), model=drawn)
     caches = [
-        Tensor(np.zeros((SLOTS // graphs.page, graphs.page, *(n or 1 for n in c.shape[2:])), np.float32)) for c in graphs.caches
+        Tensor(np.zeros((SLOTS // graphs.page, graphs.page, *(n or 1 for n in c.shape[2:])), np.float32))
+        for c in graphs.caches
     ]
     return lambda role, batch, hidden: graphs.in_parts(role, batch, caches, hidden=hidden), graphs.page
 
