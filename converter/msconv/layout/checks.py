@@ -29,7 +29,10 @@ def dropped_sources(
     patterns = []
     for drop in (d for d in table.drops if sizes.holds(d.when)):
         hole = next((h for h in holes if h in drop.pattern), "")
-        patterns += [(drop.pattern.replace(hole, str(n)), drop) for n in holes.get(hole, range(1))]
+        if hole:
+            patterns += [(drop.pattern.replace(hole, str(n)), drop) for n in holes[hole]]
+        else:
+            patterns.append((drop.pattern, drop))
     for name in sources:
         if name in used:
             continue

@@ -50,10 +50,15 @@ class Eagle3Reference:
         the target's streams or of one own state.  Logits [T, draft vocabulary], own states [T, hidden]."""
         torch = self._torch
         with torch.no_grad():
-            rows = [torch.from_numpy(np.asarray(h, np.float32)) for h in hidden]
-            x = torch.stack([self.narrow(row) if len(row) == self.streams else row for row in rows])
-            logits, own = self.forward(torch.as_tensor(np.asarray(embedded, np.float32))[None], x[None])
-        return logits[0].numpy(), own[0].numpy()
+            x = torch.zeros(len(hidden), self.hidden)
+            wide = [i for i, h in enumerate(hidden) if len(h) == self.streams]
+            own = [i for i, h in enumerate(hidden) if len(h) != self.streams]
+            if wide:
+                x[wide] = self.narrow(torch.from_numpy(np.stack([hidden[i] for i in wide])))
+            if own:
+                x[own] = torch.from_numpy(np.stack([hidden[i] for i in own]))
+            logits, found = self.forward(torch.as_tensor(np.asarray(embedded, np.float32))[None], x[None])
+        return logits[0].numpy(), found[0].numpy()
 
     def narrow(self, streams: Any) -> Any:
         """[.., streams] -> [.., hidden]."""
