@@ -69,7 +69,7 @@ def model_of(repository: str) -> tuple[Table, Sizes, dict[str, TensorInfo], int]
     """The model as published: its table, sizes and headers, and how many positions it has."""
     path = CONFIGS / f"{repository.partition('/')[2]}.json"
     family, config = configure(json.loads(path.read_text()), str(path))
-    sizes = config.sizes()
+    sizes = config.with_draft().sizes()
     sources = expected_sources(family.table, sizes, config.dtype or "bfloat16", quantised=True)
     return family.table, sizes, sources, config.max_positions
 

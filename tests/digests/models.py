@@ -94,6 +94,12 @@ def qwen3(config: dict[str, Any]) -> Tensors:
     return {name: ("BF16", shape) for name, shape in qwen3_shapes(config).items()}
 
 
+def without_copies(config: dict[str, Any]) -> Tensors:
+    """A layer of multi-token prediction without an embedding and a head of its own."""
+    copies = (".2.embed_tokens.weight", ".2.shared_head.head.weight")
+    return {name: tensor for name, tensor in deepseek_v3(config).items() if not name.endswith(copies)}
+
+
 MODELS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Tensors]]] = {
     "qwen3": (qwen3_config(**QWEN3), qwen3),
     "qwen3 tied": (qwen3_config(**QWEN3, tie_word_embeddings=True), qwen3),
@@ -102,6 +108,7 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Tensors]]] = 
     "qwen3_moe": (QWEN3_MOE, qwen3_moe),
     "deepseek_v3": (DEEPSEEK_V3, deepseek_v3),
     "deepseek_v3 fp8": (DEEPSEEK_V3 | {"quantization_config": FP8}, deepseek_v3),
+    "deepseek_v3 draft": (DEEPSEEK_V3 | {"quantization_config": FP8}, without_copies),
 }
 
 

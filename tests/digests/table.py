@@ -55,7 +55,9 @@ QUICK = (  # every model, every graph of every target, and every kind of cut: fo
     Case("deepseek_v3 fp8", 2, 1, "float16", targets=("ascend310p",)),
     Case("deepseek_v3 fp8", 4, 4, targets=()),
     Case("qwen3_moe", 4, 2, targets=("cpu", "ascend910b"), quant="w8a8"),
+    Case("deepseek_v3 draft", 2, 2, targets=("ascend910b",)),
 )
+OF_BEFORE = tuple(model for model in MODELS if model != "deepseek_v3 draft")
 ALL = (
     *QUICK,
     *(Case("qwen3", tp) for tp in (1, 2, 4, 8)),
@@ -63,7 +65,9 @@ ALL = (
     *(Case(model, *layout) for model in ("qwen3_moe", "deepseek_v3") for layout in LAYOUTS),
     *(Case("deepseek_v3 fp8", *layout, targets=()) for layout in LAYOUTS),
     *(Case("deepseek_v3 fp8", 2, 2, targets=(target,)) for target in TARGETS),
-    *(Case(model, 2, 1, dtype, ("cpu",)) for model in MODELS for dtype in ("float16", "float32")),
+    *(Case(model, 2, 1, dtype, ("cpu",)) for model in OF_BEFORE for dtype in ("float16", "float32")),
+    Case("deepseek_v3 draft", 2, 1, targets=("cpu", "ascend910c")),
+    Case("deepseek_v3 draft", 2, 1, "float16", targets=("ascend310p",)),
     Case("qwen3 bias", 2, targets=("cpu", "ascend910b"), quant="w8a8"),
     Case("deepseek_v3 fp8", 2, 2, targets=("cpu", "ascend910b"), quant="w8a8"),
 )
@@ -75,6 +79,7 @@ def digests_of(case: Case, work: Path) -> Entries:
     if not model.exists():
         write_model(model, case.model)
     options = [*(["--dtype", case.dtype] if case.dtype else []), *(["--quant", case.quant] if case.quant else [])]
+    options += ["--no-drafts"] if case.model in ("deepseek_v3", "deepseek_v3 fp8") else []  # as of before
     if not out.exists():
         msconv("convert", "--model", model, "--tp", case.tp, "--ep", case.ep, "--output", out, *options)
     for target in case.targets:

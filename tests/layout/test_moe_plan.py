@@ -51,7 +51,7 @@ LAYOUTS = [
 ]
 EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 EVERYWHERE = re.compile(
-    r"norm\.weight$|\.q_a_proj\.|\.kv_a_proj_with_mqa\.|\.mlp\.gate\.weight$|e_score_correction_bias$"
+    r"norm\.weight$|\.q_a_proj\.|\.kv_a_proj_with_mqa\.|\.eh_proj\.|\.mlp\.gate\.weight$|e_score_correction_bias$"
 )
 Rectangle = tuple[int, int, int, int]  # rows [a, b), columns [c, d)
 
@@ -73,7 +73,7 @@ def infos(tensors: Tensors) -> dict[str, TensorInfo]:
 @cache
 def plan_of(name: str, tp: int, ep: int, dtype: str | None = None) -> Plan:
     family, config = configure(config_of(name), name)
-    return make_plan(family.table, config.sizes(), sources_of(name), Mesh(tp, ep), dtype)
+    return make_plan(family.table, config.with_draft().sizes(), sources_of(name), Mesh(tp, ep), dtype)
 
 
 def small_plan(
@@ -115,10 +115,16 @@ def test_every_published_tensor_is_moved_or_a_scale_or_dropped_with_a_reason(nam
     assert set.union(*kinds) == set(sources)
     assert sum(map(len, kinds)) == len(sources)
     assert set(plan.formats) == {n for n, s in sources.items() if s.dtype == "float8_e4m3fn"} - kinds[2]
-    mtp = {n for n in sources if name.startswith("DeepSeek") and n.startswith("model.layers.61.")}
-    assert kinds[2] == mtp
-    assert len(mtp) == (782 + 776 + 6 if mtp else 0)
-    assert all("multi-token prediction" in d.reason and not d.twin for d in plan.dropped)
+    has_draft = name.startswith("DeepSeek")
+    mtp = {n for n in sources if has_draft and n.startswith("model.layers.61.")}
+    assert len(mtp) == (782 + 776 + 6 if has_draft else 0)
+    copies = {
+        "model.layers.61.embed_tokens.weight": "model.embed_tokens.weight",
+        "model.layers.61.shared_head.head.weight": "lm_head.weight",
+    }
+    assert {d.name: d.twin for d in plan.dropped} == (copies if has_draft else {})
+    assert all(d.reason == f"the draft's copy of {d.twin}" for d in plan.dropped)
+    assert {n for n in mtp - kinds[1] if n not in copies} == {n for n in plan.moves if ".layers.61." in n}
     assert sorted(n for unit in plan.units for n in unit) == sorted(plan.moves)
 
 
@@ -128,6 +134,13 @@ def test_parameters_are_the_published_ones_in_any_layout(name: str, tp: int, ep:
     assert round(plan.parameters / 1e9, 3) == BILLIONS[name]
     dropped = {d.name for d in plan.dropped}
     assert plan.read_bytes == sum(s.nbytes for n, s in sources_of(name).items() if n not in dropped)
+    if plan.sizes.drafts:  # a layer of experts, and the matrix that joins two hidden states
+        assert round(sum(math.prod(s.shape) for s in drafts_of(plan)) / 1e9, 2) == 11.61
+
+
+def drafts_of(plan: Plan) -> list[TensorInfo]:
+    """Source tensors of the layer that guesses further tokens, without scales."""
+    return [plan.sources[n] for n in plan.moves if n.startswith("model.layers.61.")]
 
 
 # Rectangles
@@ -421,7 +434,7 @@ def test_671_billion_parameters_are_planned_in_little_memory_and_time(
     plan, found = plan_of("DeepSeek-V3", 16, 16), done.json
     assert found["output_bytes"] == plan.output_bytes
     assert [rank["weight_bytes"] for rank in found["ranks"]] == [plan.rank_bytes] * 16
-    assert [rank["kv_bytes_per_token"] for rank in found["ranks"]] == [61 * 576 * 2] * 16
+    assert [rank["kv_bytes_per_token"] for rank in found["ranks"]] == [62 * 576 * 2] * 16
     if command == ("plan",):
         assert (found["family"], found["dtype"]) == ("deepseek_v3", "bfloat16")
         assert found["parameters"] == plan.parameters
@@ -435,7 +448,7 @@ def test_671_billion_parameters_are_planned_in_little_memory_and_time(
 
 def test_a_quantised_plan_does_not_depend_on_where_the_shapes_come_from(tmp_path: Path) -> None:
     """Above all, what is still to be downloaded is FP8."""
-    config = few_layers("DeepSeek-V3", n_routed_experts=16)
+    config = few_layers("DeepSeek-V3", n_routed_experts=16, num_nextn_predict_layers=1)
     stored = write_sparse(tmp_path / "stored" / "model", config, deepseek_v3(config), 3)
     configured = tmp_path / "configured" / "model"
     configured.mkdir(parents=True)

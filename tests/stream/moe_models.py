@@ -37,6 +37,7 @@ from tests.moe_checkpoints import (
 from tests.published import deepseek_v3, qwen3_moe, shard_name, write_index
 
 MESHES = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4))
+DRAFTS_OWN = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
 BLOCK = (16, 40)  # divides few of the sizes
 CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 Tensors = dict[str, Stored]
@@ -212,9 +213,12 @@ class Reference:
         vocabulary("model.embed_tokens.weight")
         vocabulary("lm_head.weight")
         put("model.norm.weight", self.value("model.norm.weight"))
-        for layer in range(c["num_hidden_layers"]):
+        drafts = c.get("num_nextn_predict_layers", 0)
+        for layer in range(c["num_hidden_layers"] + drafts):
             prefix = f"model.layers.{layer}."
             attention, m = prefix + "self_attn.", prefix + "mlp."
+            for own in DRAFTS_OWN if layer >= c["num_hidden_layers"] else ():
+                put(prefix + own, self.value(prefix + own))
             for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
                 put(prefix + norm, self.value(prefix + norm))
             put(attention + "o_proj.weight", cols(attention + "o_proj.weight"))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from msconv.steps.compile import compile_graphs
 from msconv.verify.drafts import SLOTS, Drawn
@@ -19,14 +17,15 @@ from msconv.verify.prove import prove
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.graphs import Graphs
 from msconv_runtime.paging import Sequences
-from msconv_runtime.sglang.environment import use_cpu
+from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Role
+from msconv_runtime.sglang import drafts
 from tests.conversions import convert
 from tests.eagle3_checkpoints import make_eagle3
 from tests.verify.faults import exchange, exchange_rows
 from tests.verify.planting import Ranks, edit_weights
 
 TARGETS = ("cpu", "ascend910b")
-HIDDEN = 128
+WIDTH = 128
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +88,15 @@ def test_a_fault_is_found(artifact: Path, tmp_path: Path, change: Callable[[Rank
 
 def test_the_slot_gives_sglang_rows_of_what_was_accepted(checkpoint: Path, tmp_path: Path) -> None:
     """A prompt, a step of its own, and a verification of which 1 and 3 tokens were accepted."""
-    use_cpu()
-    from msconv_runtime.sglang import hidden
-
     convert(checkpoint, tmp_path / "artifact", 1)
     compile_graphs(tmp_path / "artifact", "cpu", lambda line: None)
     draft, rng = Artifact(tmp_path / "artifact"), np.random.default_rng(3)
-    target, reference = Drawn(draft, 1003, HIDDEN), Eagle3Reference(checkpoint)
+    target, reference = Drawn(draft, 1003, WIDTH), Eagle3Reference(checkpoint)
     graphs = Graphs(draft, "cpu", model=target)
     caches = blank(graphs)
     sequences, seen = Sequences(2, graphs.page), [([], []), ([], [])]
 
-    def step(mode: str, counts: list[int], width: int, accepted: list[int] | None = None) -> Any:
+    def step(role: Role, counts: list[int], width: int, accepted: list[int] | None = None) -> Any:
         new = [[int(t) for t in rng.choice(target.tokens, n)] for n in counts]
         given = rng.normal(0, 1, (sum(counts), width)).astype(np.float32)
         before = list(sequences.lengths)
@@ -110,24 +106,24 @@ def test_the_slot_gives_sglang_rows_of_what_was_accepted(checkpoint: Path, tmp_p
         for (tokens, states), ids, vectors, n in zip(seen, new, rows, kept, strict=True):
             tokens += ids[:n]
             states += list(vectors[:n])
-        found = hidden.of_draft(graphs, batch, forward_batch(mode, given, accepted), caches, "cpu")
+        found = drafts.run(graphs, role, batch, caches, given, None if accepted is None else np.array(accepted))
         if accepted:
             sequences.take_back([b + n for b, n in zip(before, accepted, strict=True)])
         return found
 
-    for mode, counts, width, accepted in (
-        ("extend", [5, 20], 3 * HIDDEN, None),
-        ("decode", [1, 1], HIDDEN, None),
-        ("draft_extend_v2", [4, 4], 3 * HIDDEN, [1, 3]),
-        ("decode", [1, 1], HIDDEN, None),
+    for role, counts, width, accepted in (
+        (DRAFT_EXTEND, [5, 20], 3 * WIDTH, None),
+        (DRAFT_DECODE, [1, 1], WIDTH, None),
+        (DRAFT_EXTEND, [4, 4], 3 * WIDTH, [1, 3]),
+        (DRAFT_DECODE, [1, 1], WIDTH, None),
     ):
-        found = step(mode, counts, width, accepted)
+        found = step(role, counts, width, accepted)
         places = [0, 1] if accepted is None else [4 * i + n - 1 for i, n in enumerate(accepted)]
-        assert len(found.next_token_logits) == (2 if accepted is None else 8)
+        assert len(found[LOGITS]) == (2 if accepted is None else 8)
         for place, (tokens, states) in zip(places, seen, strict=True):
             logits, own = reference.run(target.table[tokens], states)
-            assert np.abs(found.next_token_logits[place].numpy() - logits[-1]).max() < 1e-4, mode
-            assert np.abs(found.hidden_states[place].numpy() - own[-1]).max() < 1e-4, mode
+            assert np.abs(found[LOGITS][place] - logits[-1]).max() < 1e-4, role.name
+            assert np.abs(found[HIDDEN][place] - own[-1]).max() < 1e-4, role.name
 
 
 def blank(graphs: Graphs) -> list[Any]:
@@ -135,15 +131,3 @@ def blank(graphs: Graphs) -> list[Any]:
 
     shapes = [(SLOTS, graphs.page, *(n or 1 for n in cache.shape[2:])) for cache in graphs.caches]
     return [Tensor(np.zeros(shape, np.float32)) for shape in shapes]
-
-
-def forward_batch(mode: str, given: Any, accepted: list[int] | None) -> Any:
-    """As much of SGLang's as the slot reads."""
-    is_after, is_extend = mode == "draft_extend_v2", mode != "decode"
-    return SimpleNamespace(
-        forward_mode=SimpleNamespace(is_draft_extend_v2=lambda: is_after, is_extend=lambda: is_extend),
-        spec_info=SimpleNamespace(
-            hidden_states=torch.from_numpy(given),
-            num_accept_tokens=None if accepted is None else torch.tensor(accepted),
-        ),
-    )

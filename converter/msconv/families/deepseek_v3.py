@@ -6,7 +6,7 @@ from typing import Any
 
 from ..layout.cuts import COPY, HEAD_COLS, Cut
 from ..layout.model import Table
-from ..layout.rules import Drop, keep, only, take
+from ..layout.rules import Drop, keep, only, plain, take
 from .blocks import ATTN, DENSE_MLP, DROPS, EMBEDDING, EXPERTS, HEAD, LAYER, ROUTER_BIAS, SHARED_EXPERT, norm
 from .config import MAX_EXPERTS, Family, Mla, Moe, Reader
 from .keys import COMMON
@@ -106,7 +106,7 @@ def _check_widths(r: Reader, mla: Mla) -> None:
 DRAFT = (
     keep(LAYER + "enorm.weight", ("hidden",), COPY),
     keep(LAYER + "hnorm.weight", ("hidden",), COPY),
-    keep(LAYER + "eh_proj.weight", ("hidden", "both_hidden"), COPY, as_values=True),
+    plain(LAYER + "eh_proj.weight", ("hidden", "both_hidden"), COPY),
     keep(LAYER + "shared_head.norm.weight", ("hidden",), COPY),
 )
 SHARED_WITH_DRAFT = (  # published twice, used once: servers give the draft the model's own

@@ -29,10 +29,8 @@ def dropped_sources(
     patterns = []
     for drop in (d for d in table.drops if sizes.holds(d.when)):
         hole = next((h for h in holes if h in drop.pattern), "")
-        if hole:
-            patterns += [(drop.pattern.replace(hole, str(n)), drop) for n in holes[hole]]
-        else:
-            patterns.append((drop.pattern, drop))
+        numbers = holes[hole] if hole else range(1)
+        patterns += [(drop.pattern.replace(hole or "{}", str(n)), drop) for n in numbers]
     for name in sources:
         if name in used:
             continue

@@ -132,7 +132,7 @@ def expected_sources(
             weight_format: WeightFormat = PLAIN
             if is_matrix(output.rule, part):
                 weight_format = kept_format(output.name, stored, sizes.formats)
-                if quantised and not part.cut.pad:
+                if quantised and not part.cut.pad and not output.rule.is_plain:
                     weight_format = _expected(output.rule, name, sizes.formats)
             if weight_format is PLAIN:
                 kind = output.rule.dtype or dtype

@@ -25,7 +25,8 @@ class Rule:
     `stacked`: one matrix for each of a rank's experts, [E, in, out], as grouped matrix products want them: each
     part transposed, side by side.  `when` names traits of the model or of the layer, all of which must hold.
     `dtype` pins an element type against `--dtype`; OWN keeps the checkpoint's.  `as_values`: its matrix is not
-    quantised, whatever is asked.  `optional`: left out where the checkpoint has no such tensor.
+    quantised, whatever is asked; `is_plain`: nor is it in published checkpoints.  `optional`: left out where the
+    checkpoint has no such tensor.
     """
 
     dst: str
@@ -35,6 +36,7 @@ class Rule:
     stacked: bool = False
     as_values: bool = False
     optional: bool = False
+    is_plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,11 @@ def keep(
 ) -> Rule:
     """A tensor under its own name."""
     return Rule(name, (Part(name, shape, cut),), when, dtype, as_values=as_values)
+
+
+def plain(name: str, shape: tuple[str, ...], cut: Cut) -> Rule:
+    """A matrix that quantised checkpoints have as values too."""
+    return Rule(name, (Part(name, shape, cut),), as_values=True, is_plain=True)
 
 
 def maybe(name: str, shape: tuple[str, ...], cut: Cut) -> Rule:

@@ -56,7 +56,7 @@ def refuse_lost(entries: Sequence[LeftOut]) -> None:
             hint = 'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.'
         elif entry.name.endswith(DRAFTS_COPIES):
             lines.append(f"{shorten(entry.name)}: differs from {entry.twin}, which a server gives its draft too.")
-            hint = "`--no-drafts` leaves the layer of multi-token prediction out."
+            hint = "`--no-drafts --force` leaves the layer of multi-token prediction out."
         else:
             lines.append(f"{shorten(entry.name)}: differs from {shorten(entry.twin)}: they share their input.")
             hint = "Quantise the model again: one product serves both, and it has one input scale."

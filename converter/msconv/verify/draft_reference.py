@@ -37,15 +37,12 @@ class DraftReference:
     """The layer after the last of a reference's checkpoint, in float32, over its embedding and head."""
 
     def __init__(self, reference: Reference) -> None:
-        torch = reference.torch
-        self.reference, self.torch = reference, torch
+        self.reference, self.torch = reference, reference.torch
         model = reference.model
         self.index = model.config.num_hidden_layers
         self.prefix = f"model.layers.{self.index}."
         self.eps = model.model.norm.variance_epsilon
-        with torch.device("meta"):
-            self.layer = type(model.model.layers[-1])(model.config, self.index).eval()
-        reference.load_on_use(self.prefix[:-1], self.layer)
+        self.layer = model.model.layers[self.index]
 
     def run(self, tokens: list[list[int]], hidden: list[NDArray[np.float32]]) -> list[DraftTrace]:
         """Each sequence by itself.  `hidden[i][j]`: of the position before that of `tokens[i][j]`."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Role
 
-from .compare import Comparison
+from .compare import REDRAWS, Comparison
 from .draft_reference import DraftReference, DraftTrace
 from .scenario import Lengths
 from .telling import Tell, quietly
@@ -69,6 +69,19 @@ def compare_drafts(
         result.apart = max(result.apart, getattr(candidate, "apart", 0.0))
 
 
+def diverging(
+    sequences: list[list[int]], hidden: list[Rows], lengths: Lengths, drafting: Drafting
+) -> dict[str, tuple[Rows, Rows]]:
+    """By candidate: the reference's logits and its own, where each rounds by itself."""
+    case = _case(drafting.reference, sequences, hidden, lengths)
+    found = {}
+    for name, make in drafting.candidates.items():
+        rows: list[tuple[Rows, Rows]] = []
+        _judge(Comparison(float("inf")), case, make(), name, rows)
+        found[name] = (np.stack([wanted for wanted, _ in rows]), np.stack([row for _, row in rows]))
+    return found
+
+
 def _case(reference: DraftReference, sequences: list[list[int]], hidden: list[Rows], lengths: Lengths) -> _Case:
     room = [len(s) - 1 - p for s, p in zip(sequences, lengths.prompts, strict=True)]
     steps = min(STEPS, min(room) // 3)
@@ -78,15 +91,40 @@ def _case(reference: DraftReference, sequences: list[list[int]], hidden: list[Ro
     ends = [p + steps + a for p, a in zip(lengths.prompts, appended, strict=True)]
     tokens = [s[1 : end + 1] for s, end in zip(sequences, ends, strict=True)]
     given = [h[:end] for h, end in zip(hidden, ends, strict=True)]
-    traces = reference.run(tokens, given)
+    tokens, traces = _settled(reference, tokens, given)
     for step in range(steps):  # from here on, a token follows what the layer itself made of the one before
         given = [np.concatenate([h, t.hidden[-1:]]) for h, t in zip(given, traces, strict=True)]
-        tokens = [s[1 : end + step + 2] for s, end in zip(sequences, ends, strict=True)]
+        tokens = [[*t, s[end + step + 1]] for t, s, end in zip(tokens, sequences, ends, strict=True)]
         traces = reference.run(tokens, given)
     return _Case(tokens, given, traces, [*counts, *[(DRAFT_DECODE, one)] * steps], steps)
 
 
-def _judge(result: Comparison, case: _Case, candidate: DraftCandidate, name: str) -> None:
+def _settled(
+    reference: DraftReference, tokens: list[list[int]], hidden: list[Rows]
+) -> tuple[list[list[int]], list[DraftTrace]]:
+    """The sequences and their traces; one in which the router's choice hangs on rounding, in another order of its
+    tokens: any token may follow any hidden states."""
+    rng = np.random.default_rng(0)
+    traces = reference.run(tokens, hidden)
+    for _ in range(REDRAWS):
+        tied = [i for i, t in enumerate(traces) if t.decided < len(tokens[i])]
+        if not tied:
+            break
+        fresh = [[int(t) for t in rng.permutation(tokens[i])] for i in tied]
+        for i, order, trace in zip(tied, fresh, reference.run(fresh, [hidden[i] for i in tied]), strict=True):
+            if trace.decided > traces[i].decided:
+                tokens[i], traces[i] = order, trace
+    return tokens, traces
+
+
+def _judge(
+    result: Comparison,
+    case: _Case,
+    candidate: DraftCandidate,
+    name: str,
+    seen: list[tuple[Rows, Rows]] | None = None,
+) -> None:
+    """Add what a candidate does to `result`, and to `seen` the reference's rows of logits with its own."""
     candidate.begin(len(case.tokens))
     done = [0] * len(case.tokens)
     last: list[Rows] = []
@@ -116,9 +154,14 @@ def _judge(result: Comparison, case: _Case, candidate: DraftCandidate, name: str
             return
         for i, (row, end) in enumerate(zip(outputs[LOGITS], done, strict=True)):
             if end <= case.traces[i].decided:
+                if seen is not None:
+                    seen.append((case.traces[i].logits[end - 1], row))
                 result.add(phase, f"sequence {i}, position {end - 1}", row, case.traces[i].logits[end - 1])
             else:
                 result.undecided += 1
         if not result.max_abs_logit_error < result.bound:
             result.fail(f"the draft's logits, seen in {phase}")
             return
+    rows = sum(len(t.closest) for t in case.traces)
+    if 2 * sum(t.decided for t in case.traces) < rows:
+        result.fail(f"{name}: most choices of its router hang on rounding")

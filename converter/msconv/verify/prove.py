@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,7 @@ from msconv_runtime import claims
 from msconv_runtime.artifact import Artifact, Verified, Weights
 from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.errors import UsageError, VerificationFailed
-from msconv_runtime.kernels import library
-from msconv_runtime.roles import COMPILED, of_draft, of_variant
+from msconv_runtime.roles import COMPILED, of_variant
 from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.reference import configuration
@@ -23,9 +21,11 @@ from ..graph.toolchain import mindspore_version
 from ..layout.coverage import own_names, unused_names
 from ..quant import formats_named
 from ..workspace.lock import exclusive
+from .candidates import candidate_of, drafting_of, others_of, runs_here
 from .compare import Comparison, Further, compare, half_precision_bound
+from .drafting import compare_drafts
 from .reference import Reference, source_of
-from .scenario import DECODE_STEPS, Candidate
+from .scenario import DECODE_STEPS
 from .telling import Tell, quietly
 
 if TYPE_CHECKING:
@@ -167,41 +167,20 @@ class Subject:
         model = Reference(self.source, artifact.manifest, layers)
         model.tell = self.tell
         comparison = compare(
-            _candidate(artifact, target, layers),
+            candidate_of(artifact, target, layers),
             model,
             config.vocab,
             config.max_positions,
             steps=self.steps,
-            others=_others(artifact, target, layers),
+            others=others_of(artifact, target, layers),
             tell=self.tell,
-            further=None if layers else self.drafts(model),
+            further=self._further(model),
         )
         proof = self._proof(comparison)
         if proof.ok and not layers and not self.is_large:
             self.tell("the target's own precision", 0, 1)
             proof = replace(proof, half_precision=_half_precision(artifact, target, model, config))
         return proof
-
-    def drafts(self, model: Reference) -> Further | None:
-        """The comparison of the draft's graphs, if the artifact has them."""
-        artifact, target = self.artifact, self.target.name
-        variants = sorted({g.variant for g in of_draft(artifact.graphs(target))})
-        if not variants:
-            return None
-        from .draft_reference import DraftReference
-        from .drafting import DraftCandidate, Drafting, compare_drafts
-
-        def candidate(variant: str) -> DraftCandidate:
-            if _runs_here(artifact, self.target, 0, variant):
-                from msconv_runtime import Session
-
-                return Session(artifact.root, target, compiled=variant == COMPILED).draft
-            from .lockstep import Lockstep
-
-            return Lockstep(artifact, target, variant=variant, draft=True)
-
-        drafting = Drafting(DraftReference(model), {v: partial(candidate, v) for v in variants})
-        return partial(compare_drafts, drafting=drafting, tell=self.tell)
 
     def led(self, max_kl: float | None, text: Path | None) -> Proof:
         """Against int8 arithmetic, led where rounding is a tie.  Raises VerificationFailed if the artifact's codes
@@ -227,10 +206,17 @@ class Subject:
         if of_variant(artifact.graphs(target.name), COMPILED):
             candidates[COMPILED] = lambda: self._interpreted(COMPILED)
         for variant in candidates:
-            if _runs_here(artifact, target, layers, variant):
-                sessions[variant] = partial(_candidate, artifact, target, layers, variant)
+            if runs_here(artifact, target, layers, variant):
+                sessions[variant] = partial(candidate_of, artifact, target, layers, variant)
         comparison, led = compare_led(
-            candidates, sessions, model, config.vocab, config.max_positions, steps=self.steps, tell=self.tell
+            candidates,
+            sessions,
+            model,
+            config.vocab,
+            config.max_positions,
+            steps=self.steps,
+            tell=self.tell,
+            drafting=None if layers else drafting_of(artifact, target, model),
         )
         proof = replace(self._proof(comparison), led=led, tensors=found.tensors, max_kl=max_kl)
         if not proof.ok or layers:
@@ -241,6 +227,11 @@ class Subject:
         self.tell("drift", 0, 1)
         measured = drift.measure(self.source, artifact.manifest, model, text, config.vocab, config.max_positions)
         return replace(proof, drift=measured)
+
+    def _further(self, model: Reference) -> Further | None:
+        """The comparison of the draft's graphs, if the artifact has them."""
+        drafting = None if self.layers else drafting_of(self.artifact, self.target, model)
+        return partial(compare_drafts, drafting=drafting, tell=self.tell) if drafting else None
 
     def _interpreted(self, variant: str) -> Lockstep:
         from .lockstep import Lockstep
@@ -294,30 +285,6 @@ def _half_precision(
     if config.moe is None and not is_int8:
         found["half_precision_bound"] = half_precision_bound(target, result.largest_logit, config.layers)
     return found
-
-
-def _candidate(artifact: Artifact, target: Target, layers: int, variant: str = "") -> Candidate:
-    """One CPU rank runs for real, in MindSpore, where it has what the variant needs; several ranks, and Ascend's
-    graphs, in the interpreter."""
-    if _runs_here(artifact, target, layers, variant):
-        from msconv_runtime import Session
-
-        return Session(artifact.root, target.name, compiled=variant == COMPILED)
-    from .lockstep import Lockstep
-
-    return Lockstep(artifact, target.name, layers=layers, variant=variant)
-
-
-def _runs_here(artifact: Artifact, target: Target, layers: int, variant: str) -> bool:
-    is_one = target.device.is_host and artifact.tp == 1 and not layers
-    return is_one and (variant != COMPILED or library().path is not None)
-
-
-def _others(artifact: Artifact, target: Target, layers: int) -> dict[str, Callable[[], Candidate]]:
-    """Graphs of compiled kernels, if there are any: proved after those of MindSpore's operations."""
-    if not of_variant(artifact.graphs(target.name), COMPILED):
-        return {}
-    return {COMPILED: lambda: _candidate(artifact, target, layers, COMPILED)}
 
 
 def _record(root: Path, target: Target, entry: Verified | None) -> None:

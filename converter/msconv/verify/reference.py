@@ -95,6 +95,9 @@ class Reference:
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
+            if manifest.draft and manifest.draft.kind == "mtp" and not layers:  # is not run with the others
+                index = config.num_hidden_layers
+                model.model.layers.append(type(model.model.layers[-1])(config, index))
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         with torch.device("meta"):
             self._prepare(model)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.runtime_context import get_model
 
@@ -20,9 +19,10 @@ from ..artifact import D2T, Artifact
 from ..artifact.weights import RankWeights
 from ..captured import captured_layers
 from ..errors import ArtifactError
-from ..graphs import Graphs
-from ..paging import Batch, take
+from ..graphs import Graphs, Outputs
+from ..paging import Batch
 from ..roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS
+from . import drafts
 
 NEXTN = "NextN"  # how SGLang ends an architecture's name where it means the layer that drafts
 
@@ -62,31 +62,17 @@ def check_captured(artifact: Artifact, layer_ids: list[int] | None) -> None:
         )
 
 
-def as_output(found: dict[str, NDArray[np.float32]], device: Any) -> LogitsProcessorOutput:
+def as_output(found: Outputs, device: Any) -> LogitsProcessorOutput:
     """What graphs gave, as SGLang takes it."""
     tensors = {name: torch.from_numpy(values).to(device) for name, values in found.items()}
     return LogitsProcessorOutput(next_token_logits=tensors[LOGITS], hidden_states=tensors.get(HIDDEN))
 
 
 def of_draft(graphs: Graphs, batch: Batch, forward_batch: Any, caches: list[Any], device: Any) -> Any:
-    """SGLang's LogitsProcessorOutput of a draft: logits and hidden states [B, ..] of each sequence's last token.
-
-    After a verification SGLang gives all k tokens of each sequence, and reads what comes of the last that was
-    accepted: only those up to it run, and rows [B * k, ..] of others are zeros."""
+    """SGLang's LogitsProcessorOutput of a draft: logits and hidden states [B, ..] of each sequence's last token;
+    after a verification [B * k, ..], see `drafts.run`."""
     info, mode = forward_batch.spec_info, forward_batch.forward_mode
+    role = DRAFT_EXTEND if mode.is_extend() else DRAFT_DECODE
+    counts = info.num_accept_tokens.cpu().numpy() if mode.is_draft_extend_v2() else None
     given = info.hidden_states.float().cpu().numpy()
-    if not mode.is_draft_extend_v2():
-        role = DRAFT_EXTEND if mode.is_extend() else DRAFT_DECODE
-        found = graphs.in_parts(role, batch, caches, hidden=given)
-        return as_output({LOGITS: found[LOGITS], HIDDEN: found[HIDDEN][np.cumsum(batch.q_lens) - 1]}, device)
-    width = len(batch.input_ids) // len(batch.q_lens)
-    counts = info.num_accept_tokens.cpu().numpy()
-    begins = np.arange(len(counts)) * width
-    part = take(batch, [(i, int(begins[i]), int(n)) for i, n in enumerate(counts)], graphs.page)
-    kept = np.concatenate([np.arange(b, b + n) for b, n in zip(begins, counts, strict=True)])
-    found = graphs.in_parts(DRAFT_EXTEND, part, caches, hidden=given[kept])
-    rows = {LOGITS: found[LOGITS], HIDDEN: found[HIDDEN][np.cumsum(counts) - 1]}
-    spread = {name: np.zeros((len(given), values.shape[1]), np.float32) for name, values in rows.items()}
-    for name, values in rows.items():
-        spread[name][begins + counts - 1] = values
-    return as_output(spread, device)
+    return as_output(drafts.run(graphs, role, batch, caches, given, counts), device)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..compare import FLOAT32_BOUND, Comparison, closest_judged, draw, largest_error
+from ..drafting import Drafting, diverging
 from ..lockstep import Lockstep
 from ..reference import Trace
 from ..scenario import DECODE_STEPS, Candidate, Lengths, Seen, play
@@ -40,10 +41,11 @@ class Session:
 
 @dataclass
 class Led:
-    """By candidate, "" for the first: what was to say of its codes, and of the server's run."""
+    """By candidate, "" for the first: what was to say of its codes, of the server's run, of a draft's graphs."""
 
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
+    drafts: dict[str, Session] = field(default_factory=dict)
     apart: str = ""
 
     @property
@@ -83,6 +85,9 @@ class Led:
         for name, session in self.sessions.items():
             if not session.ok:
                 return f"the server's own run{f' ({name})' if name else ''} differs from the interpreter's"
+        for name, draft in self.drafts.items():
+            if not draft.ok:
+                return f"the draft{f' ({name})' if name else ''} differs from the reference's"
         return ""
 
     @property
@@ -95,8 +100,9 @@ class Led:
         }
         for group, (compared, led) in self.groups.items():
             found[f"led_share {group}"] = led / compared if compared else 0.0
-        for name, session in self.sessions.items():
-            prefix = f"session_{name}_" if name else "session_"
+        prefixes = [(f"session_{name}_" if name else "session_", s) for name, s in self.sessions.items()]
+        prefixes += [(f"draft_{name}_" if name else "draft_", s) for name, s in self.drafts.items()]
+        for prefix, session in prefixes:
             found |= {
                 f"{prefix}max_abs_logit_error": session.max_abs_logit_error,
                 f"{prefix}argmax_agreement": session.argmax_agreement,
@@ -107,7 +113,8 @@ class Led:
 
     @property
     def ok(self) -> bool:
-        sound = all(v.ok for v in self.verdicts.values()) and all(s.ok for s in self.sessions.values())
+        runs = (*self.sessions.values(), *self.drafts.values())
+        sound = all(v.ok for v in self.verdicts.values()) and all(s.ok for s in runs)
         return bool(self.verdicts) and sound and not self.apart
 
 
@@ -120,9 +127,11 @@ def compare_led(
     steps: int = DECODE_STEPS,
     seed: int = 0,
     tell: Tell = quietly,
+    drafting: Drafting | None = None,
 ) -> tuple[Comparison, Led]:
     """Run the scenario in each of `candidates`, by name, as long as nothing is wrong; then the server's own in
-    `sessions`, by the name of the candidate that it must be like."""
+    `sessions`, by the name of the candidate that it must be like.  `drafting`: a draft's graphs,
+    which are not led."""
     rng = np.random.default_rng(seed)
     result, led = Comparison(FLOAT32_BOUND), Led()
     sequences: list[list[int]] = []
@@ -144,6 +153,10 @@ def compare_led(
         if name in sessions and led.ok and result.ok:
             own = play(sessions[name](), f"{name} server's ".lstrip(), sequences, lengths, tell)
             led.sessions[name] = against(list(own), seen, traces, free_kl(reference.moe is not None))
+    if drafting is not None and lengths is not None and led.ok and result.ok:
+        states = [t.hidden for t in reference.traces(sequences)]
+        for name, (wanted, found) in diverging(sequences, states, lengths, drafting).items():
+            led.drafts[name] = _apart(wanted, found, free_kl(reference.moe is not None))
     return result, led
 
 
@@ -184,4 +197,8 @@ def against(own: list[Seen], others: list[Seen], traces: list[Trace], bound: flo
     ]
     found: NDArray[np.float32] = np.stack([a for a, _ in pairs])
     wanted: NDArray[np.float32] = np.stack([b for _, b in pairs])
+    return _apart(wanted, found, bound)
+
+
+def _apart(wanted: NDArray[np.float32], found: NDArray[np.float32], bound: float) -> Session:
     return Session(largest_error(found, wanted), agreement(wanted, found), divergence(wanted, found), bound)

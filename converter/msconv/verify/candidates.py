@@ -1,0 +1,56 @@
+"""Who runs a target's graphs in a proof: MindSpore where this machine can, else the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.kernels import library
+from msconv_runtime.roles import COMPILED, of_draft, of_variant
+from msconv_runtime.targets import Target
+
+from .draft_reference import DraftReference
+from .drafting import DraftCandidate, Drafting
+from .reference import Reference
+from .scenario import Candidate
+
+
+def candidate_of(artifact: Artifact, target: Target, layers: int, variant: str = "") -> Candidate:
+    """One CPU rank runs for real, in MindSpore, where it has what the variant needs; several ranks, and Ascend's
+    graphs, in the interpreter."""
+    if runs_here(artifact, target, layers, variant):
+        from msconv_runtime import Session
+
+        return Session(artifact.root, target.name, compiled=variant == COMPILED)
+    from .lockstep import Lockstep
+
+    return Lockstep(artifact, target.name, layers=layers, variant=variant)
+
+
+def runs_here(artifact: Artifact, target: Target, layers: int, variant: str) -> bool:
+    is_one = target.device.is_host and artifact.tp == 1 and not layers
+    return is_one and (variant != COMPILED or library().path is not None)
+
+
+def others_of(artifact: Artifact, target: Target, layers: int) -> dict[str, Callable[[], Candidate]]:
+    """Graphs of compiled kernels, if there are any: proved after those of MindSpore's operations."""
+    if not of_variant(artifact.graphs(target.name), COMPILED):
+        return {}
+    return {COMPILED: lambda: candidate_of(artifact, target, layers, COMPILED)}
+
+
+def drafting_of(artifact: Artifact, target: Target, model: Reference) -> Drafting | None:
+    """A draft's graphs and their reference, if the artifact has them."""
+    variants = sorted({g.variant for g in of_draft(artifact.graphs(target.name))})
+
+    def candidate(variant: str) -> DraftCandidate:
+        if runs_here(artifact, target, 0, variant):
+            from msconv_runtime import Session
+
+            return Session(artifact.root, target.name, compiled=variant == COMPILED).draft
+        from .lockstep import Lockstep
+
+        return Lockstep(artifact, target.name, variant=variant, draft=True)
+
+    return Drafting(DraftReference(model), {v: partial(candidate, v) for v in variants}) if variants else None
