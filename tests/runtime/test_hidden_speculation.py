@@ -1,4 +1,4 @@
-"""Drafts that read hidden states, against the artifact that is served: what does not fit is said before loading."""
+"""Drafts that read hidden states against the artifact that is served: what does not fit is said at the start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msconv.steps.drafts import expect_draft
 from msconv_runtime.artifact import Artifact, Draft, read_manifest
 from msconv_runtime.captured import LAYER_IDS, captured_layers
 from msconv_runtime.doctor import Machine, examine
-from msconv_runtime.errors import UsageError
+from msconv_runtime.errors import CheckpointError, UsageError
 from msconv_runtime.sglang.speculation import speculation_problems
 from msconv_runtime.targets import CPU
 from tests.conversions import convert
@@ -119,8 +119,6 @@ def test_a_draft_is_not_served_by_itself(draft: Path) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_a_draft_that_no_graph_computes_is_refused(tmp_path: Path, config: dict[str, object], told: str) -> None:
-    from msconv_runtime.errors import CheckpointError
-
     make_eagle3(tmp_path / "draft", **{**IDS, **config})
     with pytest.raises(CheckpointError, match=told):
         convert(tmp_path / "draft", tmp_path / "artifact")

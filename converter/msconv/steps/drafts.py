@@ -49,9 +49,7 @@ def _layers(reference: str, draft: DecoderConfig, model: DecoderConfig) -> list[
         "vocabulary": (draft.eagle.vocab, model.vocab),
         "hidden size": (draft.hidden, model.hidden),
     }
-    if wrong := [
-        f"a {what} of {its}, the model one of {ours}" for what, (its, ours) in sizes.items() if its != ours
-    ]:
+    if wrong := [f"a {what} of {its}, not of {ours}" for what, (its, ours) in sizes.items() if its != ours]:
         raise UsageError(
             f"--draft {reference}: is made for another model: it has {' and '.join(wrong)}.",
             "Give a draft that was trained for this model.",
