@@ -310,6 +310,9 @@ def test_prediction_layers_that_are_missing_or_of_another_type_are_found(tmp_pat
     assert any("attention of multi-token prediction are bfloat16" in t for t in texts), texts
     edit_json(plain / "config.json", num_nextn_predict_layers=1)
     only(lint(plain), "warning", "mtp", "model.layers.2.*")
+    edit(with_mtp, lambda tensors: tensors.pop("model.layers.2.hnorm.weight"))
+    (error,) = [f for f in lint(with_mtp).findings if f.severity == "error"]
+    assert (error.check, "model.layers.2.hnorm.weight" in error.problem) == ("names", True)
 
 
 def test_a_configuration_that_is_not_supported_hides_nothing(own: Made) -> None:

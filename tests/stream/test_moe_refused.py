@@ -153,7 +153,7 @@ def test_fp8_without_a_word_about_its_blocks_is_refused(model: Models, tmp_path:
     edit_json(source / "config.json", quantization_config=None)
     message = refused(source, tmp_path / "out", PlanError)
     assert "no quantization_config" in message
-    assert "model.layers.1.mlp.experts.{0..15}.up_proj.weight" in message
+    assert "model.layers.{1..2}.mlp.experts.{0..15}.up_proj.weight" in message
     assert "unknown to this model" not in message  # the scales are not news
     assert len(message.splitlines()) < 30
 
@@ -222,8 +222,9 @@ def test_codes_that_are_no_numbers_do_no_harm_in_what_is_dropped(
 ) -> None:
     edit = put_codes(EXPERT.replace("layers.1", "layers.2"), (17, 3, 0x7F))
     source = change(own(model("deepseek FP8"), tmp_path), edit)
-    convert(source, tmp_path / "out", 2, ep=2)
-    assert read_rank(tmp_path / "out", 1).keys() == read_rank(artifact("deepseek FP8", 2, 2), 1).keys()
+    convert(source, tmp_path / "out", 2, ep=2, drafts=False)
+    whole = read_rank(artifact("deepseek FP8", 2, 2), 1).keys()
+    assert read_rank(tmp_path / "out", 1).keys() == {n for n in whole if not n.startswith("model.layers.2.")}
 
 
 @pytest.mark.parametrize("scale", [200.0, -1e5, 1e38])

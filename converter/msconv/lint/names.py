@@ -48,6 +48,8 @@ def check_names(found: Inventory, harmless: Collection[str], findings: Findings)
     except MsconvError as e:
         findings.add("error", "names", e.message, [where])
     sizes = base.config.sizes()
+    if any(name.startswith(f"model.layers.{sizes.layers}.") for name in tensors):
+        sizes = base.config.with_draft().sizes()
     plan = examine(base.family.table, sizes, tensors, Mesh(1, 1), WIDEST)
     for problem in plan.problems:
         findings.add("error", "names", problem, [where])
@@ -111,8 +113,7 @@ def _check_experts(found: Inventory, findings: Findings) -> None:
 
 
 def _check_mtp(tensors: dict[str, TensorInfo], layers: int, promised: int, findings: Findings) -> None:
-    """Layers that guess further tokens: an artifact leaves them out; a server that wants them finds none, or
-    others than it expects."""
+    """Layers that guess further tokens: a server that wants them finds none, or others than it expects."""
     by_layer: dict[int, set[str]] = {}
     for name in tensors:
         if match := LAYER.match(name):

@@ -54,7 +54,7 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
         "parallel": {"tp": mesh.tp, "ep": mesh.ep},
         "weights": _weights(manifest.weights),
         "use": _use(manifest, targets),
-        "commands": _commands(manifest, targets),
+        "commands": _commands(manifest, config, targets),
         "memory": _memory(manifest, config, mesh, targets),
         "ranks": _ranks(manifest, config, mesh),
         "cutting": _cutting(manifest, config, mesh),
@@ -183,12 +183,13 @@ def _formats(w: Weights) -> list[Data]:
     ]
 
 
-def _commands(manifest: Manifest, targets: list[str]) -> list[Data]:
+def _commands(manifest: Manifest, config: DecoderConfig, targets: list[str]) -> list[Data]:
     """How to make the same artifact again, under its default name, and how to check it."""
     m, p, w = manifest.model, manifest.parallel, manifest.weights
     output = f"artifacts/{default_name(m.source.rpartition('/')[2], p.tp, p.ep)}"
     model = f"{m.source}@{m.commit}" if m.commit else m.source
     layout = ["--tp", str(p.tp)] + (["--ep", str(p.ep)] if p.ep > 1 else [])
+    layout += ["--no-drafts"] if config.mtp_layers and manifest.draft is None else []
     flags = [flag for t in targets for flag in ("--target", t)]
     lines: list[tuple[str, list[str]]] = []
     if w is not None:

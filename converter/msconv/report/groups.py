@@ -18,6 +18,7 @@ GROUPS = {  # the first that matches
     "router": r".*\.mlp\.gate\.",
     "dense MLP": r".*\.mlp\.",
     "rank constants": "|".join(RANK_CONSTANTS) + "$",
+    "draft's input": r".*\.eh_proj\.",
     "other": "",
 }
 KV_CACHE = "KV cache"
@@ -30,6 +31,7 @@ ORDER = (
     "router",
     "head",
     "norms",
+    "draft's input",
     "rank constants",
     "other",
     KV_CACHE,

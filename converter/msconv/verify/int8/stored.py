@@ -147,6 +147,8 @@ class Check:
     def __init__(self, artifact: Artifact, weights: QuantisedWeights) -> None:
         self.tp, self.ep = artifact.tp, artifact.manifest.parallel.ep
         self.weights, self.config = weights, weights.checkpoint.config
+        if artifact.manifest.draft and artifact.manifest.draft.kind == "mtp":
+            self.config = self.config.with_draft()
         self.ranks = Ranks(artifact)
         self.found = Stored()
         self.known: set[str] = set()
