@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/python -m demo.run
 
 test: check browser compiler
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 # The tests look at report.html in a real browser; MSCONV_NO_BROWSER=1 leaves those tests out.
 browser:

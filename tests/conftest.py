@@ -57,6 +57,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+LONG = ("e2e", "verify", "rehearsal", "docs", "cli")  # directories whose files take minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: at the end, no worker waits for another."""
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        directory = item.path.relative_to(here).parts[0]
+        return LONG.index(directory) if directory in LONG else len(LONG)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """`checkpoint("tied")`: the directory of a variant, made once.  To be read, never changed."""

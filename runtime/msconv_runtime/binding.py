@@ -18,6 +18,7 @@ from .dtypes import DTYPES, is_float
 from .errors import ArtifactError
 from .kernels import Library
 from .mindir_check import check_mindir
+from .mindir_check.renaming import renamed
 from .targets import TARGETS
 from .versions import MINDSPORE, in_series, named
 
@@ -111,18 +112,15 @@ def _load(data: bytes, kernels: Library, groups: Mapping[str, str]) -> Any:
 
 
 def _with_names_of_here(data: bytes, kernels: Library, groups: Mapping[str, str]) -> bytes:
-    from mindspore.train import mind_ir_pb2
+    def name_here(kind: str, attribute: str, text: str) -> str:
+        if attribute == "group":
+            return groups.get(text, text)
+        if kind == "Custom" and attribute == "func_name" and kernels.path is not None:
+            _, _, function = text.partition(":")
+            return f"{kernels.path}:{function}"
+        return text
 
-    model = mind_ir_pb2.ModelProto.FromString(data)
-    for attribute in (a for p in model.primitives for a in p.attribute if a.name == "group"):
-        attribute.s = groups.get(attribute.s.decode(), attribute.s.decode()).encode()
-    customs = (p for p in model.primitives if p.op_type == "Custom" and kernels.path is not None)
-    for attribute in (a for p in customs for a in p.attribute):
-        if attribute.name == "func_name":
-            _, _, function = attribute.s.decode().partition(":")
-            attribute.s = f"{kernels.path}:{function}".encode()
-    changed: bytes = model.SerializeToString()
-    return changed
+    return renamed(data, name_here)
 
 
 def bind(

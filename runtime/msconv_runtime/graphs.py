@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -182,12 +182,9 @@ class Graphs:
         """The outputs, by name, of the graph that answers `asked`: logits as its role says, hidden states of every
         new token.  Cut into calls of at most `most` tokens where a graph reads what an earlier one cached.
         `hidden` [T, ...]: what a draft's graph takes beside the tokens."""
-        if asked.begins and not self.target.prefill_reads_cache:
-            return self.run(asked, batch, caches, hidden)
-        ragged = self.is_compiled or not self.target.device.is_host
         found: dict[str, list[NDArray[np.float32]]] = {}
         done = 0
-        for _, last, part in chunks(batch, self.page, ragged, most):
+        for last, part in self._cut(asked, batch, most):
             count = len(part.input_ids)  # parts have the batch's tokens in its order
             given = None if hidden is None else hidden[done : done + count]
             done += count
@@ -195,11 +192,30 @@ class Graphs:
                 found.setdefault(name, []).append(values if asked.is_of_all(name) or all(last) else values[last])
         return {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in found.items()}
 
+    def _cut(self, asked: Role, batch: Batch, most: int = RAGGED_TOKENS) -> Iterator[tuple[list[bool], Batch]]:
+        """The calls that run a batch, with which of their sequences end in them."""
+        if asked.begins and not self.target.prefill_reads_cache:
+            yield [True] * len(batch.q_lens), batch
+            return
+        ragged = self.is_compiled or not self.target.device.is_host
+        for _, last, part in chunks(batch, self.page, ragged, most):
+            yield last, part
+
     def run(self, asked: Role, batch: Batch, caches: Sequence[Any], hidden: Any = None) -> Outputs:
         """The outputs, by name, of the graph that answers `asked` for this batch, in one call."""
         return self._call(graph_for(self.entries, asked, batch), batch, caches, hidden)
 
     def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any], hidden: Any) -> Outputs:
+        found = self.cells[graph.role](*self._inputs(graph, batch, hidden), *caches)
+        outputs = found if isinstance(found, tuple) else (found,)
+        names = [o.name for o in graph.outputs]
+        return {name: _on_host(out) for name, out in zip(names, outputs, strict=True)}
+
+    def _compile(self, graph: Graph, batch: Batch, caches: Sequence[Any], hidden: Any) -> None:
+        """What a call does before it runs: nothing, if the graph that was compiled takes this batch."""
+        self.cells[graph.role].compile(*self._inputs(graph, batch, hidden), *caches)
+
+    def _inputs(self, graph: Graph, batch: Batch, hidden: Any) -> list[Any]:
         from mindspore import Tensor
 
         inputs = [Tensor.from_numpy(np.ascontiguousarray(a, np.int32)) for a in batch.arrays]
@@ -209,10 +225,7 @@ class Graphs:
         if ROLES[graph.role].is_draft:
             given = np.ascontiguousarray(fitting(graph, hidden), np.float32)
             inputs.append(Tensor(given, element_type(self.target.dtype)))
-        found = self.cells[graph.role](*inputs, *caches)
-        outputs = found if isinstance(found, tuple) else (found,)
-        names = [o.name for o in graph.outputs]
-        return {name: _on_host(out) for name, out in zip(names, outputs, strict=True)}
+        return inputs
 
     @property
     def compiles(self) -> int:
@@ -224,14 +237,19 @@ class Graphs:
         return self.compiles - self._compiles_at_ready
 
     def warm_up(self, strict: bool = False) -> None:
-        """Run all graphs on a cache of their own.  Later calls of any shape compile nothing: `strict` tries other
-        shapes too and raises EnvironmentProblem if that compiles."""
+        """Run each graph once, on a cache of its own.  Later calls of any shape compile nothing: `strict` asks for
+        other shapes too, without running them, and raises EnvironmentProblem if that compiles."""
         page = self.page
         batches: list[list[int]] = [[1] * WARM_UP_SEQUENCES, *([[page + 1, 2, 1, 1]] if strict else [])]
         pages = max(sum(-(-(n + 2) // page) for n in lengths) for lengths in batches)  # each gets two more
         caches = [self._blank(cache, pages) for cache in self.caches]
+        warm: set[str] = set()
         for lengths in batches:
-            self._run_once(Sequences(len(lengths), page), lengths, caches)
+            for asked, batch in self._one_of_each(lengths):
+                graph = graph_for(self.entries, asked, batch)
+                hidden = np.zeros((len(batch.input_ids), hidden_width(graph))) if self.is_draft else None
+                (self._compile if graph.role in warm else self._call)(graph, batch, caches, hidden)
+                warm.add(graph.role)
             if self._compiles_at_ready and self.compiles_since_ready:
                 raise EnvironmentProblem(
                     f"MindSpore compiled {self.compiles_since_ready} times more for a batch of another shape: "
@@ -240,19 +258,16 @@ class Graphs:
                 )
             self._compiles_at_ready = self.compiles
 
-    def _run_once(self, sequences: Sequences, lengths: list[int], caches: Sequence[Any]) -> None:
-        """Every graph, for prompts of these lengths."""
-        prompts, one = [[0] * n for n in lengths], [[0] for _ in lengths]
-        if self.is_draft:
-            for role, tokens in ((DRAFT_EXTEND, prompts), (DRAFT_DECODE, one)):
-                batch = sequences.advance(tokens)
-                width = hidden_width(graph_for(self.entries, role, batch))
-                self.in_parts(role, batch, caches, hidden=np.zeros((len(batch.input_ids), width)))
-            return
-        self.prefill(sequences.advance(prompts), caches)
-        self.decode(sequences.advance(one), caches)
-        if self.gives_all_logits:
-            self.every_token(sequences.advance(one), caches)
+    def _one_of_each(self, lengths: list[int]) -> Iterator[tuple[Role, Batch]]:
+        """The calls of each role, for prompts of these lengths and one token after another."""
+        sequences, first = Sequences(len(lengths), self.page), [[0] * n for n in lengths]
+        roles = [DRAFT_EXTEND, DRAFT_DECODE] if self.is_draft else [PREFILL, DECODE]
+        if not self.is_draft and self.gives_all_logits:
+            roles.append(VERIFY)
+        for number, role in enumerate(roles):
+            batch = sequences.advance([[0] for _ in lengths] if number else first)
+            most = self.rows_at_once if role is VERIFY else RAGGED_TOKENS
+            yield from ((role, part) for _, part in self._cut(role, batch, most))
 
     def _blank(self, cache: GraphInput, pages: int) -> Any:
         from mindspore import Tensor

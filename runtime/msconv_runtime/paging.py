@@ -42,6 +42,7 @@ class Batch:
         )
 
 
+Chunk = tuple[list[int], list[bool], Batch]  # members, whether each is at its end, the part
 RAGGED_TOKENS = 2048  # in one call of a graph that takes sequences as they are
 CHUNK_TOKENS = 512  # places (sequences x longest) in one call of one that pads them: bounds its memory
 MASK_TILE = 128  # a side of the triangle that flash attention repeats itself
@@ -110,9 +111,7 @@ class Sequences:
         )
 
 
-def chunks(
-    batch: Batch, page: int, ragged: bool, most: int = RAGGED_TOKENS
-) -> Iterator[tuple[list[int], list[bool], Batch]]:
+def chunks(batch: Batch, page: int, ragged: bool, most: int = RAGGED_TOKENS) -> Iterator[Chunk]:
     """Cut a batch into calls of bounded size, at most `most` tokens: (members, whether each is at its end, the
     part).  Unless a graph takes `ragged` sequences, it makes each as long as the longest.
 
@@ -136,7 +135,7 @@ def chunks(
         yield _part(batch, members, page)
 
 
-def _part(batch: Batch, members: list[Stretch], page: int) -> tuple[list[int], list[bool], Batch]:
+def _part(batch: Batch, members: list[Stretch], page: int) -> Chunk:
     part = take(batch, members, page)
     sequences = [sequence for sequence, _, _ in members]
     return sequences, (part.context_lens == batch.context_lens[sequences]).tolist(), part

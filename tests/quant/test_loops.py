@@ -11,6 +11,7 @@ import pytest
 from msconv.quant import compiled, kernels
 from msconv.quant.fp8_block import CODES, Blocks
 from msconv.quant.kernels import Numpy
+from msconv_runtime.errors import CheckpointError
 from tests.commands import run_python
 from tests.int8_checkpoints import quantised
 from tests.quant.conftest import Int8
@@ -79,6 +80,39 @@ def test_fp8_codes_times_scales(shape: tuple[int, int]) -> None:
         decoded = np.empty(shape, np.uint32)
         assert Blocks(scales, block, np.dtype(np.float32)).rows(codes, 5, decoded) == 0
         assert np.array_equal(decoded, wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 390)])
+@pytest.mark.parametrize("sizes", [(-6, 2), (-40, -30), (20, 35)])
+def test_int8_codes_straight_from_fp8(shape: tuple[int, int], sizes: tuple[int, int]) -> None:
+    """Those that their values get, of every FP8 code and of products too small for a normal number."""
+    rng = np.random.default_rng(4)
+    codes = rng.integers(0, 256, shape, np.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0x80
+    codes[rng.random(shape) < 0.3] &= 0x87  # of the smallest exponent
+    for block in ((16, 40), (128, 128), (1, 3)):
+        size = (-(-(shape[0] + 5) // block[0]), -(-shape[1] // block[1]))
+        scales = (10.0 ** rng.uniform(*sizes, size)).astype(np.float32)
+        given = np.empty(shape, np.float32)
+        decoder = Blocks(scales, block, np.dtype(np.float32))
+        assert decoder.rows(codes, 5, given.view(np.uint32)) == 0
+        wanted, divisors = quantised(given)
+        largest = decoder.largest(codes, 5)
+        assert largest is not None
+        assert np.array_equal(largest, np.abs(given).max(1, keepdims=True))
+        for loops in LOOPS:
+            found, made = np.empty((shape[0], size[1]), np.uint8), np.empty(shape, np.int8)
+            loops.largest_codes(codes, block[1], found)
+            assert np.array_equal(found, np.maximum.reduceat(codes & 0x7F, range(0, shape[1], block[1]), 1))
+            loops.encode_fp8(codes, scales, divisors, 5, *block, made)
+            assert np.array_equal(made, wanted)
+
+
+def test_int8_codes_straight_from_fp8_need_values_that_float32_holds() -> None:
+    sound, large = (Blocks(np.full((1, 1), s, np.float32), (1, 3), np.dtype(np.float32)) for s in (1, 3e37))
+    assert large.largest(np.array([[0x7E, 0x01, 0xFE]], np.uint8), 0) is None
+    with pytest.raises(CheckpointError, match="1 of its FP8 codes are no number"):
+        sound.largest(np.array([[0x7E, 0xFF, 0x01]], np.uint8), 0)
 
 
 def test_fp8_scales_that_float32_cannot_hold_are_counted() -> None:

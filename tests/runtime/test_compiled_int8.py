@@ -157,6 +157,65 @@ def test_both_products_of_an_mlp(tokens: int, hidden: int, ffn: int, seed: int) 
     assert run("MlpInt8", inputs, hidden).tobytes() == check.mlp_int8(*inputs).tobytes()
 
 
+def matrix_drawn(rng: Any, rows: int, columns: int) -> list[Array]:
+    scales = rng.uniform(1e-4, 1e-2, (rows, 1)).astype(np.float32)
+    return [rng.integers(-128, 128, (rows, columns)).astype(np.int8), scales]
+
+
+SIZES = st.sampled_from([2, 20, 64, 75, 130])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.integers(1, 40), depth=SIZES, heads=st.integers(1, 5), kv=st.integers(1, 3), half=st.integers(1, 40)
+)
+def test_heads_are_those_of_the_product_alone(tokens: int, depth: int, heads: int, kv: int, half: int) -> None:
+    """Bit for bit what two operations give one after the other."""
+    assert PATH is not None
+    rng, dim = np.random.default_rng([tokens, depth, heads, kv, half]), 2 * half
+    h, qkv = rng.standard_normal((tokens, depth), np.float32), matrix_drawn(rng, (heads + 2 * kv) * dim, depth)
+    sizes = ((dim,), (dim,), (tokens, dim), (tokens, dim), (heads + kv,))
+    rest = [*(rng.standard_normal(size, np.float32) for size in sizes), np.full(1, 1e-6, np.float32)]
+    shapes = ((tokens, heads, dim), (tokens, 1, kv, dim), (tokens, 1, kv, dim))
+    found = check.call(PATH, "HeadsInt8", [h, *qkv, *rest], *shapes)
+    projected = run("ProductInt8", [h, *qkv], len(qkv[0]))
+    parts = check.call(PATH, "SplitHeads", [projected, *rest], *shapes)
+    assert [a.tobytes() for a in found] == [a.tobytes() for a in parts]
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 40), depth=SIZES, width=SIZES, ffn=st.integers(1, 200))
+def test_what_follows_attention_is_what_its_parts_give(tokens: int, depth: int, width: int, ffn: int) -> None:
+    """Bit for bit what four operations give one after the other."""
+    assert PATH is not None
+    rng, shape = np.random.default_rng([tokens, depth, width, ffn]), (tokens, width)
+    mixed, x = rng.standard_normal((tokens, depth), np.float32), rng.standard_normal(shape, np.float32)
+    o, mlp = matrix_drawn(rng, width, depth), [*matrix_drawn(rng, 2 * ffn, width), *matrix_drawn(rng, width, ffn)]
+    own, following = rng.standard_normal((2, width), np.float32)
+    eps = np.full(1, 1e-6, np.float32)
+    inputs = [mixed, x, *o, own, *mlp, following, eps]
+    found = check.call(PATH, "AfterAttentionInt8", inputs, shape, shape)
+    h, total = check.call(PATH, "AddNorm", [run("ProductInt8", [mixed, *o], width), x, own, eps], shape, shape)
+    parts = check.call(PATH, "AddNorm", [run("MlpInt8", [h, *mlp], width), total, following, eps], shape, shape)
+    assert [a.tobytes() for a in found] == [a.tobytes() for a in parts]
+
+
+@pytest.mark.parametrize("name", ["HeadsInt8", "MlpInt8", "AfterAttentionInt8"])
+def test_operations_of_several_parts_refuse_what_does_not_fit(name: str) -> None:
+    """Each input in turn has a row or a column too many: nothing is read that is not there."""
+    assert PATH is not None
+    inputs, outputs = check.examples(np.random.default_rng(0))[name]
+    shapes = [a.shape for a in outputs]
+    check.call(PATH, name, inputs, *shapes)
+    for i, whole in enumerate(inputs):
+        for axis in range(whole.ndim):
+            wrong = [np.concatenate([a, a.take([0], axis)], axis) if j == i else a for j, a in enumerate(inputs)]
+            with pytest.raises(ArithmeticError, match=f"{name} returned 4"):
+                check.call(PATH, name, wrong, *shapes)
+    with pytest.raises(ArithmeticError, match=f"{name} returned 4"):
+        check.call(PATH, name, inputs[:-1], *shapes)
+
+
 def experts_drawn(seed: int, tokens: int, top_k: int, hidden: int, ffn: int) -> list[Array]:
     """Gates are above 20, where silu of one is itself however e^-x is computed: codes are the same everywhere."""
     rng = np.random.default_rng([seed, tokens, top_k, hidden, ffn])

@@ -139,7 +139,7 @@ def test_a_prefill_that_fails_in_the_middle_leaves_no_sequences(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(session.graphs, "prefill", interrupted)
+        patch.setattr(session.graphs, "in_parts", interrupted)
         session.prefill([[1]])
     assert session.lengths == []  # the cache was written over
     assert np.array_equal(session.prefill(PROMPTS), expected)

@@ -17,7 +17,14 @@ from .command import Command
 from .console import find_artifact, say
 from .here import quoted, usual_target
 from .interrupts import leaving_at_once
-from .options import artifact_argument, complete_targets, no_drafts_option, output_option, quant_option
+from .options import (
+    UserPath,
+    artifact_argument,
+    complete_targets,
+    no_drafts_option,
+    output_option,
+    quant_option,
+)
 from .phases import phases
 from .references import compare_layout, convert_command, model_option, recipe_option, source_option
 from .report import refresh
@@ -49,6 +56,14 @@ if TYPE_CHECKING:
     "it reads.",
 )
 @output_option("With --model: the artifact to make.")
+@click.option(
+    "--graphs",
+    "kept",
+    type=UserPath(),
+    envvar="MSCONV_GRAPHS",
+    help="A directory that keeps graphs: those compiled before for the same are taken from it, others are left "
+    "there.  [variable: MSCONV_GRAPHS]",
+)
 @source_option
 @no_drafts_option
 @json_option
@@ -61,6 +76,7 @@ def command(
     quant: str | None,
     draft: str | None,
     output: Path | None,
+    kept: Path | None,
     hub: Hub,
     no_drafts: bool,
 ) -> None:
@@ -74,6 +90,7 @@ def command(
     msconv compile artifacts/Qwen3-8B-tp4 --target ascend910b --target cpu
     msconv compile --model models/Qwen3-32B --tp 8 --target ascend910b --output graphs-only
     """
+    from ..graph.store import GraphStore
     from ..steps import compile as compiler
 
     if model is not None:
@@ -94,9 +111,10 @@ def command(
     targets = (*targets, *before) or (usual_target(Artifact(root)),)
     for target in targets:
         target_named(target)  # before the first one is compiled
+    store = None if kept is None else GraphStore(kept)
     for target in dict.fromkeys(targets):
         with phases(f"compiling for {target}") as tell, leaving_at_once():
-            done = compiler.compile_graphs(root, target, say, tell, quant if model is not None else None)
+            done = compiler.compile_graphs(root, target, say, tell, quant if model is not None else None, store)
         for compiled in done:
             say(_line(compiled))
         made += done
@@ -124,12 +142,14 @@ def _data(root: Path, compiled: Compiled) -> dict[str, Any]:
         "nodes": graph.nodes,
         "seconds": round(compiled.seconds, 3),
         "peak_rss_bytes": compiled.peak_rss_bytes,
+        "taken": compiled.taken,
     }
 
 
 def _line(compiled: Compiled) -> str:
     graph = compiled.graph
+    made = f"peak memory {human_bytes(compiled.peak_rss_bytes)}"
     return (
         f"{graph.path}: {graph.nodes} nodes, {human_bytes(graph.size)}, {compiled.seconds:.1f} s, "
-        f"peak memory {human_bytes(compiled.peak_rss_bytes)}"
+        f"{'taken from --graphs' if compiled.taken else made}"
     )

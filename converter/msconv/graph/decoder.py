@@ -29,25 +29,42 @@ def add_norm(ops: Operations, name: str, width: int) -> nn.Cell:
     return ops.shifted(ops.add_norm(name, width), name, width)
 
 
-class HeadsAttention(nn.Cell):
-    """Fused qkv, heads split and rotated, cache write, attention, output projection."""
+class ProjectedHeads(nn.Cell):
+    """Fused qkv, heads split and rotated."""
 
-    def __init__(self, ops: Operations, local: Local, prefix: str, spec: Attention, inner: int = 0) -> None:
-        """`inner`: the width of what goes in, 0 for that of what comes out."""
+    def __init__(self, ops: Operations, hidden: int, prefix: str, spec: Attention) -> None:
+        super().__init__()
+        width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+        self.qkv_proj = ops.linear(prefix + "qkv_proj", width, hidden, spec.bias)
+        self.heads = ops.split_heads(prefix, spec)
+
+    def construct(self, h: Any, step: Any) -> Any:
+        return self.heads(self.qkv_proj(h), step)
+
+
+class HeadsAttention(nn.Cell):
+    """Heads, cache write, attention; the output projection too if it `projects`.  `inner`: the width of what goes
+    in, 0 for that of what comes out."""
+
+    def __init__(
+        self, ops: Operations, local: Local, prefix: str, spec: Attention, projects: bool, inner: int = 0
+    ) -> None:
         super().__init__()
         hidden = local.config.hidden
-        q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        self.qkv_proj = ops.linear(prefix + "qkv_proj", q + 2 * kv, inner or hidden, spec.bias)
-        self.heads = ops.split_heads(prefix, spec)
+        whole = ops.whole_heads(prefix, inner or hidden, spec)
+        self.heads = whole or ProjectedHeads(ops, inner or hidden, prefix, spec)
         self.write = ops.write_kv()
         self.attend = ops.attend(spec)
-        self.o_proj = ops.linear(prefix + "o_proj", hidden, q, False)
-        self.reduce = ops.all_reduce(prefix + "o_proj.bias" if spec.output_bias else "", hidden)
+        self.projects = projects
+        if projects:
+            self.o_proj = ops.linear(prefix + "o_proj", hidden, spec.heads * spec.head_dim, False)
+            self.reduce = ops.all_reduce(prefix + "o_proj.bias" if spec.output_bias else "", hidden)
 
     def construct(self, h: Any, step: Any, caches: Any) -> Any:
-        q, k, v = self.heads(self.qkv_proj(h), step)
+        q, k, v = self.heads(h, step)
         k_cache, v_cache = self.write(k, v, caches[0], caches[1], step)
-        return self.reduce(self.o_proj(self.attend(q, k, v, k_cache, v_cache, step)))
+        mixed = self.attend(q, k, v, k_cache, v_cache, step)
+        return self.reduce(self.o_proj(mixed)) if self.projects else mixed
 
 
 class LatentAttention(nn.Cell):
@@ -140,13 +157,22 @@ class Layer(nn.Cell):
         if index >= c.layers:  # a draft
             follower = prefix + "shared_head.norm"
         spec = local.attention(index)
-        attention = HeadsAttention if spec.kind == "heads" else LatentAttention
-        self.attention = attention(ops, local, prefix + "self_attn.", spec)
+        rest = ops.whole_rest(index, follower + ".weight") if spec.kind == "heads" else None
+        if spec.kind == "heads":
+            self.attention = HeadsAttention(ops, local, prefix + "self_attn.", spec, rest is None)
+        else:
+            self.attention = LatentAttention(ops, local, prefix + "self_attn.", spec)
+        self.has_parts = rest is None
+        if rest is not None:
+            self.rest = rest
+            return
         self.after_attention = add_norm(ops, prefix + "post_attention_layernorm.weight", c.hidden)
         self.mlp = (MoeMlp if c.has_experts(index) else DenseMlp)(ops, local, prefix + "mlp.")
         self.after_mlp = add_norm(ops, follower + ".weight", c.hidden)
 
     def construct(self, h: Any, x: Any, step: Any, caches: Any) -> Any:
+        if not self.has_parts:
+            return self.rest(self.attention(h, step, caches), x)
         h, x = self.after_attention(self.attention(h, step, caches), x)
         return self.after_mlp(self.mlp(h), x)
 

@@ -213,6 +213,15 @@ class Operations(ABC):
         kept as these are; None: it is made of its parts."""
         return None
 
+    def whole_heads(self, prefix: str, hidden: int, spec: Attention) -> nn.Cell | None:
+        """(h [T, hidden], step) -> what `split_heads` makes of qkv(h), where a target has one operation for it."""
+        return None
+
+    def whole_rest(self, index: int, follower: str) -> nn.Cell | None:
+        """(mixed [T, H*D], x) -> (h, x): all of a layer behind its attention, and the norm named `follower`, where
+        a target has one operation for it."""
+        return None
+
     @abstractmethod
     def last_tokens(self) -> nn.Cell:
         """(h [T, hidden], step) -> [B, hidden]: the last row of each sequence."""

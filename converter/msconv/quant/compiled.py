@@ -9,7 +9,7 @@ import numpy as np
 
 TILE = 16  # rows that are read side by side: more of them, and their cache lines push each other out
 
-compile_loop: Any = numba.njit(nogil=True)
+compile_loop: Any = numba.njit(nogil=True, error_model="numpy")  # else each division asks first
 
 
 @compile_loop
@@ -84,6 +84,39 @@ def encode(values: Any, scales: Any, out: Any) -> None:
         for j in range(columns):
             code = np.rint(row[j] / scale)
             codes[j] = np.int8(min(max(code, np.float32(-127)), np.float32(127)))
+
+
+@compile_loop
+def largest_codes(codes: Any, columns: int, out: Any) -> None:
+    rows, width = codes.shape
+    for i in range(rows):
+        for j0 in range(0, width, columns):
+            piece = codes[i, j0 : j0 + columns]
+            largest = np.uint8(0)
+            for j in range(piece.size):
+                largest = max(largest, np.uint8(piece[j] & np.uint8(0x7F)))
+            out[i, j0 // columns] = largest
+
+
+@compile_loop
+def encode_fp8(codes: Any, scales: Any, divisors: Any, first: int, rows: int, columns: int, out: Any) -> None:
+    """The value is made of its bits: exponent and mantissa are where float32 has them, 20 bits to the left, with 7
+    for a bias of 127.  Those of the smallest exponent are multiples of 2^-9."""
+    count, width = codes.shape
+    for i in range(count):
+        of_row, divisor = scales[(first + i) // rows], divisors[i, 0]
+        for j0 in range(0, width, columns):
+            scale = of_row[j0 // columns]
+            piece, place = codes[i, j0 : j0 + columns], out[i, j0 : j0 + columns]
+            for j in range(piece.size):
+                code = np.uint32(piece[j])
+                size = code & np.uint32(0x7F)
+                value = np.uint32((size + np.uint32((127 - 7) << 3)) << np.uint32(20)).view(np.float32)
+                if size < np.uint32(8):
+                    value = np.float32(np.int32(size)) * np.float32(2.0**-9)
+                found = np.rint(value * scale / divisor)
+                made = np.int8(min(max(found, np.float32(-127)), np.float32(127)))
+                place[j] = -made if code >= np.uint32(0x80) else made
 
 
 @compile_loop

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +19,8 @@ from msconv_runtime.errors import CheckpointError
 from . import kernels
 from .record import MATRIX, Array, Decoder, Stored, WeightFormat, problem
 
-CODES: NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+CODES = kernels.FP8
+NAN = 0x7F  # without its sign
 LARGEST = np.float32(448)
 SERVER = "how a server rounds activations when it multiplies in FP8; weights are dequantised here"
 WHICH = "the element types in the files say which tensors are quantised"
@@ -128,6 +128,22 @@ class Blocks:
         kernels.look_up(codes, tables, top, *self.block, out)
         return self._lost(codes, tables, top, 0)
 
+    def largest(self, codes: NDArray[np.uint8], first: int) -> NDArray[np.float32] | None:
+        """Of a block's values the largest is that of its largest code: rounding keeps their order."""
+        if self.dtype != np.float32 or not self._fits:
+            return None
+        rows, columns = self.block
+        found = np.empty((len(codes), -(-codes.shape[1] // columns)), np.uint8)
+        kernels.largest_codes(codes, columns, found)
+        if found.max(initial=0) == NAN:
+            self.check(codes)
+        scales = np.abs(self.scales[(first + np.arange(len(codes))) // rows])
+        largest: NDArray[np.float32] = (CODES[found] * scales).max(1, keepdims=True, initial=0)
+        return largest
+
+    def encode(self, codes: NDArray[np.uint8], first: int, divisors: NDArray[np.float32], out: Array) -> None:
+        kernels.encode_fp8(codes, self.scales, divisors, first, *self.block, out)
+
     def transposed(self, codes: NDArray[np.uint8], top: int, left: int, out: Array) -> int:
         tables, top, left = self._tables(top, left, codes.shape)
         kernels.look_up_transposed(codes, tables, top, left, *self.block, out)
@@ -156,7 +172,7 @@ def count_nan(codes: NDArray[np.uint8]) -> int:
     """Codes that are no number (0x7f and 0xff)."""
     step = max(1, CHECKED_BYTES // max(1, codes.shape[-1]))
     blocks = (codes[i : i + step] & 0x7F for i in range(0, len(codes), step))
-    return sum(int(np.count_nonzero(block == 0x7F)) for block in blocks if block.max(initial=0) == 0x7F)
+    return sum(int(np.count_nonzero(block == NAN)) for block in blocks if block.max(initial=0) == NAN)
 
 
 def dequantise(

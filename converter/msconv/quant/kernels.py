@@ -1,4 +1,5 @@
-"""The inner loops: table lookups and transposing.  numba where it is installed, else numpy: the same bits.
+"""The inner loops: table lookups, int8 codes, transposing.  numba where it is installed, else numpy: the same
+bits.
 
 Both leave the interpreter lock, so threads run side by side.
 """
@@ -10,10 +11,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+FP8: NDArray[np.float32] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 CODE = 127  # the largest int8 code
 TILE = 64  # square that is transposed at a time: in and out fit the processor's first cache
@@ -49,6 +53,19 @@ class Numpy:
     @staticmethod
     def encode(values: Array, scales: Array, out: Array) -> None:
         np.clip(np.rint(values / scales), -CODE, CODE, out=out, casting="unsafe")
+
+    @staticmethod
+    def largest_codes(codes: Array, columns: int, out: Array) -> None:
+        begins = range(0, codes.shape[1], columns)
+        np.maximum.reduceat(codes & 0x7F, begins, axis=1, out=out)
+
+    @staticmethod
+    def encode_fp8(
+        codes: Array, scales: Array, divisors: Array, first: int, rows: int, columns: int, out: Array
+    ) -> None:
+        values = np.empty(codes.shape, np.float32)
+        Numpy.scaled(codes, FP8, scales, first, rows, columns, values)
+        Numpy.encode(values, divisors, out)
 
     @staticmethod
     def scaled(codes: Array, table: Array, scales: Array, first: int, rows: int, columns: int, out: Array) -> None:
@@ -103,6 +120,19 @@ def encode(values: Array, scales: Array, out: Array) -> None:
     _kernels().encode(values, scales, out)
 
 
+def largest_codes(codes: Array, columns: int, out: Array) -> None:
+    """out[i, b] = the largest of codes[i, j], without their signs, where j // columns = b."""
+    _kernels().largest_codes(codes, columns, out)
+
+
+def encode_fp8(
+    codes: Array, scales: Array, divisors: Array, first: int, rows: int, columns: int, out: Array
+) -> None:
+    """`encode` of FP8 codes without NaN: out[i, j] = FP8[codes[i, j]] * scales[(first + i) // rows, j // columns]
+    in float32, / divisors[i, 0], rounded half to even, from -127 to 127.  `out` is other memory than `codes`."""
+    _kernels().encode_fp8(codes, scales, divisors, first, rows, columns, out)
+
+
 def scaled(codes: Array, table: Array, scales: Array, first: int, rows: int, columns: int, out: Array) -> None:
     """out[i, j] = table[codes[i, j]] * scales[(first + i) // rows, j // columns], float32."""
     _kernels().scaled(codes, table, scales, first, rows, columns, out)
@@ -110,7 +140,9 @@ def scaled(codes: Array, table: Array, scales: Array, first: int, rows: int, col
 
 def transpose(matrix: Array, out: Array) -> None:
     """out[j, i] = matrix[i, j]."""
-    if _is_of_words(matrix) and _is_of_words(out):
+    if 1 in matrix.shape:
+        np.copyto(out, matrix.T)
+    elif _is_of_words(matrix) and _is_of_words(out):
         _kernels().transpose_bytes(matrix.view(np.uint64), out.view(np.uint64))
     else:
         _kernels().transpose(matrix, out)

@@ -116,6 +116,14 @@ class Decoder(Protocol):
         """Rows of the matrix from `first` on: codes [R, C] -> [R, C].  Returns how many of them are numbers that
         the output's type cannot hold."""
 
+    def largest(self, codes: NDArray[np.uint8], first: int) -> NDArray[np.float32] | None:
+        """The largest magnitude of each of these rows, [R, 1].  None: `encode` cannot be used, as values may be
+        none that float32 holds.  Raises CheckpointError if a code stands for no number."""
+
+    def encode(self, codes: NDArray[np.uint8], first: int, divisors: NDArray[np.float32], out: Array) -> None:
+        """The values of these rows / divisors [R, 1], rounded half to even, from -127 to 127: codes [R, C] ->
+        [R, C] int8, in other memory."""
+
     def transposed(self, codes: NDArray[np.uint8], top: int, left: int, out: Array) -> int:
         """The rectangle that begins at (top, left), transposed: codes [R, C] -> [C, R].  Returns as `rows`."""
 
@@ -209,6 +217,13 @@ class MadeFormat(WeightFormat):
     def encode(self, matrix: str, values: NDArray[np.float32], out: Array) -> Array:
         """Rows of a matrix [R, C] as codes, into `out` [R, C], each row by itself; returns what each has besides,
         [R, 1], as `stored` wants it.  Raises CheckpointError for values that have no code."""
+
+    def encode_decoded(
+        self, matrix: str, decoder: Decoder, codes: NDArray[np.uint8], first: int, out: Array
+    ) -> Array | None:
+        """What `encode` makes of the values of these codes, without making the values.  None: it has to have
+        them."""
+        return None
 
 
 def problem(key: str, value: object, what: str) -> str:

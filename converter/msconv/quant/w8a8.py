@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from msconv_runtime.errors import CheckpointError
 
 from . import kernels, modelslim
-from .record import Array, Header, LeftOut, MadeFormat, Stored, WeightFormat
+from .record import Array, Decoder, Header, LeftOut, MadeFormat, Stored, WeightFormat
 
 CODES = Stored("{matrix}", lambda rows, columns: (rows, columns), "int8")
 SCALES = Stored("{matrix}_scale", lambda rows, columns: (rows, 1), "float32", "rows")
@@ -111,6 +111,21 @@ class W8A8Dynamic(_W8A8, MadeFormat):
         other.  Codes are made with the rounded one."""
         scales = np.empty((len(values), 1), np.float32)
         kernels.largest_magnitudes(values, scales)
+        self._round_scales(matrix, scales)
+        kernels.encode(values, scales, out)
+        return scales
+
+    def encode_decoded(
+        self, matrix: str, decoder: Decoder, codes: NDArray[np.uint8], first: int, out: Array
+    ) -> Array | None:
+        scales = decoder.largest(codes, first)
+        if scales is not None:
+            self._round_scales(matrix, scales)
+            decoder.encode(codes, first, scales, out)
+        return scales
+
+    def _round_scales(self, matrix: str, scales: NDArray[np.float32]) -> None:
+        """Largest magnitudes -> scales, in their place."""
         if not np.isfinite(scales).all():
             bad = int(np.flatnonzero(~np.isfinite(scales))[0])
             raise CheckpointError(
@@ -118,8 +133,6 @@ class W8A8Dynamic(_W8A8, MadeFormat):
                 "Download the file that holds it again; a sound checkpoint has none.",
             )
         scales[:] = np.maximum((scales / LARGEST).astype(ml_dtypes.bfloat16).astype(np.float32), SMALLEST_SCALE)
-        kernels.encode(values, scales, out)
-        return scales
 
     def reference(self, matrix: str, read: Callable[[str], Any], rounds: Callable[[Any], Any]) -> Any:
         return read(matrix) * read(SCALES.of(matrix))

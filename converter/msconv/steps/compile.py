@@ -32,6 +32,7 @@ from ..checkpoint.drafts import draft_of, with_draft
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig, family_named
 from ..graph.spec import CannotCompute, Exported, Local
+from ..graph.store import GraphStore
 from ..graph.toolchain import DUMPS, dumps_in, mindspore_version
 from ..layout.coverage import misfits
 from ..layout.cuts import Mesh, make_mesh
@@ -62,11 +63,12 @@ class Made:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One graph that was made."""
+    """One graph that was made, or `taken` from where graphs are kept: then nothing was compiled."""
 
     graph: Graph
     seconds: float
     peak_rss_bytes: int
+    taken: bool = False
 
 
 def begin_without_weights(
@@ -102,9 +104,11 @@ def compile_graphs(
     tell: Callable[[str], None] | None = None,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
     quant: str | None = None,
+    kept: GraphStore | None = None,
 ) -> list[Compiled]:
     """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.  `quant`: what
-    weights will be quantised to, where there are none yet.
+    weights will be quantised to, where there are none yet.  `kept`: where graphs are taken from that were compiled
+    for the same before, and left for who comes next.
 
     A graph of compiled kernels that cannot compute this model is left out, and `tell` hears why: the target's
     other graphs serve in its place.  `progress`: hears which graph begins, how many are done, and of how many.
@@ -113,7 +117,6 @@ def compile_graphs(
     target = target_named(target_name)
     config, types = _stored(Artifact(root), quant)
     _check_heads(config, target)
-    export = _export if config.layers <= LAYERS_AT_HOME else _export_in_a_process
     with exclusive(root), dumps_in(root / STATE_DIR / DUMPS):
         artifact = Artifact(root)
         mesh = Mesh(artifact.tp, artifact.ep)
@@ -125,15 +128,14 @@ def compile_graphs(
             progress(role, number, len(wanted))
             local = Local(config, mesh, target, ROLES[role], variant, types, artifact.manifest.draft)
             try:
-                result = export(local)
+                graph, proto, peak, taken = _taken(local, kept, tell) or _compiled(local, kept)
             except CannotCompute as e:
                 if tell is None or not variant:
                     raise
                 tell(f"left out: {e.message}")
                 continue
-            graph = _entry(local, result)
-            made.append(Compiled(graph, time.monotonic() - started, result.peak_rss_bytes))
-            exports.append(result.exported.proto)
+            made.append(Compiled(graph, time.monotonic() - started, peak, taken))
+            exports.append(proto)
         graphs = [m.graph for m in made]
         _check_weights(artifact, target, graphs)
         _check_scales(artifact, graphs)
@@ -143,7 +145,7 @@ def compile_graphs(
             replace_file(path, proto)
         others = [g for g in artifact.manifest.graphs if g.target != target.name]
         artifact.changed(graphs=sorted([*others, *graphs], key=lambda g: (g.target, g.name)))
-        add_timings(root, ((m.graph, m.seconds) for m in made))
+        add_timings(root, ((m.graph, m.seconds) for m in made if not m.taken))
         _remove_others(root / "graphs" / target.name, graphs)
     return made
 
@@ -154,6 +156,30 @@ def graphs_of(config: DecoderConfig, target: Target) -> tuple[tuple[str, str], .
     if config.eagle is not None:
         return target.draft_graphs
     return (*target.graphs, *(target.draft_graphs if config.drafts else ()))
+
+
+def _taken(
+    local: Local, kept: GraphStore | None, tell: Callable[[str], None] | None
+) -> tuple[Graph, bytes, int, bool] | None:
+    """The graph, its bytes, peak resident bytes, and that it was taken; None if there is none to trust."""
+    if kept is None:
+        return None
+    try:
+        found = kept.take(local)
+    except ArtifactError as e:
+        if tell is not None:
+            tell(f"not taken, compiled instead: {e.message}")
+        return None
+    return None if found is None else (*found, peak_rss_bytes(), True)
+
+
+def _compiled(local: Local, kept: GraphStore | None) -> tuple[Graph, bytes, int, bool]:
+    """The same of a graph that is compiled now, and kept."""
+    made = _export(local) if local.config.layers <= LAYERS_AT_HOME else _export_in_a_process(local)
+    graph, proto = _entry(local, made), made.exported.proto
+    if kept is not None:
+        kept.leave(local, graph, proto)
+    return graph, proto, made.peak_rss_bytes, False
 
 
 def _stored(artifact: Artifact, quant: str | None) -> tuple[DecoderConfig, dict[str, str]]:

@@ -124,13 +124,14 @@ def _move_rows(
         raw = buffers.raw[: count * pitch]
         work.source.read(info, row * pitch, raw.data)
         hasher.update(raw.data)
-        block, dtype = raw, info.dtype
-        if name in decoders:
-            block, dtype = _decode(name, raw.reshape(count, cols), row, decoders[name], out, buffers), out
-        made = [(block, dtype, cols)]
+        decoder = decoders.get(name)
         if encoded:
-            codes = raw[: count * cols].view(np.int8).reshape(count, cols)
-            made = encode(encoded, name, block, dtype, cols, codes, buffers)
+            block = Block(name, raw, info.dtype, row, (count, cols), decoder)
+            made = encode(block, encoded, raw[: count * cols].view(np.int8).reshape(count, cols), buffers)
+        elif decoder is not None:
+            made = [(_decode(name, raw.reshape(count, cols), row, decoder, out, buffers), out, cols)]
+        else:
+            made = [(raw, info.dtype, cols)]
         if sums is not None:
             sums.add(raw.view(np.int8).reshape(count, cols), row)
         for item, place in places:
@@ -144,30 +145,50 @@ def _move_rows(
     return found if sums is None else found + sums.write(work, digests)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of a source: `data` [R, C] of the type `dtype`, `first` the number of the first."""
+
+    name: str
+    data: NDArray[np.uint8]
+    dtype: str
+    first: int
+    shape: tuple[int, int]
+    decoder: Decoder | None
+
+
 def encode(
-    encoded: MadeFormat,
-    name: str,
-    block: NDArray[np.uint8],
-    dtype: str,
-    cols: int,
-    codes: NDArray[Any],
-    buffers: Buffers,
+    block: Block, encoded: MadeFormat, codes: NDArray[np.int8], buffers: Buffers
 ) -> list[tuple[NDArray[np.uint8], str, int]]:
-    """Rows of values -> what they are stored as: (bytes, element type, columns) of each tensor.  `codes` [R, cols]
+    """Rows of values -> what they are stored as: (bytes, element type, columns) of each tensor.  `codes` [R, C]
     may lie where the values did, if those are not float32."""
-    count = len(codes)
-    words = buffers.decoded[: count * cols * 4]
-    if dtype == "bfloat16":
-        widen(block.view(np.uint16), words.view(np.uint32))
-    elif block.ctypes.data != words.ctypes.data:
-        np.copyto(words.view(np.float32), block.view(DTYPES[dtype].numpy), casting="unsafe")
-    values = words.view(np.float32).reshape(count, cols)
-    others = encoded.encode(name, values, codes)
+    count, cols = block.shape
+    others = None
+    if block.decoder is not None:
+        source, near = block.data.reshape(count, cols), buffers.decoded[: count * cols].reshape(count, cols)
+        others = encoded.encode_decoded(block.name, block.decoder, source, block.first, near.view(np.int8))
+        if others is not None:
+            codes[:] = near.view(np.int8)
+    if others is None:
+        others = encoded.encode(block.name, _values(block, buffers), codes)
     of_codes, of_others = encoded.stored
     return [
         (codes.reshape(-1).view(np.uint8), of_codes.dtype, cols),
         (others.reshape(-1).view(np.uint8), of_others.dtype, 1),
     ]
+
+
+def _values(block: Block, buffers: Buffers) -> NDArray[np.float32]:
+    """The rows in float32."""
+    count, cols = block.shape
+    words = buffers.decoded[: count * cols * 4]
+    if block.decoder is not None:
+        _decode(block.name, block.data.reshape(count, cols), block.first, block.decoder, VALUES, buffers)
+    elif block.dtype == "bfloat16":
+        widen(block.data.view(np.uint16), words.view(np.uint32))
+    else:
+        np.copyto(words.view(np.float32), block.data.view(DTYPES[block.dtype].numpy), casting="unsafe")
+    return words.view(np.float32).reshape(count, cols)
 
 
 class ColumnSums:
@@ -282,12 +303,11 @@ def _encoded(work: Work, whole: _Whole) -> tuple[_Whole, _Whole]:
     step = max(1, buffers.chunk_bytes // (cols * ENCODED_BYTES))
     for first in range(0, rows, step):
         work.go_on()
-        block = whole.words[first : first + step]
-        dtype = whole.dtype
-        data = block.reshape(-1).view(np.uint8)
-        if whole.decoder is not None:
-            data, dtype = _decode(name, block, first, whole.decoder, VALUES, buffers), VALUES
-        made = encode(encoded, name, data, dtype, cols, codes[first : first + step], buffers)
+        words = whole.words[first : first + step]
+        block = Block(
+            name, words.reshape(-1).view(np.uint8), whole.dtype, first, (len(words), cols), whole.decoder
+        )
+        made = encode(block, encoded, codes[first : first + step], buffers)
         rest[first : first + step] = made[1][0].view(rest.dtype).reshape(-1, 1)
     move, of_rest = plan.moves[name]
     return (

@@ -22,7 +22,7 @@ from .compiler import BUILD_S, Compiler, find_compiler, problem
 
 LIBRARY = allowed.LIBRARY
 UNITS = ("kernels.cc", "int8.cc")
-SOURCES = (*UNITS, "codes.h", "experts.h", "operation.h", "pool.h", "vector.h")
+SOURCES = (*UNITS, "codes.h", "experts.h", "norms.h", "operation.h", "pool.h", "vector.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 SWITCHES = ("MSCONV_COMPILED", "MSCONV_NATIVE")  # 0: do without; the second is its name before
 CGROUP = Path("/sys/fs/cgroup")

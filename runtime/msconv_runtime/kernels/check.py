@@ -16,7 +16,7 @@ Array = NDArray[Any]
 Examples = dict[str, tuple[list[Array], list[Array]]]
 TOLERANCE = 1e-4
 TYPES = {"float32": b"float32", "int32": b"int32", "int8": b"int8", "uint16": b"bfloat16"}
-EXACT = ("ProductInt8", "ProductInt8Static", "MlpInt8")  # the same bits on every machine
+EXACT = ("ProductInt8", "ProductInt8Static", "MlpInt8", "AfterAttentionInt8")  # the same bits on every machine
 
 
 def call(library: Path, name: str, inputs: Sequence[Array], *shapes: tuple[int, ...]) -> list[Array]:
@@ -92,15 +92,12 @@ def examples(rng: np.random.Generator) -> Examples:
     for dim in (20, 64):  # 64: the way of few queries
         qkv, q_norm, k_norm = normal(tokens, (heads + 2 * kv_heads) * dim), normal(dim), normal(dim)
         cos, sin = normal(tokens, dim), normal(tokens, dim)
-        q, k, v = np.split(qkv.reshape(tokens, -1, dim), (heads, heads + kv_heads), 1)
-        q, k = rotate(norm(q, eps) * q_norm, cos, sin), rotate(norm(k, eps) * k_norm, cos, sin)
-        found[f"SplitHeads of {dim}"] = (
-            [qkv, q_norm, k_norm, cos, sin, factors, eps],
-            [q * np.float32(0.25), k[:, None], v[:, None]],
-        )
+        inputs = [qkv, q_norm, k_norm, cos, sin, factors, eps]
+        found[f"SplitHeads of {dim}"] = (inputs, split_heads(*inputs))
+        q = split_heads(*inputs)[0]
         caches = [normal(170, 1, kv_heads, dim) for _ in range(2)]
-        expected = attend(q / 8, caches, tables, contexts, counts)
-        found[f"Attend of {dim}"] = ([q / 8, *caches, tables, contexts, counts], [expected])
+        expected = attend(q / 2, caches, tables, contexts, counts)
+        found[f"Attend of {dim}"] = ([q / 2, *caches, tables, contexts, counts], [expected])
     chosen, start = rng.integers(0, 7, (tokens, top_k)).astype(np.int32), ints(2)
     gate_up, down, shares = normal(3, width, 2 * ffn) / 8, normal(3, ffn, width) / 8, normal(tokens, top_k)
     for name, stored in (("Experts", [gate_up, down]), ("Experts in bfloat16", [narrow(gate_up), narrow(down)])):
@@ -138,6 +135,7 @@ def examples_of_int8(rng: np.random.Generator) -> Examples:
         a.T for a in (gate_up[0], scales(1, 2 * ffn) * np.float32(4), down[0], scales(1, width) / np.float32(64))
     ]
     found["MlpInt8"] = ([x, *one], [mlp_int8(x, *one)])
+    found |= examples_of_whole_layers(rng, x, one)
     shares = rng.uniform(1e-4, 1e-3, (tokens, top_k)).astype(np.float32)
     chosen = rng.integers(0, 7, (tokens, top_k)).astype(np.int32)
     weights = [gate_up, scales(3, 1, 2 * ffn) * np.float32(4), down, scales(3, 1, width)]
@@ -146,6 +144,30 @@ def examples_of_int8(rng: np.random.Generator) -> Examples:
         [experts_int8(x, shares, chosen - start, *weights)],
     )
     return found
+
+
+def examples_of_whole_layers(rng: np.random.Generator, x: Array, mlp: list[Array]) -> Examples:
+    """What is on either side of attention, its products included.  x [T, width], positive; `mlp`: MlpInt8's."""
+    (tokens, width), dim, heads, kv_heads, depth = x.shape, 20, 3, 2, 77
+    eps = np.full(1, 1e-6, np.float32)
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape, np.float32)
+
+    def matrix(rows: int, columns: int) -> list[Array]:
+        scales = rng.uniform(1e-3, 2e-3, (rows, 1)).astype(np.float32)
+        return [rng.integers(-128, 128, (rows, columns)).astype(np.int8), scales]
+
+    qkv = matrix((heads + 2 * kv_heads) * dim, width)
+    rest = [normal(dim), normal(dim), normal(tokens, dim), normal(tokens, dim), normal(heads + kv_heads), eps]
+    found = {"HeadsInt8": ([x, *qkv, *rest], split_heads(product_int8(x, *qkv), *rest))}
+    # so large an eps that each norm's factor is 2**-20 in whatever order it sums: codes are the same everywhere
+    eps, o = np.full(1, 2.0**40, np.float32), matrix(width, depth)
+    o[1] /= np.float32(64)
+    gate_up, scale, *down = mlp
+    inputs = [normal(tokens, depth), x, *o, rng.uniform(0.5, 1, width).astype(np.float32)]
+    inputs += [gate_up, scale * np.float32(2.0**22), *down, normal(width), eps]
+    return found | {"AfterAttentionInt8": (inputs, list(after_attention_int8(*inputs)))}
 
 
 def narrow(x: Array) -> Array:
@@ -160,6 +182,18 @@ def upcast(x: Array) -> Array:
 def norm(x: Array, eps: Array) -> Array:
     y: Array = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
     return y
+
+
+def split_heads(
+    qkv: Array, q_norm: Array, k_norm: Array, cos: Array, sin: Array, factors: Array, eps: Array
+) -> list[Array]:
+    """q [T, H, D], k and v [T, 1, K, D]."""
+    parts = qkv.reshape(len(qkv), -1, len(q_norm))
+    kv_heads = parts.shape[1] - len(factors)
+    heads = len(factors) - kv_heads
+    q, k, v = np.split(parts, (heads, heads + kv_heads), 1)
+    q, k = rotate(norm(q, eps) * q_norm, cos, sin), rotate(norm(k, eps) * k_norm, cos, sin)
+    return [q * factors[:heads, None], (k * factors[heads:, None])[:, None], v[:, None]]
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
@@ -225,6 +259,16 @@ def product_int8_static(
 
 def mlp_int8(x: Array, gate_up: Array, gate_up_scale: Array, down: Array, down_scale: Array) -> Array:
     return product_int8(swiglu(product_int8(x, gate_up, gate_up_scale)), down, down_scale)
+
+
+def after_attention_int8(
+    mixed: Array, x: Array, o: Array, o_scale: Array, weight: Array, *rest: Array
+) -> tuple[Array, Array]:
+    """h and total, [T, width]: as the kernel promises."""
+    *mlp, next_weight, eps = rest
+    total = product_int8(mixed, o, o_scale) + x
+    total = mlp_int8(norm(total, eps) * weight, *mlp) + total
+    return norm(total, eps) * next_weight, total
 
 
 def experts_int8(

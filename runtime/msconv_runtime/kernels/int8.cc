@@ -4,6 +4,7 @@
 
 #include "codes.h"
 #include "experts.h"
+#include "norms.h"
 #include "operation.h"
 #include "pool.h"
 #include "vector.h"
@@ -226,17 +227,53 @@ void experts(const Arguments& a) {
 
 bool is_depth(int64_t depth) { return 1 <= depth && depth <= MOST_DEPTH; }
 
+// Arguments `at`, codes [width, depth], and at + 1, scales [width, 1].
+struct Matrix {
+  int64_t width = 0, depth = 0;
+  const int8_t* codes = nullptr;
+  const float* scale = nullptr;
+
+  Matrix(const Arguments& a, int at) {
+    if (!a.has(at, "int8", {ANY, ANY}) || !a.has(at + 1, "float32", {a.size(at, 0), 1})) return;
+    width = a.size(at, 0), depth = a.size(at, 1), codes = a.at<int8_t>(at), scale = a.at<float>(at + 1);
+  }
+  bool fits(int64_t wanted) const { return depth == wanted && is_depth(depth); }
+};
+
+// y [T, width] of x [T, depth], whose codes go to `to`.
+void multiply_tokens(const float* x, Codes& to, const Matrix& by, float* y) {
+  encode_tokens(x, to);
+  multiply_codes(to, by.codes, by.width, ByToken{to, by.scale, y, by.width});
+}
+
+// Arguments from `at` on: gate_up and its scales, down and its scales.
+struct Mlp {
+  Matrix gate_up, down;
+
+  Mlp(const Arguments& a, int at) : gate_up(a, at), down(a, at + 2) {}
+  bool fits(int64_t depth) const {
+    return gate_up.fits(depth) && gate_up.width % 2 == 0 && down.fits(gate_up.width / 2);
+  }
+  void run(const float* x, int64_t rows, float* y) const {
+    Codes in(rows, gate_up.depth), act(rows, down.depth);
+    Floats memory(rows * gate_up.width);
+    float* mid = memory.reserve(0);
+    multiply_tokens(x, in, gate_up, mid);
+    encode_activations(mid, gate_up.width, act);
+    multiply_codes(act, down.codes, down.width, ByToken{act, down.scale, y, down.width});
+  }
+};
+
 }  // namespace
 
 // x [T, depth], weight [width, depth] int8, scale [width, 1] -> [T, width]: each token's codes have a scale of their
 // own.
 OPERATION(ProductInt8) {
-  if (!a.has(0, "float32", {ANY, ANY}) || !a.has(1, "int8", {ANY, a.size(0, 1)})) return WRONG_SHAPE;
-  const int64_t rows = a.size(0, 0), depth = a.size(0, 1), width = a.size(1, 0);
-  if (!is_depth(depth) || !a.has(2, "float32", {width, 1}) || !a.has(3, "float32", {rows, width})) return WRONG_SHAPE;
-  Codes x(rows, depth);
-  encode_tokens(a.at<float>(0), x);
-  multiply_codes(x, a.at<int8_t>(1), width, ByToken{x, a.at<float>(2), a.at<float>(3), width});
+  const Matrix weight(a, 1);
+  if (!a.has(0, "float32", {ANY, ANY}) || !weight.fits(a.size(0, 1))) return WRONG_SHAPE;
+  if (!a.has(3, "float32", {a.size(0, 0), weight.width})) return WRONG_SHAPE;
+  Codes x(a.size(0, 0), weight.depth);
+  multiply_tokens(a.at<float>(0), x, weight, a.at<float>(3));
   return 0;
 }
 SHAPE(ProductInt8) { return {SIZE(0, 0), SIZE(1, 0)}; }
@@ -261,22 +298,54 @@ SHAPE(ProductInt8Static) { return {SIZE(0, 0), SIZE(1, 0)}; }
 // x [T, depth], gate_up [2*ffn, depth] int8, gate_up_scale [2*ffn, 1], down [width, ffn] int8, down_scale [width, 1]
 // -> [T, width]: both products and what is between them, for one node of a graph costs more than its little work.
 OPERATION(MlpInt8) {
-  if (!a.has(0, "float32", {ANY, ANY}) || !a.has(1, "int8", {ANY, a.size(0, 1)})) return WRONG_SHAPE;
-  const int64_t rows = a.size(0, 0), depth = a.size(0, 1), both = a.size(1, 0), ffn = both / 2;
-  if (both % 2 || !is_depth(depth) || !is_depth(ffn) || !a.has(3, "int8", {ANY, ffn})) return WRONG_SHAPE;
-  const int64_t width = a.size(3, 0);
-  if (!a.has(2, "float32", {both, 1}) || !a.has(4, "float32", {width, 1})) return WRONG_SHAPE;
-  if (!a.has(5, "float32", {rows, width})) return WRONG_SHAPE;
-  Codes x(rows, depth), act(rows, ffn);
-  Floats memory(rows * both);
-  float* mid = memory.reserve(0);
-  encode_tokens(a.at<float>(0), x);
-  multiply_codes(x, a.at<int8_t>(1), both, ByToken{x, a.at<float>(2), mid, both});
-  encode_activations(mid, both, act);
-  multiply_codes(act, a.at<int8_t>(3), width, ByToken{act, a.at<float>(4), a.at<float>(5), width});
+  const Mlp mlp(a, 1);
+  if (!a.has(0, "float32", {ANY, ANY}) || !mlp.fits(a.size(0, 1))) return WRONG_SHAPE;
+  if (!a.has(5, "float32", {a.size(0, 0), mlp.down.width})) return WRONG_SHAPE;
+  mlp.run(a.at<float>(0), a.size(0, 0), a.at<float>(5));
   return 0;
 }
 SHAPE(MlpInt8) { return {SIZE(0, 0), SIZE(3, 0)}; }
+
+// h [T, depth], qkv [(H+2K)*D, depth] int8, qkv_scale [(H+2K)*D, 1], then as SplitHeads after its qkv -> as SplitHeads
+OPERATION(HeadsInt8) {
+  const Matrix qkv(a, 1);
+  if (!Heads::fit(a, 3, 9)) return WRONG_SHAPE;
+  const Heads heads(a, 3, 9);
+  if (!a.has(0, "float32", {heads.tokens, ANY}) || !qkv.fits(a.size(0, 1))) return WRONG_SHAPE;
+  if (qkv.width != heads.width()) return WRONG_SHAPE;
+  Codes x(heads.tokens, qkv.depth);
+  Floats memory(heads.tokens * qkv.width);
+  multiply_tokens(a.at<float>(0), x, qkv, memory.reserve(0));
+  heads.split(memory.reserve(0));
+  return 0;
+}
+SHAPES(HeadsInt8, 3) { return shapes_of_heads(SIZE(0, 0), SIZE(1, 0), SIZE(3, 0), SIZE(7, 0)); }
+
+// mixed [T, depth], x [T, width], o [width, depth] int8, o_scale [width, 1], norm [width], gate_up [2*ffn, width] int8,
+// gate_up_scale [2*ffn, 1], down [width, ffn] int8, down_scale [width, 1], next_norm [width], eps [1]
+// -> h, total [T, width]: all of a layer behind its attention.  The norm of x + o(mixed) goes through the MLP; h is the
+// norm of the sum of all.
+OPERATION(AfterAttentionInt8) {
+  const Matrix o(a, 2);
+  const Mlp mlp(a, 5);
+  if (!a.has(0, "float32", {ANY, ANY}) || !o.fits(a.size(0, 1)) || !mlp.fits(o.width)) return WRONG_SHAPE;
+  const int64_t rows = a.size(0, 0), width = o.width;
+  if (mlp.down.width != width || !a.has(4, "float32", {width}) || !a.has(9, "float32", {width})) return WRONG_SHAPE;
+  if (!a.has(10, "float32", {1})) return WRONG_SHAPE;
+  for (int i : {1, 11, 12})
+    if (!a.has(i, "float32", {rows, width})) return WRONG_SHAPE;
+  const float eps = *a.at<float>(10);
+  float *h = a.at<float>(11), *total = a.at<float>(12);
+  Codes mixed(rows, o.depth);
+  Floats memory(rows * width);
+  float* delta = memory.reserve(0);
+  multiply_tokens(a.at<float>(0), mixed, o, delta);
+  add_norm(delta, a.at<float>(1), a.at<float>(4), eps, h, total, rows, width);
+  mlp.run(h, rows, delta);
+  add_norm(delta, total, a.at<float>(9), eps, h, total, rows, width);
+  return 0;
+}
+SHAPES(AfterAttentionInt8, 2) { return {{SIZE(0, 0), SIZE(2, 0)}, {SIZE(0, 0), SIZE(2, 0)}}; }
 
 // h [T, hidden], weights [T, k], ids [T, k] of all experts, start [1] of this rank's, gate_up [E, hidden, 2*ffn] int8,
 // gate_up_scale [E, 1, 2*ffn], down [E, ffn, hidden] int8, down_scale [E, 1, hidden] -> [T, hidden], as of Experts.

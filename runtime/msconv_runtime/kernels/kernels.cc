@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "norms.h"
 #include "operation.h"
 #include "pool.h"
 #include "vector.h"
@@ -129,33 +130,6 @@ void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth
 template <class W>
 void multiply(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
   rows <= FEW_ROWS ? few_rows(x, w, y, rows, depth, width) : many_rows(x, w, y, rows, depth, width);
-}
-
-// 1 / root mean square
-INLINE float scale_of(const float* x, int64_t width, float eps) {
-  f32x16 s = {};
-  int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) s += load(x + i) * load(x + i);
-  float total = sum(s);
-  for (; i < width; i++) total += x[i] * x[i];
-  return 1.0f / std::sqrt(total / float(width) + eps);
-}
-
-INLINE void norm(const float* x, const float* weight, float* y, int64_t width, float eps) {
-  float scale = scale_of(x, width, eps);
-  for (int64_t i = 0; i < width; i++) y[i] = x[i] * scale * weight[i];
-}
-
-// x normed and rotated: y * cos + swapped halves of y * sin, whose first half is negative.
-INLINE void norm_rotate(const float* x, const float* weight, const float* cos, const float* sin, float* y, int64_t dim,
-                        float eps, float factor) {
-  int64_t half = dim / 2;
-  float scale = scale_of(x, dim, eps) * factor;
-  for (int64_t i = 0; i < half; i++) {
-    float a = x[i] * scale * weight[i], b = x[half + i] * scale * weight[half + i];
-    y[i] = a * cos[i] + b * sin[i];
-    y[half + i] = b * cos[half + i] + a * sin[half + i];
-  }
 }
 
 // Rows of queries of one sequence and one kv head, and what they have seen so far.
@@ -337,13 +311,7 @@ OPERATION(AddNorm) {
   if (width < 1 || !a.has(2, "float32", {width}) || !a.has(3, "float32", {1})) return WRONG_SHAPE;
   for (int i : {1, 4, 5})
     if (!a.has(i, "float32", {rows, width})) return WRONG_SHAPE;
-  parallel_for(rows, SERIAL / width, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-      float* total = a.at<float>(5) + t * width;
-      for (int64_t i = 0; i < width; i++) total[i] = a.at<float>(0)[t * width + i] + a.at<float>(1)[t * width + i];
-      norm(total, a.at<float>(2), a.at<float>(4) + t * width, width, *a.at<float>(3));
-    }
-  });
+  add_norm(a.at<float>(0), a.at<float>(1), a.at<float>(2), *a.at<float>(3), a.at<float>(4), a.at<float>(5), rows, width);
   return 0;
 }
 SHAPES(AddNorm, 2) { return {{SIZE(0, 0), SIZE(0, 1)}, {SIZE(0, 0), SIZE(0, 1)}}; }
@@ -364,34 +332,13 @@ SHAPE(Swiglu) { return {SIZE(0, 0), SIZE(0, 1) < 0 ? -1 : SIZE(0, 1) / 2}; }
 // qkv [T, (H+2K)*D], q_norm [D], k_norm [D], cos [T, D], sin [T, D], factors [H+K], eps [1]
 // -> q [T, H, D], k [T, 1, K, D], both normed, rotated and times their heads' factors, v [T, 1, K, D]
 OPERATION(SplitHeads) {
-  if (!a.has(7, "float32", {ANY, ANY, ANY}) || !a.has(8, "float32", {ANY, 1, ANY, ANY})) return WRONG_SHAPE;
-  const int64_t tokens = a.size(7, 0), heads = a.size(7, 1), kv_heads = a.size(8, 2), dim = a.size(8, 3);
-  if (heads + kv_heads < 1 || dim < 2 || dim % 2 || a.size(7, 2) != dim || a.size(8, 0) != tokens) return WRONG_SHAPE;
-  if (!a.has(0, "float32", {tokens, (heads + 2 * kv_heads) * dim}) || !a.has(5, "float32", {heads + kv_heads}) ||
-      !a.has(6, "float32", {1}) || !a.has(9, "float32", {tokens, 1, kv_heads, dim}))
-    return WRONG_SHAPE;
-  for (int i : {1, 2})
-    if (!a.has(i, "float32", {dim}) || !a.has(i + 2, "float32", {tokens, dim})) return WRONG_SHAPE;
-  const float *factors = a.at<float>(5), eps = *a.at<float>(6);
-  parallel_for(tokens, SERIAL / ((heads + kv_heads) * dim), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++) {
-      const float* x = a.at<float>(0) + t * (heads + 2 * kv_heads) * dim;
-      const float *cos = a.at<float>(3) + t * dim, *sin = a.at<float>(4) + t * dim;
-      float *q = a.at<float>(7) + t * heads * dim, *k = a.at<float>(8) + t * kv_heads * dim;
-      for (int64_t h = 0; h < heads + kv_heads; h++, x += dim)
-        norm_rotate(x, a.at<float>(h < heads ? 1 : 2), cos, sin, h < heads ? q + h * dim : k + (h - heads) * dim, dim,
-                    eps, factors[h]);
-      memcpy(a.at<float>(9) + t * kv_heads * dim, x, kv_heads * dim * sizeof(float));
-    }
-  });
+  if (!Heads::fit(a, 1, 7)) return WRONG_SHAPE;
+  const Heads heads(a, 1, 7);
+  if (!a.has(0, "float32", {heads.tokens, heads.width()})) return WRONG_SHAPE;
+  heads.split(a.at<float>(0));
   return 0;
 }
-SHAPES(SplitHeads, 3) {
-  const int64_t tokens = SIZE(0, 0), dim = SIZE(1, 0), rotated = SIZE(5, 0);
-  const int64_t kv_heads = SIZE(0, 1) < 0 || dim < 1 ? -1 : std::max(SIZE(0, 1) / dim - rotated, int64_t(-1));
-  const int64_t heads = kv_heads < 0 ? -1 : rotated - kv_heads;
-  return {{tokens, heads, dim}, {tokens, 1, kv_heads, dim}, {tokens, 1, kv_heads, dim}};
-}
+SHAPES(SplitHeads, 3) { return shapes_of_heads(SIZE(0, 0), SIZE(0, 1), SIZE(1, 0), SIZE(5, 0)); }
 
 // q [T, H, D], k_cache, v_cache [slots, 1, K, D], tables [B, S], context_lens [B], q_lens [B] -> [T, H*D]: each token
 // attends to its sequence's slots up to its own.

@@ -65,9 +65,11 @@ def kernel(name: str, inputs: int, outputs: int) -> Primitive:
 
 KERNELS = {  # functions of the library: how many inputs and outputs
     "AddNorm": (4, 2),
+    "AfterAttentionInt8": (11, 2),
     "Attend": (6, 1),
     "Experts": (6, 1),
     "ExpertsInt8": (8, 1),
+    "HeadsInt8": (9, 3),
     "MlpInt8": (5, 1),
     "Norm": (3, 1),
     "Product": (2, 1),

@@ -92,9 +92,35 @@ class CompiledOperations(PlainOperations):
 
     def whole_mlp(self, prefix: str, hidden: int, ffn: int) -> nn.Cell | None:
         gate_up, down = (prefix + name for name in ("gate_up_proj.weight", "down_proj.weight"))
-        if not all(isinstance(self.local.kept(name), W8A8Dynamic) for name in (gate_up, down)):
+        if not self._are_codes(gate_up, down):
             return None
         return MlpInt8(self.matrix(gate_up, (2 * ffn, hidden)), self.matrix(down, (hidden, ffn)))
+
+    def whole_heads(self, prefix: str, hidden: int, spec: Attention) -> nn.Cell | None:
+        qkv = prefix + "qkv_proj.weight"
+        if spec.bias or not self._are_codes(qkv):
+            return None
+        width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+        return HeadsInt8(self.matrix(qkv, (width, hidden)), prefix, spec, self.local.config.eps)
+
+    def whole_rest(self, index: int, follower: str) -> nn.Cell | None:
+        """Of one rank's layers without experts: between several ranks, sums are taken in the middle."""
+        local, prefix = self.local, f"model.layers.{index}."
+        spec, hidden, ffn = local.attention(index), local.config.hidden, local.ffn
+        own = prefix + "post_attention_layernorm.weight"
+        o, gate_up, down = (f"{prefix}{name}_proj.weight" for name in ("self_attn.o", "mlp.gate_up", "mlp.down"))
+        has_biases = any(name.removesuffix("weight") + "bias" in local.types for name in (own, follower))
+        if local.mesh.tp > 1 or local.config.has_experts(index) or spec.output_bias or has_biases:
+            return None
+        if not self._are_codes(o, gate_up, down):
+            return None
+        shapes = {o: (hidden, spec.heads * spec.head_dim), gate_up: (2 * ffn, hidden), down: (hidden, ffn)}
+        matrices = [self.matrix(name, shape) for name, shape in shapes.items()]
+        return AfterAttentionInt8(matrices, (own, follower), hidden, local.config.eps)
+
+    def _are_codes(self, *matrices: str) -> bool:
+        """Whether each is kept as codes whose activations get a scale a token."""
+        return all(isinstance(self.local.kept(name), W8A8Dynamic) for name in matrices)
 
     def experts(self, prefix: str) -> nn.Cell:
         gate_up, down = (self.local.kept(prefix + name) for name in ("gate_up_proj.weight", "down_proj.weight"))
@@ -156,7 +182,7 @@ class Swiglu(nn.Cell):
 
 
 class MlpInt8(nn.Cell):
-    """Both products and what is between them: MindSpore spends some 50 us on each node."""
+    """Both products and what is between them: MindSpore spends some 60 us on each node."""
 
     def __init__(self, gate_up: Matrix, down: Matrix) -> None:
         super().__init__()
@@ -167,8 +193,25 @@ class MlpInt8(nn.Cell):
         return self.run(h, *self.gate_up.operands(), *self.down.operands())
 
 
+class AfterAttentionInt8(nn.Cell):
+    """All of a layer behind its attention.  `matrices`: o, gate_up, down; `norms`: its own, the next layer's."""
+
+    def __init__(self, matrices: list[Matrix], norms: tuple[str, str], width: int, eps: float) -> None:
+        super().__init__()
+        self.o, self.gate_up, self.down = matrices
+        self.own, self.following = (parameter(name, (width,), ms.float32) for name in norms)
+        self.eps = Tensor([eps], ms.float32)
+        self.run = kernel("AfterAttentionInt8", lambda mixed, x, *_: (x, x), 11, 2)
+
+    def construct(self, mixed: Any, x: Any) -> Any:
+        o, gate_up, down = self.o.operands(), self.gate_up.operands(), self.down.operands()
+        return self.run(mixed, x, *o, self.own, *gate_up, *down, self.following, self.eps)
+
+
 class SplitHeads(nn.Cell):
     """q [T, H, D], scaled for the softmax; k and v as rows of the cache, [T, 1, K, D]."""
+
+    KERNEL, INPUTS = "SplitHeads", 7
 
     def __init__(self, prefix: str, spec: Attention, eps: float) -> None:
         super().__init__()
@@ -182,12 +225,26 @@ class SplitHeads(nn.Cell):
             rows = [qkv[0], 1, kv_heads, dim]
             return [qkv[0], heads, dim], rows, rows
 
-        self.run = kernel("SplitHeads", shapes, 7, 3)
+        self.run = kernel(self.KERNEL, shapes, self.INPUTS, 3)
+
+    def operands(self, step: Any) -> Any:
+        return self.q_norm, self.k_norm, step[CompiledStep.COS], step[CompiledStep.SIN], self.factors, self.eps
 
     def construct(self, qkv: Any, step: Any) -> Any:
-        return self.run(
-            qkv, self.q_norm, self.k_norm, step[CompiledStep.COS], step[CompiledStep.SIN], self.factors, self.eps
-        )
+        return self.run(qkv, *self.operands(step))
+
+
+class HeadsInt8(SplitHeads):
+    """The same of the product with qkv."""
+
+    KERNEL, INPUTS = "HeadsInt8", 9
+
+    def __init__(self, qkv: Matrix, prefix: str, spec: Attention, eps: float) -> None:
+        super().__init__(prefix, spec, eps)
+        self.qkv = qkv
+
+    def construct(self, h: Any, step: Any) -> Any:
+        return self.run(h, *self.qkv.operands(), *self.operands(step))
 
 
 class Attend(nn.Cell):

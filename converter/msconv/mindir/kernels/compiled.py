@@ -157,6 +157,30 @@ def mlp_int8(x: Tensor, gate_up: Tensor, scale: Tensor, down: Tensor, down_scale
     return dynamic_product(_within(x, gate_up, scale), down.T, down_scale.reshape(-1))
 
 
+@compiled("HeadsInt8", _rows)
+def heads_int8(h: Tensor, qkv: Tensor, scale: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return split_heads(dynamic_product(h, qkv.T, scale.reshape(-1)), *rest)
+
+
+def _normed(mixed: Tensor, x: Tensor, o: Tensor, scale: Tensor, weight: Tensor, eps: Tensor) -> Any:
+    """What goes into the MLP, and the sum that it is the norm of: [T, width] each."""
+    return add_norm(dynamic_product(mixed, o.T, scale.reshape(-1)), x, weight, eps)
+
+
+def _behind(mixed: Tensor, *rest: Tensor) -> list[tuple[int, Tensor, Tensor | None]]:
+    _, _, _, _, gate_up, scale, *_, eps = rest
+    h, _ = _normed(mixed, *rest[:4], eps)
+    within = _within(h, gate_up, scale)
+    return [(2, row_codes(mixed)[0], None), (5, row_codes(h)[0], None), (7, row_codes(within)[0], None)]
+
+
+@compiled("AfterAttentionInt8", _behind)
+def after_attention_int8(mixed: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    *matrices, next_weight, eps = rest[4:]
+    h, total = _normed(mixed, *rest[:4], eps)
+    return add_norm(mlp_int8(h, *matrices), total, next_weight, eps)
+
+
 @compiled("ExpertsInt8", _experts)
 def experts_int8(h: Tensor, weights: Tensor, ids: Tensor, start: Tensor, *matrices: Tensor) -> Tensor:
     gate_up, scales, down, down_scales = matrices
