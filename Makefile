@@ -49,7 +49,8 @@ compiler:
 
 # All layouts that SGLang's NPU path can be rehearsed in here; `make test` takes some of them.
 test-rehearsal: setup compiler
-	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/rehearsal tests/e2e/test_int8.py tests/e2e/test_drafts.py
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/rehearsal tests/e2e/test_int8.py tests/e2e/test_drafts.py \
+	  tests/e2e/test_hidden_drafts.py
 
 # The bytes of weights and graphs in all layouts, against those of before; `make test` takes some of them.
 test-digests: setup

@@ -42,10 +42,11 @@ def load_weights(
     weights = RankWeights(artifact, rank, mode)
     wanted = {p.name: p for g in graphs for p in g.reads}
     target = TARGETS[graphs[0].target]
-    missing = sorted(wanted.keys() - weights.tensors.keys())
-    wrong = [n for n in wanted if n not in missing and wanted[n].shape != weights.tensors[n].shape]
+    missing = sorted(wanted.keys() - weights.tensors.keys() - loaded.keys())
+    stored = [n for n in wanted if n in weights.tensors]
+    wrong = [n for n in stored if wanted[n].shape != weights.tensors[n].shape]
     if not target.rounds_weights:
-        wrong += [n for n in wanted if n not in missing and _rounds(weights.tensors[n].dtype, wanted[n].dtype)]
+        wrong += [n for n in stored if _rounds(weights.tensors[n].dtype, wanted[n].dtype)]
     if missing or wrong:
         raise ArtifactError(
             f"{artifact.root}: the weights do not fit the {target.name} graphs: "

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact import Artifact, Graph, GraphInput
-from .artifact.weights import LoadMode
-from .binding import bind, element_type, load_weights
+from .artifact import OF_TARGET, Artifact, Graph, GraphInput, GraphParameter
+from .artifact.weights import LoadMode, RankWeights
+from .binding import bind, element_type, load_weights, tensor
 from .errors import ArtifactError, EnvironmentProblem
 from .kernels import Library, library, use_threads
 from .paging import CHUNK_TOKENS, RAGGED_TOKENS, Batch, Sequences, attention_mask, chunks
@@ -21,6 +22,7 @@ from .roles import (
     DECODE,
     DRAFT_DECODE,
     DRAFT_EXTEND,
+    HIDDEN,
     LOGITS,
     PREFILL,
     ROLES,
@@ -54,12 +56,21 @@ class Place:
     ranks_here: int = 0
 
 
+class Lender(Protocol):
+    """What a draft drafts for, as far as it takes weights from it.  Graphs are one."""
+
+    artifact: Artifact
+    tensors: dict[str, Any]
+
+    def lend(self, wanted: GraphParameter) -> Any: ...
+
+
 class Graphs:
     """The graphs of one rank, sharing one set of weights: those of compiled kernels, where this machine has them
     and `compiled` allows it, else those of MindSpore's own operations.
 
     `model`: the graphs of the model whose draft these shall be, loaded already.  Weights that both read are
-    there once."""
+    there once, also where the draft is an artifact of its own."""
 
     def __init__(
         self,
@@ -69,8 +80,9 @@ class Graphs:
         mode: LoadMode = "mmap",
         check: bool = False,
         compiled: bool = True,
-        model: Graphs | None = None,
+        model: Lender | None = None,
     ) -> None:
+        self.artifact, self.mode = artifact, mode
         self.target, self.place = target_named(target), place
         self.is_draft = model is not None
         entries = of_draft(artifact.graphs(target)) if self.is_draft else of_model(artifact.graphs(target))
@@ -87,14 +99,37 @@ class Graphs:
         self.entries: dict[str, Graph] = faster if self.is_compiled else of_variant(entries, "")
         self._compiles_at_ready = 0
         started = time.monotonic()
-        shared: dict[str, Any] = model.tensors if model else {}
         graphs = list(self.entries.values())
-        self.tensors: dict[str, Any] = load_weights(artifact, graphs, place.rank, mode, check, shared)
+        self.tensors: dict[str, Any] = load_weights(artifact, graphs, place.rank, mode, check, self._lent(model))
         loaded = time.monotonic()
         self.cells = {
             role: bind(artifact, g, self.tensors, self.library, place.groups) for role, g in self.entries.items()
         }
         self.seconds = {mode: loaded - started, "bind": time.monotonic() - loaded}
+
+    def _lent(self, model: Lender | None) -> Mapping[str, Any]:
+        if model is None:
+            return {}
+        reads = {p.name: p for g in self.entries.values() for p in g.reads if p.name.startswith(OF_TARGET)}
+        own = {n: msgspec.structs.replace(p, name=n.removeprefix(OF_TARGET)) for n, p in reads.items()}
+        shared = model.tensors if model.artifact.root == self.artifact.root else {}
+        return {**shared, **{name: model.lend(p) for name, p in own.items()}}
+
+    def lend(self, wanted: GraphParameter) -> Any:
+        """A weight for a draft that is another artifact: the same memory, if it takes it in the same type.  Raises
+        ArtifactError if there is none of this shape."""
+        weights = RankWeights(self.artifact, self.place.rank, self.mode)
+        found = weights.tensors.get(wanted.name)
+        if found is None or found.shape != wanted.shape:
+            has = f"it has {found.shape}" if found else "it has none"
+            raise ArtifactError(
+                f"{self.artifact.root}: the draft takes {wanted.name} of shape {wanted.shape} from it, {has}.",
+                "Serve it with a draft that was made for it.",
+            )
+        read = {p.name: p.dtype for g in self.entries.values() for p in g.reads}
+        if read.get(wanted.name) == wanted.dtype:
+            return self.tensors[wanted.name]
+        return tensor(weights.array(wanted.name, wanted.dtype)[0], wanted.dtype)
 
     @property
     def caches(self) -> list[GraphInput]:
@@ -122,9 +157,8 @@ class Graphs:
 
     @property
     def hidden_width(self) -> int:
-        """Of the hidden states that a draft's graphs take; 0 of a model's own."""
-        given = (i for g in self.entries.values() for i in g.inputs if i.kind == "hidden")
-        return next((i.shape[-1] or 0 for i in given), 0)
+        """Of the hidden states that a draft's first graph takes; 0 of a model's own."""
+        return next((width for g in self.entries.values() if (width := hidden_width(g))), 0)
 
     @property
     def gives_all_logits(self) -> bool:
@@ -189,7 +223,8 @@ class Graphs:
             mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(Tensor(mask, element_type(self.target.dtype)))
         if ROLES[graph.role].is_draft:
-            inputs.append(Tensor(np.ascontiguousarray(hidden, np.float32), element_type(self.target.dtype)))
+            given = np.ascontiguousarray(fitting(graph, hidden), np.float32)
+            inputs.append(Tensor(given, element_type(self.target.dtype)))
         return inputs
 
     @property
@@ -212,7 +247,7 @@ class Graphs:
         for lengths in batches:
             for asked, batch in self._one_of_each(lengths):
                 graph = graph_for(self.entries, asked, batch)
-                hidden = np.zeros((len(batch.input_ids), self.hidden_width)) if self.is_draft else None
+                hidden = np.zeros((len(batch.input_ids), hidden_width(graph))) if self.is_draft else None
                 (self._compile if graph.role in warm else self._call)(graph, batch, caches, hidden)
                 warm.add(graph.role)
             if self._compiles_at_ready and self.compiles_since_ready:
@@ -239,6 +274,24 @@ class Graphs:
 
         shape = [pages, self.page, *(n or 1 for n in cache.shape[2:])]
         return Tensor(np.zeros(shape, np.float32), element_type(cache.dtype))
+
+
+def hidden_width(graph: Graph) -> int:
+    """Of the hidden states that it takes; 0: it takes none."""
+    return next((i.shape[-1] or 0 for i in graph.inputs if i.kind == "hidden"), 0)
+
+
+def fitting(graph: Graph, hidden: NDArray[Any]) -> NDArray[Any]:
+    """Hidden states [T, n] as a draft's graph takes them.  One that runs first and further steps takes streams of
+    its target beside own states: those that are not there are zeros.  Raises ArtifactError for others."""
+    width, own = hidden_width(graph), next(o.shape[-1] or 0 for o in graph.outputs if o.name == HIDDEN)
+    count, given = hidden.shape
+    if given == width:
+        return hidden
+    if given not in (own, width - own) or width <= own:
+        raise ArtifactError(f"{graph.path}: takes hidden states of {width} values, {given} were given.")
+    zeros = np.zeros((count, width - given), hidden.dtype)
+    return np.concatenate([zeros, hidden] if given == own else [hidden, zeros], 1)
 
 
 def _on_host(output: Any) -> NDArray[np.float32]:

@@ -37,7 +37,7 @@ def weight_bytes(graphs: Iterable[Graph]) -> int:
 
 def widest_cache(artifact: Artifact, target: Target) -> GraphInput:
     """The cache whose rows are longest: it bounds the page.  Raises ArtifactError as `Artifact.graphs` does."""
-    return max(of_model(artifact.graphs(target.name))[0].caches, key=_width)
+    return max(_caches(artifact, target), key=_width)
 
 
 def page_problem(target: Target, cache: GraphInput, page: int) -> str:
@@ -54,7 +54,7 @@ def page_problem(target: Target, cache: GraphInput, page: int) -> str:
 def usual_pool(artifact: Artifact, target: Target) -> Pool:
     """What a server makes unless it is told otherwise: the best page that fits; in a machine's own memory, tokens
     within POOL_BYTES, in whole pages."""
-    caches, pages = of_model(artifact.graphs(target.name))[0].caches, target.paging.pages
+    caches, pages = _caches(artifact, target), target.paging.pages
     cache = widest_cache(artifact, target)
     page = next((p for p in pages if not page_problem(target, cache, p)), pages[-1])
     if not target.device.is_host:
@@ -62,6 +62,12 @@ def usual_pool(artifact: Artifact, target: Target) -> Pool:
     least, most = POOL_TOKENS
     fitting = POOL_BYTES // max(1, artifact.tp * token_bytes(caches))
     return Pool(page, max(least, min(most, fitting)) // page * page, cache.dtype)
+
+
+def _caches(artifact: Artifact, target: Target) -> list[GraphInput]:
+    """The model's own; of what is a draft only, those."""
+    graphs = artifact.graphs(target.name)
+    return (of_model(graphs) or graphs)[0].caches
 
 
 def _width(cache: GraphInput) -> int:

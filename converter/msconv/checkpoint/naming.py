@@ -16,6 +16,7 @@ from ..layout.names import listing, shorten
 from .unsupported import WHOLE, UnsupportedCheckpoint, refuse_untied
 
 EMBEDDING, HEAD, BODY = "embed_tokens.weight", "lm_head.weight", "model."
+MIDLAYER, FIRST = "midlayer.", "layers.0."
 OUTSIDE = re.compile(r"(?:^|\.)layers\.")
 PREFIX = re.compile(r"(?:\w{1,40}\.){0,8}", re.ASCII)
 STACKED = re.compile(r"(?P<experts>model\.layers\.\d+\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
@@ -39,6 +40,8 @@ class Named:
 def named(tensors: dict[str, TensorInfo], config: DecoderConfig, where: str) -> Named:
     """Give tensors the names of the table.  Raises UnsupportedCheckpoint for names of which only some have a
     prefix, and for stacked experts in another form than transformers 5 saves them."""
+    if config.eagle is not None:
+        return _of_draft(tensors)
     body, head = _prefixes(tensors)
     notes: list[str] = []
     stored: dict[str, str] = {}
@@ -53,6 +56,14 @@ def named(tensors: dict[str, TensorInfo], config: DecoderConfig, where: str) -> 
             f"Experts are stacked, as transformers 5 can save them: {len(stacked)} tensors read in parts."
         )
     return Named(split, stored, stacked, tuple(notes))
+
+
+def _of_draft(tensors: dict[str, TensorInfo]) -> Named:
+    """Of EAGLE3: the layer is `midlayer` in most checkpoints, and `layers.0` in others."""
+    stored = {MIDLAYER + n.removeprefix(FIRST): n for n in tensors if n.startswith(FIRST)}
+    names = {old: new for new, old in stored.items() if new not in tensors}
+    renamed = {names.get(n, n): replace(info, name=names.get(n, n)) for n, info in tensors.items()}
+    return Named(renamed, {new: old for old, new in names.items()})
 
 
 def _prefixes(names: Collection[str]) -> tuple[str, str]:

@@ -49,6 +49,12 @@ if TYPE_CHECKING:
 @click.option("--tp", type=click.IntRange(1, 1024), help="With --model: tensor-parallel ranks.")
 @click.option("--ep", default=1, type=click.IntRange(1, 1024), help="With --model: expert-parallel ranks.")
 @quant_option
+@click.option(
+    "--draft",
+    metavar="REF",
+    help="A draft of EAGLE3, as an artifact, a directory or owner/name: graphs shall give the hidden states that "
+    "it reads.",
+)
 @output_option("With --model: the artifact to make.")
 @click.option(
     "--graphs",
@@ -68,6 +74,7 @@ def command(
     tp: int | None,
     ep: int,
     quant: str | None,
+    draft: str | None,
     output: Path | None,
     kept: Path | None,
     hub: Hub,
@@ -100,7 +107,8 @@ def command(
         root = find_artifact(artifact)
         compare_layout(Artifact(root).manifest)
     made: list[Compiled] = []
-    targets = targets or (usual_target(Artifact(root)),)
+    before = _expect(root, draft, hub) if draft else []
+    targets = (*targets, *before) or (usual_target(Artifact(root)),)
     for target in targets:
         target_named(target)  # before the first one is compiled
     store = None if kept is None else GraphStore(kept)
@@ -115,6 +123,12 @@ def command(
     if tp is not None and Artifact(root).manifest.weights is None:
         next_step = f"{convert_command(tp, ep)} --output {quoted(root)}  # adds the weights"
     show(Result({"artifact": str(root), "graphs": [_data(root, m) for m in made]}, next=next_step))
+
+
+def _expect(root: Path, draft: str, hub: Hub) -> list[str]:
+    from ..steps.drafts import expect_draft
+
+    return expect_draft(root, draft, hub)
 
 
 def _data(root: Path, compiled: Compiled) -> dict[str, Any]:

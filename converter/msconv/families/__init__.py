@@ -52,7 +52,7 @@ def family_of(raw: dict[str, object], where: str) -> Family:
     kind = raw.get("model_type")
     for family in FAMILIES:
         names = (family.name, *family.aliases)
-        if family.architecture in architectures or (not architectures and kind in names):
+        if family.architecture in architectures or (not architectures and kind in names and not family.is_draft):
             if kind is not None and kind not in names:
                 raise UsageError(
                     f"{where}: architectures says {family.architecture}, model_type {shorten(str(kind))}: who "

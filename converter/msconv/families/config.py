@@ -71,6 +71,17 @@ class Mla:
 
 
 @dataclass(frozen=True, slots=True)
+class Eagle:
+    """A draft of EAGLE3, which reads `captured` residual streams of its target, side by side.  `vocab`: how many
+    tokens the target has, of which it scores some.  `layers`: those of the target that make the streams, as
+    config.json numbers them; () for the usual ones."""
+
+    vocab: int
+    captured: int = 3
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A decoder-only model.  Counts and widths are those of the whole model, before any cut.
 
@@ -100,6 +111,7 @@ class DecoderConfig:
     qk_norm: bool = True
     windows: tuple[int | None, ...] = ()
     output_bias: bool | None = None
+    eagle: Eagle | None = None
     drafts: int = 0
 
     def with_draft(self) -> DecoderConfig:
@@ -154,6 +166,8 @@ class DecoderConfig:
             traits.add("attention_bias")
         if self.mtp_layers:
             traits.add("mtp")
+        if eagle := self.eagle:
+            dims |= {"streams": eagle.captured * self.hidden, "both": 2 * self.hidden}
         if self.drafts:
             traits.add("draft")
         kinds: tuple[frozenset[str], ...] = ()
@@ -185,7 +199,8 @@ class Family:
 
     `keys`: those of config.json that are known.  `aliases`: other values of `model_type` under which the same
     computation is published; the reference reads them as `name`.  `windows_by_layer`: sliding windows begin at
-    `max_window_layers`, in all layers otherwise.
+    `max_window_layers`, in all layers otherwise.  `is_draft`: it drafts for another model, and its `model_type`
+    alone does not tell it.
     """
 
     name: str
@@ -195,6 +210,7 @@ class Family:
     keys: Keys = COMMON
     aliases: tuple[str, ...] = ()
     windows_by_layer: bool = False
+    is_draft: bool = False
 
 
 class Reader:

@@ -127,6 +127,10 @@ class Keys:
             self, obeyed=self.obeyed | set(obeyed.split()), harmless={**self.harmless, **(harmless or {})}
         )
 
+    def without(self, parts: Mapping[str, Off]) -> Keys:
+        """These, and more parts that one family's graphs do not have."""
+        return replace(self, off={**self.off, **parts})
+
 
 @dataclass(frozen=True, slots=True)
 class Unknown:

@@ -43,13 +43,16 @@ class ProjectedHeads(nn.Cell):
 
 
 class HeadsAttention(nn.Cell):
-    """Heads, cache write, attention; the output projection too if it `projects`."""
+    """Heads, cache write, attention; the output projection too if it `projects`.  `inner`: the width of what goes
+    in, 0 for that of what comes out."""
 
-    def __init__(self, ops: Operations, local: Local, prefix: str, spec: Attention, projects: bool) -> None:
+    def __init__(
+        self, ops: Operations, local: Local, prefix: str, spec: Attention, projects: bool, inner: int = 0
+    ) -> None:
         super().__init__()
         hidden = local.config.hidden
-        whole = ops.whole_heads(prefix, hidden, spec)
-        self.heads = whole or ProjectedHeads(ops, hidden, prefix, spec)
+        whole = ops.whole_heads(prefix, inner or hidden, spec)
+        self.heads = whole or ProjectedHeads(ops, inner or hidden, prefix, spec)
         self.write = ops.write_kv()
         self.attend = ops.attend(spec)
         self.projects = projects

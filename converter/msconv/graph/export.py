@@ -53,7 +53,7 @@ def export(local: Local) -> Exported:
 def build(local: Local) -> tuple[Operations, Any, list[GraphInput]]:
     """The network of a role: a cell, the operations that it is made of, and what it takes."""
     ops = operations_for(local)
-    net = import_module(f".{local.role.network}", __package__).build(ops, local)
+    net = import_module(f".{local.network}", __package__).build(ops, local)
     hidden = [GraphInput(HIDDEN, local.target.dtype, [None, net.takes], "hidden")] if local.role.is_draft else []
     return ops, net, ops.inputs() + hidden + cache_inputs(ops, net.caches)
 

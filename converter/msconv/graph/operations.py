@@ -333,16 +333,17 @@ class Rows(nn.Cell):
 class Embed(nn.Cell):
     """Rows of other ranks count as zero; the sum over ranks is the row."""
 
-    def __init__(self, local: Local, weight: Any, rows: Any, dtype: Any) -> None:
+    def __init__(self, local: Local, weight: Any, rows: Any, dtype: Any, start: str = "vocab_start") -> None:
+        """`start`: the name of the constant that says which row of the whole table is this rank's first."""
         super().__init__()
         self.is_sharded = local.mesh.tp > 1
-        self.count = local.vocab
+        self.count = weight.shape[0]
         self.dtype = dtype
         self.weight = weight
         self.rows = rows
         self.zero = Tensor(0, ms.int32)
         if self.is_sharded:
-            self.vocab_start = parameter("vocab_start", (1,), ms.int32)
+            self.vocab_start = parameter(start, (1,), ms.int32)
             self.reduce = AllReduce(local, None)
 
     def construct(self, ids: Any) -> Any:

@@ -72,6 +72,11 @@ class Local:
         return tuple(dict.fromkeys(self.config.attention(i).window for i in range(self.config.layers)))
 
     @property
+    def network(self) -> str:
+        """The module beside this one that builds it."""
+        return "eagle3" if self.config.eagle and self.role.is_draft else self.role.network
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         """Names of what the graph gives, in order."""
         return self.role.given(self.draft is not None)

@@ -16,6 +16,7 @@ from .rules import Part
 from .stored import Formats
 
 TP_CHOICES = (1, 2, 4, 8, 16, 32)
+WHOLE = ("int32", "int64")  # of whole numbers, where a rule wants them
 
 
 def dropped_sources(
@@ -113,6 +114,8 @@ def common_dtype(
                     companion = sources.get(tensor.of(name))
                     if companion is not None and not _fits(companion.dtype, tensor):
                         odd.setdefault(companion.dtype, []).append(companion.name)
+            elif output.rule.dtype in WHOLE and info.dtype in WHOLE:
+                continue
             elif info.dtype not in VALUE_DTYPES:
                 odd.setdefault(info.dtype, []).append(name)
             elif not output.rule.dtype:

@@ -16,7 +16,7 @@ from msconv_runtime.targets import TARGETS, device_of
 
 from ..families import DecoderConfig, family_named
 from ..layout.constants import RANK_CONSTANTS
-from ..layout.coverage import unused_names
+from ..layout.coverage import own_names, unused_names
 from ..layout.cuts import Mesh
 from ..layout.kept import kept_groups
 from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
@@ -338,7 +338,7 @@ def _expected(table: Table, config: DecoderConfig, w: Weights | None) -> set[str
 
 
 def _coverage_of(manifest: Manifest, target: str, stored: set[str]) -> Data:
-    read = {p.name for g in manifest.graphs_for(target) for p in g.reads}
+    read = own_names(p.name for g in manifest.graphs_for(target) for p in g.reads)
     return {
         "target": target,
         "read": len(read),

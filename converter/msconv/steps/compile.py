@@ -122,7 +122,7 @@ def compile_graphs(
         mesh = Mesh(artifact.tp, artifact.ep)
         made: list[Compiled] = []
         exports: list[bytes] = []
-        wanted = (*target.graphs, *(target.draft_graphs if config.drafts else ()))
+        wanted = graphs_of(config, target)
         for number, (role, variant) in enumerate(wanted):
             started = time.monotonic()
             progress(role, number, len(wanted))
@@ -148,6 +148,14 @@ def compile_graphs(
         add_timings(root, ((m.graph, m.seconds) for m in made if not m.taken))
         _remove_others(root / "graphs" / target.name, graphs)
     return made
+
+
+def graphs_of(config: DecoderConfig, target: Target) -> tuple[tuple[str, str], ...]:
+    """(role, variant) of each graph of a model.  One that drafts by itself has those of a draft besides; one that
+    drafts for another model has nothing else."""
+    if config.eagle is not None:
+        return target.draft_graphs
+    return (*target.graphs, *(target.draft_graphs if config.drafts else ()))
 
 
 def _taken(

@@ -67,6 +67,8 @@ def cast(values: NDArray[Any], out: NDArray[Any], name: str) -> None:
             )
         np.copyto(out.view(np.uint32), values.astype(np.uint32))
         return
+    if values.dtype == np.int64 and out.dtype == np.int32 and (values != values.astype(np.int32)).any():
+        raise CheckpointError(f"{name}: has numbers beyond 32 bits: no tokens are so many.", "Download it again.")
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, values, casting="unsafe")
     if out.dtype == np.float16 and (lost := int(np.isinf(out).sum()) - int(np.isinf(values).sum())):

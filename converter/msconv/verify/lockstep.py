@@ -58,6 +58,10 @@ class RankFiles:
                 with safe_open(path, framework="pt") as opened:
                     self._where |= dict.fromkeys(opened.keys(), path)
 
+    def lend(self, name: str, value: torch.Tensor) -> None:
+        """A weight that is in no file of this artifact: its graphs take it from another one's."""
+        self._cache[name] = value
+
     def get(self, name: str, declared: torch.dtype | None) -> torch.Tensor:
         """In exact mode stored values in float32; else cast to the type the graph declares."""
         if name in self._cache:

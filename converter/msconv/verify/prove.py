@@ -18,7 +18,7 @@ from msconv_runtime.targets import Target, target_named
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
 from ..graph.toolchain import mindspore_version
-from ..layout.coverage import unused_names
+from ..layout.coverage import own_names, unused_names
 from ..quant import formats_named
 from ..workspace.lock import exclusive
 from .candidates import candidate_of, drafting_of, others_of, runs_here
@@ -125,7 +125,10 @@ def prove(
         _record(root, target, None)
         raise
     subject = Subject(artifact, target, config, source, layers, tell)
-    found = subject.led(max_kl, text) if has_codes else subject.plain()
+    if config.eagle is not None:
+        found = subject.draft()
+    else:
+        found = subject.led(max_kl, text) if has_codes else subject.plain()
     proof = replace(found, seconds=time.monotonic() - started)
     if not layers:
         _record(root, target, _entry(artifact, proof) if proof.ok else None)
@@ -150,6 +153,13 @@ class Subject:
     @property
     def is_large(self) -> bool:
         return sum(f.size for f in self.artifact.weights.files) > LARGE_BYTES
+
+    def draft(self) -> Proof:
+        """Against its own checkpoint, with a target that is drawn."""
+        from .drafts import prove_draft
+
+        self.tell("the draft in torch", 0, 1)
+        return self._proof(prove_draft(self.artifact, self.target, self.config, self.source, self.tell))
 
     def plain(self) -> Proof:
         """Against the source's own values."""
@@ -292,5 +302,5 @@ def _record(root: Path, target: Target, entry: Verified | None) -> None:
 def _coverage(artifact: Artifact, target: Target) -> tuple[list[str], list[str]]:
     """Names that a graph reads and that are not stored; stored ones that no graph reads."""
     stored = {t.name for t in artifact.weights.tensors}
-    read = {p.name for g in artifact.graphs(target.name) for p in g.reads}
+    read = own_names(p.name for g in artifact.graphs(target.name) for p in g.reads)
     return sorted(read - stored), unused_names(stored, read)

@@ -16,7 +16,9 @@ from .directory import (
     write_manifest,
 )
 from .manifest import (
+    D2T,
     FORMAT,
+    OF_TARGET,
     Draft,
     Dropped,
     File,
@@ -40,8 +42,10 @@ from .manifest import (
 from .opened import Artifact
 
 __all__ = [
+    "D2T",
     "FORMAT",
     "MANIFEST",
+    "OF_TARGET",
     "READY",
     "SIGNATURE",
     "STATE_DIR",

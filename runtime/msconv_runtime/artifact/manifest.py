@@ -10,6 +10,8 @@ import xxhash
 
 FORMAT = 2
 
+OF_TARGET = "target."  # before the name of a weight that a draft's graph takes from its target's artifact
+D2T = "d2t"  # of a draft: what is added to the number of a token that it scores, to make it the target's
 InputKind = Literal["batch", "mask", "hidden", "cache"]
 DraftKind = Literal["mtp", "eagle3"]
 PHASES = {"verify": "decode_all", "mixed_compiled": "native", "verify_compiled": "native_all"}  # by a graph's name

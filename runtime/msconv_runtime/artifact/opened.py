@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ..errors import ArtifactError
-from ..roles import can_serve, of_variant
+from ..roles import can_serve, of_model, of_variant
 from .directory import read_manifest, write_manifest
 from .files import read_file
 from .manifest import Graph, Manifest, Weights, digest_bytes
@@ -49,10 +49,15 @@ class Artifact:
         """Those it has graphs for, sorted."""
         return sorted({g.target for g in self.manifest.graphs})
 
+    @property
+    def is_draft(self) -> bool:
+        """Whether it cannot answer by itself: its graphs draft for another artifact's model."""
+        return bool(self.manifest.graphs) and not of_model(self.manifest.graphs)
+
     def graphs(self, target: str) -> list[Graph]:
-        """Raises ArtifactError unless a batch can be prefilled and decoded on the target."""
+        """Raises ArtifactError unless a batch can be prefilled and decoded on the target, or a draft extended."""
         graphs = self.manifest.graphs_for(target)
-        if not can_serve(of_variant(graphs, "")):
+        if not graphs or not (self.is_draft or can_serve(of_variant(graphs, ""))):
             have = f" (only for {', '.join(self.targets)})." if self.targets else "."
             raise ArtifactError(
                 f"{self.root}: has no graphs for {target}{have}",

@@ -9,7 +9,7 @@ from typing import Any
 from ..artifact import Artifact, Manifest
 from ..claims import CLAIMED, is_checked_here
 from ..errors import MsconvError
-from ..roles import can_serve, gives_all_logits, of_variant
+from ..roles import can_serve, gives_all_logits, of_model, of_variant
 from ..targets import DEVICES, device_of, usual_target
 from ..versions import MINDSPORE, in_series, named
 from .findings import NPU, SERVE, Finding, State, to_serve
@@ -100,6 +100,9 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
     found = f"{have} of mindspore {', '.join(made)}; {here or 'none'} is installed" if graphs else "none"
     needed = f"prefill and decode of mindspore {named(MINDSPORE, ' or ')}"
     hint = f"`msconv compile {root} --target {target}`"
+    if graphs and not of_model(graphs):
+        needed = "those of a model: this is a draft, and answers nobody by itself"
+        hint = f"`msconv serve TARGET -- --speculative-algorithm EAGLE3 --speculative-draft-model-path {root}`"
     yield Finding(f"graphs {target}", state, found, needed, hint, (to_serve(device.kind),))
     if can_serve(of_variant(graphs, "")) and not gives_all_logits(graphs):
         needed = "for drafts (speculative decoding) and log probabilities of prompts"

@@ -47,4 +47,4 @@ def _rank_bytes(artifact: Artifact, target: str, variant: str) -> tuple[int, int
     there are none of the variant."""
     graphs = artifact.manifest.graphs_for(target)
     used = list((of_variant(graphs, variant) or of_variant(graphs, "")).values())
-    return (weight_bytes(used), token_bytes(of_model(used)[0].caches)) if used else (0, 0)
+    return (weight_bytes(used), token_bytes((of_model(used) or used)[0].caches)) if used else (0, 0)

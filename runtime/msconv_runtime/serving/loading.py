@@ -32,7 +32,7 @@ class Loaded:
 
 
 _loading: dict[Path, Future[Loaded]] = {}
-_finished: dict[Path, Loaded] = {}
+_finished: dict[tuple[Path, bool], Loaded] = {}  # by artifact, and whether it is what drafts
 _alone = threading.Lock()
 
 
@@ -57,14 +57,15 @@ def has_begun(root: Path) -> bool:
     return root in _loading
 
 
-def load(artifact: Artifact, place: Place) -> Loaded:
+def load(artifact: Artifact, place: Place, model: Graphs | None = None) -> Loaded:
     """Map or read the rank's file, bind the graphs, warm them up.  One artifact after the other: MindSpore does
-    not compile in two threads at once, and a server of drafts loads two."""
+    not compile in two threads at once, and a server of drafts loads two.  `model`: the graphs for which these
+    draft, if they read hidden states."""
     with _alone:
-        return _load(artifact, place)
+        return _load(artifact, place, model)
 
 
-def _load(artifact: Artifact, place: Place) -> Loaded:
+def _load(artifact: Artifact, place: Place, model: Graphs | None) -> Loaded:
     settings = Settings.read()
     refuse_unsigned_once(artifact.root)
     seconds = {}
@@ -72,7 +73,7 @@ def _load(artifact: Artifact, place: Place) -> Loaded:
     import mindspore  # noqa: F401  takes seconds: apart from what follows
 
     seconds["import"] = time.monotonic() - started
-    graphs = Graphs(artifact, settings.target, place, settings.load_mode, settings.check_digests)
+    graphs = Graphs(artifact, settings.target, place, settings.load_mode, settings.check_digests, model=model)
     seconds |= graphs.seconds
     started = time.monotonic()
     graphs.warm_up(strict=settings.strict_aot)
@@ -80,14 +81,15 @@ def _load(artifact: Artifact, place: Place) -> Loaded:
     return Loaded(graphs, seconds)
 
 
-def finish(artifact: Artifact, place: Place) -> Graphs:
-    """What was begun, or loaded now.  Raises what loading raised."""
-    root = artifact.root
-    if root in _finished:
-        return _finished[root].graphs
+def finish(artifact: Artifact, place: Place, model: Graphs | None = None) -> Graphs:
+    """What was begun, or loaded now.  Raises what loading raised.  `model`: as for `load`."""
+    root, key = artifact.root, (artifact.root, model is not None)
+    if key in _finished:
+        return _finished[key].graphs
     started = time.monotonic()
     wait(_loading.values())  # the other's too: no graph may run while one is compiled
-    loaded = _loading[root].result() if root in _loading else load(artifact, place)
+    begun = model is None and root in _loading
+    loaded = _loading[root].result() if begun else load(artifact, place, model)
     loaded.seconds["waited for"] = time.monotonic() - started
     seconds = {part: round(s, 2) for part, s in loaded.seconds.items()}
     logger.info(
@@ -100,17 +102,17 @@ def finish(artifact: Artifact, place: Place) -> Graphs:
     if loaded.graphs.target.device.is_host and (why := loaded.graphs.library.why):
         logger.info("msconv: MindSpore's own operations, slower on a CPU than compiled kernels: %s", why)
     logger.info("msconv: start, seconds: %s", json.dumps(seconds))
-    _finished[root] = loaded
+    _finished[key] = loaded
     return loaded.graphs
 
 
 def state(root: Path) -> dict[str, Any]:
     """What this process has loaded, for /server_info: of the artifact that is served, with that of its draft.
     Empty: nothing of ours."""
-    if root not in _finished:
+    if (root, False) not in _finished:
         return {}
-    drafts = [_told(other, loaded) for other, loaded in _finished.items() if other != root]
-    return _told(root, _finished[root]) | ({"draft": drafts[0]} if drafts else {})
+    drafts = [_told(key[0], loaded) for key, loaded in _finished.items() if key != (root, False)]
+    return _told(root, _finished[root, False]) | ({"draft": drafts[0]} if drafts else {})
 
 
 def _told(root: Path, loaded: Loaded) -> dict[str, Any]:

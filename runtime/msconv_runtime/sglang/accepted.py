@@ -89,7 +89,7 @@ GATE = "its requests would not pass msconv's list of endpoints"
 LAYOUT = "the artifact's ranks are those of tp and ep"
 TORCH = "the model is a MindSpore graph, without torch modules"
 TEXT = "the model takes text"
-EAGLE = "drafts of EAGLE, EAGLE3 and NEXTN read the target's hidden states, and the graphs give logits"
+CHAIN = "one layer, or one model, drafts a chain of a fixed length, and attends to all that stands before"
 DRAFT = "a draft is an artifact too, loaded as it is"
 ATTEND = "the graphs attend and choose experts by themselves, for drafts too"
 REFUSED = (
@@ -102,9 +102,13 @@ REFUSED = (
         "--experts-shared-outer-loras --no-experts-shared-outer-loras --no-lora-strict-loading",
         "the graphs have no place for LoRA: merge it into the checkpoint and convert again",
     ),
-    Refused("--enable-multi-layer-eagle --speculative-token-map --speculative-adaptive*", EAGLE),
-    Refused("--speculative-draft-window-size --speculative-draft-sink-size", EAGLE),
-    Refused("--speculative-use-rejection-sampling --speculative-use-block-verification", EAGLE),
+    Refused("--enable-multi-layer-eagle --speculative-adaptive*", CHAIN),
+    Refused("--speculative-draft-window-size --speculative-draft-sink-size", CHAIN),
+    Refused("--speculative-token-map", DRAFT),
+    Refused(
+        "--speculative-use-rejection-sampling --speculative-use-block-verification",
+        "a draft is accepted where the target says the same",
+    ),
     Refused(
         "--speculative-dflash-* --speculative-dspark-* --speculative-domino-*", "no graphs are drafts of this kind"
     ),

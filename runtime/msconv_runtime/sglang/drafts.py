@@ -6,12 +6,15 @@ all keys and values of a call before they read any, so a token sees those before
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..paging import Batch, Ints
+from ..graphs import Graphs, Outputs
+from ..paging import Batch, Ints, take
+from ..roles import HIDDEN, LOGITS, Role
 
 
 def chains(input_ids: Ints, positions: Ints, slots: Ints, tables: Ints, before: Ints, width: int) -> Batch:
@@ -56,3 +59,30 @@ def batch_of(input_ids: Ints, positions: Ints, slots: Ints, forward_batch: Any, 
         raise ValueError(f"drafts that branch need pages of one slot, these have {page}")
     seen = info.custom_mask[: count * width * width].view(count, width, width).cpu().numpy()
     return trees(input_ids, positions, slots, tables, before, seen)
+
+
+def run(
+    graphs: Graphs,
+    role: Role,
+    batch: Batch,
+    caches: Sequence[Any],
+    hidden: NDArray[np.float32],
+    accepted: NDArray[Any] | None,
+) -> Outputs:
+    """What a draft that reads `hidden` states [T, ..] gives: logits and states [B, ..] of each last token.
+
+    After a verification SGLang gives all k tokens of each sequence, and reads what comes of the last of them that
+    was `accepted`, [B] of how many.  Only those up to it run, and rows [B * k, ..] of others are zeros."""
+    if accepted is None:
+        found = graphs.in_parts(role, batch, caches, hidden=hidden)
+        return {LOGITS: found[LOGITS], HIDDEN: found[HIDDEN][np.cumsum(batch.q_lens) - 1]}
+    counts = [int(n) for n in accepted]
+    begins = np.cumsum(batch.q_lens) - batch.q_lens
+    members = [(i, int(begin), n) for i, (begin, n) in enumerate(zip(begins, counts, strict=True))]
+    kept = np.concatenate([np.arange(begin, begin + n) for _, begin, n in members])
+    found = graphs.in_parts(role, take(batch, members, graphs.page), caches, hidden=hidden[kept])
+    rows = {LOGITS: found[LOGITS], HIDDEN: found[HIDDEN][np.cumsum(counts) - 1]}
+    spread = {name: np.zeros((len(hidden), values.shape[1]), np.float32) for name, values in rows.items()}
+    for name, values in rows.items():
+        spread[name][begins + counts - 1] = values
+    return spread

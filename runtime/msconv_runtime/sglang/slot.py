@@ -14,21 +14,23 @@ import numpy as np
 import sglang.srt.models.mindspore as upstream
 import torch
 from mindspore import Tensor, nn
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
-from sglang.srt.runtime_context import get_model, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_schedule
 
 from ..artifact import Artifact, GraphInput, is_artifact
 from ..artifact.served import refuse_wrong_files
 from ..errors import ArtifactError, EnvironmentProblem
 from ..graphs import Graphs, Place
-from ..paging import RAGGED_TOKENS, Batch, Ints
+from ..kv_pool import widest_cache
+from ..paging import Batch, Ints
+from ..roles import DECODE, LOGITS, PREFILL, VERIFY
 from ..serving import loading
 from ..serving.settings import Settings
 from ..targets import Target, target_named
-from . import drafts, pool, prompt_logprobs
+from . import drafts, hidden, pool, prompt_logprobs
 from .flags import pool_problems
 from .groups import find_groups
+from .hidden import check_captured, find_model, target_tokens
 from .upstream_names import NoMask, complete
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,31 @@ class MindSporeForCausalLM(upstream.MindSporeForCausalLM):
             return super().forward(input_ids, positions, forward_batch)
         return self.model.run(input_ids, positions, forward_batch)
 
+    @property
+    def hot_token_id(self) -> Any:
+        return self.model.target_tokens if self.is_artifact else super().hot_token_id
+
+    def get_embed_and_head(self) -> Any:
+        """Nothing: the graphs of a draft have found what they share with its target when they were loaded.  SGLang
+        asks the device of it."""
+        if not self.is_artifact:
+            return super().get_embed_and_head()
+        return torch.empty(0, device=get_device().device), None
+
+    def set_embed_and_head(self, embed: Any, head: Any) -> None:
+        if not self.is_artifact:
+            super().set_embed_and_head(embed, head)
+
+    def set_embed(self, embed: Any) -> None:
+        if not self.is_artifact:
+            super().set_embed(embed)
+
+    def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
+        if self.is_artifact:
+            check_captured(self.model.artifact, layer_ids)
+        else:
+            super().set_eagle3_layers_to_capture(layer_ids)
+
 
 def _artifact_of(config: Any) -> Path | None:
     path = getattr(config, "_name_or_path", None)
@@ -72,10 +99,11 @@ class ArtifactModel(nn.Cell):
         assert root is not None
         self.artifact = Artifact(root)
         refuse_wrong_files(self.artifact)
-        self.num_layers = config.num_hidden_layers
+        self.drafts_for = find_model(self.artifact, config.architectures[0])
+        self.target_tokens = target_tokens(self.artifact)
         settings = Settings.read()
         target = target_named(settings.target)
-        cache = self.artifact.graphs(target.name)[0].caches[-1]
+        cache = widest_cache(self.artifact, target)
         config.param_dtype = getattr(mindspore, target.dtype)
         rank, page = check_parallel(self.artifact), get_schedule().page_size
         if target.paging.slots is None:
@@ -92,42 +120,52 @@ class ArtifactModel(nn.Cell):
             raise EnvironmentProblem(
                 f"{self.artifact.root}: is loaded, and takes no other weights.", "Start another server."
             )
-        if not loading.has_begun(self.artifact.root):
-            self.graphs = loading.finish(self.artifact, self.place)
+        if self.drafts_for is not None or not loading.has_begun(self.artifact.root):
+            self.graphs = self._finish()
+
+    def _finish(self) -> Graphs:
+        model = loading.finish(self.drafts_for, self.place) if self.drafts_for else None
+        return loading.finish(self.artifact, self.place, model)
 
     def run(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
         """SGLang's LogitsProcessorOutput: logits [B, V] float32 of each sequence's last token, and what is asked
         for of the prompts' log probabilities.  Of drafts that are verified, logits of every token [T, V]."""
         if self.graphs is None:
-            self.graphs = loading.finish(self.artifact, self.place)
+            self.graphs = self._finish()
         if not self.caches:
             self.caches = self._map_pool(self.graphs)
         batch = batch_of(input_ids, positions, forward_batch, self.graphs.page)
         with pool.at_work():
-            output = self._output(self.graphs, batch, forward_batch, input_ids.device)
+            run = hidden.of_draft if self.graphs.is_draft else self._output
+            output = run(self.graphs, batch, forward_batch, self.caches, input_ids.device)
         if self.graphs.compiles_since_ready > self.compiles:
             self.compiles = self.graphs.compiles_since_ready
             logger.warning("msconv: compiles since ready: %d: a request waited for it", self.compiles)
         return output
 
-    def _output(self, graphs: Graphs, batch: Batch, forward_batch: Any, device: Any) -> Any:
+    def _output(self, graphs: Graphs, batch: Batch, forward_batch: Any, caches: list[Any], device: Any) -> Any:
         mode = forward_batch.forward_mode
-        if _has_drafts(mode):
-            logits = graphs.every_token(batch, self.caches, RAGGED_TOKENS)
-        elif mode.is_extend() and (asked := prompt_logprobs.asked(forward_batch)):
-            return prompt_logprobs.run(graphs, batch, asked, self.caches, device)
-        else:
-            logits = (graphs.prefill if mode.is_extend() else graphs.decode)(batch, self.caches)
-        return LogitsProcessorOutput(next_token_logits=torch.from_numpy(logits).to(device), hidden_states=None)
+        role = VERIFY if _has_drafts(mode) else PREFILL if mode.is_extend() else DECODE
+        asked = prompt_logprobs.asked(forward_batch) if role is PREFILL else None
+        is_captured = forward_batch.capture_hidden_mode.need_capture()
+        if asked is None or is_captured:
+            found = graphs.in_parts(role, batch, caches)
+            output = hidden.as_output(found if is_captured else {LOGITS: found[LOGITS]}, device)
+        if asked is not None:  # what drafts read is not made piece by piece: the prompt runs twice
+            states = output.hidden_states if is_captured else None
+            output = prompt_logprobs.run(graphs, batch, asked, caches, device)
+            output.hidden_states = states
+        return output
 
     def _map_pool(self, graphs: Graphs) -> list[Any]:
         """SGLang's KV pool as graph inputs: the same memory as [pages, page, K, D].  Two a layer, k0 v0 k1 v1 ...,
         or one where both come from the same latent."""
         servers = get_token_to_kv_pool()
-        getters = [servers.get_key_buffer, servers.get_value_buffer][: len(graphs.caches) // self.num_layers]
+        kinds = {cache.name.partition(".")[0] for cache in graphs.caches}
+        getters = [servers.get_key_buffer, servers.get_value_buffer][: len(kinds)]
         wanted = graphs.caches[0].shape[2:]
         caches = []
-        for layer in range(self.num_layers):
+        for layer in range(len(graphs.caches) // len(kinds)):
             for buffer in (get(layer) for get in getters):
                 if not buffer.is_contiguous():
                     raise EnvironmentProblem("SGLang's KV pool is not contiguous: it cannot be shared.")

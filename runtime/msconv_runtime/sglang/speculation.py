@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
+from ..captured import LAYER_IDS, captured_layers
 from ..errors import MsconvError
 from ..kv_pool import usual_pool
-from ..roles import gives_all_logits
+from ..roles import gives_all_logits, of_draft
 from ..serving.flags import number
 from ..targets import Target
-from .accepted import EAGLE
 
 ALGORITHM = "--speculative-algorithm"
 DRAFT_PATHS = ("--speculative-draft-model-path", "--speculative-draft-model")
 BRANCHES, BREADTH = "--speculative-eagle-topk", "--speculative-ngram-max-bfs-breadth"
 USUAL_BREADTH = 10  # SGLang's
 PAGE = "--page-size"
-NGRAM, STANDALONE = "NGRAM", "STANDALONE"
-READ_HIDDEN = ("EAGLE", "EAGLE3", "NEXTN", "FROZEN_KV_MTP")
+NGRAM, STANDALONE, NEXTN, EAGLE3 = "NGRAM", "STANDALONE", "NEXTN", "EAGLE3"
 MOST = 3  # damaged files that are named
 TOKENIZER = "tokenizer.json"
 
@@ -49,13 +48,10 @@ def speculation_problems(artifact: Artifact, target: Target, given: Mapping[str,
             [f"{alone}: asks for nothing without {ALGORITHM} {STANDALONE}.  Give both, or none"] if alone else []
         )
     asked = f"{ALGORITHM} {given[ALGORITHM][:40]}".strip()
-    name = given[ALGORITHM].upper()
-    if name in READ_HIDDEN:
-        return [f"{asked}: {EAGLE}.  {NGRAM} and {STANDALONE} are served"]
-    if name not in (NGRAM, STANDALONE):
-        return [f"{asked}: {NGRAM} and {STANDALONE} are served.  Give one of them"]
-    found = _no_logits(asked, artifact, target)
-    return found + list((_of_ngram if name == NGRAM else _of_standalone)(asked, artifact, target, given))
+    kind = KINDS.get(given[ALGORITHM].upper())
+    if kind is None:
+        return [f"{asked}: {', '.join(list(KINDS)[:-1])} and {list(KINDS)[-1]} are served.  Give one of them"]
+    return _no_logits(asked, artifact, target) + list(kind(asked, artifact, target, given))
 
 
 def speculation_notes(target: Target, given: Mapping[str, str]) -> list[str]:
@@ -94,13 +90,41 @@ def _of_ngram(asked: str, artifact: Artifact, target: Target, given: Mapping[str
 
 
 def _of_standalone(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
+    yield from _branches(given)
+    yield from _of_other(asked, given, lambda draft: _a_model(asked, artifact, draft, target))
+
+
+def _of_eagle3(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
+    yield from _branches(given)
+    yield from _of_other(asked, given, lambda draft: _an_eagle(asked, artifact, draft, target))
+
+
+def _of_nextn(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
+    yield from _branches(given)
+    if (path := draft_path(given)) and Path(path).resolve() != artifact.root.resolve():
+        yield (
+            f"{DRAFT_PATHS[0]} {path}: with {asked} the artifact drafts by itself.  Leave the flag out, or give "
+            f"{EAGLE3} or {STANDALONE}"
+        )
+    if not of_draft(artifact.graphs(target.name)):
+        yield (
+            f"{asked}: {artifact.root} has no graphs that draft.  Convert and compile a checkpoint that has its "
+            f"layer for multi-token prediction, or give {NGRAM}"
+        )
+
+
+def _branches(given: Mapping[str, str]) -> Iterator[str]:
+    if number(given, BRANCHES) > 1:
+        yield f"{BRANCHES} {given[BRANCHES]}: a draft's tokens follow one another.  Give {BRANCHES} 1"
+
+
+def _of_other(asked: str, given: Mapping[str, str], judge: Callable[[Artifact], Iterator[str]]) -> Iterator[str]:
+    """Of drafts that are artifacts of their own; `judge` sees one that can be opened and is whole."""
     path = draft_path(given)
     if not path:
         yield f"{asked}: needs a draft.  Give {DRAFT_PATHS[0]} ARTIFACT"
         return
     flag = f"{DRAFT_PATHS[0]} {path}"
-    if number(given, BRANCHES) > 1:
-        yield f"{BRANCHES} {given[BRANCHES]}: a draft's tokens follow one another.  Give {BRANCHES} 1"
     if not is_artifact(path):
         yield f"{flag}: is no artifact.  `msconv convert --model {path} --output DIR` makes one"
         return
@@ -111,11 +135,50 @@ def _of_standalone(asked: str, artifact: Artifact, target: Target, given: Mappin
         if damage := check_graphs(draft):
             yield from (f"{flag}: {d.path}: {d.problem}.  Copy it again" for d in damage[:MOST])
             return
-        draft.graphs(target.name)
-        yield from _no_logits(asked, draft, target)
-        yield from (f"{flag}: {problem}" for problem in differences(artifact, draft))
+        yield from (problem if problem.startswith(asked) else f"{flag}: {problem}" for problem in judge(draft))
     except MsconvError as e:
         yield f"{flag}: {e.message.removeprefix(f'{path}: ')}  {e.hint}"
+
+
+def _a_model(asked: str, artifact: Artifact, draft: Artifact, target: Target) -> Iterator[str]:
+    draft.graphs(target.name)
+    if draft.is_draft:
+        yield f"reads hidden states.  Give {ALGORITHM} {EAGLE3}"
+        return
+    yield from _no_logits(asked, draft, target)
+    yield from differences(artifact, draft)
+
+
+def _an_eagle(asked: str, artifact: Artifact, draft: Artifact, target: Target) -> Iterator[str]:
+    draft.graphs(target.name)
+    if not draft.is_draft:
+        yield f"is a model by itself, and no draft of {EAGLE3}.  Give {ALGORITHM} {STANDALONE}"
+        return
+    yield from differences(artifact, draft)
+    own, its = (json.loads(a.config_bytes()) for a in (artifact, draft))
+    if own["hidden_size"] != its["hidden_size"]:
+        yield (
+            f"reads hidden states of {its['hidden_size']} values, its target has {own['hidden_size']}.  Give a "
+            "draft that was made for this model"
+        )
+        return
+    read = captured_layers(own["num_hidden_layers"], (its.get("eagle_config") or {}).get(LAYER_IDS))
+    given = artifact.manifest.draft
+    if given is None or given.layers != read:
+        has = f"hidden states of the layers {given.layers}" if given else "no hidden states"
+        yield (
+            f"reads the layers {read}, and {artifact.root} gives {has}.  `msconv compile {artifact.root} --target "
+            f"{target.name} --draft {draft.root}` makes graphs for it"
+        )
+
+
+KINDS: dict[str, Callable[[str, Artifact, Target, Mapping[str, str]], Iterator[str]]] = {
+    NGRAM: _of_ngram,
+    STANDALONE: _of_standalone,
+    "EAGLE": _of_nextn,
+    NEXTN: _of_nextn,
+    EAGLE3: _of_eagle3,
+}
 
 
 def differences(artifact: Artifact, draft: Artifact) -> Iterator[str]:

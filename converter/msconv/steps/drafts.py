@@ -1,0 +1,63 @@
+"""A draft that is another model: what it reads of an artifact's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msconv_runtime.artifact import Artifact, Draft, is_artifact
+from msconv_runtime.captured import captured_layers
+from msconv_runtime.errors import UsageError
+
+from ..checkpoint.reference import Hub, configuration
+from ..families import DecoderConfig
+from ..location import open_reference
+from ..workspace.lock import exclusive
+
+
+def expect_draft(root: Path, reference: str, hub: Hub) -> list[str]:
+    """Note that the artifact's graphs shall give what the draft reads, and take away those that do not.  Returns
+    the targets that it had graphs for.  `reference`: a draft's artifact, directory or repository.  Raises
+    UsageError for one that was made for another model."""
+    if is_artifact(reference):
+        draft = configuration(Artifact(reference))
+    else:
+        draft = open_reference(reference, hub, weights=False).open_configuration().config
+    with exclusive(root):
+        artifact = Artifact(root)
+        wanted = Draft("eagle3", _layers(reference, draft, configuration(artifact)))
+        found = artifact.manifest.draft
+        if found is not None and found.kind != wanted.kind:
+            raise UsageError(
+                f"{root}: drafts by itself, and its graphs give what its own layer reads.",
+                "Convert the model with --no-drafts for another draft, or leave --draft out.",
+            )
+        targets = artifact.targets
+        if found != wanted:
+            artifact.changed(draft=wanted, graphs=[])
+    return targets
+
+
+def _layers(reference: str, draft: DecoderConfig, model: DecoderConfig) -> list[int]:
+    if draft.eagle is None:
+        raise UsageError(
+            f"--draft {reference}: is a model by itself, and no draft of EAGLE3.",
+            "It drafts as it is: serve with --speculative-algorithm STANDALONE.",
+        )
+    if model.eagle is not None:
+        raise UsageError(f"--draft {reference}: the artifact is a draft itself.", "Give its target's artifact.")
+    sizes = {
+        "vocabulary": (draft.eagle.vocab, model.vocab),
+        "hidden size": (draft.hidden, model.hidden),
+    }
+    if wrong := [f"a {what} of {its}, not of {ours}" for what, (its, ours) in sizes.items() if its != ours]:
+        raise UsageError(
+            f"--draft {reference}: is made for another model: it has {' and '.join(wrong)}.",
+            "Give a draft that was trained for this model.",
+        )
+    layers = captured_layers(model.layers, draft.eagle.layers)
+    if len(layers) != draft.eagle.captured or not 0 <= layers[0] <= layers[-1] < model.layers:
+        raise UsageError(
+            f"--draft {reference}: reads {draft.eagle.captured} layers, {layers} of a model of {model.layers}.",
+            "Give a draft that was trained for this model.",
+        )
+    return layers

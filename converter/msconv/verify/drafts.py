@@ -1,0 +1,168 @@
+"""What is run to prove a draft of EAGLE3, and how it is judged.
+
+The target is not needed: its embedding and its hidden states are drawn, and both sides get the same.  That the
+target's own graphs give the streams that its draft expects, is proved with the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msconv_runtime import targets
+from msconv_runtime.artifact import Artifact, GraphParameter
+from msconv_runtime.graphs import Graphs, Place
+from msconv_runtime.paging import Batch, Sequences
+from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Role
+
+from ..families import DecoderConfig
+from .compare import FLOAT32_BOUND, Comparison, largest_error
+from .eagle3 import Eagle3Reference, States
+from .scenario import Lengths
+from .telling import Tell, quietly
+
+TOKENS = 2048  # of the target's, at most so many are drawn: the rows of all others stay untouched
+STEPS = 4  # further steps after each call with the target's states
+PAGE = 16  # where the graphs leave it free
+SLOTS = 4096  # of the caches that real graphs get
+Run = Callable[[Role, Batch, NDArray[np.float32]], dict[str, NDArray[np.float32]]]
+
+
+class Drawn:
+    """The model that a draft is made for, as far as it reads it: a table of random rows."""
+
+    def __init__(self, artifact: Artifact, vocab: int, hidden: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.artifact, self.tensors = artifact, dict[str, Any]()
+        self.tokens = np.sort(rng.choice(vocab, min(vocab, TOKENS), replace=False))
+        self.table = np.zeros((vocab, hidden), np.float32)
+        self.table[self.tokens] = rng.normal(0, 1, (len(self.tokens), hidden))
+
+    def rows(self, rank: int, tp: int) -> NDArray[np.float32]:
+        """A rank's part of the table, filled up with zeros where it does not divide."""
+        count = -(-len(self.table) // tp)
+        part = self.table[rank * count : (rank + 1) * count]
+        return np.concatenate([part, np.zeros((count - len(part), part.shape[1]), np.float32)])
+
+    def lend(self, wanted: GraphParameter) -> Any:
+        """For graphs that run here, on one rank."""
+        from msconv_runtime.binding import tensor
+
+        return tensor(self.rows(0, 1), "float32")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Tokens of each sequence that are run together.  `counts`: of each; `streams`: whether they come with the
+    target's hidden states, or with the draft's own."""
+
+    phase: str
+    role: Role
+    counts: list[int]
+    streams: bool
+
+
+def calls_of(lengths: Lengths) -> Iterator[Call]:
+    """Prompts, further steps, tokens after what is cached, further steps."""
+    ones = [1] * len(lengths.prompts)
+    for phase, counts in (("draft", lengths.prompts), ("draft on a cached prefix", lengths.appended)):
+        yield Call(phase, DRAFT_EXTEND, counts, True)
+        for _ in range(lengths.steps):
+            yield Call(f"{phase}, further steps", DRAFT_DECODE, ones, False)
+
+
+def prove_draft(
+    artifact: Artifact, target: targets.Target, config: DecoderConfig, source: Path, tell: Tell
+) -> Comparison:
+    """Compare the artifact's graphs and bytes with its checkpoint: one rank on a CPU runs for real, in MindSpore;
+    all others in the interpreter."""
+    reference = Eagle3Reference(source, artifact.manifest)
+    is_here = target.device.is_host and artifact.tp == 1
+    make = _here if is_here else _interpreted
+    return compare_draft(
+        lambda drawn: make(artifact, target, drawn), reference, artifact, config.max_positions, tell=tell
+    )
+
+
+def _here(artifact: Artifact, target: targets.Target, drawn: Drawn) -> tuple[Run, int]:
+    from mindspore import Tensor
+
+    graphs = Graphs(artifact, target.name, Place(page=PAGE), model=drawn)
+    caches = [
+        Tensor(np.zeros((SLOTS // graphs.page, graphs.page, *(n or 1 for n in c.shape[2:])), np.float32))
+        for c in graphs.caches
+    ]
+    return lambda role, batch, hidden: graphs.in_parts(role, batch, caches, hidden=hidden), graphs.page
+
+
+def _interpreted(artifact: Artifact, target: targets.Target, drawn: Drawn) -> tuple[Run, int]:
+    from .draft_lockstep import DraftLockstep
+
+    found = DraftLockstep(artifact, target, (drawn.rows(rank, artifact.tp) for rank in range(artifact.tp)))
+    return found.run, found.page
+
+
+def compare_draft(
+    make: Callable[[Drawn], tuple[Run, int]],
+    reference: Eagle3Reference,
+    artifact: Artifact,
+    max_positions: int,
+    bound: float = FLOAT32_BOUND,
+    steps: int = STEPS,
+    seed: int = 0,
+    tell: Tell = quietly,
+) -> Comparison:
+    """Run random tokens beside random hidden states; compare every row of logits and every token's own state with
+    the reference's.  `make` gives what runs a batch, and the size of a page."""
+    lengths = Lengths.within(max_positions, steps, has_all_tokens=False)
+    calls, rng = list(calls_of(lengths)), np.random.default_rng(seed)
+    target = Drawn(artifact, reference.vocab, reference.hidden, seed)
+    sequences = [_draw(i, calls, target, reference, rng) for i in range(len(lengths.prompts))]
+    expected = [reference.run(target.table[tokens], hidden) for tokens, hidden in sequences]
+    result = Comparison(bound)
+    run, page = make(target)
+    _judge(result, run, page, calls, sequences, expected, tell)
+    return result
+
+
+def _draw(
+    i: int, calls: list[Call], target: Drawn, reference: Eagle3Reference, rng: np.random.Generator
+) -> tuple[list[int], list[States]]:
+    """A sequence's tokens, and the vector beside each."""
+    widths = [reference.streams if c.streams else reference.hidden for c in calls for _ in range(c.counts[i])]
+    tokens = [int(t) for t in rng.choice(target.tokens, len(widths))]
+    return tokens, [rng.normal(0, 1, width).astype(np.float32) for width in widths]
+
+
+def _judge(
+    result: Comparison,
+    run: Run,
+    page: int,
+    calls: list[Call],
+    sequences: list[tuple[list[int], list[States]]],
+    expected: list[tuple[NDArray[np.float32], States]],
+    tell: Tell,
+) -> None:
+    paged, done = Sequences(len(sequences), page), [0] * len(sequences)
+    for number, call in enumerate(calls):
+        tell("graphs", number, len(calls))
+        begins, ends = done, [d + n for d, n in zip(done, call.counts, strict=True)]
+        spans = [slice(b, e) for b, e in zip(begins, ends, strict=True)]
+        batch = paged.advance([tokens[span] for (tokens, _), span in zip(sequences, spans, strict=True)])
+        hidden = np.stack([h for (_, all_), span in zip(sequences, spans, strict=True) for h in all_[span]])
+        found = run(call.role, batch, hidden)
+        own = np.concatenate([states[span] for (_, states), span in zip(expected, spans, strict=True)])
+        error = largest_error(found[HIDDEN], own) / max(1.0, float(np.abs(own).max()))
+        result.probes[HIDDEN] = max(error, result.probes.get(HIDDEN, 0.0))
+        if error >= result.bound and not result.first:
+            result.first = f"the draft's layer or what is before it, seen at its own states in {call.phase}"
+        for i, (logits, row) in enumerate(zip((e[0] for e in expected), found[LOGITS], strict=True)):
+            result.add(call.phase, f"sequence {i}, position {ends[i] - 1}", row, logits[ends[i] - 1])
+        if not result.max_abs_logit_error < result.bound and not result.first:
+            result.first = f"lm_head or the draft's last norm, seen at the logits in {call.phase}"
+        done = ends
