@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .constants import RANK_CONSTANTS
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def unused_names(stored: Iterable[str], read: Iterable[str]) -> list[str]:
     """Weights that no graph reads, leaving out the rank constants that other targets need."""
     return sorted(set(stored) - set(read) - set(RANK_CONSTANTS))
+
+
+def without_draft(names: Iterable[str], layers: int) -> Iterator[str]:
+    """Names of weights but for those of layers after the last, which a draft reads."""
+    for name in names:
+        found = LAYER.match(name)
+        if found is None or int(found[1]) < layers:
+            yield name
 
 
 def misfits(stored: Mapping[str, Sequence[int]], read: Iterable[tuple[str, Sequence[int]]]) -> list[str]:
