@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-install eval test-rehearsal test-names test-digests browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-install eval test-rehearsal test-names test-digests test-onnx browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -59,6 +59,16 @@ test-digests: setup
 # Every published name of a supported model, as a small random one; `make test` takes one of each kind.
 test-names: setup
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_other_names.py
+
+# ONNX files of every kind of model, by onnxruntime too and through onnxruntime-genai: an environment that has them.
+test-onnx: .venv-onnx/.installed
+	MSCONV_EVERY_LAYOUT=1 .venv-onnx/bin/python -m pytest tests/onnx_files tests/verify/test_attention.py
+
+.venv-onnx/.installed: requirements/cpu.txt requirements/onnx.txt pyproject.toml
+	test -x .venv-onnx/bin/python || $(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/onnx.txt
+	.venv-onnx/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed

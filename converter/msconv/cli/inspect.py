@@ -141,6 +141,7 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
                 "nodes": g.nodes,
                 "bytes": g.size,
                 "mindspore": g.mindspore,
+                "onnx": g.onnx,
                 "casts": _casts(manifest, g.target),
             }
             for g in manifest.graphs
@@ -256,7 +257,8 @@ def describe(data: dict[str, Any]) -> str:
         casts = f", binding casts {g['casts']}" if g["casts"] else ""
         lines.append(
             f"graph: {g['target']} {_named(g)}: {g['nodes']} nodes, {human_bytes(g['bytes'])}, "
-            f"mindspore {g['mindspore']}{casts}"
+            + (f"onnx {g['onnx']}" if g["onnx"] else f"mindspore {g['mindspore']}")
+            + casts
         )
     for target, p in data["proven"].items():
         if p is None:

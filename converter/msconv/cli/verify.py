@@ -84,8 +84,10 @@ def command(
 
 
 def _following(root: Path, target: str) -> str:
-    """What comes after a proof: to serve where that can be, else to rehearse it."""
+    """What comes after a proof: to serve where that can be, else to rehearse it; "" where others serve."""
     kind = target_named(target).kind
+    if target_named(target).device.served_by:
+        return ""
     if kind == machine_kind():
         return f"msconv serve {quoted(root)} --device {kind}"
     return f"msconv rehearse {quoted(root)} --target {target}  # or on a host with NPUs: msconv serve"

@@ -111,6 +111,8 @@ def _use(manifest: Manifest, targets: list[str]) -> list[Data]:
             lines.append((target, "prove it", f"msconv verify {place} --target {target}"))
         if not device.has_run and not manifest.rehearsals_for(target):
             lines.append((target, "try its server without a device", f"msconv rehearse {place} --target {target}"))
+        if device.served_by:
+            continue
         several = [t for t in targets if device_of(t).kind == device.kind]
         named = f" --target {target}" if len(several) > 1 else ""
         lines.append(
@@ -211,7 +213,7 @@ def _memory(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list
         graphs = best_variant(manifest.graphs_for(target))
         sizes = {p.name: _nbytes(p.shape, p.dtype) for g in graphs for p in g.reads}
         entries.append(_memory_of(target, graphs[0].caches[0].dtype, sizes, config, mesh, context))
-    if manifest.weights and all(device_of(t).is_host for t in targets):
+    if manifest.weights and not any(TARGETS[t].devices for t in targets):
         w = manifest.weights
         entries.append(
             _memory_of(AS_STORED, w.dtype, {t.name: t.nbytes for t in w.tensors}, config, mesh, context)
@@ -396,6 +398,7 @@ def _phase(g: Graph, timing: Timing | None) -> Data:
         "nz": len(g.nz),
         "groups": g.groups,
         "mindspore": g.mindspore,
+        "onnx": g.onnx,
         "digest": g.digest,
         "compile_seconds": timing.seconds if timing and timing.digest == g.digest else None,
     }

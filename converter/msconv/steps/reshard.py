@@ -41,7 +41,7 @@ def prepare(
     old = _plan_of(artifact)
     plan = replace(make_plan(table, config.sizes(), old.sources, mesh, weights.dtype), dropped=(), checked={})
     refuse_wrong_files(artifact)
-    recorded = [f.name for f in manifest.files]
+    recorded = [f.name for f in manifest.files if f.name in AUXILIARY]  # the rest belongs to graphs
     buffers, planned = plan_memory(plan, jobs, max_memory)
     source = ArtifactFiles(root, old, weights, file_states(root, weights))
     output = output or default_output(manifest.model.source, tp, ep)
