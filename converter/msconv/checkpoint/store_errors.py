@@ -74,7 +74,8 @@ def status_of(error: BaseException) -> tuple[int, str]:
         if isinstance(response, dict):
             meta, said = response.get("ResponseMetadata", {}), response.get("Error", {})
             return int(meta.get("HTTPStatusCode", 0) or 0), str(said.get("Code", ""))
-        status = getattr(e, "status", None) or getattr(e, "code", None)
+        code = getattr(e, "code", None) if type(e).__name__ == "HttpError" else None  # of gcsfs
+        status = getattr(e, "status", None) or getattr(e, "status_code", None) or code
         if isinstance(status, int) and 300 <= status < 600:
             return status, ""
     return 0, ""
