@@ -7,7 +7,6 @@ Only names on the lists of `remote` are ever asked for: no code, no pickles.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import threading
@@ -29,7 +28,7 @@ from .headers import PREFIX_BYTES, header_length, parse_header
 from .remote import CONFIGURATION, Cancelled, Progress, RemoteFile, is_wanted
 from .store_errors import Patience, ShortRead, StoreError, explain
 from .unsupported import UnsupportedCheckpoint, weightless
-from .urls import scheme_of
+from .urls import cache_home, scheme_of
 
 FIRST_RANGE = 64 << 10  # holds the whole header of most shards
 RANGE_BYTES = 8 << 20  # of a download
@@ -46,7 +45,12 @@ def filesystem(scheme: str) -> Any:
     """The driver of such addresses.  It asks once: who calls it tries again."""
     options: dict[str, Any] = {}
     if scheme == "s3":
-        limits = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": TIMEOUT_S}
+        limits: dict[str, object] = {
+            "retries": {"total_max_attempts": 1},
+            "connect_timeout": 10,
+            "read_timeout": TIMEOUT_S,
+        }
+        limits["request_checksum_calculation"] = "when_required"  # what is sent has its MD5 with it
         options = {"config_kwargs": limits, "use_listings_cache": False}
     elif scheme in WITHOUT_LISTS:
         options = {"headers": {"Accept-Encoding": "identity"}}
@@ -74,9 +78,8 @@ class Store:
     @cached_property
     def root(self) -> Path:
         """The directory of this machine for what has been copied of this version."""
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         version = digest_of([self.url, *(f"{f.name} {f.size} {f.etag}" for f in self.files.values())])
-        return home / "msconv" / "stores" / version.rpartition(":")[2][:16] / self.name
+        return cache_home() / "stores" / version.rpartition(":")[2][:16] / self.name
 
     def address(self, name: str) -> str:
         return f"{self.url}/{name}"

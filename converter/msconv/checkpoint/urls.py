@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from msconv_runtime.errors import EnvironmentProblem, UsageError
 
@@ -24,6 +27,21 @@ DRIVERS = {
     "memory": "",
 }
 IN_EXTRA = ("fsspec", "s3fs", "aiohttp")
+
+
+@dataclass(frozen=True)
+class StoreUrl:
+    """Where an artifact shall go that is no directory of this machine."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+
+def cache_home() -> Path:
+    """The directory for what msconv keeps on this machine of what is elsewhere."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msconv"
 
 
 def is_url(text: str) -> bool:
