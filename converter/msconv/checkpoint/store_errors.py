@@ -144,4 +144,4 @@ def _scrubbed(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) > 5 and SECRET.search(name):
             text = text.replace(value, "***")
-    return re.sub(r"//[^/@\s]+@", "//", " ".join(text.split()))[:200]
+    return re.sub(r"//[^/@\s]+@", "//", " ".join(text.split()))[:200].rstrip(".")

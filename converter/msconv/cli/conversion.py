@@ -131,7 +131,8 @@ def converted(done: Converted, lines: Sequence[str], next_step: str, store: str 
     rate = human_bytes(done.bytes_read / max(done.seconds, 1e-9))
     verb = "Already complete" if not done.bytes_read else "Resumed and finished" if done.resumed else "Written"
     summary = (
-        f"{verb}: {store or done.artifact}, read {human_bytes(done.bytes_read)}, wrote {human_bytes(done.bytes_written)} "
+        f"{verb}: {store or done.artifact}, read {human_bytes(done.bytes_read)}, "
+        f"wrote {human_bytes(done.bytes_written)} "
         f"in {done.seconds:.1f} s ({rate}/s), peak memory {human_bytes(done.peak_rss_bytes)}"
     )
     data = {

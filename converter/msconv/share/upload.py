@@ -183,8 +183,8 @@ def _file(bucket: Bucket, name: str, path: Path, found: tuple[int, str] | None, 
         if found == (size, digest):
             progress(size)
             return 0
-        answer = bucket.call("put_object", name, Body=data, ContentMD5=_base64(digest))
-        _check(bucket, name, path, answer["ETag"].strip('"'), digest)
+        bucket.call("put_object", name, Body=data, ContentMD5=_base64(digest))
+        _check(bucket, name, path, digest)
         progress(size)
         return size
     cut = _cut(size)
@@ -227,22 +227,19 @@ def _in_parts(bucket: Bucket, name: str, path: Path, cut: list[_Part], progress:
     listed = [{"PartNumber": p.number, "ETag": f'"{etag}"'} for p, (etag, _) in zip(cut, answers, strict=True)]
     expected = _joined([digest for _, digest in answers])
     try:
-        done = bucket.call("complete_multipart_upload", name, UploadId=upload, MultipartUpload={"Parts": listed})
-        etag = done["ETag"].strip('"')
+        bucket.call("complete_multipart_upload", name, UploadId=upload, MultipartUpload={"Parts": listed})
     except MsconvError:  # the answer may have been lost, and not the upload
-        there_now = bucket.objects().get(name)
-        if there_now != (path.stat().st_size, expected):
+        if bucket.objects().get(name) != (path.stat().st_size, expected):
             raise
-        etag = expected
-    _check(bucket, name, path, etag, expected)
+    _check(bucket, name, path, expected)
     return sent
 
 
-def _check(bucket: Bucket, name: str, path: Path, etag: str, expected: str) -> None:
+def _check(bucket: Bucket, name: str, path: Path, expected: str) -> None:
     """Raises StoreError if the store has other bytes: by its digest, or by reading them back where that is
     another kind of digest (a store that encrypts with keys of its own)."""
     head = bucket.call("head_object", name)
-    size = path.stat().st_size
+    size, etag = path.stat().st_size, head["ETag"].strip('"')
     if int(head["ContentLength"]) == size and (etag == expected or _reads_back(bucket, name, path)):
         return
     bucket.delete(name)
