@@ -143,8 +143,12 @@ class Store:
 
     def check_unchanged(self, names: Iterable[str], cancelled: threading.Event) -> None:
         """Raises CheckpointError if one of these files is another than was listed."""
+        listed = None if scheme_of(self.url) in WITHOUT_LISTS else _listed(self.url).files
         for name in names:
-            now, then = self.current(name, cancelled), self.files[name]
+            then = self.files[name]
+            now = (
+                self.current(name, cancelled) if listed is None else listed.get(name, RemoteFile(name, 0, "none"))
+            )
             if now != then:
                 raise CheckpointError(
                     f"{self.address(name)}: changed while it was read (size {then.size} -> {now.size}, version "
