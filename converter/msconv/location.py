@@ -15,7 +15,7 @@ from .checkpoint.client import require_client
 from .checkpoint.directory import AUXILIARY, Checkpoint
 from .checkpoint.reference import REPOSITORY, Hub
 from .checkpoint.remote import CONFIGURATION
-from .checkpoint.urls import checked_url, is_url
+from .checkpoint.urls import checked_url, is_url, require_driver
 from .layout.plan import Plan
 from .stream.source import DirectoryShards, SourceLocation
 from .workspace.names import recordable
@@ -221,6 +221,7 @@ def open_reference(ref: str, hub: Hub = "huggingface", weights: bool = True) -> 
     if is_url(ref) and not _exists(path):
         if not ref.startswith(HF):
             url = checked_url(ref)
+            require_driver(url)
             from .checkpoint.store import open_store
 
             return StoreDirectory(open_store(url))

@@ -63,8 +63,8 @@ def without_secrets(text: str) -> str:
 
 
 def checked_url(text: str) -> str:
-    """The address, written in one way, once its driver is there.  Raises UsageError for one that is not taken or
-    that carries a password or a key, EnvironmentProblem if a package is missing."""
+    """The address, written in one way.  Raises UsageError for one that is not taken, or that carries a password or
+    a key."""
     match = URL.match(text)
     scheme = scheme_of(text)
     said = without_secrets(text)
@@ -86,17 +86,17 @@ def checked_url(text: str) -> str:
     parts = rest.rstrip("/").split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise UsageError(f"{said}: has an empty part, `.` or `..`.", "Give the plain address of a directory.")
-    require_driver(scheme, f"{scheme}://{rest}"[:300])
     return f"{scheme}://{'/'.join(parts)}"
 
 
-def require_driver(scheme: str, said: str) -> None:
-    """Raises EnvironmentProblem if what reads such addresses is not installed."""
+def require_driver(url: str) -> None:
+    """Before the first import of a module that asks a store.  Raises EnvironmentProblem if a package is missing."""
+    scheme = scheme_of(url)
     driver = DRIVERS[scheme]
     for package in filter(None, ("fsspec", driver)):
         if find_spec(package) is None:
             wanted = '"msconv[storage]"' if package in IN_EXTRA else package
             raise EnvironmentProblem(
-                f"{said}: {package} is not installed, which reads {scheme}:// addresses.",
+                f"{url[:300]}: {package} is not installed, which {scheme}:// addresses need.",
                 f"Install it: pip install {wanted}, or give a directory of this machine.",
             )

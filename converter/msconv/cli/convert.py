@@ -9,6 +9,7 @@ import click
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.units import human_bytes
 
+from ..checkpoint.urls import require_driver
 from ..layout.memory import kv_bytes_per_token
 from ..location import open_reference
 from ..steps.conversion import Conversion
@@ -72,6 +73,7 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
         show(_planned(conversion, layout))
         return
     if layout.store:
+        require_driver(layout.store)
         _convert_into(layout.store, conversion, force)
         return
     bars = {"downloading": conversion.download_bytes, "converting": conversion.plan.read_bytes}
