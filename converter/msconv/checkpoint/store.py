@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from filelock import FileLock
 
 from msconv_runtime.artifact import MANIFEST, digest_of
 from msconv_runtime.errors import CheckpointError, MsconvError, ResourceError, UsageError
@@ -121,13 +122,14 @@ class Store:
         partial = final.with_name(f"{name}.incomplete")
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("ab") as f:
-                if f.tell() > size:
-                    f.truncate(0)
-                while (begin := f.tell()) < size:
-                    f.write(self.read(name, begin, min(size, begin + RANGE_BYTES), cancelled))
-                    progress(f.tell() - begin)
-            partial.replace(final)
+            with FileLock(final.with_name(f"{name}.lock")):  # another command may bring the same file
+                if self.is_here(name):
+                    return final
+                with partial.open("ab") as f:
+                    while (begin := f.tell()) < size:
+                        f.write(self.read(name, begin, min(size, begin + RANGE_BYTES), cancelled))
+                        progress(f.tell() - begin)
+                partial.replace(final)
         except OSError as e:
             raise ResourceError(
                 f"{e.filename or partial}: cannot be written: {e.strerror}.",

@@ -90,7 +90,7 @@ def checked_url(text: str) -> str:
 
 
 def require_driver(url: str) -> None:
-    """Before the first import of a module that asks a store.  Raises EnvironmentProblem if a package is missing."""
+    """Before the first import of what asks a store.  Raises EnvironmentProblem if a package is missing."""
     scheme = scheme_of(url)
     driver = DRIVERS[scheme]
     for package in filter(None, ("fsspec", driver)):

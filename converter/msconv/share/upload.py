@@ -106,11 +106,16 @@ class Bucket:
             marker = int(page["NextPartNumberMarker"])
 
     def read_small(self, name: str) -> bytes:
-        """A small file, b"" if it is not there."""
-        try:
-            return bytes(filesystem("s3").cat_file(f"{self.url}/{name}"))
-        except FileNotFoundError:
-            return b""
+        """A small file, b"" if it is not there.  Raises MsconvError, Cancelled."""
+        address = f"{self.url}/{name}"
+
+        def ask() -> bytes:
+            try:
+                return bytes(filesystem("s3").cat_file(address))
+            except FileNotFoundError:
+                return b""
+
+        return patiently(ask, address, self._cancelled)
 
     def delete(self, name: str) -> None:
         self.call("delete_object", name)
