@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-install eval test-rehearsal test-names test-digests test-onnx browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-install eval test-rehearsal test-names test-digests test-onnx browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -88,6 +88,16 @@ test-clients: compiler .venv-clients/.installed
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/clients.txt
 	.venv-clients/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+# Checkpoints and artifacts in an object store: an environment with s3fs and a server that speaks S3, on loopback.
+test-storage: .venv-storage/.installed
+	.venv-storage/bin/python -m pytest tests/storage
+
+.venv-storage/.installed: requirements/cpu.txt requirements/storage.txt pyproject.toml
+	test -x .venv-storage/bin/python || $(PYTHON) -m venv .venv-storage
+	.venv-storage/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/storage.txt
+	.venv-storage/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
 # The wheel in environments of its own, beside the packages that SGLang pins, and hadolint over docker/; the tests make

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.units import human_bytes
+
+from ..checkpoint.urls import require_driver
 from ..layout.memory import kv_bytes_per_token
 from ..location import open_reference
 from ..steps.conversion import Conversion
+from ..workspace.clearing import clear_uploaded
+from ..workspace.lock import exclusive
 from .command import Command
-from .console import byte_progresses
+from .console import byte_progresses, say
 from .conversion import LayoutOptions, converted, layout_options, say_plan
 from .here import quoted
 from .references import convert_command, recipe_argument
@@ -18,7 +26,8 @@ from .result import Result, json_option, show
 
 @click.command("convert", cls=Command)
 @layout_options(
-    "Directory of a checkpoint, owner/name[@revision], or a recipe's name.", "[default: artifacts/<model>-tp<N>]"
+    "Directory of a checkpoint, owner/name[@revision], an address (s3://, https://), or a recipe's name.",
+    "A directory, or s3://bucket/name.  [default: artifacts/<model>-tp<N>]",
 )
 @click.option(
     "--delete-source-as-you-go",
@@ -42,6 +51,7 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
     msconv convert --model models/Qwen3-8B --tp 8 --dtype float16 --output out
     msconv convert --model models/DeepSeek-V3 --tp 16 --ep 16
     msconv convert --model Qwen/Qwen3-8B@main --tp 4 --source modelscope
+    msconv convert --model s3://bucket/models/Qwen3-8B --tp 4 --output s3://bucket/artifacts/Qwen3-8B-tp4
     """
     from ..steps import conversion as steps
     from ..steps.convert import prepare
@@ -51,7 +61,7 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
         layout.tp,
         layout.ep,
         layout.dtype,
-        layout.output,
+        layout.directory,
         layout.num_jobs,
         layout.max_memory,
         delete_source,
@@ -63,10 +73,37 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
     if dry_run:
         show(_planned(conversion, layout))
         return
+    if layout.store:
+        require_driver(layout.store)
+        _convert_into(layout.store, conversion, force)
+        return
     bars = {"downloading": conversion.download_bytes, "converting": conversion.plan.read_bytes}
     with byte_progresses(bars) as advance:
         done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh)
     show(converted(done, [], f"msconv compile {quoted(done.artifact)}{recipe_argument()}"))
+
+
+def _convert_into(url: str, conversion: Conversion, force: bool) -> None:
+    """Convert on this machine, upload, and leave nothing here."""
+    from ..share import upload
+    from ..steps import conversion as steps
+
+    local = conversion.output
+    following = (
+        f"aws s3 cp --recursive {shlex.quote(url)} artifacts/{local.name}  # then compile, verify, serve there"
+    )
+    if upload.is_uploaded(url, conversion.identity.digest(), force):
+        show(converted(steps.nothing_done(conversion), [], following, url))
+        return
+    say(f"Written to {local} first, which needs {human_bytes(conversion.plan.output_bytes)} until it is uploaded.")
+    bars = {"downloading": conversion.download_bytes, "converting": conversion.plan.read_bytes}
+    with byte_progresses({**bars, "uploading": conversion.plan.output_bytes}) as advance:
+        done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh)
+        with exclusive(local):
+            sent = upload.upload(local, Artifact(local).manifest, url, force, advance["uploading"])
+            clear_uploaded(local)
+    line = f"Uploaded: {url}, {sent.files} files, sent {human_bytes(sent.nbytes)} in {sent.seconds:.1f} s"
+    show(converted(done, [line], following, url))
 
 
 def _planned(conversion: Conversion, layout: LayoutOptions) -> Result:
@@ -83,6 +120,6 @@ def _planned(conversion: Conversion, layout: LayoutOptions) -> Result:
             "output_bytes": plan.output_bytes,
             "peak_memory_bytes": conversion.planned_memory_bytes,
         },
-        lines=[f"Nothing was written. Output would be {conversion.output}."],
+        lines=[f"Nothing was written. Output would be {layout.store or conversion.output}."],
         next=convert_command(layout.tp, layout.ep),
     )

@@ -149,6 +149,11 @@ def run(
     return Converted(root, redone, round(plan.output_bytes * share), seconds, peak_rss_bytes(), bool(before))
 
 
+def nothing_done(conversion: Conversion) -> Converted:
+    """What is said of a conversion that an earlier run had ended."""
+    return Converted(conversion.output, 0, 0, 0.0, peak_rss_bytes(), True)
+
+
 def _has_ended(conversion: Conversion, previous: Manifest) -> bool:
     """Whether nothing is left to do.  Something is, if a rank file is gone, or if the run that wrote READY did not
     get to its end: the disk may have refused to keep it."""

@@ -46,7 +46,7 @@ def prepare(
     origin = model.origin()
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     plan = make_plan(table, sizes, checkpoint.tensors, mesh, dtype, quant=format_asked(quant))
-    buffers, planned = plan_memory(plan, jobs, max_memory)
+    buffers, planned = plan_memory(plan, jobs, max_memory, model.buffered_bytes)
     output = output or default_output(checkpoint.name, tp, ep)
     if delete_source:
         model = model.deleting_into(output / DOWNLOADS)

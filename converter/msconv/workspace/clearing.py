@@ -53,6 +53,11 @@ def _of_graphs() -> Iterator[str]:
         yield from target.form.beside
 
 
+def clear_uploaded(root: Path) -> None:
+    """Remove an artifact's directory that was made for an upload, after it."""
+    shutil.rmtree(root.parent, ignore_errors=True)
+
+
 def clear_downloads(root: Path) -> None:
     """Remove the shards that this artifact's conversion downloaded for itself."""
     shutil.rmtree(root / DOWNLOADS, ignore_errors=True)
