@@ -55,6 +55,7 @@ class Conversion:
     `reads`: the directory it reads; `origin`: where that came from, a directory or owner/name@commit.
     `model`: what the manifest will say, but for the digests of `shards`, which are known when they were read.
     `config`: the artifact's config.json, b"" if it is copied.  `notes`: what people should know of it.
+    `made`: what `--quant` named, where codes are made.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Conversion:
     download_bytes: int = 0
     config: bytes = b""
     notes: tuple[str, ...] = ()
+    made: str = ""
 
     @property
     def family(self) -> str:
@@ -215,7 +217,9 @@ def _finish(
         tool=TOOL,
         model=model,
         parallel=conversion.parallel,
-        weights=weights_entry(conversion.plan, moved, conversion.source_dtype, conversion.dropped),
+        weights=weights_entry(
+            conversion.plan, moved, conversion.source_dtype, conversion.dropped, conversion.made
+        ),
         graphs=previous.graphs if previous else [],
         files=copied,
     )

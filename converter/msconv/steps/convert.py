@@ -67,4 +67,5 @@ def prepare(
         download_bytes=bytes_to_download(model, plan),
         notes=checkpoint.notes,
         config=checkpoint.config_bytes,
+        made=quant or "",
     )
