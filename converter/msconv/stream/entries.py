@@ -25,7 +25,8 @@ from .transform import Moved
 def weights_entry(
     plan: Plan, moved: Mapping[str, Moved], source_dtype: str, dropped: list[Dropped], made: str = ""
 ) -> Weights:
-    """All rank files: every tensor's digest per rank, and from them every file's.  `made`: what `--quant` named."""
+    """All rank files: every tensor's digest per rank, and from them every file's.  `made`: what `--quant`
+    named."""
     per_rank = _tensor_digests(plan, moved)
     files = [
         WeightFile(
