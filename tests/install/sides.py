@@ -1,7 +1,7 @@
 """Imports SGLang's side with msconv beside it, run by the interpreter of an installed environment.
 
-That is the engine, the HTTP server, the MindSpore slot and the benchmark; then SGLang loads its plug-ins.  Prints as
-JSON its version, how many places msconv changes, how many of them SGLang could change, and what was logged.
+That is the engine, the HTTP server, the MindSpore slot and the benchmark; then SGLang loads its plug-ins.  Prints
+as JSON its version, how many places msconv changes, how many of them SGLang could change, and what was logged.
 """
 
 import importlib
