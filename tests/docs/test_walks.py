@@ -1,8 +1,8 @@
 """The lines that the pages show, typed one after the other as printed.
 
 There is a hub on localhost that has small random models under the published names, directories of such models, and
-a directory in the place of /data.  `make test-walks` runs them.  What is always held: every line that a page shows is
-in a walk, or is run by another test.
+a directory in the place of /data.  `make test-walks` runs them.  Always held: every line that a page shows is in a
+walk, or is run by another test.
 """
 
 from __future__ import annotations

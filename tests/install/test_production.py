@@ -1,5 +1,5 @@
-"""docs/production.md: the unit is one that systemd takes, the manifest one that Kubernetes takes, and what both start
-is a line of msconv's."""
+"""docs/production.md: systemd takes the unit, Kubernetes takes the manifest, and what both start is a line of
+msconv's."""
 
 from __future__ import annotations
 
