@@ -282,6 +282,13 @@ def test_cuts_are_those_of_the_family() -> None:
     assert {c["pieces"] for c in one["cutting"]} == {1}
 
 
+def test_only_what_is_there_is_drawn() -> None:
+    for weights in (True, False):  # biases that quantisation gives norms are in the table, and not in this model
+        names = [c["name"] for c in described("Qwen3-8B", 2, 1, ("cpu",), weights=weights)["cutting"]]
+        assert "model.layers.{0..35}.input_layernorm.weight" in names
+        assert not [name for name in names if name.endswith("layernorm.bias")]
+
+
 def test_loads_are_those_that_plan_would_say() -> None:
     data = describe(*manifest_of("Qwen3-8B", 4, 1, ("ascend910b",)), {})
     (target,) = data["memory"]["targets"]

@@ -126,7 +126,8 @@ def _use(manifest: Manifest, targets: list[str]) -> list[Data]:
 
 def _cutting(manifest: Manifest, config: DecoderConfig, mesh: Mesh) -> list[Data]:
     family = family_named(manifest.model.family)
-    return cutting(family.table, config.sizes(), mesh) if family else []
+    stored = {t.name for t in manifest.weights.tensors} if manifest.weights else ()
+    return cutting(family.table, config.sizes(), mesh, stored) if family else []
 
 
 def _default_output(manifest: Manifest) -> str:
