@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-install eval test-rehearsal test-names test-digests test-onnx browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-install test-walks eval test-rehearsal test-names test-digests test-onnx browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -100,10 +100,14 @@ test-storage: .venv-storage/.installed
 	.venv-storage/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
-# The wheel in environments of its own, beside the packages that SGLang pins, and hadolint over docker/; the tests make
-# these environments and remove them.
+# The wheel in environments of its own, beside SGLang and what it pins; hadolint over docker/, systemd and Kubernetes'
+# schemas over docs/production.md.  The tests make these environments and remove them.
 test-install: setup
 	MSCONV_INSTALL=1 $(BIN)/python -m pytest tests/install
+
+# What the README and the pages show, typed line by line, with a hub on localhost.
+test-walks: setup compiler
+	MSCONV_WALKS=1 $(BIN)/python -m pytest tests/docs/test_walks.py
 
 # lm-evaluation-harness asks a served artifact, and runs transformers on the same checkpoint: a third environment.
 eval: setup compiler .venv-eval/.installed

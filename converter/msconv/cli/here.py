@@ -79,3 +79,9 @@ def _said(name: str, why: str) -> str:
 def quoted(path: Path) -> str:
     """A path as one pastes it into a shell."""
     return shlex.quote(str(path))
+
+
+def serve_command(root: Path, *flags: str) -> str:
+    """The command that serves an artifact here; one without a tokenizer takes and gives token ids only."""
+    ids = "" if (root / "tokenizer.json").is_file() else " -- --skip-tokenizer-init"
+    return " ".join(["msconv serve", quoted(root), *flags]) + ids

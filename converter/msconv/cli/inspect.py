@@ -25,7 +25,7 @@ from ..standing import standings
 from .command import Command
 from .console import byte_progress, find_artifact, visible
 from .conversion import MOST_NAMES
-from .here import quoted
+from .here import quoted, serve_command
 from .options import artifact_argument, signature_option
 from .result import Result, json_option, show
 from .sign import signed_line
@@ -98,9 +98,7 @@ def next_command(root: Path, manifest: Manifest) -> str:
     if not targets:
         return f"msconv compile {named}"
     unproven = [t for t in targets if manifest.proof_for(t) is None]
-    return (
-        f"msconv verify {named} --target {visible(unproven[0], keep='')}" if unproven else f"msconv serve {named}"
-    )
+    return f"msconv verify {named} --target {visible(unproven[0], keep='')}" if unproven else serve_command(root)
 
 
 def summary(root: Path, manifest: Manifest) -> dict[str, Any]:

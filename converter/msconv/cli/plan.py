@@ -169,11 +169,12 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
     kinds = f"{plan.quant} and {plan.dtype}" if plan.quant else plan.dtype
     rank_bytes, expert_bytes = human_bytes(plan.rank_bytes), human_bytes(plan.expert_bytes)
     name = visible(e.checkpoint.name, keep="")
+    ranks = "1 rank" if plan.mesh.tp == 1 else f"{plan.mesh.tp} ranks"
     lines = [
         f"{name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
         + (", shapes from config.json (no weights here yet)" if e.assumed else ""),
         f"source      {human_bytes(plan.read_bytes)} of {plan.source_dtype}",
-        f"output      {human_bytes(plan.output_bytes)} of {kinds}: {plan.mesh.tp} ranks of {rank_bytes}",
+        f"output      {human_bytes(plan.output_bytes)} of {kinds}: {ranks} of {rank_bytes}",
     ]
     lines += [f"kept        {line}" for line in kept_lines(kept_groups_of(plan))] if plan.quant else []
     if experts := plan.sizes.experts:

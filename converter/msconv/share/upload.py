@@ -25,7 +25,7 @@ from ..checkpoint.store import filesystem, patiently
 from ..checkpoint.store_errors import StoreError
 from ..workspace.names import IDENTITY, REPORT
 from ..workspace.state import SOURCE
-from .parts import CARD, PART, parts
+from .parts import CARD, is_part, parts
 
 PART_BYTES = 16 << 20
 MOST_PARTS = 9000  # a store takes 10,000
@@ -129,7 +129,7 @@ def is_uploaded(url: str, identity: str, force: bool) -> bool:
     Raises MsconvError if it may not be put there."""
     bucket = Bucket(url)
     objects = bucket.objects()
-    foreign = [name for name in objects if name not in OURS and not PART.fullmatch(name)]
+    foreign = [name for name in objects if name not in OURS and not is_part(name)]
     if foreign:
         raise UsageError(
             f"{url}: holds something else than an artifact ({', '.join(foreign[:3])}); nothing was touched.",

@@ -57,6 +57,7 @@ class Conversion:
     `model`: what the manifest will say, but for the digests of `shards`, which are known when they were read.
     `config`: the artifact's config.json, b"" if it is copied.  `draft`: what its weights have to guess further
     tokens.  `notes`: what people should know of it.
+    `made`: what `--quant` named, where codes are made.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Conversion:
     config: bytes = b""
     notes: tuple[str, ...] = ()
     draft: Draft | None = None
+    made: str = ""
 
     @property
     def family(self) -> str:
@@ -223,7 +225,9 @@ def _finish(
         tool=TOOL,
         model=model,
         parallel=conversion.parallel,
-        weights=weights_entry(conversion.plan, moved, conversion.source_dtype, conversion.dropped),
+        weights=weights_entry(
+            conversion.plan, moved, conversion.source_dtype, conversion.dropped, conversion.made
+        ),
         graphs=previous.graphs if previous and previous.draft == conversion.draft else [],
         files=copied,
         draft=conversion.draft,

@@ -71,4 +71,5 @@ def prepare(
         notes=checkpoint.notes,
         config=checkpoint.config_bytes,
         draft=draft_of(checkpoint.config),
+        made=quant or "",
     )

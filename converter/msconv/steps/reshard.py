@@ -56,6 +56,7 @@ def prepare(
         auxiliary=[root / n for n in recorded or AUXILIARY if (root / n).is_file()],
         dropped=weights.dropped,
         source_dtype=weights.source_dtype,
+        made=weights.made,
         jobs=jobs,
         planned_memory_bytes=planned,
         draft=manifest.draft,

@@ -93,12 +93,16 @@ class Padding(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Weights(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`quant`: the formats that matrices are kept in.  `made`: what `--quant` named, if the conversion made their
+    codes; "" if they are the source's, and in artifacts of before it was recorded."""
+
     dtype: str
     digest: str
     files: list[WeightFile]
     tensors: list[TensorEntry]
     source_dtype: str = ""
     quant: str = ""
+    made: str = ""
     dropped: list[Dropped] = []
     padded: list[Padding] = []
 
