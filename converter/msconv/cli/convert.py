@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from msconv_runtime.errors import UsageError
+
 from ..layout.memory import kv_bytes_per_token
 from ..location import open_reference
 from ..steps.conversion import Conversion
@@ -11,6 +13,7 @@ from .command import Command
 from .console import byte_progresses
 from .conversion import LayoutOptions, converted, layout_options, say_plan
 from .here import quoted
+from .moving import Way, ray_option, way_to_move
 from .references import convert_command, recipe_argument
 from .report import refresh
 from .result import Result, json_option, show
@@ -26,10 +29,11 @@ from .result import Result, json_option, show
     is_flag=True,
     help="Delete each downloaded shard once its weights are written: for disks that cannot hold both.",
 )
+@ray_option
 @click.option("--dry-run", is_flag=True, help="Only say what it would do; reads headers, writes nothing.")
 @click.option("--force", is_flag=True, help="Start over; replaces what is in the output directory.")
 @json_option
-def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bool) -> None:
+def command(layout: LayoutOptions, delete_source: bool, ray: str | None, dry_run: bool, force: bool) -> None:
     """Convert a checkpoint: reshard it for tensor and expert parallelism into an artifact.
 
     What is not a directory is pulled from a hub, and converted while it downloads.
@@ -42,10 +46,13 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
     msconv convert --model models/Qwen3-8B --tp 8 --dtype float16 --output out
     msconv convert --model models/DeepSeek-V3 --tp 16 --ep 16
     msconv convert --model Qwen/Qwen3-8B@main --tp 4 --source modelscope
+    msconv convert --model /shared/DeepSeek-V3 --tp 16 --ep 16 --output /shared/out --ray auto
     """
     from ..steps import conversion as steps
     from ..steps.convert import prepare
 
+    way = way_to_move(ray, layout.num_jobs)
+    _refuse_both(way, delete_source)
     conversion = prepare(
         open_reference(layout.model, layout.hub),
         layout.tp,
@@ -57,15 +64,24 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
         delete_source,
         layout.harmless,
         layout.quant,
+        way.besides,
     )
     say_plan(conversion)
     if dry_run:
         show(_planned(conversion, layout))
         return
     bars = {"downloading": conversion.download_bytes, "converting": conversion.plan.read_bytes}
-    with byte_progresses(bars) as advance:
-        done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh)
+    with way.mover() as mover, byte_progresses(bars) as advance:
+        done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh, mover)
     show(converted(done, [], f"msconv compile {quoted(done.artifact)}{recipe_argument()}"))
+
+
+def _refuse_both(way: Way, delete_source: bool) -> None:
+    if way.ray is not None and delete_source:
+        raise UsageError(
+            "--ray and --delete-source-as-you-go: nodes read a checkpoint that stays where it is.",
+            "Leave one of them out.",
+        )
 
 
 def _planned(conversion: Conversion, layout: LayoutOptions) -> Result:

@@ -29,11 +29,12 @@ def prepare(
     delete_source: bool = False,
     harmless: Collection[str] = (),
     quant: str | None = None,
+    besides: int = 0,
 ) -> Conversion:
     """Read headers and plan.  Moves nothing; of a repository, only small files are downloaded.
     `delete_source`: its shards go to the output's own directory and are deleted as their bytes are in place.
     `harmless`: keys of config.json, on no list, that a person says change nothing.  `quant`: what matrices are
-    quantised to, one of QUANT.
+    quantised to, one of QUANT.  `besides`: bytes that a process takes for its mover's sake.
     Raises any MsconvError there is to raise beforehand."""
     mesh = make_mesh(tp, ep)
     model.bring_small()
@@ -43,7 +44,7 @@ def prepare(
     origin = model.origin()
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     plan = make_plan(table, sizes, checkpoint.tensors, mesh, dtype, quant=format_asked(quant))
-    buffers, planned = plan_memory(plan, jobs, max_memory)
+    buffers, planned = plan_memory(plan, jobs, max_memory, besides)
     output = output or default_output(checkpoint.name, tp, ep)
     if delete_source:
         model = model.deleting_into(output / DOWNLOADS)
