@@ -22,7 +22,7 @@ from .cluster import Cluster, Worker, WorkerLost
 from .node import Answer, Look, NodeWorker, Seen
 
 LOCAL = "local"
-ACTOR_BYTES = 96 << 20  # of a worker's process, besides what a conversion takes by itself: measured
+ACTOR_BYTES = 64 << 20  # that Ray takes in a worker's process: measured
 STORE_BYTES = 96 << 20  # of Ray's object store on this machine, for `local`: the plan goes through it
 ANSWERS_WITHIN_S = 5.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -50,15 +50,11 @@ def connected(address: str, jobs: int) -> Iterator[RayCluster]:
     with this (`local`).  Raises MsconvError."""
     refuse_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    options: dict[str, object] = {}
     if address == LOCAL:
-        options = {
-            "num_cpus": jobs,
-            "include_dashboard": False,
-            "object_store_memory": STORE_BYTES,
-            "_node_ip_address": "127.0.0.1",
-        }
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listens at 127.0.0.1 only, here too
+        options = {"num_cpus": jobs, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     else:
-        options = {}
         _refuse_silent(address)
     with _own_signals():
         import ray
