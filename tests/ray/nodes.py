@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -17,6 +18,8 @@ BIN = Path(__file__).parents[2] / ".venv-ray" / "bin"
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("RAY_")},
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "NO_COLOR": "1",
 }
 # `msconv` as it is, but with batches of so many kilobytes, each journaled at once
@@ -81,19 +84,31 @@ def end(process: subprocess.Popen[str]) -> None:
                 os.kill(other, signal.SIGKILL)
 
 
+def own_address() -> str:
+    """This machine's address as Ray finds it: several nodes cannot be at 127.0.0.1.  Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(s.getsockname()[0])
+
+
 class Nodes:
     """A head without processors, and nodes that work."""
 
     def __init__(self) -> None:
         self.directory = tempfile.mkdtemp(prefix="mray", dir="/tmp")  # short: sockets lie in it
+        host = own_address()
         with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
+            s.bind((host, 0))
             port = s.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
+        self.address = f"{host}:{port}"
         self.all: list[subprocess.Popen[str]] = []
         self.working: list[subprocess.Popen[str]] = []
-        self._start("--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={self.directory}")
-        self._wait_for_port(port)
+        head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self.directory}")
+        self._start(*head, "--num-cpus=0")
+        self._wait_for(host, port)
 
     def add(self, *before: str) -> subprocess.Popen[str]:
         """One more node that works.  `before`: a command that starts it."""
@@ -107,9 +122,9 @@ class Nodes:
             self.add()
         while len(self.working) > count:
             end(self.working.pop())
-        deadline = time.monotonic() + 60
-        while self.count() != count:
-            assert time.monotonic() < deadline, f"{self.count()} nodes instead of {count}"
+        deadline = time.monotonic() + 120
+        while (found := self.count()) != count:
+            assert time.monotonic() < deadline, f"{found} nodes instead of {count}"
             time.sleep(0.5)
 
     def count(self) -> int:
@@ -131,7 +146,7 @@ print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _start(self, *options: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        common = ("--block", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats")
+        common = ("--block", "--disable-usage-stats")
         store = "--object-store-memory=83886080"
         line = [*before, str(BIN / "ray"), "start", *common, store, *options]
         with Path(self.directory, f"node-{len(self.all)}.log").open("w") as log:
@@ -139,11 +154,11 @@ print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
         self.all.append(node)
         return node
 
-    def _wait_for_port(self, port: int) -> None:
+    def _wait_for(self, host: str, port: int) -> None:
         deadline = time.monotonic() + 60
         while True:
             with suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), 1).close()
+                socket.create_connection((host, port), 1).close()
                 return
             assert time.monotonic() < deadline, "no head"
             time.sleep(0.2)

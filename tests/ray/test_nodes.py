@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.int8_checkpoints import dense_checkpoint, modelslim, static_attention
 from tests.ray.nodes import BIN, Nodes, below, movers, msconv, nodes, started, title
 from tests.stream.moe_models import KINDS
-from tests.synthetic import digests, qwen3_config, write_synthetic
+from tests.synthetic import digests
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,16 +51,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def models(shared: Path) -> dict[str, tuple[Path, tuple[object, ...]]]:
     """By kind: a checkpoint, and the options of its conversion."""
-    dense = qwen3_config(
-        hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=32, vocab_size=2047,
-    )  # fmt: skip
-    bf16 = write_synthetic(shared / "models" / "bf16", dense, shards=3)
+    bf16 = dense_checkpoint(
+        shared / "models" / "bf16", hidden_size=512, intermediate_size=1536, num_hidden_layers=4, vocab_size=2047
+    )
     fp8 = KINDS["deepseek FP8"][0](shared / "models" / "fp8")
     return {
         "bf16": (bf16, ("--tp", 2)),
         "FP8": (fp8, ("--tp", 4, "--ep", 2, "--dtype", KINDS["deepseek FP8"][1] or "bfloat16")),
         "W8A8": (bf16, ("--tp", 2, "--quant", "w8a8")),
+        "W8A8 of ModelSlim": (modelslim(bf16, shared / "models" / "int8", static_attention), ("--tp", 2)),
     }
 
 

@@ -7,6 +7,7 @@ is unpickled.  Who can reach a cluster's ports can run code on it: that is Ray's
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from typing import Any
 
-from msconv_runtime.errors import EnvironmentProblem, MsconvError, UsageError
+from msconv_runtime.errors import EnvironmentProblem, UsageError
 
 from ..task import Task, Unit
 from .cluster import Cluster, Worker, WorkerLost
@@ -53,6 +54,7 @@ def connected(address: str, jobs: int) -> Iterator[RayCluster]:
     options: dict[str, object] = {}
     if address == LOCAL:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listens at 127.0.0.1 only, here too
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
         options = {"num_cpus": jobs, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     else:
         _refuse_silent(address)
@@ -61,18 +63,31 @@ def connected(address: str, jobs: int) -> Iterator[RayCluster]:
 
         try:
             ray.init(address, log_to_driver=False, logging_level="ERROR", namespace="msconv", **options)
-        except MsconvError:
-            raise
-        except Exception as e:  # ConnectionError, RuntimeError, ValueError, AssertionError: as the reason may be
-            raise EnvironmentProblem(
-                f"--ray {address}: no cluster answers as it should: {_cause(e)}.",
-                "This machine must be a node of the cluster (`ray start --address=HOST:PORT`), with the same "
-                "versions of Ray and Python; `ray status` says what there is.",
-            ) from None
+        except Exception as e:  # ConnectionError, RuntimeError, ValueError: as the reason may be
+            raise _no_cluster(address, e) from None
     try:
         yield RayCluster(ray)
     finally:
         ray.shutdown()
+
+
+def _no_cluster(address: str, error: Exception) -> EnvironmentProblem:
+    from ray.exceptions import AuthenticationError
+
+    reason: BaseException | None = error
+    while reason is not None:
+        if isinstance(reason, AuthenticationError):
+            return EnvironmentProblem(
+                f"--ray {address}: the cluster wants its token, and has not got it.",
+                "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token as on the machine where "
+                "`ray start --head` ran.",
+            )
+        reason = reason.__cause__ or reason.__context__
+    return EnvironmentProblem(
+        f"--ray {address}: no cluster answers as it should: {_cause(error)}.",
+        "This machine must be a node of the cluster (`ray start --address=HOST:PORT`), with the same versions of "
+        "Ray and Python; `ray status` says what there is.",
+    )
 
 
 def _refuse_silent(address: str) -> None:
