@@ -71,7 +71,7 @@ def command(layout: LayoutOptions, delete_source: bool, ray: str | None, dry_run
         show(_planned(conversion, layout))
         return
     bars = {"downloading": conversion.download_bytes, "converting": conversion.plan.read_bytes}
-    with way.mover() as mover, byte_progresses(bars) as advance:
+    with way.mover(conversion.planned_memory_bytes) as mover, byte_progresses(bars) as advance:
         done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh, mover)
     show(converted(done, [], f"msconv compile {quoted(done.artifact)}{recipe_argument()}"))
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from msconv_runtime.units import human_bytes
+
 from .console import say
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Way:
     ray: str | None = None
 
     @contextmanager
-    def mover(self) -> Iterator[Mover]:
+    def mover(self, planned_memory_bytes: int) -> Iterator[Mover]:
         """The mover, while it is needed.  Raises MsconvError."""
         if self.ray is None:
             from ..stream.movers.threads import LocalThreads
@@ -41,6 +43,7 @@ class Way:
         from ..stream.movers.cluster import Nodes
         from ..stream.movers.ray import connected
 
+        say(f"Memory: {human_bytes(planned_memory_bytes)} are planned for the worker of each node.")
         with connected(self.ray, self.jobs) as cluster:
             nodes = Nodes(cluster, self.jobs, say)
             try:

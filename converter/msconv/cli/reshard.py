@@ -59,7 +59,8 @@ def command(
     way = way_to_move(ray, worker_count(jobs))
     conversion = prepare(find_artifact(artifact), tp, ep, output, way.jobs, max_memory, way.besides)
     say_plan(conversion)
-    with way.mover() as mover, byte_progress("resharding", conversion.plan.read_bytes) as advance:
+    moving = way.mover(conversion.planned_memory_bytes)
+    with moving as mover, byte_progress("resharding", conversion.plan.read_bytes) as advance:
         done = steps.run(conversion, force, advance, publish=refresh, mover=mover)
     note = "Graphs are made for one number of ranks and were not copied."
     show(converted(done, [note], f"msconv compile {quoted(done.artifact)}"))
