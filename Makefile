@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-install test-walks eval test-rehearsal test-names test-digests test-onnx browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-install test-walks test-ray eval test-rehearsal test-names test-digests test-onnx browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -78,6 +78,16 @@ test-ms28: setup .venv-ms28/.installed
 	test -x .venv-ms28/bin/python || $(PYTHON) -m venv .venv-ms28
 	.venv-ms28/bin/python -m pip install --no-deps --progress-bar off -r requirements/ms28.txt
 	.venv-ms28/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+# Conversions by nodes of a Ray cluster on this machine, which are killed: an environment that has Ray, and no more.
+test-ray: setup .venv-ray/.installed
+	$(BIN)/python -m pytest tests/ray
+
+.venv-ray/.installed: requirements/ray.txt pyproject.toml
+	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --no-deps --progress-bar off -r requirements/ray.txt
+	.venv-ray/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
 # SGLang's benchmark, the OpenAI client and /v1/responses against a served artifact: an environment that has them.

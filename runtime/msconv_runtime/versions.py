@@ -1,4 +1,4 @@
-"""Versions of MindSpore, SGLang and others that this code was tried with, and what belongs to a series of versions."""
+"""Versions of other packages that this code was tried with, and what belongs to a series of versions."""
 
 from __future__ import annotations
 

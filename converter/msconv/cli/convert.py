@@ -7,6 +7,7 @@ import shlex
 import click
 
 from msconv_runtime.artifact import Artifact
+from msconv_runtime.errors import UsageError
 from msconv_runtime.units import human_bytes
 
 from ..checkpoint.urls import require_driver
@@ -19,6 +20,7 @@ from .command import Command
 from .console import byte_progresses, say
 from .conversion import LayoutOptions, converted, layout_options, say_plan
 from .here import quoted
+from .moving import Way, ray_option, way_to_move
 from .references import convert_command, recipe_argument
 from .report import refresh
 from .result import Result, json_option, show
@@ -35,10 +37,11 @@ from .result import Result, json_option, show
     is_flag=True,
     help="Delete each downloaded shard once its weights are written: for disks that cannot hold both.",
 )
+@ray_option
 @click.option("--dry-run", is_flag=True, help="Only say what it would do; reads headers, writes nothing.")
 @click.option("--force", is_flag=True, help="Start over; replaces what is in the output directory.")
 @json_option
-def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bool) -> None:
+def command(layout: LayoutOptions, delete_source: bool, ray: str | None, dry_run: bool, force: bool) -> None:
     """Convert a checkpoint: reshard it for tensor and expert parallelism into an artifact.
 
     What is not a directory is pulled from a hub, and converted while it downloads.
@@ -52,10 +55,13 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
     msconv convert --model models/DeepSeek-V3 --tp 16 --ep 16
     msconv convert --model Qwen/Qwen3-8B@main --tp 4 --source modelscope
     msconv convert --model s3://bucket/models/Qwen3-8B --tp 4 --output s3://bucket/artifacts/Qwen3-8B-tp4
+    msconv convert --model /shared/DeepSeek-V3 --tp 16 --ep 16 --output /shared/out --ray auto
     """
     from ..steps import conversion as steps
     from ..steps.convert import prepare
 
+    way = way_to_move(ray, layout.num_jobs)
+    _refuse_both(way, delete_source, layout.store or "")
     conversion = prepare(
         open_reference(layout.model, layout.hub),
         layout.tp,
@@ -68,6 +74,7 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
         layout.harmless,
         layout.quant,
         not layout.no_drafts,
+        way.besides,
     )
     say_plan(conversion)
     if dry_run:
@@ -78,8 +85,8 @@ def command(layout: LayoutOptions, delete_source: bool, dry_run: bool, force: bo
         _convert_into(layout.store, conversion, force)
         return
     bars = {"downloading": conversion.download_bytes, "converting": conversion.plan.read_bytes}
-    with byte_progresses(bars) as advance:
-        done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh)
+    with way.mover(conversion.planned_memory_bytes) as mover, byte_progresses(bars) as advance:
+        done = steps.run(conversion, force, advance["converting"], advance["downloading"], refresh, mover)
     show(converted(done, [], f"msconv compile {quoted(done.artifact)}{recipe_argument()}"))
 
 
@@ -104,6 +111,19 @@ def _convert_into(url: str, conversion: Conversion, force: bool) -> None:
             clear_uploaded(local)
     line = f"Uploaded: {url}, {sent.files} files, sent {human_bytes(sent.nbytes)} in {sent.seconds:.1f} s"
     show(converted(done, [line], following, url))
+
+
+def _refuse_both(way: Way, delete_source: bool, store: str) -> None:
+    if way.ray is not None and delete_source:
+        raise UsageError(
+            "--ray and --delete-source-as-you-go: nodes read a checkpoint that stays where it is.",
+            "Leave one of them out.",
+        )
+    if way.ray is not None and store:
+        raise UsageError(
+            f"--ray and --output {store}: nodes write into a directory that they share.",
+            "Convert into such a directory, then copy it; or leave out --ray.",
+        )
 
 
 def _planned(conversion: Conversion, layout: LayoutOptions) -> Result:

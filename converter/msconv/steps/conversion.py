@@ -135,7 +135,9 @@ def run(
     started = time.monotonic()
     root, plan = conversion.output, conversion.plan
     refuse_foreign(root, conversion.reads)
+    mover = mover or LocalThreads(conversion.jobs)
     with exclusive(root):
+        mover.check(conversion.task)
         if force:
             clear(root)
         previous = previous_manifest(root, conversion.identity, conversion.parallel)
@@ -143,7 +145,7 @@ def run(
             publish(root, previous)
             return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
         watch = Watch(progress, downloading)
-        before = _convert(conversion, previous, watch, publish, mover or LocalThreads(conversion.jobs))
+        before = _convert(conversion, previous, watch, publish, mover)
         clear_downloads(root)
     redone = sum(plan.unit_bytes(u) for u in plan.units if not plan.is_done(u, before))
     share = redone / max(1, plan.read_bytes)
