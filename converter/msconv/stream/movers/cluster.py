@@ -207,7 +207,7 @@ def _problem(answer: Future[Seen], text: str) -> str:
 class _Batches(Moving):
     def __init__(self, mover: Nodes, task: Task, todo: deque[Batch], progress: Progress) -> None:
         self._mover, self._task, self._todo, self._progress = mover, task, todo, progress
-        self._begun: dict[str, Worker] = {}
+        self._begun: dict[str, tuple[Worker, Future[None]]] = {}
         self._running: dict[Future[Answer], tuple[str, Batch]] = {}
         self._failed: dict[str, int] = {}  # by node: workers lost one after another
         self._looked = time.monotonic()
@@ -237,9 +237,8 @@ class _Batches(Moving):
         for node, worker in list(self._mover._workers.items()):
             if node in busy or not self._todo:
                 continue
-            if self._begun.get(node) is not worker:
-                worker.begin(self._task)  # if it fails, so does the next
-                self._begun[node] = worker
+            if node not in self._begun or self._begun[node][0] is not worker:
+                self._begun[node] = worker, worker.begin(self._task)  # if it fails, so does the next
             batch = self._todo.popleft()
             self._running[worker.move(batch.units)] = node, batch
         if self._todo and not self._running:
@@ -272,19 +271,20 @@ class _Batches(Moving):
         try:
             answer.result()
         except WorkerLost as e:
-            lost, name = self._mover._workers.pop(node, None), self._mover._names[node]
-            if lost:
-                lost.end()
+            worker, begun = self._begun.pop(node)
+            reason, name = (begun.done() and begun.exception()) or e, self._mover._names[node]
+            self._mover._workers.pop(node, None)
+            worker.end()
             batch.lost += 1
             self._failed[node] = self._failed.get(node, 0) + 1
             if batch.lost >= TRIES:
                 raise ResourceError(
                     f"{batch.units[0][0]}: {TRIES} workers ended while they moved it and {len(batch.units) - 1} "
-                    f"more, the last on {name}: {e}",
+                    f"more, the last on {name}: {reason}",
                     "Look there for what ended them, most often too little memory (--jobs 1, --max-memory); then "
                     "run the same command again: it resumes.",
                 ) from None
-            self._mover.tell(f"{name}: its worker was lost ({e}); what it did is done again.")
+            self._mover.tell(f"{name}: its worker was lost ({reason}); what it did is done again.")
             self._todo.appendleft(batch)
             self._looked = time.monotonic()  # a node that is gone is not listed any more the next time
             return False

@@ -168,7 +168,7 @@ class _Actor(Worker):
 
 
 def _answer(reference: Any) -> Future[Any]:
-    """What a call returns.  Ray's errors but those of our own code become WorkerLost."""
+    """What a call returns.  Ray's errors become WorkerLost, with what was raised there, if anything was."""
     from ray.exceptions import RayError, RayTaskError
 
     answer: Future[Any] = Future()
@@ -177,7 +177,7 @@ def _answer(reference: Any) -> Future[Any]:
         try:
             answer.set_result(done.result())
         except RayTaskError as e:
-            answer.set_exception(e)
+            answer.set_exception(WorkerLost(f"{type(e.cause).__name__}: {_cause(e.cause)}"))
         except RayError as e:
             answer.set_exception(WorkerLost(_cause(e)))
         except BaseException as e:
