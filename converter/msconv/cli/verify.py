@@ -86,6 +86,8 @@ def command(
 def _following(root: Path, target: str) -> str:
     """What comes after a proof: to serve where that can be, else to rehearse it."""
     kind = target_named(target).kind
+    if Artifact(root).is_draft:
+        return f"msconv compile TARGET --target {target} --draft {quoted(root)}  # TARGET: the model it drafts for"
     if kind == machine_kind():
         return f"msconv serve {quoted(root)} --device {kind}"
     return f"msconv rehearse {quoted(root)} --target {target}  # or on a host with NPUs: msconv serve"
