@@ -98,7 +98,11 @@ def next_command(root: Path, manifest: Manifest) -> str:
     if not targets:
         return f"msconv compile {named}"
     unproven = [t for t in targets if manifest.proof_for(t) is None]
-    return f"msconv verify {named} --target {visible(unproven[0], keep='')}" if unproven else serve_command(root)
+    if unproven:
+        return f"msconv verify {named} --target {visible(unproven[0], keep='')}"
+    if Artifact(root, manifest).is_draft:
+        return f"msconv compile TARGET --draft {named}  # TARGET: the model it drafts for"
+    return serve_command(root)
 
 
 def summary(root: Path, manifest: Manifest) -> dict[str, Any]:

@@ -88,6 +88,8 @@ def _following(root: Path, target: str) -> str:
     kind = target_named(target).kind
     if target_named(target).device.served_by:
         return ""
+    if Artifact(root).is_draft:
+        return f"msconv compile TARGET --target {target} --draft {quoted(root)}  # TARGET: the model it drafts for"
     if kind == machine_kind():
         return serve_command(root, "--device", kind)
     return f"msconv rehearse {quoted(root)} --target {target}  # or on a host with NPUs: msconv serve"

@@ -21,7 +21,7 @@ from msconv_runtime.units import human_bytes
 from .groups import ORDER
 
 HERE = Path(__file__).parent
-LETTERS = dict(zip(ORDER, "EADXSRHNCOK", strict=True))  # on the bars: colour is never alone
+LETTERS = dict(zip(ORDER, "EADXSRHNICOK", strict=True))  # on the bars: colour is never alone
 
 
 class Figure:

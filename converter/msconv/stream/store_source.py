@@ -73,6 +73,9 @@ class StoreSource(Source):
     def check_unchanged(self) -> None:
         self._store.check_unchanged(self._files, threading.Event())
 
+    def elsewhere(self) -> SourceLocation:
+        return StoreShards(self._store, self._files)
+
     def close(self) -> None:
         self.interrupt()
 
