@@ -191,7 +191,7 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
         lacks = f"{human_bytes(e.lacking_bytes)} too little" if e.lacking_bytes else "enough"
         lines.append(f"disk        {human_bytes(e.free_bytes)} free where it would be written: {lacks}")
     if e.seconds is not None:
-        lines.append(f"time        about {in_words(e.seconds)}, as fast as this disk was just now")
+        lines.append(f"time        about {in_words(max(1, e.seconds))}, as fast as this disk was just now")
     return lines
 
 
