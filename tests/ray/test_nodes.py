@@ -88,7 +88,7 @@ def test_nodes_write_the_bytes_of_one_process(
         out = shared / f"out-{count}-{kind}"
         done = msconv("convert", model, *options, "--output", out, "--ray", cluster.address, batch_kilobytes=200)
         assert done.returncode == 0, done.stderr
-        assert f"{count} nodes, 2 threads each: " in done.stderr
+        assert f"Nodes at work: {count}, --jobs 2 each: " in done.stderr
         assert digests(out) == whole[kind], kind
     assert not cluster.movers()
 
