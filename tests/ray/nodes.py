@@ -118,12 +118,15 @@ class Nodes:
 
     def have(self, count: int) -> None:
         """So many nodes work."""
-        while len(self.working) < count:
-            self.add()
         while len(self.working) > count:
             end(self.working.pop())
-        deadline = time.monotonic() + 120
-        while (found := self.count()) != count:
+        deadline = time.monotonic() + 180
+        while True:
+            self.working = [node for node in self.working if node.poll() is None]  # Ray gives up on a busy machine
+            while len(self.working) < count:
+                self.add()
+            if (found := self.count()) == count:
+                return
             assert time.monotonic() < deadline, f"{found} nodes instead of {count}"
             time.sleep(0.5)
 

@@ -88,7 +88,7 @@ def test_nodes_write_the_bytes_of_one_process(
         out = shared / f"out-{count}-{kind}"
         done = msconv("convert", model, *options, "--output", out, "--ray", cluster.address, batch_kilobytes=200)
         assert done.returncode == 0, done.stderr
-        assert f"{count} nodes, 2 threads each: " in done.stderr
+        assert f"Nodes at work: {count}, --jobs 2 each: " in done.stderr
         assert digests(out) == whole[kind], kind
     assert not cluster.movers()
 
@@ -123,7 +123,7 @@ def test_kills_of_workers_and_drivers_lose_nothing(
     print(f"seed {seed}")
     rng, model, options, out = random.Random(seed), *models["bf16"], shared / "killed"
     kills = {"worker": 0, "driver": 0}
-    ends = {"whole": 0, "resumed by threads": 0}
+    ends = {"whole": 0, "half": 0, "resumed by threads": 0}
     fresh: tuple[str, ...] = ()
     while sum(kills.values()) < KILLS:
         run = ("convert", model, *options, "--output", out)
@@ -138,8 +138,9 @@ def test_kills_of_workers_and_drivers_lose_nothing(
             ends["resumed by threads"] += "Resumed" in done.stderr
         elif driver.returncode:
             assert driver.returncode in (-signal.SIGKILL, 5), said
-            assert not (out / "READY").exists()
-            continue
+            if not (out / "READY").exists():  # else it was killed after all was done, or before it began anew
+                ends["half"] += 1
+                continue
         assert digests(out) == whole["bf16"]
         ends["whole"] += 1
         fresh = ("--force",)
@@ -148,6 +149,7 @@ def test_kills_of_workers_and_drivers_lose_nothing(
     assert digests(out) == whole["bf16"]
     print(kills, ends)
     assert min(kills.values()) >= KILLS // 5
+    assert ends["half"] or ends["resumed by threads"]
     deadline = time.monotonic() + 30
     while cluster.movers():
         assert time.monotonic() < deadline, "workers outlive their driver"

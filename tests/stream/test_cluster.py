@@ -54,7 +54,7 @@ def test_nodes_write_what_one_machine_writes(
     assert len(cluster.moved) >= 9
     assert done.bytes_read == sum(progress) == conversion.plan.read_bytes
     assert read_tree(tmp_path / "out") == whole
-    assert said == ["3 nodes, 1 threads each: machine a, machine b, machine c"]
+    assert said == ["Nodes at work: 3, --jobs 1 each: machine a, machine b, machine c"]
     assert not cluster.alive
     assert not list((tmp_path / "out" / ".msconv").glob("shared-*"))
 

@@ -97,7 +97,9 @@ class Nodes(Mover):
             )
         names = sorted(self._names[n] for n in self._workers)
         self.tell(
-            f"{len(names)} nodes, {self.jobs} threads each: " + ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+            f"Nodes at work: {len(names)}, --jobs {self.jobs} each: "
+            + ", ".join(names[:8])
+            + ", ..." * (len(names) > 8)
         )
 
     def start(self, task: Task, units: Sequence[Unit], opened: Opened, progress: Progress) -> Moving:
