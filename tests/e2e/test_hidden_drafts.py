@@ -14,6 +14,7 @@ import pytest
 from msconv.steps.compile import compile_graphs
 from msconv_runtime.artifact import Artifact, Draft
 from msconv_runtime.captured import LAYER_IDS
+from tests.checkpoints import make_qwen3
 from tests.conversions import convert
 from tests.e2e import hidden_drafting, logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, serving
@@ -66,21 +67,22 @@ def talk(model: Any) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def of_eagle3(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A target's artifact, and a draft's checkpoint."""
-    model, root = load(random_checkpoint), tmp_path_factory.mktemp("eagle3")
+def of_eagle3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target's artifact, whose checkpoint lies beside it, and a draft's checkpoint."""
+    root = tmp_path_factory.mktemp("eagle3")
+    model = load(make_qwen3(root / "qwen3", initializer_range=0.2))
     both = zip(*talk(model), strict=True)
-    sizes = {"vocab_size": model.config.vocab_size, "eagle_config": {LAYER_IDS: [i - 1 for i in LAYERS]}}
-    train_eagle3(root / "checkpoint", model, [p + a for p, a in both], LAYERS, 300, **sizes)
-    return artifact_of(random_checkpoint, root / "target", Draft("eagle3", LAYERS)), root / "checkpoint"
+    ids = {"eagle_config": {LAYER_IDS: [i - 1 for i in LAYERS]}}
+    train_eagle3(root / "checkpoint", model, [p + a for p, a in both], LAYERS, 300, **ids)
+    return artifact_of(root / "qwen3", root / "target", Draft("eagle3", LAYERS)), root / "checkpoint"
 
 
 @pytest.fixture(scope="module", params=["eagle3", "exchanged", "nextn"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     if request.param == "nextn":
         return case_of_nextn(tmp_path_factory.mktemp("nextn"))
-    model = load(request.getfixturevalue("random_checkpoint"))
     target, checkpoint = request.getfixturevalue("of_eagle3")
+    model = load(target.with_name("qwen3"))
     root = tmp_path_factory.mktemp(request.param)
     draft = shutil.copytree(checkpoint, root / "checkpoint")
     if request.param == "exchanged":
