@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-install eval test-rehearsal test-names test-digests browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-install eval test-rehearsal test-names test-digests test-int8 browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -58,6 +58,10 @@ test-digests: setup
 # Every published name of a supported model, as a small random one; `make test` takes one of each kind.
 test-names: setup
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_other_names.py
+
+# Int8 graphs of every family, kind and target; `make test` takes some of each.
+test-int8: setup compiler
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_int8.py
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed
