@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-install test-walks test-ray eval test-rehearsal test-names test-digests test-onnx browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-install test-walks test-ray eval test-rehearsal test-names test-digests test-int8 test-onnx browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -69,6 +69,10 @@ test-onnx: .venv-onnx/.installed
 	.venv-onnx/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/onnx.txt
 	.venv-onnx/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
+
+# Int8 graphs of every family, kind and target; `make test` takes some of each.
+test-int8: setup compiler
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_int8.py
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed
