@@ -34,6 +34,7 @@ NOT_IN_THE_BASE = {  # by package: the extra that has it, or what else brings it
     "cryptography": "sign",
     "model_signing": "sign",
     "OpenSSL": "sign",
+    "fsspec": "storage",
     "sglang": "installed apart",
 }
 HUB = {"huggingface_hub"}
