@@ -63,6 +63,9 @@ def connected(address: str, jobs: int) -> Iterator[RayCluster]:
 
         try:
             ray.init(address, log_to_driver=False, logging_level="ERROR", namespace="msconv", **options)
+        except (KeyboardInterrupt, SystemExit):  # the latter is Ray's own answer to SIGTERM
+            ray.shutdown()
+            raise KeyboardInterrupt from None
         except Exception as e:  # ConnectionError, RuntimeError, ValueError: as the reason may be
             raise _no_cluster(address, e) from None
     try:
