@@ -145,10 +145,7 @@ def command(
     if asked.shapes is not None and ONNX.name not in targets:
         raise click.UsageError(f"--onnx-static goes with --target {ONNX.name}.")
     if model is not None:
-        if points := [name for name in targets if target_named(name).form.points_at_weights]:
-            raise click.UsageError(
-                f"--target {points[0]}: its files point at the weights; convert first, then compile the artifact."
-            )
+        _refuse_without_weights(targets)
         if artifact is not None or tp is None or output is None:
             raise click.UsageError("--model needs --tp and --output, and no ARTIFACT.")
         root = output
@@ -183,6 +180,13 @@ def _expect(root: Path, draft: str, hub: Hub) -> list[str]:
     from ..steps.drafts import expect_draft
 
     return expect_draft(root, draft, hub)
+
+
+def _refuse_without_weights(targets: tuple[str, ...]) -> None:
+    if points := [name for name in targets if target_named(name).form.points_at_weights]:
+        raise click.UsageError(
+            f"--target {points[0]}: its files point at the weights; convert first, then compile the artifact."
+        )
 
 
 def _data(root: Path, compiled: Compiled) -> dict[str, Any]:
