@@ -89,6 +89,19 @@ layout_options = grouped(
 )
 
 
+drafts_options = grouped(
+    "drafts",
+    lambda draft, no_drafts: (draft, no_drafts),
+    click.option(
+        "--draft",
+        metavar="REF",
+        help="A draft of EAGLE3, as an artifact, a directory or owner/name: graphs shall give the hidden states "
+        "that it reads.",
+    ),
+    no_drafts_option,
+)
+
+
 @click.command("compile", cls=Command)
 @artifact_argument
 @click.option(
@@ -103,16 +116,10 @@ layout_options = grouped(
 @recipe_option
 @layout_options
 @quant_option
-@click.option(
-    "--draft",
-    metavar="REF",
-    help="A draft of EAGLE3, as an artifact, a directory or owner/name: graphs shall give the hidden states that "
-    "it reads.",
-)
+@drafts_options
 @output_option("With --model: the artifact to make.")
 @asked_options
 @source_option
-@no_drafts_option
 @json_option
 def command(
     artifact: Path | None,
@@ -120,11 +127,10 @@ def command(
     model: str | None,
     layout: tuple[int | None, int],
     quant: str | None,
-    draft: str | None,
+    drafts: tuple[str | None, bool],
     output: Path | None,
     asked: Asked,
     hub: Hub,
-    no_drafts: bool,
 ) -> None:
     """Compile an artifact's static graphs, ahead of time, for one or more targets.
 
@@ -139,16 +145,13 @@ def command(
     from ..graph.store import GraphStore
     from ..steps import compile as compiler
 
-    tp, ep = layout
+    (tp, ep), (draft, no_drafts) = layout, drafts
     for name in targets:
         target_named(name)  # before anything is made
     if asked.shapes is not None and ONNX.name not in targets:
         raise click.UsageError(f"--onnx-static goes with --target {ONNX.name}.")
     if model is not None:
-        if points := [name for name in targets if target_named(name).form.points_at_weights]:
-            raise click.UsageError(
-                f"--target {points[0]}: its files point at the weights; convert first, then compile the artifact."
-            )
+        _refuse_without_weights(targets)
         if artifact is not None or tp is None or output is None:
             raise click.UsageError("--model needs --tp and --output, and no ARTIFACT.")
         root = output
@@ -183,6 +186,13 @@ def _expect(root: Path, draft: str, hub: Hub) -> list[str]:
     from ..steps.drafts import expect_draft
 
     return expect_draft(root, draft, hub)
+
+
+def _refuse_without_weights(targets: tuple[str, ...]) -> None:
+    if points := [name for name in targets if target_named(name).form.points_at_weights]:
+        raise click.UsageError(
+            f"--target {points[0]}: its files point at the weights; convert first, then compile the artifact."
+        )
 
 
 def _data(root: Path, compiled: Compiled) -> dict[str, Any]:
