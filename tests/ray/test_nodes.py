@@ -165,7 +165,7 @@ def _kill_some(
     who was killed."""
     killed = list[str]()
     for _ in range(rng.randint(1, 3)):
-        moment = time.monotonic() + rng.uniform(0, 12)
+        moment = time.monotonic() + rng.uniform(0, 30)
         lines = rng.randrange(LINES) if rng.random() < 0.8 else 2 * LINES
         while driver.poll() is None and time.monotonic() < moment and _journaled(out) <= lines:
             time.sleep(0.02)
