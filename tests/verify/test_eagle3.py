@@ -108,7 +108,7 @@ def test_the_slot_gives_sglang_rows_of_what_was_accepted(checkpoint: Path, tmp_p
             states += list(vectors[:n])
         found = drafts.run(graphs, role, batch, caches, given, None if accepted is None else np.array(accepted))
         if accepted:
-            sequences.take_back([b + n for b, n in zip(before, accepted, strict=True)])
+            sequences.lengths = [b + n for b, n in zip(before, accepted, strict=True)]  # and keep their slots
         return found
 
     for role, counts, width, accepted in (

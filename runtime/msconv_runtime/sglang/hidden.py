@@ -72,7 +72,8 @@ def of_draft(graphs: Graphs, batch: Batch, forward_batch: Any, caches: list[Any]
     """SGLang's LogitsProcessorOutput of a draft: logits and hidden states [B, ..] of each sequence's last token;
     after a verification [B * k, ..], see `drafts.run`."""
     info, mode = forward_batch.spec_info, forward_batch.forward_mode
-    role = DRAFT_EXTEND if mode.is_extend() else DRAFT_DECODE
-    counts = info.num_accept_tokens.cpu().numpy() if mode.is_draft_extend_v2() else None
+    is_after = mode.is_draft_extend_v2()  # which `is_extend` leaves out
+    role = DRAFT_EXTEND if is_after or mode.is_extend() else DRAFT_DECODE
+    counts = info.num_accept_tokens.cpu().numpy() if is_after else None
     given = info.hidden_states.float().cpu().numpy()
     return as_output(drafts.run(graphs, role, batch, caches, given, counts), device)
