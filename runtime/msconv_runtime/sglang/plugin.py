@@ -115,7 +115,7 @@ def _refusal(source: str) -> Callable[..., Any]:
 def _keep_for_good() -> None:
     """What was imported stays as long as the process: no search for garbage looks at it again.  One among all of
     SGLang's modules takes 0.4 s, in which no other thread runs Python, and MindSpore makes one before each graph
-    that it compiles.  A server does this by itself as soon as it is ready."""
+    that it compiles.  SGLang does the same as soon as a server is ready."""
     gc.freeze()
 
 
@@ -156,8 +156,6 @@ def _fork_on_cpu(result: Any, server_args: Any) -> Any:
 
     view = resolving_view(server_args)
     ours = _slot_is_ours() and view.model_impl == "mindspore" and is_artifact(view.model_path)
-    if ours:
-        _keep_for_good()
     if ours and view.device == "cpu" and view.dp_size == 1 and _threads() == 1:
         multiprocessing.set_start_method("fork", force=True)
     return result
