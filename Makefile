@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-install test-walks test-ray eval test-rehearsal test-names test-digests test-int8 test-onnx browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -55,6 +55,10 @@ test-rehearsal: setup compiler
 # The bytes of weights and graphs in all layouts, against those of before; `make test` takes some of them.
 test-digests: setup
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/digests
+
+# Graphs of drafts and their hidden states on all targets, and every fault in them; `make test` takes some.
+test-drafts: setup compiler
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_drafts.py tests/verify/test_hidden.py
 
 # Every published name of a supported model, as a small random one; `make test` takes one of each kind.
 test-names: setup

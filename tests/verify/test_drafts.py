@@ -78,7 +78,8 @@ def test_a_draft_is_proven(sound: Path, model: Path, tmp_path: Path) -> None:
     assert recorded is not None and "draft extend" in recorded.settings
 
 
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=every_layout)])
+@every_layout
+@pytest.mark.parametrize("tp", [1, 2])
 def test_on_a_cpu(model: Path, tmp_path: Path, tp: int) -> None:
     """MindSpore's own run for one rank, all graphs of both sets."""
     convert(model, tmp_path / "artifact", tp, ep=tp)
