@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from msconv.graph.spec import CannotCompute, Fixed
+from msconv.share.parts import is_part, parts, signed_names
 from msconv.steps.compile import compile_graphs
 from msconv.verify.prove import prove
 from msconv_runtime import Session
@@ -136,6 +137,16 @@ def test_inspect_and_report_say_what_it_is(root: Path) -> None:
     (graphs,) = page["graphs"]
     assert graphs["target"] == "onnx"
     assert not any("serve" in use["line"] for use in page["use"])
+
+
+def test_push_and_pull_know_its_files(root: Path) -> None:
+    """And no other file of that kind."""
+    sizes = parts(Artifact(root).manifest)
+    assert sizes["model.onnx"] == (root / "model.onnx").stat().st_size
+    assert {"model.onnx", "genai_config.json"} <= set(signed_names(root, Artifact(root).manifest))
+    assert is_part("decode_static.onnx")
+    assert not is_part("weights/model.onnx")
+    assert not is_part("../model.onnx")
 
 
 def test_layers_are_not_looked_at_one_by_one(root: Path) -> None:
