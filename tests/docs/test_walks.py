@@ -193,11 +193,12 @@ def stage(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         hub.add(name, models / name.partition("/")[2])
     hub.add("deepseek-ai/DeepSeek-R1", models / "DeepSeek-V3")
     hub.home = tmp_path / "hub"
-    for key in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET"):
+    for key in ("HF_HUB_OFFLINE", "HF_HUB_CACHE"):
         monkeypatch.delenv(key, raising=False)
     for key, value in hub.environment(tmp_path / "home").items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # that hub does not offer it
     yield Stage(here, data)
     hub.stop()
 
