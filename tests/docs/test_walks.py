@@ -151,7 +151,7 @@ class Stage:
             return Result(0, "", "")
         if words[1] == "serve":
             own, dashes, theirs = (words, [], []) if "--" not in words else _at_dashes(words)
-            kind = PRINTED if "Qwen3-0.6B" in line else NPU
+            kind = NPU if "Qwen3-8B" in line else PRINTED
             more = [w for w in kind if w not in own]
             words = [*own, *more, *dashes, *theirs]
         done = run_msconv(*words[1:], cwd=self.here, timeout=900)
