@@ -151,7 +151,7 @@ class Stage:
             return Result(0, "", "")
         if words[1] == "serve":
             own, dashes, theirs = (words, [], []) if "--" not in words else _at_dashes(words)
-            kind = PRINTED if "Qwen3-0.6B" in line else NPU
+            kind = NPU if "Qwen3-8B" in line else PRINTED
             more = [w for w in kind if w not in own]
             words = [*own, *more, *dashes, *theirs]
         done = run_msconv(*words[1:], cwd=self.here, timeout=900)
@@ -193,11 +193,12 @@ def stage(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         hub.add(name, models / name.partition("/")[2])
     hub.add("deepseek-ai/DeepSeek-R1", models / "DeepSeek-V3")
     hub.home = tmp_path / "hub"
-    for key in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET"):
+    for key in ("HF_HUB_OFFLINE", "HF_HUB_CACHE"):
         monkeypatch.delenv(key, raising=False)
     for key, value in hub.environment(tmp_path / "home").items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # that hub does not offer it
     yield Stage(here, data)
     hub.stop()
 

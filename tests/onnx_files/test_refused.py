@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from msconv.cli.inspect import next_command
 from msconv.graph.spec import CannotCompute, Fixed
+from msconv.share.parts import is_part, parts, signed_names
 from msconv.steps.compile import compile_graphs
 from msconv.verify.prove import prove
 from msconv_runtime import Session
-from msconv_runtime.artifact import Artifact
+from msconv_runtime.artifact import Artifact, Manifest
 from msconv_runtime.doctor import Machine, examine
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, MsconvError, UsageError
 from msconv_runtime.serving.choice import target_to_serve
@@ -136,6 +138,23 @@ def test_inspect_and_report_say_what_it_is(root: Path) -> None:
     (graphs,) = page["graphs"]
     assert graphs["target"] == "onnx"
     assert not any("serve" in use["line"] for use in page["use"])
+
+
+def test_nothing_is_said_to_serve_what_others_serve(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Artifact(root).manifest
+    assert next_command(root, manifest).endswith("--target onnx")
+    monkeypatch.setattr(Manifest, "proof_for", lambda *_: "a proof")
+    assert next_command(root, manifest) == ""
+
+
+def test_push_and_pull_know_its_files(root: Path) -> None:
+    """And no other file of that kind."""
+    sizes = parts(Artifact(root).manifest)
+    assert sizes["model.onnx"] == (root / "model.onnx").stat().st_size
+    assert {"model.onnx", "genai_config.json"} <= set(signed_names(root, Artifact(root).manifest))
+    assert is_part("decode_static.onnx")
+    assert not is_part("weights/model.onnx")
+    assert not is_part("../model.onnx")
 
 
 def test_layers_are_not_looked_at_one_by_one(root: Path) -> None:

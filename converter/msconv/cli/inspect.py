@@ -15,6 +15,7 @@ from msconv_runtime.artifact.served import other_files
 from msconv_runtime.claims import CLAIMED, is_checked_here
 from msconv_runtime.errors import ArtifactError
 from msconv_runtime.signatures import described, refuse_unsigned
+from msconv_runtime.targets import device_of
 from msconv_runtime.units import human_bytes
 
 from ..checkpoint.reference import REPOSITORY
@@ -102,6 +103,8 @@ def next_command(root: Path, manifest: Manifest) -> str:
         return f"msconv verify {named} --target {visible(unproven[0], keep='')}"
     if Artifact(root, manifest).is_draft:
         return f"msconv compile TARGET --draft {named}  # TARGET: the model it drafts for"
+    if all(device_of(target).served_by for target in targets):
+        return ""
     return serve_command(root)
 
 
