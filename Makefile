@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-install eval test-rehearsal test-names test-digests browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-install test-walks test-ray eval test-rehearsal test-names test-digests test-int8 test-onnx browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -60,6 +60,20 @@ test-digests: setup
 test-names: setup
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_other_names.py
 
+# ONNX files of every kind of model, by onnxruntime too and through onnxruntime-genai: an environment that has them.
+test-onnx: .venv-onnx/.installed
+	MSCONV_EVERY_LAYOUT=1 .venv-onnx/bin/python -m pytest tests/onnx_files tests/verify/test_attention.py
+
+.venv-onnx/.installed: requirements/cpu.txt requirements/onnx.txt pyproject.toml
+	test -x .venv-onnx/bin/python || $(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/onnx.txt
+	.venv-onnx/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+# Int8 graphs of every family, kind and target; `make test` takes some of each.
+test-int8: setup compiler
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_int8.py
+
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed
 	$(BIN)/python -m pytest tests/ms28
@@ -68,6 +82,16 @@ test-ms28: setup .venv-ms28/.installed
 	test -x .venv-ms28/bin/python || $(PYTHON) -m venv .venv-ms28
 	.venv-ms28/bin/python -m pip install --no-deps --progress-bar off -r requirements/ms28.txt
 	.venv-ms28/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+# Conversions by nodes of a Ray cluster on this machine, which are killed: an environment that has Ray, and no more.
+test-ray: setup .venv-ray/.installed
+	$(BIN)/python -m pytest tests/ray
+
+.venv-ray/.installed: requirements/ray.txt pyproject.toml
+	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --no-deps --progress-bar off -r requirements/ray.txt
+	.venv-ray/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
 # SGLang's benchmark, the OpenAI client and /v1/responses against a served artifact: an environment that has them.
@@ -80,10 +104,24 @@ test-clients: compiler .venv-clients/.installed
 	.venv-clients/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
-# The wheel in environments of its own, beside the packages that SGLang pins, and hadolint over docker/; the tests make
-# these environments and remove them.
+# Checkpoints and artifacts in an object store: an environment with s3fs and a server that speaks S3, on loopback.
+test-storage: .venv-storage/.installed
+	.venv-storage/bin/python -m pytest tests/storage
+
+.venv-storage/.installed: requirements/cpu.txt requirements/storage.txt pyproject.toml
+	test -x .venv-storage/bin/python || $(PYTHON) -m venv .venv-storage
+	.venv-storage/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/storage.txt
+	.venv-storage/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+# The wheel in environments of its own, beside SGLang and what it pins; hadolint over docker/, systemd and Kubernetes'
+# schemas over docs/production.md.  The tests make these environments and remove them.
 test-install: setup
 	MSCONV_INSTALL=1 $(BIN)/python -m pytest tests/install
+
+# What the README and the pages show, typed line by line, with a hub on localhost.
+test-walks: setup compiler
+	MSCONV_WALKS=1 $(BIN)/python -m pytest tests/docs/test_walks.py
 
 # lm-evaluation-harness asks a served artifact, and runs transformers on the same checkpoint: a third environment.
 eval: setup compiler .venv-eval/.installed

@@ -1,4 +1,5 @@
-"""Where a model is: a directory, or a repository on a hub.  Decided here, once: all else asks the location."""
+"""Where a model is: a directory, a repository on a hub, or a directory of an object store.  Decided here, once:
+all else asks the location."""
 
 from __future__ import annotations
 
@@ -13,12 +14,17 @@ from .checkpoint import directory
 from .checkpoint.client import require_client
 from .checkpoint.directory import AUXILIARY, Checkpoint
 from .checkpoint.reference import REPOSITORY, Hub
+from .checkpoint.remote import CONFIGURATION
+from .checkpoint.urls import checked_url, is_url, require_driver
 from .layout.plan import Plan
 from .stream.source import DirectoryShards, SourceLocation
 from .workspace.names import recordable
 
 if TYPE_CHECKING:
     from .checkpoint.hub import Repository  # imported when there is one: the hub's client takes a while
+    from .checkpoint.store import Store
+
+HF = "hf://"
 
 
 class Location(Protocol):
@@ -42,6 +48,11 @@ class Location(Protocol):
 
     def missing_bytes(self, shards: Iterable[str]) -> int:
         """Bytes of these files that are not on this machine yet."""
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Memory that reading takes besides a worker's buffers."""
+        return 0
 
     def origin(self) -> str:
         """What an artifact records of it.  Raises UsageError if that cannot be recorded."""
@@ -121,7 +132,7 @@ class HubRepository(Location):
         from .checkpoint.downloads import bring
 
         index = directory.index_of(self.repository.files, self.repository.reference)
-        self.repository.download_small((*AUXILIARY, *hub.CONFIGURATION, index))
+        self.repository.download_small((*AUXILIARY, *CONFIGURATION, index))
         bring(self.repository, hub.shards(self.repository))
         return self.repository.root
 
@@ -140,18 +151,83 @@ class HubRepository(Location):
         return HubShards(self.repository, checkpoint.files, checkpoint.tensors)
 
 
+@dataclass(frozen=True)
+class StoreDirectory(Location):
+    """A directory of an object store or a web server: weights are read where they are, and not kept."""
+
+    store: Store
+
+    def has_weights(self) -> bool:
+        from .checkpoint import store
+
+        return store.has_weights(self.store)
+
+    def open_configuration(self, harmless: Collection[str] = ()) -> Checkpoint:
+        from .checkpoint import store
+
+        return store.open_configuration(self.store, harmless)
+
+    def open_checkpoint(self, harmless: Collection[str] = ()) -> Checkpoint:
+        from .checkpoint import store
+
+        return store.open_checkpoint(self.store, harmless)
+
+    def bring_small(self) -> None:
+        self.store.download_small(AUXILIARY)
+
+    def bring(self) -> Path:
+        from .checkpoint import store
+
+        return store.bring(self.store)
+
+    def missing_bytes(self, shards: Iterable[str]) -> int:
+        return 0  # none will be kept here
+
+    @property
+    def buffered_bytes(self) -> int:
+        from .stream.store_source import BUFFERED_BYTES
+
+        return BUFFERED_BYTES
+
+    def origin(self) -> str:
+        return self.store.url
+
+    def deleting_into(self, downloads: Path) -> Location:
+        raise UsageError(
+            f"{self.store.url}: is read where it is: nothing is downloaded that --delete-source-as-you-go could "
+            "delete.",
+            "Leave the flag out.",
+        )
+
+    def shards(self, checkpoint: Checkpoint) -> SourceLocation:
+        from .stream.store_source import StoreShards
+
+        return StoreShards(self.store, checkpoint.files)
+
+
 def bytes_to_download(location: Location, plan: Plan) -> int:
     """Bytes of the shards that a conversion reads and that are not on this machine yet."""
     return location.missing_bytes({plan.sources[n].file for n in plan.read_names})
 
 
 def open_reference(ref: str, hub: Hub = "huggingface", weights: bool = True) -> Location:
-    """A directory, if there is one of this name, else the repository owner/name[@revision] as its commit is now.
+    """A directory, if there is one of this name; else the address of one in a store, or the repository
+    owner/name[@revision] as its commit is now, which may be written hf://owner/name too.
 
     `weights`: they will be needed (ModelScope's client brings them at once).
     Raises MsconvError; a string that can be neither is taken for a directory.
     """
     path = Path(ref)
+    if is_url(ref) and not _exists(path):
+        if not ref.startswith(HF):
+            url = checked_url(ref)
+            require_driver(url)
+            from .checkpoint.store import open_store
+
+            return StoreDirectory(open_store(url))
+        ref, path = ref.removeprefix(HF), Path(HF)
+        if REPOSITORY.fullmatch(ref) is None:
+            raise UsageError(f"{HF}{ref[:300]}: is no name of a model.", f"Give {HF}owner/name[@revision].")
     match = REPOSITORY.fullmatch(ref)
     if match is None or _exists(path):
         return LocalDirectory(path)

@@ -16,7 +16,7 @@ import yaml
 from msconv_runtime.dtypes import VALUE_DTYPES, ValueDtype
 from msconv_runtime.errors import MsconvError, UsageError
 from msconv_runtime.serving.engine import chosen_engine
-from msconv_runtime.targets import TARGETS
+from msconv_runtime.targets import TARGETS, Kind, device_of
 
 DIRECTORY = "MSCONV_RECIPES"  # the user's own, looked at before those that come with msconv
 MAX_BYTES = 64 << 10
@@ -55,6 +55,8 @@ class Devices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         _check_targets("kind", self.kind)
+        if device_of(self.kind).served_by:
+            raise ValueError(f"kind {self.kind!r}: msconv serves on no such device")
         if self.count % self.nodes:
             raise ValueError(f"{self.count} devices do not divide over {self.nodes} nodes")
 
@@ -120,7 +122,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.model if self.revision == NEWEST else f"{self.model}@{self.revision}"
 
     @property
-    def device(self) -> Literal["cpu", "npu"]:
+    def device(self) -> Kind:
         return TARGETS[self.devices.kind].kind
 
     def defaults(self) -> dict[str, Any]:

@@ -62,9 +62,7 @@ class Session:
         if load not in get_args(LoadMode):
             raise UsageError(f"load is {load!r}; it may be 'mmap' or 'read'.")
         if not target_named(target).device.is_host:
-            raise EnvironmentProblem(
-                f"{target} graphs run on an NPU inside SGLang only.", "Use target='cpu' here."
-            )
+            raise EnvironmentProblem(f"{target}{target_named(target).device.runs}", "Use target='cpu' here.")
         if opened.tp > 1:
             raise EnvironmentProblem(
                 f"{opened.root}: is for {opened.tp} ranks, and a Session runs one without communication.",

@@ -1,10 +1,13 @@
-"""Versions of MindSpore that this code was tried with, and what belongs to a series of versions."""
+"""Versions of other packages that this code was tried with, and what belongs to a series of versions."""
 
 from __future__ import annotations
 
 import re
 
 MINDSPORE = ("2.8", "2.10")  # graphs of 2.8.0 and 2.10.0 load in each other
+ONNX = ("1.23",)
+TRIED = {"mindspore": MINDSPORE, "onnx": ONNX}  # by the package that writes graphs
+SGLANG = ("0.5.23",)  # the plug-in changes functions of this very version
 
 
 def in_series(version: str, series: tuple[str, ...]) -> bool:

@@ -277,6 +277,14 @@ def test_what_follows_a_result_can_be_pasted(shelf: Path, checkpoint: Checkpoint
             command.make_context(words[1], words[2:])
 
 
+def test_what_serves_an_artifact_says_that_it_has_no_tokenizer(tmp_path: Path) -> None:
+    assert here.serve_command(tmp_path, "--device", "cpu") == (
+        f"msconv serve {tmp_path} --device cpu -- --skip-tokenizer-init"
+    )
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert here.serve_command(tmp_path) == f"msconv serve {tmp_path}"
+
+
 # Interruptions
 
 

@@ -20,6 +20,17 @@ from tests.synthetic import digests, qwen3_config, write_synthetic
 pytestmark = pytest.mark.slow
 
 WEIGHTS = "model-0000"
+NODES = """
+import sys
+from pathlib import Path
+from msconv.location import open_reference
+from msconv.steps.conversion import run
+from msconv.steps.convert import prepare
+from tests.stream.clusters import Threads, nodes_of
+cluster = Threads(["a", "b"])
+run(prepare(open_reference(sys.argv[1]), 4, output=Path(sys.argv[2])), mover=nodes_of(cluster))
+print(*sorted(set(cluster.moved)))
+"""
 
 
 def convert(out: Path, *options: object, model: str = NAME, code: int = 0) -> dict[str, Any]:
@@ -46,6 +57,16 @@ def test_a_model_of_a_hub_becomes_the_same_artifact_as_its_directory(
     model = read_manifest(tmp_path / "out").model
     assert (model.source, model.commit) == (NAME, hub.repos[NAME].commit)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_nodes_of_a_cluster_read_what_their_driver_has_downloaded(
+    hub: Hub, expected: Path, tmp_path: Path
+) -> None:
+    done = run_python(NODES, NAME, tmp_path / "out")
+    assert done.code == 0, done.stderr
+    assert done.stdout == "a b\n"
+    assert same(tmp_path / "out", expected)
+    assert read_manifest(tmp_path / "out").model.commit == hub.repos[NAME].commit
 
 
 def test_a_recipes_name_is_enough(

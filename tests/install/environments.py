@@ -51,10 +51,11 @@ class Environment:
         done = self.run("python", *PIP, "check")
         return [] if done.returncode == 0 else done.stdout.splitlines()
 
-    def imports(self) -> dict[str, Any]:
-        done = self.run("python", HERE / "imports.py")
+    def json(self, program: str) -> dict[str, Any]:
+        """What a program of this directory prints last, as JSON."""
+        done = self.run("python", HERE / program)
         assert done.returncode == 0, done.stderr[-3000:]
-        found: dict[str, Any] = json.loads(done.stdout)
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
 
 

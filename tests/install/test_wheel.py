@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from msconv_runtime.versions import SGLANG
 from tests.checkpoints import make_qwen3
 from tests.hub.server import Hub
 from tests.install.environments import HERE, Environment, build_wheel, environment, interpreter
@@ -33,6 +34,7 @@ NOT_IN_THE_BASE = {  # by package: the extra that has it, or what else brings it
     "cryptography": "sign",
     "model_signing": "sign",
     "OpenSSL": "sign",
+    "fsspec": "storage",
     "sglang": "installed apart",
 }
 HUB = {"huggingface_hub"}
@@ -103,7 +105,7 @@ def asks_a_hub(env: Environment, out: Path, directory: Path) -> None:
 
 
 def imports_all_but(env: Environment, here: set[str]) -> None:
-    found = env.imports()
+    found = env.json("imports.py")
     assert found["modules"] > 250
     assert not found["wrong"], found["wrong"]
     missing = set(found["missing"])
@@ -136,21 +138,31 @@ def test_the_base_alone_converts_and_says_what_a_hub_needs(
         assert not hub.requests
 
 
-@pytest.mark.parametrize("pins", ["sglang-npu-0.5.13", "sglang-0.5.23"])
+@pytest.mark.parametrize(("pins", "version"), [("sglang-npu-0.5.13", "0.5.13"), ("sglang-0.5.23", "0.5.23")])
 def test_nothing_that_sglang_pins_is_changed_and_both_sides_import(
-    pins: str, wheel: Path, checkpoint: Path, tmp_path: Path, hub: Hub
+    pins: str, version: str, wheel: Path, checkpoint: Path, tmp_path: Path, hub: Hub
 ) -> None:
     with environment(tmp_path / "env") as env:
-        env.install("-r", HERE / f"{pins}.txt")
+        env.install("-r", HERE / f"{pins}.txt", "-r", HERE / "sglang-imports.txt")
         before = env.packages()
         env.install(f"{wheel}[hub]")
         after = env.packages()
         assert {name: after.get(name) for name in before} == before
         assert env.conflicts() == []
-        theirs = env.run(
-            "python", "-c", "import transformers, huggingface_hub, openai, tokenizers, numpy, msgspec"
-        )
-        assert theirs.returncode == 0, theirs.stderr
-        imports_all_but(env, HUB | {"transformers", "safetensors"})
+        imports_all_but(env, HUB | {"transformers", "safetensors", "torch"})
         converts(env, checkpoint, tmp_path / "out")
         asks_a_hub(env, tmp_path / "out", tmp_path)
+        env.install("--no-deps", f"sglang=={version}")  # with its own pins it would bring CUDA
+        sglang_is_whole(env, version)
+
+
+def sglang_is_whole(env: Environment, version: str) -> None:
+    """SGLang imports with msconv beside it.  Its plug-in changes all of the version that it was tried with, and
+    nothing of another one that lacks a part, so that other models are served there as ever."""
+    found = env.json("sides.py")
+    assert found["version"] == version
+    assert found["registered"] == found["changed"] and "Failed to" not in found["log"]
+    if version in SGLANG:
+        assert found["changed"] > 20
+    else:
+        assert found["changed"] == 0 and f"msconv: SGLang {version} has no " in found["log"]

@@ -69,6 +69,7 @@ def manifest_of(
         dtype="bfloat16",
         source_dtype="float8_e4m3fn",
         quant=plan.quant,
+        made=quant or "",
         digest=invented("weights"),
         files=[
             WeightFile(file_name(r, i), r, f.size, invented(f"{r} {i}"))

@@ -14,7 +14,7 @@ import pytest
 from msconv.report.data import describe
 from msconv.report.groups import group_of
 from msconv.workspace.timings import Timing
-from msconv_runtime.artifact import Manifest
+from msconv_runtime.artifact import File, Manifest
 from msconv_runtime.targets import TARGETS
 from tests.report.manifests import manifest_of
 
@@ -204,6 +204,28 @@ def test_commands_are_quoted_and_name_the_commit() -> None:
     assert [c["what"] for c in commands] == ["convert", "compile", "verify cpu", "check every byte"]
 
 
+def test_what_makes_the_same_bytes_again_says_what_was_asked_for() -> None:
+    manifest, config = manifest_of("Qwen3-0.6B", 2, 1, ("cpu",), quant="w8a8")
+    model = msgspec.structs.replace(manifest.model, harmless=["my_note", "rope_scaling.comment"])
+    made = describe(msgspec.structs.replace(manifest, model=model), config, {})["commands"][0]["line"]
+    assert " --quant w8a8 --harmless my_note --harmless rope_scaling.comment --output " in made
+    assert manifest.weights
+    read = msgspec.structs.replace(manifest.weights, made="")  # the source had codes already
+    assert (
+        "--quant"
+        not in describe(msgspec.structs.replace(manifest, weights=read), config, {})["commands"][0]["line"]
+    )
+
+
+def test_without_a_tokenizer_the_servers_command_says_so() -> None:
+    manifest, config = manifest_of("Qwen3-0.6B", 1, 1, ("cpu",))
+    for names, ids in ((["config.json"], True), (["config.json", "tokenizer.json"], False), ([], False)):
+        files = [File(name, 1, "xxh3:0") for name in names]
+        use = describe(msgspec.structs.replace(manifest, files=files), config, {})["use"]
+        (serve,) = [u["line"] for u in use if u["line"].startswith("msconv serve")]
+        assert serve.endswith(" -- --skip-tokenizer-init") == ids
+
+
 def test_compile_time_is_that_of_these_very_graphs() -> None:
     manifest, config = manifest_of("Qwen3-0.6B", 2, 1, ("cpu",))
     prefill, decode = manifest.graphs
@@ -258,6 +280,13 @@ def test_cuts_are_those_of_the_family() -> None:
     assert cuts[".mlp.gate.weight"]["words"] == "the same on every rank"
     one = describe(*manifest_of("Qwen3-8B", 1, 1, ("cpu",)), {})
     assert {c["pieces"] for c in one["cutting"]} == {1}
+
+
+def test_only_what_is_there_is_drawn() -> None:
+    for weights in (True, False):  # biases that quantisation gives norms are in the table, and not in this model
+        names = [c["name"] for c in described("Qwen3-8B", 2, 1, ("cpu",), weights=weights)["cutting"]]
+        assert "model.layers.{0..35}.input_layernorm.weight" in names
+        assert not [name for name in names if name.endswith("layernorm.bias")]
 
 
 def test_loads_are_those_that_plan_would_say() -> None:

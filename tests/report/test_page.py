@@ -44,6 +44,7 @@ def evil(manifest: Manifest, config: DecoderConfig) -> dict[str, Any]:
         dropped=[Dropped(EVIL, 3, EVIL)],
         source_dtype=EVIL,
         quant=EVIL,
+        made=EVIL,
     )
     graphs = [replace(g, mindspore=EVIL, target=EVIL, kinds={EVIL: 3}, path=EVIL) for g in manifest.graphs]
     proof = replace(manifest.verified[0], target=EVIL, reference=EVIL, mode=EVIL, settings={EVIL: 1e-6})

@@ -6,18 +6,21 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from msconv.cli.verify import command
 from msconv.steps.compile import compile_graphs
 from msconv.verify.prove import prove
-from msconv_runtime.artifact import Artifact, read_manifest
+from msconv_runtime.artifact import Artifact, Graph, read_manifest, write_manifest
 from msconv_runtime.errors import UsageError, VerificationFailed
+from msconv_runtime.targets import target_named
 from tests.checkpoints import make_qwen3
 from tests.conversions import convert
 from tests.modelslim import write_modelslim
@@ -50,14 +53,24 @@ EXPERTS: dict[str, Any] = {
 STORED = [("dense", f) for f in int8_faults.DENSE_WEIGHTS] + [("experts", f) for f in int8_faults.EXPERT_WEIGHTS]
 RUN = [("dense", f) for f in (*int8_faults.RUN_WEIGHTS, *int8_faults.DENSE_GRAPHS)]
 RUN += [("experts", f) for f in int8_faults.EXPERT_GRAPHS]
+(FAULT,) = (f for f in int8_faults.DENSE_GRAPHS if f.name == "the offset is 0")
 
 
 @dataclass(frozen=True)
 class Sound:
-    """An artifact without a fault, compiled, and its reference."""
+    """An artifact without a fault, its reference, and the same artifact with the graph of prompts alone: that one
+    finds what is wrong with weights, or with every graph."""
 
     root: Path
     reference: Any
+    prompts: Path
+
+
+class AnyGraphs(Artifact):
+    """An artifact that need not have what a server does."""
+
+    def graphs(self, target: str) -> list[Graph]:
+        return self.manifest.graphs_for(target)
 
 
 def kind(name: str) -> str:
@@ -75,16 +88,37 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sound]:
     convert(dense, directory / "dense-tp2", 2)
     convert(experts, directory / "experts-tp4", 4, ep=2, quant="w8a8", dtype="bfloat16")
     found = {}
-    for name, source, root in (("dense", dense, "dense-tp2"), ("experts", experts, "experts-tp4")):
-        compile_graphs(directory / root, TARGET)
-        reference = QuantisedReference(source, read_manifest(directory / root))
-        found[name] = Sound(directory / root, reference)
+    for name, source, root in (
+        ("dense", dense, directory / "dense-tp2"),
+        ("experts", experts, directory / "experts-tp4"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "experts":  # no test takes its other graphs
+                prompts = replace(target_named(TARGET), graphs=(("prefill", ""),))
+                patch.setattr("msconv.steps.compile.target_named", lambda _, prompts=prompts: prompts)
+            compile_graphs(root, TARGET)
+        reference = QuantisedReference(source, read_manifest(root))
+        found[name] = Sound(root, reference, with_graphs(root, directory / f"{name}-prompts", "prefill"))
     return found
+
+
+def with_graphs(root: Path, copy: Path, *names: str) -> Path:
+    """A copy of the artifact that has only these graphs."""
+    shutil.copytree(root, copy)
+    manifest = read_manifest(copy)
+    graphs = [g for g in manifest.graphs if g.name in names]
+    write_manifest(copy, msgspec.structs.replace(manifest, graphs=graphs))
+    return copy
 
 
 @pytest.fixture
 def own(sound: dict[str, Sound], tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(sound[name].root, tmp_path / name))
+
+
+@pytest.fixture
+def own_prompts(sound: dict[str, Sound], tmp_path: Path) -> Callable[[str], Path]:
+    return lambda name: Path(shutil.copytree(sound[name].prompts, tmp_path / name))
 
 
 @pytest.fixture(autouse=True)
@@ -108,13 +142,19 @@ def place_of_run(root: Path, reference: Any) -> str:
     """What a run alone names; "" if all agrees."""
     from msconv.verify.int8.run import compare_led
     from msconv.verify.lockstep import Lockstep
+    from msconv.verify.scenario import play
 
-    artifact = Artifact(root)
+    artifact = AnyGraphs(root)
     make = {"": lambda: Lockstep(artifact, TARGET)}
-    try:
-        comparison, led = compare_led(make, {}, reference, 203, 128, steps=1)
-    except VerificationFailed as e:
-        return e.message
+    has_decode = any(graph.name == "decode" for graph in artifact.graphs(TARGET))
+    with pytest.MonkeyPatch.context() as patch:
+        if not has_decode:  # prompts alone
+            patch.setattr("msconv.verify.scenario.CHUNKS", (0, 0, 0))
+            patch.setattr("msconv.verify.int8.run.play", lambda *given: islice(play(*given), 1))
+        try:
+            comparison, led = compare_led(make, {}, reference, 203, 128, steps=int(has_decode))
+        except VerificationFailed as e:
+            return e.message
     if comparison.ok and led.ok:
         return ""
     assert led.place or comparison.first
@@ -134,20 +174,27 @@ def test_without_a_fault_nothing_is_named(sound: dict[str, Sound]) -> None:
 
 @pytest.mark.parametrize(("family", "fault"), STORED, ids=lambda v: v.name if isinstance(v, Fault) else v)
 def test_a_fault_in_what_is_stored_is_named(
-    own: Callable[[str], Path], sound: dict[str, Sound], family: str, fault: Fault
+    own_prompts: Callable[[str], Path], sound: dict[str, Sound], family: str, fault: Fault
 ) -> None:
-    root = own(family)
+    root = own_prompts(family)
     fault.plant(root)
     assert re.search(fault.place, place_of_stored(root, sound[family].reference))
 
 
 @pytest.mark.parametrize(("family", "fault"), RUN, ids=lambda v: v.name if isinstance(v, Fault) else v)
 def test_a_fault_is_named_by_running(
-    own: Callable[[str], Path], sound: dict[str, Sound], family: str, fault: Fault
+    own_prompts: Callable[[str], Path], sound: dict[str, Sound], family: str, fault: Fault
 ) -> None:
-    root = own(family)
+    root = own_prompts(family)
     fault.plant(root)
     assert re.search(fault.place, place_of_run(root, sound[family].reference))
+
+
+@pytest.mark.parametrize("graph", ["decode", "verify"])
+def test_a_fault_of_one_graph_is_named(own: Callable[[str], Path], sound: dict[str, Sound], graph: str) -> None:
+    root = own("dense")
+    replace(FAULT, graph_names=(graph,)).plant(root)
+    assert re.search(FAULT.place, place_of_run(root, sound["dense"].reference))
 
 
 def verify(root: Path, *options: str) -> dict[str, Any]:

@@ -125,5 +125,5 @@ def test_targets_and_roles_are_known_without_a_heavy_library() -> None:
 
 def test_cpu_is_the_first_target_and_each_is_there_once() -> None:
     built_in = [name for name in TARGETS if name not in ("toy", "half")]
-    assert built_in == ["cpu", "ascend910b", "ascend910c", "ascend310p"]
+    assert built_in == ["cpu", "ascend910b", "ascend910c", "ascend310p", "onnx"]
     assert {"prefill", "decode", "verify", "mixed"} <= set(ROLES)

@@ -26,18 +26,16 @@ from huggingface_hub.utils._runtime import is_xet_available
 
 from msconv_runtime.errors import CheckpointError
 
-from ..quant.modelslim import DESCRIPTION
 from . import directory
-from .directory import AUXILIARY, INDEX, INDEX_NAME, SHARD_NAME, SINGLE, Checkpoint, Shard, ShardFile
+from .directory import INDEX, INDEX_NAME, SHARD_NAME, SINGLE, Checkpoint, Shard, ShardFile
 from .headers import PREFIX_BYTES, header_length, parse_header, read_header
 from .http import http
 from .hub_errors import HubError, Purpose, explain
 from .reach import unreachable
-from .remote import Cancelled, Progress, RemoteFile
+from .remote import CONFIGURATION, Cancelled, Progress, RemoteFile, is_wanted
 from .transfer import Patience, fetch, read_range
 from .unsupported import UnsupportedCheckpoint, weightless
 
-CONFIGURATION = ("config.json", "generation_config.json", DESCRIPTION)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 FIRST_RANGE = 64 << 10  # holds the whole header of most shards
@@ -212,7 +210,7 @@ def open_repository(name: str, revision: str = "") -> Repository:
     Raises HubError, UsageError, CheckpointError."""
     if constants.is_offline_mode():
         return _from_cache(name, revision)
-    repository = resolve(name, revision, _is_wanted)
+    repository = resolve(name, revision, is_wanted)
     if "config.json" not in repository.files:
         asked = f"{name}@{revision}" if revision else name
         if found := weightless((*repository.files, *repository.others)):
@@ -220,10 +218,6 @@ def open_repository(name: str, revision: str = "") -> Repository:
         raise CheckpointError(f"{asked}: has no config.json.", "Give the repository of a model in safetensors.")
     _remember(repository)
     return repository
-
-
-def _is_wanted(name: str) -> bool:
-    return name in (*AUXILIARY, DESCRIPTION) or bool(INDEX_NAME.fullmatch(name) or SHARD_NAME.fullmatch(name))
 
 
 def resolve(name: str, revision: str, wanted: Callable[[str], bool], purpose: Purpose = "convert") -> Repository:
@@ -309,7 +303,7 @@ def _from_cache(name: str, revision: str) -> Repository:
     files = {
         p.name: RemoteFile(p.name, p.stat().st_size, p.resolve().name)
         for p in found.root.iterdir()
-        if p.is_file() and _is_wanted(p.name)
+        if p.is_file() and is_wanted(p.name)
     }
     return replace(found, files=files)
 

@@ -1,4 +1,4 @@
-"""A file of a hub's repository, and what is said while it comes; no client is needed to know it."""
+"""A file that is elsewhere, and what is said while it comes; no client is needed to know it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..quant.modelslim import DESCRIPTION
+from .directory import AUXILIARY, INDEX_NAME, SHARD_NAME
+
 SHA1_DIGITS = 40
+CONFIGURATION = ("config.json", "generation_config.json", DESCRIPTION)
 
 Progress = Callable[[int], None]
 
@@ -17,11 +21,17 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository.  `etag`: sha256 of its bytes if it is kept apart from git, else git's own sha1."""
+    """A file of a repository or a store.  `etag`: on a hub sha256 of its bytes if it is kept apart from git, else
+    git's own sha1; in a store, whatever tells its version."""
 
     name: str
     size: int
     etag: str
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a file of this name is ever asked for: no code, no pickles."""
+    return name in (*AUXILIARY, DESCRIPTION) or bool(INDEX_NAME.fullmatch(name) or SHARD_NAME.fullmatch(name))
 
 
 class Digest(Protocol):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from msconv_runtime.artifact import Artifact
-from msconv_runtime.targets import TARGETS, target_named
+from msconv_runtime.targets import ONNX, TARGETS, target_named
 from msconv_runtime.units import human_bytes
 
-from ..checkpoint.reference import Hub
+from ..checkpoint.reference import Hub, configuration
+from ..graph.spec import Fixed
 from ..location import open_reference
 from .command import Command
 from .console import find_artifact, say
@@ -21,6 +23,7 @@ from .options import (
     UserPath,
     artifact_argument,
     complete_targets,
+    grouped,
     no_drafts_option,
     output_option,
     quant_option,
@@ -32,6 +35,71 @@ from .result import Result, json_option, show
 
 if TYPE_CHECKING:
     from ..steps.compile import Compiled
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How graphs are to be made.  `kept`: where they are kept.  `shapes`: None for no graphs of fixed shapes, ""
+    for the usual ones."""
+
+    kept: Path | None
+    shapes: str | None
+
+    @classmethod
+    def of(cls, kept: Path | None, onnx_static: bool, onnx_shapes: str | None) -> Asked:
+        if onnx_shapes is not None and not onnx_static:
+            raise click.UsageError("--onnx-shapes goes with --onnx-static.")
+        return cls(kept, (onnx_shapes or "") if onnx_static else None)
+
+    def fixed(self, root: Path) -> Fixed | None:
+        """The shapes for the artifact's model."""
+        if self.shapes is None:
+            return None
+        return Fixed.of(self.shapes, configuration(Artifact(root)).max_positions)
+
+
+asked_options = grouped(
+    "asked",
+    Asked.of,
+    click.option(
+        "--graphs",
+        "kept",
+        type=UserPath(),
+        envvar="MSCONV_GRAPHS",
+        help="A directory that keeps graphs: those compiled before for the same are taken from it, others are "
+        "left there.  [variable: MSCONV_GRAPHS]",
+    ),
+    click.option(
+        "--onnx-static",
+        is_flag=True,
+        help="With --target onnx: prefill and decode of fixed shapes too, plain operators.",
+    ),
+    click.option(
+        "--onnx-shapes",
+        metavar="BATCHxTOKENSxCONTEXT",
+        help="Those shapes: sequences, new tokens of a prefill, places in the cache.  [default: 1x128x1024, or "
+        "what the model takes]",
+    ),
+)
+layout_options = grouped(
+    "layout",
+    lambda tp, ep: (tp, ep),
+    click.option("--tp", type=click.IntRange(1, 1024), help="With --model: tensor-parallel ranks."),
+    click.option("--ep", default=1, type=click.IntRange(1, 1024), help="With --model: expert-parallel ranks."),
+)
+
+
+drafts_options = grouped(
+    "drafts",
+    lambda draft, no_drafts: (draft, no_drafts),
+    click.option(
+        "--draft",
+        metavar="REF",
+        help="A draft of EAGLE3, as an artifact, a directory or owner/name: graphs shall give the hidden states "
+        "that it reads.",
+    ),
+    no_drafts_option,
+)
 
 
 @click.command("compile", cls=Command)
@@ -46,39 +114,23 @@ if TYPE_CHECKING:
 )
 @model_option("Without weights: a directory with config.json, owner/name[@revision], or a recipe's name.")
 @recipe_option
-@click.option("--tp", type=click.IntRange(1, 1024), help="With --model: tensor-parallel ranks.")
-@click.option("--ep", default=1, type=click.IntRange(1, 1024), help="With --model: expert-parallel ranks.")
+@layout_options
 @quant_option
-@click.option(
-    "--draft",
-    metavar="REF",
-    help="A draft of EAGLE3, as an artifact, a directory or owner/name: graphs shall give the hidden states that "
-    "it reads.",
-)
+@drafts_options
 @output_option("With --model: the artifact to make.")
-@click.option(
-    "--graphs",
-    "kept",
-    type=UserPath(),
-    envvar="MSCONV_GRAPHS",
-    help="A directory that keeps graphs: those compiled before for the same are taken from it, others are left "
-    "there.  [variable: MSCONV_GRAPHS]",
-)
+@asked_options
 @source_option
-@no_drafts_option
 @json_option
 def command(
     artifact: Path | None,
     targets: tuple[str, ...],
     model: str | None,
-    tp: int | None,
-    ep: int,
+    layout: tuple[int | None, int],
     quant: str | None,
-    draft: str | None,
+    drafts: tuple[str | None, bool],
     output: Path | None,
-    kept: Path | None,
+    asked: Asked,
     hub: Hub,
-    no_drafts: bool,
 ) -> None:
     """Compile an artifact's static graphs, ahead of time, for one or more targets.
 
@@ -93,7 +145,13 @@ def command(
     from ..graph.store import GraphStore
     from ..steps import compile as compiler
 
+    (tp, ep), (draft, no_drafts) = layout, drafts
+    for name in targets:
+        target_named(name)  # before anything is made
+    if asked.shapes is not None and ONNX.name not in targets:
+        raise click.UsageError(f"--onnx-static goes with --target {ONNX.name}.")
     if model is not None:
+        _refuse_without_weights(targets)
         if artifact is not None or tp is None or output is None:
             raise click.UsageError("--model needs --tp and --output, and no ARTIFACT.")
         root = output
@@ -109,12 +167,11 @@ def command(
     made: list[Compiled] = []
     before = _expect(root, draft, hub) if draft else []
     targets = (*targets, *before) or (usual_target(Artifact(root)),)
-    for target in targets:
-        target_named(target)  # before the first one is compiled
-    store = None if kept is None else GraphStore(kept)
+    store = None if asked.kept is None else GraphStore(asked.kept)
+    fixed, made_of = asked.fixed(root), quant if model is not None else None
     for target in dict.fromkeys(targets):
         with phases(f"compiling for {target}") as tell, leaving_at_once():
-            done = compiler.compile_graphs(root, target, say, tell, quant if model is not None else None, store)
+            done = compiler.compile_graphs(root, target, say, tell, made_of, store, fixed)
         for compiled in done:
             say(_line(compiled))
         made += done
@@ -129,6 +186,13 @@ def _expect(root: Path, draft: str, hub: Hub) -> list[str]:
     from ..steps.drafts import expect_draft
 
     return expect_draft(root, draft, hub)
+
+
+def _refuse_without_weights(targets: tuple[str, ...]) -> None:
+    if points := [name for name in targets if target_named(name).form.points_at_weights]:
+        raise click.UsageError(
+            f"--target {points[0]}: its files point at the weights; convert first, then compile the artifact."
+        )
 
 
 def _data(root: Path, compiled: Compiled) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 from msconv_runtime.units import human_bytes
 
 from ..checkpoint.reference import Hub
+from ..checkpoint.urls import StoreUrl
 from ..layout.kept import KeptGroup, kept_groups
 from ..quant import formats_named
+from ..workspace.names import before_upload
 from .console import say
 from .options import (
     Decorator,
+    OutputPlace,
     dtype_option,
     ep_option,
     grouped,
@@ -45,12 +48,22 @@ class LayoutOptions:
     ep: int
     dtype: str | None
     quant: str | None
-    output: Path | None
+    output: Path | StoreUrl | None
     jobs: int | None
     max_memory: int | None
     hub: Hub
     harmless: tuple[str, ...]
     no_drafts: bool
+
+    @property
+    def store(self) -> str:
+        """The address that the artifact shall go to, "" if that is a directory."""
+        return self.output.url if isinstance(self.output, StoreUrl) else ""
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the artifact is written on this machine, None where --output says nothing."""
+        return before_upload(self.output.url) if isinstance(self.output, StoreUrl) else self.output
 
     @property
     def num_jobs(self) -> int:
@@ -70,7 +83,7 @@ def layout_options(model: str, output: str) -> Decorator:
         ep_option,
         dtype_option,
         quant_option,
-        output_option(output),
+        output_option(output, OutputPlace()),
         jobs_option,
         memory_option,
         source_option,
@@ -117,16 +130,18 @@ def say_plan(conversion: Conversion) -> None:
         say(f"Vocabulary of {plan.vocab[0]} padded to {plan.vocab[1]} rows; the padding is never sampled.")
 
 
-def converted(done: Converted, lines: Sequence[str], next_step: str) -> Result:
-    """The result of a conversion that was done.  `lines` follow the one that sums it up."""
+def converted(done: Converted, lines: Sequence[str], next_step: str, store: str = "") -> Result:
+    """The result of a conversion that was done.  `lines` follow the one that sums it up; `store`: the address that
+    it went to."""
     rate = human_bytes(done.bytes_read / max(done.seconds, 1e-9))
     verb = "Already complete" if not done.bytes_read else "Resumed and finished" if done.resumed else "Written"
     summary = (
-        f"{verb}: {done.artifact}, read {human_bytes(done.bytes_read)}, wrote {human_bytes(done.bytes_written)} "
+        f"{verb}: {store or done.artifact}, read {human_bytes(done.bytes_read)}, "
+        f"wrote {human_bytes(done.bytes_written)} "
         f"in {done.seconds:.1f} s ({rate}/s), peak memory {human_bytes(done.peak_rss_bytes)}"
     )
     data = {
-        "artifact": str(done.artifact),
+        "artifact": store or str(done.artifact),
         "bytes_read": done.bytes_read,
         "bytes_written": done.bytes_written,
         "seconds": round(done.seconds, 3),

@@ -15,7 +15,7 @@ from msconv_runtime.targets import CPU
 
 from .command import Command
 from .console import ARTIFACTS, find_artifact, visible
-from .here import quoted
+from .here import quoted, serve_command
 from .options import artifact_argument
 from .result import Result, json_option, show
 
@@ -62,7 +62,7 @@ def _next_command(artifact: Path | None, report: Report) -> str:
     if artifact is None:
         return "msconv recipes  # deployments to convert for; msconv convert DIR --tp N"
     is_proven = report.artifact and report.artifact["proven"].get(CPU.name)
-    return f"msconv {'serve' if is_proven else 'verify'} {quoted(artifact)}"
+    return serve_command(artifact) if is_proven else f"msconv verify {quoted(artifact)}"
 
 
 def _data(machine: Machine, report: Report) -> dict[str, Any]:

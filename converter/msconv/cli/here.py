@@ -61,9 +61,9 @@ def usual_target(artifact: Artifact) -> str:
 def usual_device(artifact: Artifact, target: str | None, elsewhere: bool) -> str:
     """The device to serve on where none is named, said aloud.  `elsewhere`: the command is only printed, and this
     machine needs none."""
-    there = {TARGETS[name].kind for name in artifact.targets if name in TARGETS}
+    there = {TARGETS[name].kind for name in artifact.targets if name in TARGETS} & DEVICES.keys()
     kind: str = machine_kind()
-    if target in TARGETS:
+    if target in TARGETS and TARGETS[target].kind in DEVICES:
         kind = TARGETS[target].kind
     elif len(there) == 1 and (elsewhere or kind != CPU.kind):
         kind = there.pop()
@@ -79,3 +79,9 @@ def _said(name: str, why: str) -> str:
 def quoted(path: Path) -> str:
     """A path as one pastes it into a shell."""
     return shlex.quote(str(path))
+
+
+def serve_command(root: Path, *flags: str) -> str:
+    """The command that serves an artifact here; one without a tokenizer takes and gives token ids only."""
+    ids = "" if (root / "tokenizer.json").is_file() else " -- --skip-tokenizer-init"
+    return " ".join(["msconv serve", quoted(root), *flags]) + ids

@@ -25,7 +25,7 @@ from ..standing import standings
 from .command import Command
 from .console import byte_progress, find_artifact, visible
 from .conversion import MOST_NAMES
-from .here import quoted
+from .here import quoted, serve_command
 from .options import artifact_argument, signature_option
 from .result import Result, json_option, show
 from .sign import signed_line
@@ -102,7 +102,7 @@ def next_command(root: Path, manifest: Manifest) -> str:
         return f"msconv verify {named} --target {visible(unproven[0], keep='')}"
     if Artifact(root, manifest).is_draft:
         return f"msconv compile TARGET --draft {named}  # TARGET: the model it drafts for"
-    return f"msconv serve {named}"
+    return serve_command(root)
 
 
 def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
@@ -143,6 +143,7 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
                 "nodes": g.nodes,
                 "bytes": g.size,
                 "mindspore": g.mindspore,
+                "onnx": g.onnx,
                 "casts": _casts(manifest, g.target),
             }
             for g in manifest.graphs
@@ -258,7 +259,8 @@ def describe(data: dict[str, Any]) -> str:
         casts = f", binding casts {g['casts']}" if g["casts"] else ""
         lines.append(
             f"graph: {g['target']} {_named(g)}: {g['nodes']} nodes, {human_bytes(g['bytes'])}, "
-            f"mindspore {g['mindspore']}{casts}"
+            + (f"onnx {g['onnx']}" if g["onnx"] else f"mindspore {g['mindspore']}")
+            + casts
         )
     for target, p in data["proven"].items():
         if p is None:

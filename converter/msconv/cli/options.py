@@ -13,7 +13,9 @@ from click.shell_completion import CompletionItem
 
 from msconv_runtime.artifact import is_artifact
 from msconv_runtime.dtypes import QUANT, VALUE_DTYPES
+from msconv_runtime.errors import UsageError
 
+from ..checkpoint.urls import StoreUrl, checked_url, is_url, scheme_of, without_secrets
 from .console import ARTIFACTS
 from .typed import DTYPES_ELSEWHERE, Spelled
 
@@ -48,7 +50,33 @@ class UserPath(click.Path):
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> Any:
+        if is_url(str(value)) and not os.path.lexists(value):
+            raise _elsewhere(str(value))
         return super().convert(at_home(value), param, ctx)
+
+
+class OutputPlace(UserPath):
+    """A path, or the address of a directory in a store that takes artifacts."""
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        if not is_url(str(value)) or os.path.lexists(value):
+            return super().convert(value, param, ctx)
+        if scheme_of(str(value)) != "s3":
+            raise UsageError(
+                f"{without_secrets(str(value))}: artifacts are uploaded to s3:// only.",
+                "Give s3://bucket/name, or a directory.",
+            )
+        return StoreUrl(checked_url(str(value)))
+
+
+def _elsewhere(url: str) -> UsageError:
+    said = without_secrets(url)
+    return UsageError(
+        f"{said}: is the address of a store: here a directory of this machine is needed.",
+        "Mount the store, or download it: aws s3 cp --recursive " + said + " DIR.",
+    )
 
 
 def at_home(value: Any) -> Any:
@@ -145,6 +173,6 @@ signature_option = click.option(
 )
 
 
-def output_option(text: str) -> Decorator:
-    """Option --output, explained by `text`."""
-    return click.option("--output", type=UserPath(), help=text)
+def output_option(text: str, place: UserPath | None = None) -> Decorator:
+    """Option --output, explained by `text`.  `place`: what is taken, by default a path."""
+    return click.option("--output", type=place or UserPath(), help=text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from ..published import published
 from .command import Command
 from .console import say, visible
 from .conversion import LayoutOptions, kept_groups_of, kept_lines, layout_options
-from .here import quoted
 from .options import Size, grouped
 from .phases import in_words
 from .references import convert_command
@@ -52,7 +52,7 @@ device_options = grouped(
 
 @click.command("plan", cls=Command)
 @layout_options(
-    "Directory (config.json is enough), owner/name[@revision], or a recipe's name.",
+    "Directory (config.json is enough), owner/name[@revision], an address (s3://, https://), or a recipe's name.",
     "Where it would be written: that disk is tried.",
 )
 @device_options
@@ -74,7 +74,7 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
         layout.tp,
         layout.ep,
         layout.dtype,
-        layout.output,
+        layout.directory,
         layout.num_jobs,
         layout.max_memory,
         device.context,
@@ -104,7 +104,7 @@ def _following(e: Estimate, layout: LayoutOptions, device: DeviceOptions) -> str
         notes.append(f"the smallest tp that fits in {human_bytes(size)}")
     command = convert_command(tp, ep)
     if layout.output:
-        command += f" --output {quoted(layout.output)}"
+        command += f" --output {shlex.quote(str(layout.output))}"
     if e.lacking_bytes and not e.lacking_without_source:
         command += " --delete-source-as-you-go"
         notes.append("the disk cannot hold source and output")
@@ -169,11 +169,12 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
     kinds = f"{plan.quant} and {plan.dtype}" if plan.quant else plan.dtype
     rank_bytes, expert_bytes = human_bytes(plan.rank_bytes), human_bytes(plan.expert_bytes)
     name = visible(e.checkpoint.name, keep="")
+    ranks = "1 rank" if plan.mesh.tp == 1 else f"{plan.mesh.tp} ranks"
     lines = [
         f"{name}: {e.checkpoint.family.name}, {plan.parameters / 1e9:.3f} billion parameters"
         + (", shapes from config.json (no weights here yet)" if e.assumed else ""),
         f"source      {human_bytes(plan.read_bytes)} of {plan.source_dtype}",
-        f"output      {human_bytes(plan.output_bytes)} of {kinds}: {plan.mesh.tp} ranks of {rank_bytes}",
+        f"output      {human_bytes(plan.output_bytes)} of {kinds}: {ranks} of {rank_bytes}",
     ]
     lines += [f"kept        {line}" for line in kept_lines(kept_groups_of(plan))] if plan.quant else []
     if experts := plan.sizes.experts:
@@ -190,7 +191,7 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
         lacks = f"{human_bytes(e.lacking_bytes)} too little" if e.lacking_bytes else "enough"
         lines.append(f"disk        {human_bytes(e.free_bytes)} free where it would be written: {lacks}")
     if e.seconds is not None:
-        lines.append(f"time        about {in_words(e.seconds)}, as fast as this disk was just now")
+        lines.append(f"time        about {in_words(max(1, e.seconds))}, as fast as this disk was just now")
     return lines
 
 

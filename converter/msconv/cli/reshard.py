@@ -10,6 +10,7 @@ from .command import Command
 from .console import byte_progress, find_artifact
 from .conversion import converted, say_plan
 from .here import quoted
+from .moving import ray_option, way_to_move
 from .options import (
     UserPath,
     complete_artifacts,
@@ -31,6 +32,7 @@ from .result import json_option, show
 @output_option("[default: artifacts/<model>-tp<N>]")
 @jobs_option
 @memory_option
+@ray_option
 @click.option("--force", is_flag=True, help="Start over; replaces what is in the output directory.")
 @json_option
 def command(
@@ -40,6 +42,7 @@ def command(
     output: Path | None,
     jobs: int | None,
     max_memory: int | None,
+    ray: str | None,
     force: bool,
 ) -> None:
     """Write an artifact for another number of ranks, without the source checkpoint.
@@ -53,9 +56,11 @@ def command(
     from ..steps import conversion as steps
     from ..steps.reshard import prepare
 
-    conversion = prepare(find_artifact(artifact), tp, ep, output, worker_count(jobs), max_memory)
+    way = way_to_move(ray, worker_count(jobs))
+    conversion = prepare(find_artifact(artifact), tp, ep, output, way.jobs, max_memory, way.besides)
     say_plan(conversion)
-    with byte_progress("resharding", conversion.plan.read_bytes) as advance:
-        done = steps.run(conversion, force, advance, publish=refresh)
+    moving = way.mover(conversion.planned_memory_bytes)
+    with moving as mover, byte_progress("resharding", conversion.plan.read_bytes) as advance:
+        done = steps.run(conversion, force, advance, publish=refresh, mover=mover)
     note = "Graphs are made for one number of ranks and were not copied."
     show(converted(done, [note], f"msconv compile {quoted(done.artifact)}"))

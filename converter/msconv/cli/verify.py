@@ -15,7 +15,7 @@ from msconv_runtime.targets import target_named
 
 from .command import Command
 from .console import find_artifact, import_torch_alone
-from .here import machine_kind, quoted, usual_target
+from .here import machine_kind, quoted, serve_command, usual_target
 from .interrupts import leaving_at_once
 from .options import artifact_argument, complete_targets, reference_option
 from .phases import phases
@@ -84,12 +84,14 @@ def command(
 
 
 def _following(root: Path, target: str) -> str:
-    """What comes after a proof: to serve where that can be, else to rehearse it."""
+    """What comes after a proof: to serve where that can be, else to rehearse it; "" where others serve."""
     kind = target_named(target).kind
+    if target_named(target).device.served_by:
+        return ""
     if Artifact(root).is_draft:
         return f"msconv compile TARGET --target {target} --draft {quoted(root)}  # TARGET: the model it drafts for"
     if kind == machine_kind():
-        return f"msconv serve {quoted(root)} --device {kind}"
+        return serve_command(root, "--device", kind)
     return f"msconv rehearse {quoted(root)} --target {target}  # or on a host with NPUs: msconv serve"
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from msconv_runtime.artifact import Draft, GraphInput, GraphOutput, GraphParameter
+from msconv_runtime.artifact import Draft, GraphInput, GraphOutput, GraphParameter, Weights
 from msconv_runtime.errors import UsageError
 from msconv_runtime.roles import Role
 from msconv_runtime.targets import Target
@@ -16,6 +17,8 @@ from ..layout.cuts import Mesh
 from ..quant import kept_format
 from ..quant.record import Kept
 
+SHAPES = re.compile(r"[1-9]\d{0,9}x[1-9]\d{0,9}x[1-9]\d{0,9}", re.ASCII)
+USUAL_TOKENS, USUAL_CONTEXT, MOST_BATCH = 128, 1024, 4096  # of graphs of fixed shapes
 TP_GROUP = "msconv_tp"  # the canonical group: whoever loads the graph creates it
 
 
@@ -37,12 +40,38 @@ class Exported:
     nz: list[str]
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """Fixed shapes: `batch` sequences, `tokens` new ones of each in a prefill, `context` places in the cache."""
+
+    batch: int
+    tokens: int
+    context: int
+
+    @classmethod
+    def of(cls, given: str, most: int) -> Fixed:
+        """Shapes as somebody typed them, `BATCHxTOKENSxCONTEXT`, or the usual ones for ""; `most`: positions of
+        the model.  Raises UsageError."""
+        usual = cls(1, min(USUAL_TOKENS, most), min(USUAL_CONTEXT, most))
+        if not given:
+            return usual
+        sizes = [int(n) for n in given.split("x")] if SHAPES.fullmatch(given) else []
+        if not sizes or sizes[0] > MOST_BATCH or not sizes[1] <= sizes[2] <= most:
+            raise UsageError(
+                f"{given[:80]!r} are no shapes: three sizes from 1 on are, such as "
+                f"{usual.batch}x{usual.tokens}x{usual.context}: at most {MOST_BATCH} sequences, no more tokens "
+                f"than places, no more places than this model's {most} positions."
+            )
+        return cls(*sizes)
+
+
 @dataclass(frozen=True, slots=True)
 class Local:
     """One rank of a graph to make: what is in it is the same on every rank.
 
     `variant`: of the target's operations, "" or "compiled".  `types`: the stored element type of each weight, {}
-    where none are stored yet.  `draft`: what the graph gives hidden states for, if anything.
+    where none are stored yet.  `draft`: what the graph gives hidden states for, if anything.  `weights`: where
+    each is stored, for graphs that point there.  `fixed`: for graphs of fixed shapes.
     """
 
     config: DecoderConfig
@@ -52,6 +81,8 @@ class Local:
     variant: str = ""
     types: Mapping[str, str] = field(default_factory=dict)
     draft: Draft | None = None
+    weights: Weights | None = None
+    fixed: Fixed | None = None
 
     @property
     def title(self) -> str:

@@ -1,4 +1,4 @@
-"""MindSpore, as far as one must know of it before it is imported."""
+"""MindSpore, and whatever else writes graphs, as far as one must know of it before it is imported."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 from msconv_runtime.errors import EnvironmentProblem
+from msconv_runtime.targets import MINDIR, Form
 
 DUMPS = "mindspore"  # in an artifact's own directory of state: what MindSpore writes about what fails
 DUMP_PLACE = "MS_OM_PATH"  # MindSpore's variable
@@ -31,10 +33,15 @@ def dumps_in(place: Path) -> Iterator[None]:
 
 def mindspore_version() -> str:
     """Raises EnvironmentProblem if mindspore is not installed."""
+    return require(MINDIR)
+
+
+def require(form: Form) -> str:
+    """The version of the package that writes and runs graphs of this form.  Raises EnvironmentProblem if it is not
+    installed."""
     try:
-        import mindspore
+        return str(import_module(form.package).__version__)
     except ImportError as e:
         raise EnvironmentProblem(
-            f"mindspore cannot be imported ({e}).", 'Install it: pip install "msconv[compile]".'
+            f"{form.package} cannot be imported ({e}).", f'Install it: pip install "msconv[{form.extra}]".'
         ) from None
-    return str(mindspore.__version__)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from msconv_runtime.artifact import D2T, OF_TARGET
 
 from .constants import RANK_CONSTANTS
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def unused_names(stored: Iterable[str], read: Iterable[str]) -> list[str]:
@@ -18,6 +21,14 @@ def unused_names(stored: Iterable[str], read: Iterable[str]) -> list[str]:
 def own_names(read: Iterable[str]) -> set[str]:
     """Of the weights that graphs read, those of their own artifact."""
     return {name for name in read if not name.startswith(OF_TARGET)}
+
+
+def without_draft(names: Iterable[str], layers: int) -> Iterator[str]:
+    """Names of weights but for those of layers after the last, which a draft reads."""
+    for name in names:
+        found = LAYER.match(name)
+        if found is None or int(found[1]) < layers:
+            yield name
 
 
 def misfits(stored: Mapping[str, Sequence[int]], read: Iterable[tuple[str, Sequence[int]]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from ..layout.cuts import Mesh
@@ -12,11 +13,16 @@ from .groups import ORDER, group_of
 MAX_PIECES = 16  # that are drawn; of more the picture is the same
 
 
-def cutting(table: Table, sizes: Sizes, mesh: Mesh) -> list[dict[str, Any]]:
-    """A row a rule: names folded over layers, its group, `words` that say how it is cut, `axis` (rows, columns or
-    none) and `pieces`, of which each rank has one."""
+def cutting(table: Table, sizes: Sizes, mesh: Mesh, stored: Collection[str]) -> list[dict[str, Any]]:
+    """A row a rule that made a tensor which is `stored`; without any (graphs only), one that all models have.
+
+    A row: names folded over layers, its group, `words` that say how it is cut, `axis` (rows, columns or none) and
+    `pieces`, of which each rank has one.
+    """
     by_rule: dict[str, list[Output]] = {}
     for output in expand(table, sizes):
+        if output.name not in stored if stored else output.rule.optional:
+            continue
         by_rule.setdefault(output.rule.dst, []).append(output)
     rows = []
     for outputs in by_rule.values():

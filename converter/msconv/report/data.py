@@ -104,6 +104,8 @@ def _verdict(manifest: Manifest, targets: list[str]) -> Data:
 def _use(manifest: Manifest, targets: list[str]) -> list[Data]:
     """What can be done with the artifact as it is, target by target, under its default name."""
     place = _default_output(manifest)
+    files = {f.name for f in manifest.files}
+    ids = " -- --skip-tokenizer-init" if files and "tokenizer.json" not in files else ""
     lines: list[tuple[str, str, str]] = []
     for target in targets if manifest.weights else ():
         device = device_of(target)
@@ -111,10 +113,12 @@ def _use(manifest: Manifest, targets: list[str]) -> list[Data]:
             lines.append((target, "prove it", f"msconv verify {place} --target {target}"))
         if not device.has_run and not manifest.rehearsals_for(target):
             lines.append((target, "try its server without a device", f"msconv rehearse {place} --target {target}"))
+        if device.served_by:
+            continue
         several = [t for t in targets if device_of(t).kind == device.kind]
         named = f" --target {target}" if len(several) > 1 else ""
         lines.append(
-            (target, f"serve it on {device.words}", f"msconv serve {place} --device {device.kind}{named}")
+            (target, f"serve it on {device.words}", f"msconv serve {place} --device {device.kind}{named}{ids}")
         )
     if not targets and manifest.weights:
         lines.append(("", "compile its graphs", f"msconv compile {place}"))
@@ -124,7 +128,8 @@ def _use(manifest: Manifest, targets: list[str]) -> list[Data]:
 
 def _cutting(manifest: Manifest, config: DecoderConfig, mesh: Mesh) -> list[Data]:
     family = family_named(manifest.model.family)
-    return cutting(family.table, config.sizes(), mesh) if family else []
+    stored = {t.name for t in manifest.weights.tensors} if manifest.weights else ()
+    return cutting(family.table, config.sizes(), mesh, stored) if family else []
 
 
 def _default_output(manifest: Manifest) -> str:
@@ -194,7 +199,11 @@ def _commands(manifest: Manifest, config: DecoderConfig, targets: list[str]) -> 
     lines: list[tuple[str, list[str]]] = []
     if w is not None:
         dtype = ["--dtype", w.dtype] if w.dtype != w.source_dtype else []
-        lines.append(("convert", ["convert", "--model", model, *layout, *dtype, "--output", output]))
+        quant = ["--quant", w.made] if w.made else []
+        harmless = [word for key in m.harmless for word in ("--harmless", key)]
+        lines.append(
+            ("convert", ["convert", "--model", model, *layout, *dtype, *quant, *harmless, "--output", output])
+        )
         if targets:
             lines.append(("compile", ["compile", output, *flags]))
         lines += [(f"verify {t}", ["verify", output, "--target", t]) for t in targets]
@@ -211,7 +220,7 @@ def _memory(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list
         graphs = best_variant(manifest.graphs_for(target))
         sizes = {p.name: _nbytes(p.shape, p.dtype) for g in graphs for p in g.reads}
         entries.append(_memory_of(target, graphs[0].caches[0].dtype, sizes, config, mesh, context))
-    if manifest.weights and all(device_of(t).is_host for t in targets):
+    if manifest.weights and not any(TARGETS[t].devices for t in targets):
         w = manifest.weights
         entries.append(
             _memory_of(AS_STORED, w.dtype, {t.name: t.nbytes for t in w.tensors}, config, mesh, context)
@@ -396,6 +405,7 @@ def _phase(g: Graph, timing: Timing | None) -> Data:
         "nz": len(g.nz),
         "groups": g.groups,
         "mindspore": g.mindspore,
+        "onnx": g.onnx,
         "digest": g.digest,
         "compile_seconds": timing.seconds if timing and timing.digest == g.digest else None,
     }

@@ -11,13 +11,15 @@ from pathlib import Path
 from msconv_runtime.artifact import MANIFEST, READY, SIGNATURE, Artifact, Manifest
 from msconv_runtime.artifact.integrity import check_artifact, check_graphs
 from msconv_runtime.errors import ArtifactError, UsageError
+from msconv_runtime.targets import TARGETS
 
 from ..checkpoint.directory import AUXILIARY
 from ..checkpoint.reference import REPOSITORY
 from ..checkpoint.remote import SHA1_DIGITS, Progress, RemoteFile
 
-PART = re.compile(r"weights/model-rank-\d+-part-\d+\.safetensors|graphs/\w+/\w+\.mindir", re.ASCII)
-NAMES = (*AUXILIARY, MANIFEST, READY, SIGNATURE)
+WEIGHTS = re.compile(r"weights/model-rank-\d+-part-\d+\.safetensors", re.ASCII)
+BESIDE = tuple(dict.fromkeys(name for t in TARGETS.values() for name in t.form.beside))
+NAMES = (*AUXILIARY, *BESIDE, MANIFEST, READY, SIGNATURE)
 CARD = "README.md"
 
 
@@ -29,7 +31,7 @@ def parts(manifest: Manifest) -> dict[str, int]:
     """Weights, then graphs, and their sizes in bytes.  Raises ArtifactError for a name that no artifact has."""
     sizes = {f.path: f.size for f in manifest.weights.files} if manifest.weights else {}
     sizes |= {g.path: g.size for g in manifest.graphs}
-    foreign = [name for name in sizes if not PART.fullmatch(name)]
+    foreign = [name for name in sizes if not is_part(name)]
     foreign += [f.name for f in manifest.files if f.name not in NAMES]
     if foreign:
         raise ArtifactError(
@@ -37,6 +39,12 @@ def parts(manifest: Manifest) -> dict[str, int]:
             "Convert again with --force.",
         )
     return sizes
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of this name could hold weights or a graph."""
+    is_graph = any(target.form.is_place(target.name, name) for target in TARGETS.values())
+    return is_graph or WEIGHTS.fullmatch(name) is not None
 
 
 def signed_names(root: Path, manifest: Manifest) -> list[str]:

@@ -46,7 +46,7 @@ from ..workspace.disk import disk_error, out_of_space
 from ..workspace.lock import exclusive
 from ..workspace.recording import Publish
 from ..workspace.state import record_source
-from .parts import NAMES, PART, Sum, check, has_digest, parts, split_reference
+from .parts import NAMES, Sum, check, has_digest, is_part, parts, split_reference
 
 AT_ONCE = 4
 PULLED = f"{STATE_DIR}/pulled"  # owner/name@commit, and the digest of that manifest
@@ -111,7 +111,7 @@ def prepare(reference: str, output: Path | None = None, key: Path | None = None)
     name, revision = split_reference(reference)
     if constants.is_offline_mode():
         raise explain(OfflineModeIsEnabled(), reference, purpose="pull")
-    repository = resolve(name, revision, lambda n: n in NAMES or bool(PART.fullmatch(n)), "pull")
+    repository = resolve(name, revision, lambda n: n in NAMES or is_part(n), "pull")
     if MANIFEST not in repository.files:
         raise ArtifactError(
             f"{reference}: is no artifact (no {MANIFEST}).",

@@ -33,7 +33,7 @@ from ..checkpoint.transfer import Patience, read_range
 from ..layout.names import shorten
 from ..workspace.names import REPORT
 from .card import MARK, card
-from .parts import CARD, NAMES, PART, Sum, has_digest, parts, split_reference
+from .parts import CARD, NAMES, Sum, has_digest, is_part, parts, split_reference
 
 AT_ONCE = 4
 FILES_A_COMMIT = 16  # of weights: what was uploaded and not committed, a hub deletes after a while
@@ -92,7 +92,7 @@ def push(
         if not keeps_card:
             contents[CARD] = card(name, revision, manifest).encode()
         contents |= {MANIFEST: data, READY: f"{digest_bytes(data)}\n".encode()}
-        stale = [n for n in repository.files if PART.fullmatch(n) and n not in names]
+        stale = [n for n in repository.files if is_part(n) and n not in names]
         stale += [n for n in repository.files if n == SIGNATURE and n not in contents]
         commit = upload.run(weights, contents, stale)
     except (MsconvError, Cancelled):
@@ -111,7 +111,7 @@ def _open(name: str, revision: str, private: bool) -> Repository:
         _patiently(lambda: api.create_branch(name, branch=revision, exist_ok=True))
     repository = resolve(name, revision, lambda n: True, "push")
     others = [n for n in repository.files if n not in HARMLESS]
-    if others and not any(n == MANIFEST or PART.fullmatch(n) for n in others):
+    if others and not any(n == MANIFEST or is_part(n) for n in others):
         raise UsageError(
             f"{name}: holds something else than an artifact ({', '.join(map(shorten, others[:5]))}); "
             "nothing was uploaded.",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -15,6 +17,7 @@ from msconv_runtime.artifact import (
     FORMAT,
     STATE_DIR,
     Artifact,
+    File,
     Graph,
     Manifest,
     Parallel,
@@ -23,6 +26,7 @@ from msconv_runtime.artifact import (
     replace_file,
     write_manifest,
 )
+from msconv_runtime.artifact.served import describe_file
 from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
 from msconv_runtime.roles import DECODE, ROLES
@@ -31,10 +35,10 @@ from msconv_runtime.targets import Target, target_named
 from ..checkpoint.drafts import draft_of, with_draft
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig, family_named
-from ..graph.spec import CannotCompute, Exported, Local
+from ..graph.spec import CannotCompute, Exported, Fixed, Local
 from ..graph.store import GraphStore
-from ..graph.toolchain import DUMPS, dumps_in, mindspore_version
-from ..layout.coverage import misfits
+from ..graph.toolchain import DUMPS, dumps_in, require
+from ..layout.coverage import misfits, without_draft
 from ..layout.cuts import Mesh, make_mesh
 from ..layout.model import expected_sources
 from ..layout.planning import make_plan
@@ -54,10 +58,10 @@ SOME = 20  # weights that do not fit, named in a message
 
 @dataclass(frozen=True)
 class Made:
-    """What exporting gave: the graph, MindSpore's version, peak resident bytes."""
+    """What exporting gave: the graph, the version of what wrote it, peak resident bytes."""
 
     exported: Exported
-    mindspore: str
+    version: str
     peak_rss_bytes: int
 
 
@@ -105,10 +109,12 @@ def compile_graphs(
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
     quant: str | None = None,
     kept: GraphStore | None = None,
+    fixed: Fixed | None = None,
 ) -> list[Compiled]:
     """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.  `quant`: what
     weights will be quantised to, where there are none yet.  `kept`: where graphs are taken from that were compiled
-    for the same before, and left for who comes next.
+    for the same before, and left for who comes next.  `fixed`: shapes of variants that have fixed ones, which are
+    made only then.
 
     A graph of compiled kernels that cannot compute this model is left out, and `tell` hears why: the target's
     other graphs serve in its place.  `progress`: hears which graph begins, how many are done, and of how many.
@@ -117,45 +123,60 @@ def compile_graphs(
     target = target_named(target_name)
     config, types = _stored(Artifact(root), quant)
     _check_heads(config, target)
+    kept = None if target.form.points_at_weights else kept  # those are of one artifact's files
     with exclusive(root), dumps_in(root / STATE_DIR / DUMPS):
         artifact = Artifact(root)
-        mesh = Mesh(artifact.tp, artifact.ep)
         made: list[Compiled] = []
         exports: list[bytes] = []
-        wanted = graphs_of(config, target)
-        for number, (role, variant) in enumerate(wanted):
+        wanted = list(_wanted(artifact, target, config, types, fixed))
+        for number, local in enumerate(wanted):
             started = time.monotonic()
-            progress(role, number, len(wanted))
-            local = Local(config, mesh, target, ROLES[role], variant, types, artifact.manifest.draft)
+            progress(local.role.name, number, len(wanted))
             try:
                 graph, proto, peak, taken = _taken(local, kept, tell) or _compiled(local, kept)
             except CannotCompute as e:
-                if tell is None or not variant:
+                if tell is None or not local.variant:
                     raise
                 tell(f"left out: {e.message}")
                 continue
             made.append(Compiled(graph, time.monotonic() - started, peak, taken))
             exports.append(proto)
         graphs = [m.graph for m in made]
-        _check_weights(artifact, target, graphs)
+        _check_weights(artifact, target, graphs, config.layers)
         _check_scales(artifact, graphs)
         for graph, proto in zip(graphs, exports, strict=True):
             path = root / graph.path
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, proto)
+        files = _beside(artifact, target, config)
         others = [g for g in artifact.manifest.graphs if g.target != target.name]
-        artifact.changed(graphs=sorted([*others, *graphs], key=lambda g: (g.target, g.name)))
+        artifact.changed(graphs=sorted([*others, *graphs], key=lambda g: (g.target, g.name)), files=files)
         add_timings(root, ((m.graph, m.seconds) for m in made if not m.taken))
-        _remove_others(root / "graphs" / target.name, graphs)
+        _remove_others(artifact, target, graphs)
     return made
 
 
 def graphs_of(config: DecoderConfig, target: Target) -> tuple[tuple[str, str], ...]:
     """(role, variant) of each graph of a model.  One that drafts by itself has those of a draft besides; one that
-    drafts for another model has nothing else."""
-    if config.eagle is not None:
-        return target.draft_graphs
-    return (*target.graphs, *(target.draft_graphs if config.drafts else ()))
+    drafts for another model has nothing else, and a target without such graphs raises UsageError."""
+    if config.eagle is None:
+        return (*target.graphs, *(target.draft_graphs if config.drafts else ()))
+    if not target.draft_graphs:
+        raise UsageError(f"{target.name}: there are no graphs of drafts for it.", "Compile for another target.")
+    return target.draft_graphs
+
+
+def _wanted(
+    artifact: Artifact, target: Target, config: DecoderConfig, types: dict[str, str], fixed: Fixed | None
+) -> Iterator[Local]:
+    """A target's graphs that are to be made."""
+    mesh, form, manifest = Mesh(artifact.tp, artifact.ep), target.form, artifact.manifest
+    draft = manifest.draft if target.draft_graphs else None
+    weights = manifest.weights if form.points_at_weights else None
+    for role, variant in graphs_of(config, target):
+        if fixed or variant not in target.asked:
+            shapes = fixed if variant in target.asked else None
+            yield Local(config, mesh, target, ROLES[role], variant, types, draft, weights, shapes)
 
 
 def _taken(
@@ -180,6 +201,18 @@ def _compiled(local: Local, kept: GraphStore | None) -> tuple[Graph, bytes, int,
     if kept is not None:
         kept.leave(local, graph, proto)
     return graph, proto, made.peak_rss_bytes, False
+
+
+def _beside(artifact: Artifact, target: Target, config: DecoderConfig) -> list[File]:
+    """Write the files that lie beside a target's graphs, and give all that the manifest has then.  Artifacts of
+    before files had digests get none."""
+    files = {f.name: f for f in artifact.manifest.files}
+    if not files or not target.form.beside:
+        return artifact.manifest.files
+    for name, data in _exporter(target).beside(artifact, config).items():
+        replace_file(artifact.root / name, data)
+        files[name], _ = describe_file(artifact.root / name, data)
+    return list(files.values())
 
 
 def _stored(artifact: Artifact, quant: str | None) -> tuple[DecoderConfig, dict[str, str]]:
@@ -208,7 +241,7 @@ def _entry(local: Local, made: Made) -> Graph:
         path="",
         size=len(exported.proto),
         digest=digest_bytes(exported.proto),
-        mindspore=made.mindspore,
+        mindspore="",
         nodes=exported.nodes,
         kinds=exported.kinds,
         inputs=exported.inputs,
@@ -218,22 +251,29 @@ def _entry(local: Local, made: Made) -> Graph:
         groups=exported.groups,
         nz=exported.nz,
     )
-    return msgspec.structs.replace(graph, path=f"graphs/{graph.target}/{graph.name}.mindir")
+    form = local.target.form
+    return msgspec.structs.replace(graph, path=form.path(graph.target, graph.name), **{form.package: made.version})
 
 
-def _remove_others(directory: Path, graphs: list[Graph]) -> None:
+def _remove_others(artifact: Artifact, target: Target, graphs: list[Graph]) -> None:
     """Take away files of graphs that the manifest no longer has: those of an older format had other names."""
-    kept = {Path(g.path).name for g in graphs}
-    for path in directory.glob("*.mindir"):
-        if path.name not in kept:
-            path.unlink(missing_ok=True)
+    root, kept = artifact.root, {g.path for g in graphs}
+    stale = {g.path for g in artifact.manifest.graphs_for(target.name)}
+    directory = Path(graphs[0].path).parent
+    if directory.parts:  # one of the target's own
+        stale |= {str(directory / path.name) for path in (root / directory).glob("*.mindir")}
+    for path in stale - kept:
+        (root / path).unlink(missing_ok=True)
+
+
+def _exporter(target: Target) -> Any:
+    """The module that writes a target's graphs."""
+    return import_module(f"..graph.{target.form.export}", __package__)
 
 
 def _export(local: Local) -> Made:
-    mindspore = mindspore_version()
-    from ..graph.export import export
-
-    return Made(export(local), mindspore, peak_rss_bytes())
+    version = require(local.target.form)
+    return Made(_exporter(local.target).export(local), version, peak_rss_bytes())
 
 
 def _export_in_a_process(local: Local) -> Made:
@@ -293,11 +333,14 @@ def _check_heads(config: DecoderConfig, target: Target) -> None:
         )
 
 
-def _check_weights(artifact: Artifact, target: Target, graphs: list[Graph]) -> None:
-    """What the target's graphs read together is exactly what is stored, shape by shape."""
+def _check_weights(artifact: Artifact, target: Target, graphs: list[Graph], layers: int) -> None:
+    """What the target's graphs read together is exactly what is stored, shape by shape; a draft's weights only if
+    the target has graphs for drafts."""
     if artifact.manifest.weights is None:
         return
     stored = {t.name: t.shape for t in artifact.manifest.weights.tensors}
+    if not target.draft_graphs:
+        stored = {name: stored[name] for name in without_draft(stored, layers)}
     read = [(p.name, p.shape) for g in graphs for p in g.reads]
     if problems := misfits(stored, read):
         lines = "\n".join(f"  {p}" for p in problems[:SOME])

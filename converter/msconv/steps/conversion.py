@@ -57,6 +57,7 @@ class Conversion:
     `model`: what the manifest will say, but for the digests of `shards`, which are known when they were read.
     `config`: the artifact's config.json, b"" if it is copied.  `draft`: what its weights have to guess further
     tokens.  `notes`: what people should know of it.
+    `made`: what `--quant` named, where codes are made.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Conversion:
     config: bytes = b""
     notes: tuple[str, ...] = ()
     draft: Draft | None = None
+    made: str = ""
 
     @property
     def family(self) -> str:
@@ -133,7 +135,9 @@ def run(
     started = time.monotonic()
     root, plan = conversion.output, conversion.plan
     refuse_foreign(root, conversion.reads)
+    mover = mover or LocalThreads(conversion.jobs)
     with exclusive(root):
+        mover.check(conversion.task)
         if force:
             clear(root)
         previous = previous_manifest(root, conversion.identity, conversion.parallel)
@@ -141,12 +145,17 @@ def run(
             publish(root, previous)
             return Converted(root, 0, 0, time.monotonic() - started, peak_rss_bytes(), True)
         watch = Watch(progress, downloading)
-        before = _convert(conversion, previous, watch, publish, mover or LocalThreads(conversion.jobs))
+        before = _convert(conversion, previous, watch, publish, mover)
         clear_downloads(root)
     redone = sum(plan.unit_bytes(u) for u in plan.units if not plan.is_done(u, before))
     share = redone / max(1, plan.read_bytes)
     seconds = time.monotonic() - started
     return Converted(root, redone, round(plan.output_bytes * share), seconds, peak_rss_bytes(), bool(before))
+
+
+def nothing_done(conversion: Conversion) -> Converted:
+    """What is said of a conversion that an earlier run had ended."""
+    return Converted(conversion.output, 0, 0, 0.0, peak_rss_bytes(), True)
 
 
 def _has_ended(conversion: Conversion, previous: Manifest) -> bool:
@@ -218,7 +227,9 @@ def _finish(
         tool=TOOL,
         model=model,
         parallel=conversion.parallel,
-        weights=weights_entry(conversion.plan, moved, conversion.source_dtype, conversion.dropped),
+        weights=weights_entry(
+            conversion.plan, moved, conversion.source_dtype, conversion.dropped, conversion.made
+        ),
         graphs=previous.graphs if previous and previous.draft == conversion.draft else [],
         files=copied,
         draft=conversion.draft,

@@ -31,11 +31,13 @@ def prepare(
     harmless: Collection[str] = (),
     quant: str | None = None,
     drafts: bool = True,
+    besides: int = 0,
 ) -> Conversion:
     """Read headers and plan.  Moves nothing; of a repository, only small files are downloaded.
     `delete_source`: its shards go to the output's own directory and are deleted as their bytes are in place.
     `harmless`: keys of config.json, on no list, that a person says change nothing.  `quant`: what matrices are
     quantised to, one of QUANT.  `drafts`: take the layer of multi-token prediction, if it is there.
+    `besides`: bytes that a process takes for its mover's sake.
     Raises any MsconvError there is to raise beforehand."""
     mesh = make_mesh(tp, ep)
     model.bring_small()
@@ -46,7 +48,7 @@ def prepare(
     origin = model.origin()
     table, sizes = checkpoint.family.table, checkpoint.config.sizes()
     plan = make_plan(table, sizes, checkpoint.tensors, mesh, dtype, quant=format_asked(quant))
-    buffers, planned = plan_memory(plan, jobs, max_memory)
+    buffers, planned = plan_memory(plan, jobs, max_memory, besides + model.buffered_bytes)
     output = output or default_output(checkpoint.name, tp, ep)
     if delete_source:
         model = model.deleting_into(output / DOWNLOADS)
@@ -71,4 +73,5 @@ def prepare(
         notes=checkpoint.notes,
         config=checkpoint.config_bytes,
         draft=draft_of(checkpoint.config),
+        made=quant or "",
     )

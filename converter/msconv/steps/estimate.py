@@ -97,7 +97,7 @@ def estimate(
         checkpoint=checkpoint,
         plan=plan,
         device=memory(plan),
-        peak_memory_bytes=plan_memory(plan, jobs, max_memory)[1],
+        peak_memory_bytes=plan_memory(plan, jobs, max_memory, model.buffered_bytes)[1],
         download_bytes=download_bytes,
         seconds=_seconds(plan, target),
         model_kv_bytes_per_token=kv_bytes_per_token(replace(sizes, drafts=0), mesh, plan.dtype),

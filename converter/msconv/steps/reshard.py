@@ -27,10 +27,16 @@ from .conversion import Conversion, identify
 
 
 def prepare(
-    root: Path, tp: int, ep: int = 1, output: Path | None = None, jobs: int = 1, max_memory: int | None = None
+    root: Path,
+    tp: int,
+    ep: int = 1,
+    output: Path | None = None,
+    jobs: int = 1,
+    max_memory: int | None = None,
+    besides: int = 0,
 ) -> Conversion:
     """Plan to write the artifact at `root` anew for another mesh.  The weight files become those of a direct
-    conversion, byte for byte.  `conversion.run` carries it out."""
+    conversion, byte for byte.  `besides`: bytes that a process takes for its mover's sake."""
     mesh = make_mesh(tp, ep)
     artifact = Artifact(root)
     manifest, weights = artifact.manifest, artifact.weights
@@ -41,8 +47,8 @@ def prepare(
     old = _plan_of(artifact)
     plan = replace(make_plan(table, config.sizes(), old.sources, mesh, weights.dtype), dropped=(), checked={})
     refuse_wrong_files(artifact)
-    recorded = [f.name for f in manifest.files]
-    buffers, planned = plan_memory(plan, jobs, max_memory)
+    recorded = [f.name for f in manifest.files if f.name in AUXILIARY]  # the rest belongs to graphs
+    buffers, planned = plan_memory(plan, jobs, max_memory, besides)
     source = ArtifactFiles(root, old, weights, file_states(root, weights))
     output = output or default_output(manifest.model.source, tp, ep)
     return Conversion(
@@ -56,6 +62,7 @@ def prepare(
         auxiliary=[root / n for n in recorded or AUXILIARY if (root / n).is_file()],
         dropped=weights.dropped,
         source_dtype=weights.source_dtype,
+        made=weights.made,
         jobs=jobs,
         planned_memory_bytes=planned,
         draft=manifest.draft,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,9 @@ from ..layout.model import TensorInfo
 from ..layout.plan import Move, Plan
 from ..quant.kernels import transpose
 from .rank_parts import pad_hash
-from .source import Source, SourceLocation, read_exactly
+from .source import FileState, Source, SourceLocation, read_exactly
 
 TRANSPOSE_BYTES = 1 << 20  # of a transposed part, read at a time
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """A file as it was when the plan was made: size in bytes, time of its last change."""
-
-    path: str
-    size: int
-    mtime_ns: int
-
-    def __str__(self) -> str:
-        return f"{self.path} {self.size} {self.mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -55,6 +43,9 @@ class ArtifactFiles(SourceLocation):
     def open(self) -> Source:
         return ArtifactSource(self)
 
+    def states(self) -> tuple[FileState, ...]:
+        return tuple(replace(f, path=str((self.root / f.path).absolute())) for f in self.files)
+
 
 def file_states(root: Path, weights: Weights) -> tuple[FileState, ...]:
     """All weight files as they are now."""
@@ -66,6 +57,7 @@ class ArtifactSource(Source):
     """A plan's outputs, seen as its sources."""
 
     def __init__(self, artifact: ArtifactFiles) -> None:
+        self._location = artifact
         self.root, self.plan, self.weights = artifact.root, artifact.plan, artifact.weights
         self._planned = artifact.files
         self._fds: dict[Path, int] = {}
@@ -153,6 +145,9 @@ class ArtifactSource(Source):
                 f"{self.root}: these tensors are not what its manifest says:\n" + "\n".join(bad[:20]),
                 "Copy the artifact again, or convert the checkpoint again.",
             )
+
+    def elsewhere(self) -> SourceLocation:
+        return replace(self._location, root=self.root.absolute())
 
     def close(self) -> None:
         with self._lock:

@@ -22,8 +22,11 @@ from ..layout.plan import Plan
 from .transform import Moved
 
 
-def weights_entry(plan: Plan, moved: Mapping[str, Moved], source_dtype: str, dropped: list[Dropped]) -> Weights:
-    """All rank files: every tensor's digest per rank, and from them every file's."""
+def weights_entry(
+    plan: Plan, moved: Mapping[str, Moved], source_dtype: str, dropped: list[Dropped], made: str = ""
+) -> Weights:
+    """All rank files: every tensor's digest per rank, and from them every file's.  `made`: what `--quant`
+    named."""
     per_rank = _tensor_digests(plan, moved)
     files = [
         WeightFile(
@@ -56,6 +59,7 @@ def weights_entry(plan: Plan, moved: Mapping[str, Moved], source_dtype: str, dro
         dtype=plan.dtype,
         source_dtype=source_dtype,
         quant=plan.quant,
+        made=made,
         digest=digest_of(f.digest for f in files),
         files=files,
         tensors=entries,

@@ -35,9 +35,10 @@ class Watch:
     downloaded: Progress = ignore
 
 
-def plan_memory(plan: Plan, jobs: int, max_memory: int | None) -> tuple[BufferSizes, int]:
-    """(sizes of a worker's buffers, planned peak bytes).  Raises ResourceError if the ceiling is too low."""
-    fixed = BASE_BYTES + BYTES_PER_TENSOR * (len(plan.sources) + len(plan.tensors) * plan.mesh.tp)
+def plan_memory(plan: Plan, jobs: int, max_memory: int | None, besides: int = 0) -> tuple[BufferSizes, int]:
+    """(sizes of a worker's buffers, planned peak bytes).  `besides`: what the process takes for its source and its
+    mover.  Raises ResourceError if the ceiling is too low."""
+    fixed = besides + BASE_BYTES + BYTES_PER_TENSOR * (len(plan.sources) + len(plan.tensors) * plan.mesh.tp)
     sizes = buffer_sizes(plan, BLOCK_BYTES)
     if max_memory is not None and fixed + sizes.total(jobs) > max_memory:
         sizes = buffer_sizes(plan, SMALLEST_BLOCK)

@@ -79,6 +79,12 @@ class HubSource(Source):
     def check_unchanged(self) -> None:
         self._inner.check_unchanged()
 
+    def elsewhere(self) -> SourceLocation:
+        for name in self._unread:
+            if name not in self._here:
+                self._take(name)
+        return self._inner.elsewhere()
+
     def close(self) -> None:
         self._downloads.stop()
         self._inner.close()

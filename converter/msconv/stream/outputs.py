@@ -110,7 +110,10 @@ class Outputs:
         try:
             for rank, i in files.keys:
                 path = files.temporary(rank, i)
-                fd = self._fds[rank, i] = os.open(path, os.O_RDWR | (os.O_CREAT if plan else 0), 0o644)
+                # Not for reading, where others write too: NFS would read the page around what is written, and
+                # write all of it, with others' bytes as it read them.
+                flags = os.O_RDWR | os.O_CREAT if plan else os.O_WRONLY
+                fd = self._fds[rank, i] = os.open(path, flags, 0o644)
                 if plan:
                     os.posix_fallocate(fd, 0, plan.files[i].size)
                     self.write(rank, i, 0, memoryview(plan.files[i].header))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,18 @@ from ..checkpoint.directory import ShardFile
 from ..layout.model import TensorInfo
 
 Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A file as it was when the plan was made: size in bytes, time of its last change."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.size} {self.mtime_ns}"
 
 
 class Source(Protocol):
@@ -42,6 +54,9 @@ class Source(Protocol):
     def check_unchanged(self) -> None:
         """Raises CheckpointError if any file changed since the plan was made."""
 
+    def elsewhere(self) -> SourceLocation:
+        """What a process in another place reads the same from, by whole paths.  All that is expected is there."""
+
     def close(self) -> None: ...
 
 
@@ -50,6 +65,10 @@ class SourceLocation(Protocol):
 
     def open(self) -> Source:
         """Begin to read.  Nothing is read yet."""
+
+    def states(self) -> tuple[FileState, ...]:
+        """The files that it reads, by whole paths; none where they are still to come."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,9 @@ class DirectoryShards(SourceLocation):
 
     def open(self) -> Source:
         return DirectorySource(self.files)
+
+    def states(self) -> tuple[FileState, ...]:
+        return tuple(FileState(str(f.path.absolute()), f.size, f.mtime_ns) for f in self.files.values())
 
 
 class DirectorySource(Source):
@@ -89,6 +111,9 @@ class DirectorySource(Source):
                     f"modified {(stat.st_mtime_ns - file.mtime_ns) / 1e9:+.3f} s).",
                     "Let the download finish, then convert again with --force.",
                 )
+
+    def elsewhere(self) -> SourceLocation:
+        return DirectoryShards({n: replace(f, path=f.path.absolute()) for n, f in self._files.items()})
 
     def forget(self, name: str) -> None:
         """Close a file that is not read again."""

@@ -126,8 +126,9 @@ def _move_rows(
         hasher.update(raw.data)
         decoder = decoders.get(name)
         if encoded:
-            block = Block(name, raw, info.dtype, row, (count, cols), decoder)
-            made = encode(block, encoded, raw[: count * cols].view(np.int8).reshape(count, cols), buffers)
+            behind = len(raw) if decoder is not None else 0
+            codes = buffers.raw[behind : behind + count * cols].view(np.int8).reshape(count, cols)
+            made = encode(Block(name, raw, info.dtype, row, (count, cols), decoder), encoded, codes, buffers)
         elif decoder is not None:
             made = [(_decode(name, raw.reshape(count, cols), row, decoder, out, buffers), out, cols)]
         else:
@@ -161,14 +162,12 @@ def encode(
     block: Block, encoded: MadeFormat, codes: NDArray[np.int8], buffers: Buffers
 ) -> list[tuple[NDArray[np.uint8], str, int]]:
     """Rows of values -> what they are stored as: (bytes, element type, columns) of each tensor.  `codes` [R, C]
-    may lie where the values did, if those are not float32."""
+    may lie where the values did, but not where codes that are decoded did."""
     count, cols = block.shape
     others = None
     if block.decoder is not None:
-        source, near = block.data.reshape(count, cols), buffers.decoded[: count * cols].reshape(count, cols)
-        others = encoded.encode_decoded(block.name, block.decoder, source, block.first, near.view(np.int8))
-        if others is not None:
-            codes[:] = near.view(np.int8)
+        source = block.data.reshape(count, cols)
+        others = encoded.encode_decoded(block.name, block.decoder, source, block.first, codes)
     if others is None:
         others = encoded.encode(block.name, _values(block, buffers), codes)
     of_codes, of_others = encoded.stored
@@ -266,49 +265,56 @@ class _Whole:
 def _transpose(
     work: Work, unit: tuple[str, ...], decoders: Mapping[str, Decoder], digests: dict[str, str]
 ) -> list[RankPart]:
-    """One expert's matrices are read whole and written transposed, side by side: [in, out]."""
+    """One expert's matrices are read, or encoded, whole and written transposed, side by side: [in, out]."""
     plan, buffers = work.plan, work.buffers
     sources: list[_Whole] = []
     others: list[_Whole] = []
     begin = 0
     for name in unit:
-        info = plan.sources[name]
+        info, decoder = plan.sources[name], decoders.get(name)
         raw = buffers.raw[begin : begin + info.nbytes]
         begin += info.nbytes
-        work.source.read(info, 0, raw.data)
-        work.advance(len(raw))
-        digests[name] = "xxh3:" + xxhash.xxh3_128_hexdigest(raw.data)
-        words = raw.view(DTYPES[info.dtype].bits).reshape(matrix(info.shape))
-        decoder = decoders.get(name)
-        if decoder is not None and name not in plan.encoded:  # those are checked as they are decoded
-            decoder.check(words)
-        whole = _Whole(name, info.dtype, words, decoder, plan.moves[name][0])
         if name in plan.encoded:
-            whole, rest = _encoded(work, whole)
+            whole, rest = _encoded(work, info, raw, decoder, digests)
             others.append(rest)
+        else:
+            work.source.read(info, 0, raw.data)
+            work.advance(len(raw))
+            digests[name] = "xxh3:" + xxhash.xxh3_128_hexdigest(raw.data)
+            words = raw.view(DTYPES[info.dtype].bits).reshape(matrix(info.shape))
+            if decoder is not None:
+                decoder.check(words)
+            whole = _Whole(name, info.dtype, words, decoder, plan.moves[name][0])
         sources.append(whole)
     places = _write_transposed(work, sources)
     return places + (_write_transposed(work, others) if others else [])
 
 
-def _encoded(work: Work, whole: _Whole) -> tuple[_Whole, _Whole]:
-    """Codes where the values were, and what each row has besides, [out, 1]."""
-    plan, buffers, name = work.plan, work.buffers, whole.name
+def _encoded(
+    work: Work, info: TensorInfo, room: NDArray[np.uint8], decoder: Decoder | None, digests: dict[str, str]
+) -> tuple[_Whole, _Whole]:
+    """A matrix as codes, which begin where `room` does, and what each row has besides, [out, 1].  Rows are encoded
+    while they are in the processor's cache."""
+    plan, buffers, name = work.plan, work.buffers, info.name
     encoded = plan.encoded[name]
-    rows, cols = whole.words.shape
-    raw = whole.words.reshape(-1).view(np.uint8)
-    codes = raw[: rows * cols].view(np.int8).reshape(rows, cols)
+    rows, cols = matrix(info.shape)
+    pitch = cols * DTYPES[info.dtype].nbytes
+    codes = room[: rows * cols].view(np.int8).reshape(rows, cols)
     of_others = encoded.stored[1]
     rest = np.empty((rows, 1), DTYPES[of_others.dtype].bits)
     step = max(1, buffers.chunk_bytes // (cols * ENCODED_BYTES))
+    hasher = xxhash.xxh3_128()
     for first in range(0, rows, step):
         work.go_on()
-        words = whole.words[first : first + step]
-        block = Block(
-            name, words.reshape(-1).view(np.uint8), whole.dtype, first, (len(words), cols), whole.decoder
-        )
-        made = encode(block, encoded, codes[first : first + step], buffers)
-        rest[first : first + step] = made[1][0].view(rest.dtype).reshape(-1, 1)
+        count = min(step, rows - first)
+        data = buffers.cut[: count * pitch]
+        work.source.read(info, first * pitch, data.data)
+        hasher.update(data.data)
+        block = Block(name, data, info.dtype, first, (count, cols), decoder)
+        made = encode(block, encoded, codes[first : first + count], buffers)
+        rest[first : first + count] = made[1][0].view(rest.dtype).reshape(-1, 1)
+        work.advance(len(data))
+    digests[name] = "xxh3:" + hasher.hexdigest()
     move, of_rest = plan.moves[name]
     return (
         _Whole(name, encoded.stored[0].dtype, codes.view(np.uint8), None, move),

@@ -16,6 +16,24 @@ from .reference import Reference
 from .scenario import Candidate
 
 
+def begin(artifact: Artifact, target: Target, layers: int) -> None:
+    """Nothing more is asked of MindIRs before they run."""
+
+
+def most_positions(artifact: Artifact, target: Target) -> int | None:
+    """Graphs take sequences of any length."""
+    return None
+
+
+def candidates(artifact: Artifact, target: Target, layers: int) -> dict[str, Callable[[], Candidate]]:
+    """By variant, "" first: graphs of compiled kernels, if there are any, are proved after those of MindSpore's
+    operations."""
+    found: dict[str, Callable[[], Candidate]] = {"": partial(candidate_of, artifact, target, layers)}
+    if of_variant(artifact.graphs(target.name), COMPILED):
+        found[COMPILED] = partial(candidate_of, artifact, target, layers, COMPILED)
+    return found
+
+
 def candidate_of(artifact: Artifact, target: Target, layers: int, variant: str = "") -> Candidate:
     """One CPU rank runs for real, in MindSpore, where it has what the variant needs; several ranks, and Ascend's
     graphs, in the interpreter."""
@@ -31,13 +49,6 @@ def candidate_of(artifact: Artifact, target: Target, layers: int, variant: str =
 def runs_here(artifact: Artifact, target: Target, layers: int, variant: str) -> bool:
     is_one = target.device.is_host and artifact.tp == 1 and not layers
     return is_one and (variant != COMPILED or library().path is not None)
-
-
-def others_of(artifact: Artifact, target: Target, layers: int) -> dict[str, Callable[[], Candidate]]:
-    """Graphs of compiled kernels, if there are any: proved after those of MindSpore's operations."""
-    if not of_variant(artifact.graphs(target.name), COMPILED):
-        return {}
-    return {COMPILED: lambda: candidate_of(artifact, target, layers, COMPILED)}
 
 
 def drafting_of(artifact: Artifact, target: Target, model: Reference) -> Drafting | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msconv_runtime import claims
 from msconv_runtime.artifact import Artifact, Verified, Weights
@@ -17,15 +19,15 @@ from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
-from ..graph.toolchain import mindspore_version
-from ..layout.coverage import own_names, unused_names
+from ..graph.toolchain import require
+from ..layout.coverage import own_names, unused_names, without_draft
 from ..quant import formats_named
 from ..workspace.lock import exclusive
-from .candidates import candidate_of, drafting_of, others_of, runs_here
+from .candidates import candidate_of, drafting_of, runs_here
 from .compare import Comparison, Further, compare, half_precision_bound
 from .drafting import compare_drafts
 from .reference import Reference, source_of
-from .scenario import DECODE_STEPS
+from .scenario import DECODE_STEPS, Candidate
 from .telling import Tell, quietly
 
 if TYPE_CHECKING:
@@ -117,10 +119,11 @@ def prove(
             f"{root}: is not quantised: there is no drift to measure.", "Leave --max-kl and --text out."
         )
     source = source_of(root, reference)
-    mindspore_version()
+    require(target.form)
     tell("reading every byte", 0, 1)
     try:
         refuse_damage(artifact, VerificationFailed)
+        _runs(target).begin(artifact, target, layers)
     except VerificationFailed:
         _record(root, target, None)
         raise
@@ -166,13 +169,17 @@ class Subject:
         artifact, target, config, layers = self.artifact, self.target, self.config, self.layers
         model = Reference(self.source, artifact.manifest, layers)
         model.tell = self.tell
+        runs = _runs(target)
+        candidates: dict[str, Callable[[], Candidate]] = runs.candidates(artifact, target, layers)
+        first = candidates.pop("")
+        most = runs.most_positions(artifact, target) or config.max_positions
         comparison = compare(
-            candidate_of(artifact, target, layers),
+            first(),
             model,
             config.vocab,
-            config.max_positions,
+            min(most, config.max_positions),
             steps=self.steps,
-            others=others_of(artifact, target, layers),
+            others=candidates,
             tell=self.tell,
             further=self._further(model),
         )
@@ -287,6 +294,11 @@ def _half_precision(
     return found
 
 
+def _runs(target: Target) -> Any:
+    """The module that runs what the target's graphs are written as."""
+    return import_module(f".{target.form.run}", __package__)
+
+
 def _record(root: Path, target: Target, entry: Verified | None) -> None:
     """Put the target's proof into the manifest, or take an earlier one out."""
     with exclusive(root):
@@ -302,5 +314,7 @@ def _record(root: Path, target: Target, entry: Verified | None) -> None:
 def _coverage(artifact: Artifact, target: Target) -> tuple[list[str], list[str]]:
     """Names that a graph reads and that are not stored; stored ones that no graph reads."""
     stored = {t.name for t in artifact.weights.tensors}
+    if not target.draft_graphs:
+        stored = set(without_draft(stored, configuration(artifact).layers))
     read = own_names(p.name for g in artifact.graphs(target.name) for p in g.reads)
     return sorted(read - stored), unused_names(stored, read)

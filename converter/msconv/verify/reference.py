@@ -21,6 +21,7 @@ from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFa
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
 from ..checkpoint.reference import REPOSITORY
+from ..checkpoint.urls import is_url
 from ..families import Family
 from ..location import open_reference
 from ..quant import format_of
@@ -271,7 +272,7 @@ def source_of(root: Path, given: str | Path | None) -> Path:
     if given is not None:
         return open_reference(str(given)).bring()
     recorded = recorded_source(root)
-    if REPOSITORY.fullmatch(recorded):
+    if REPOSITORY.fullmatch(recorded) or is_url(recorded):
         return open_reference(recorded).bring()
     if not recorded or not Path(recorded, "config.json").is_file():
         raise UsageError(

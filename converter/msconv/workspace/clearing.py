@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from msconv_runtime.artifact import MANIFEST, READY, SIGNATURE, STATE_DIR, is_artifact
 from msconv_runtime.errors import UsageError
+from msconv_runtime.targets import TARGETS
 
 from ..checkpoint.directory import AUXILIARY
 from .names import DOWNLOADS, IDENTITY, JOURNAL, REPORT
@@ -35,12 +37,25 @@ def refuse_foreign(root: Path, source: Path | None = None) -> None:
 
 def clear(root: Path) -> None:
     """Remove what msconv wrote, and only that.  READY goes first."""
-    for name in (READY, MANIFEST, SIGNATURE, REPORT, JOURNAL, IDENTITY, *AUXILIARY):
+    for name in (READY, MANIFEST, SIGNATURE, REPORT, JOURNAL, IDENTITY, *AUXILIARY, *_of_graphs()):
         (root / name).unlink(missing_ok=True)
     for path in (root / "weights").glob("model-rank-*-part-*.safetensors*"):
         path.unlink()
     shutil.rmtree(root / "graphs", ignore_errors=True)
     clear_downloads(root)
+
+
+def _of_graphs() -> Iterator[str]:
+    """Graphs that do not lie in a directory of graphs, and what lies beside any."""
+    for target in TARGETS.values():
+        graphs = (f"{role}_{variant}" if variant else role for role, variant in target.graphs)
+        yield from (path for name in graphs if "/" not in (path := target.form.path(target.name, name)))
+        yield from target.form.beside
+
+
+def clear_uploaded(root: Path) -> None:
+    """Remove an artifact's directory that was made for an upload, after it."""
+    shutil.rmtree(root.parent, ignore_errors=True)
 
 
 def clear_downloads(root: Path) -> None:

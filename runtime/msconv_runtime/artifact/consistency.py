@@ -97,7 +97,7 @@ def _graph(g: Graph, has_draft: bool) -> str:
         return f"{named}: no such target, known are {', '.join(TARGETS)}; a newer msconv may know it"
     if (g.role, g.variant) not in (*TARGETS[g.target].graphs, *TARGETS[g.target].draft_graphs):
         return f"{named}: a target has no such graph"
-    if not re.fullmatch(rf"graphs/{g.target}/\w{{1,64}}\.mindir", g.path, re.ASCII):
+    if not TARGETS[g.target].form.is_place(g.target, g.path):
         return f"{named} is in {g.path[:80]!r}, where no graph of its target is"
     if not 1 <= g.size <= MOST_GRAPH_BYTES or not 1 <= g.nodes <= g.size or g.min_sequences < 0:
         return f"{named} has {g.size} bytes and {g.nodes} nodes"
@@ -108,7 +108,10 @@ def _graph(g: Graph, has_draft: bool) -> str:
         return f"{named} reads a weight twice, or one of no shape"
     if not g.caches or any(len(c.shape) != 4 for c in g.caches):
         return f"{named} has no caches of pages, slots, heads and width"
-    if tuple(o.name for o in g.outputs) != ROLES[g.role].given(has_draft):
+    target = TARGETS[g.target]
+    wanted = ROLES[g.role].given(has_draft and bool(target.draft_graphs))
+    more = len(g.caches) if target.form.returns_caches else 0
+    if tuple(o.name for o in g.outputs[: len(wanted)]) != wanted or len(g.outputs) != len(wanted) + more:
         return f"{named} gives {[o.name[:40] for o in g.outputs][:5]}"
     if set(g.groups) - {GROUP} or set(g.nz) - {p.name for p in g.reads}:
         return f"{named} names a group or a weight that it has not"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import xxhash
 
 from ..errors import ArtifactError, MsconvError
-from ..mindir_check import refusal
+from ..targets import TARGETS
 from .files import check_size, read_sized
-from .manifest import TensorEntry, WeightFile, Weights, digest_bytes, digest_of
+from .manifest import Graph, Manifest, TensorEntry, WeightFile, Weights, digest_bytes, digest_of
 from .opened import Artifact
 from .served import wrong_files
 
@@ -60,9 +61,16 @@ def check_graphs(artifact: Artifact) -> list[Damage]:
             damage.append(Damage(graph.path, "", e.message))
             continue
         same = digest_bytes(data) == graph.digest
-        if problem := refusal(data, graph, artifact.tp) if same else "digest differs":
+        if problem := refusal(data, graph, manifest) if same else "digest differs":
             damage.append(Damage(graph.path, "", problem))
     return damage + [Damage(name, "", problem) for name, problem in wrong_files(artifact)]
+
+
+def refusal(data: bytes, graph: Graph, manifest: Manifest) -> str:
+    """Why bytes are no graph of ours, or "": asked of what reads graphs of that form."""
+    check = import_module(f"..{TARGETS[graph.target].form.check}", __package__)
+    found: str = check.refusal_in(data, graph, manifest)
+    return found
 
 
 def check_file(

@@ -93,12 +93,16 @@ class Padding(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Weights(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`quant`: the formats that matrices are kept in.  `made`: what `--quant` named, if the conversion made their
+    codes; "" if they are the source's, and in artifacts of before it was recorded."""
+
     dtype: str
     digest: str
     files: list[WeightFile]
     tensors: list[TensorEntry]
     source_dtype: str = ""
     quant: str = ""
+    made: str = ""
     dropped: list[Dropped] = []
     padded: list[Padding] = []
 
@@ -129,7 +133,8 @@ class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
     """One compiled graph of a target.  `role`: what it is for (see roles.py).  `variant`: `compiled` if its
     operations are compiled kernels, "" if they are MindSpore's own.  `inputs`, `outputs` in order.  `reads`: the
     weights it takes, in the types it takes them in.  `min_sequences`: fewer run faster in the prefill graph.
-    `kinds`: how many nodes of each primitive; empty in artifacts of before it was recorded."""
+    `kinds`: how many nodes of each primitive; empty in artifacts of before it was recorded.  `mindspore`, `onnx`:
+    the version that wrote it, "" if the other did."""
 
     target: str
     role: str
@@ -146,11 +151,17 @@ class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
     groups: list[str] = []
     nz: list[str] = []
     kinds: dict[str, int] = {}
+    onnx: str = ""
 
     @property
     def name(self) -> str:
         """The role, and the variant if there are several: `prefill`, `mixed_compiled`."""
         return f"{self.role}_{self.variant}" if self.variant else self.role
+
+    @property
+    def written_by(self) -> tuple[str, str]:
+        """A package and its version."""
+        return ("onnx", self.onnx) if self.onnx else ("mindspore", self.mindspore)
 
     @property
     def phase(self) -> str:

@@ -10,9 +10,9 @@ from ..artifact import Artifact, Manifest
 from ..claims import CLAIMED, is_checked_here
 from ..errors import MsconvError
 from ..roles import can_serve, gives_all_logits, of_model, of_variant
-from ..targets import DEVICES, device_of, usual_target
-from ..versions import MINDSPORE, in_series, named
-from .findings import NPU, SERVE, Finding, State, to_serve
+from ..targets import ALL_DEVICES, DEVICES, TARGETS, device_of, usual_target
+from ..versions import TRIED, in_series, named
+from .findings import NPU, SERVE, Finding, State, served
 from .machine import Machine
 from .memory import memory_findings
 from .packages import Needs
@@ -69,42 +69,43 @@ def _tokenizer(root: Path, needs: Needs) -> Iterator[Finding]:
 
 def _targets(manifest: Manifest) -> Iterator[str]:
     """For each kind of device: the targets that the artifact has graphs for, or else one that it could have."""
-    for kind in DEVICES:
+    for kind in ALL_DEVICES:
         there = {g.target for g in manifest.graphs if device_of(g.target).kind == kind}
-        yield from sorted(there) or [usual_target(kind).name]
+        yield from sorted(there) or ([usual_target(kind).name] if kind in DEVICES else [])
 
 
 def _damage(artifact: Artifact) -> list[Finding]:
     """Sizes of all files and digests of the graphs; what is wrong with one target's graphs is that target's."""
     from ..artifact.integrity import check_graphs
 
-    serves = {g.path: to_serve(device_of(g.target).kind) for g in artifact.manifest.graphs}
+    serves = {g.path: served(device_of(g.target).kind) for g in artifact.manifest.graphs}
     damage = check_graphs(artifact)
-    stops = tuple(a for a in SERVE if any(serves.get(d.path, a) == a for d in damage))
+    stops = tuple(a for a in SERVE if any(a in serves.get(d.path, SERVE) for d in damage))
     hint = "copy the artifact again, or convert and compile again"
     needed = "as the manifest says"
     return [Finding("file", "wrong", f"{d.path}: {d.problem}", needed, hint, stops) for d in damage[:MAX_DAMAGE]]
 
 
 def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intact: bool) -> Iterator[Finding]:
-    """Whether a target's graphs are there, of a MindSpore that was tried, and proven."""
+    """Whether a target's graphs are there, of a version that was tried, and proven."""
     graphs, device = manifest.graphs_for(target), device_of(target)
-    made = sorted({g.mindspore for g in graphs})
+    package = TARGETS[target].form.package
+    made, tried = sorted({g.written_by[1] for g in graphs}), TRIED[package]
     have = ", ".join(g.name for g in graphs)
-    here = machine.version("mindspore")
-    state: State = "ok" if here and in_series(here, MINDSPORE) else "untested"
+    here = machine.version(package)
+    state: State = "ok" if here and in_series(here, tried) else "untested"
     if not can_serve(of_variant(graphs, "")):
         state = "missing"
-    elif not all(in_series(version, MINDSPORE) for version in made):
+    elif not all(in_series(version, tried) for version in made):
         state = "wrong"
-    found = f"{have} of mindspore {', '.join(made)}; {here or 'none'} is installed" if graphs else "none"
-    needed = f"prefill and decode of mindspore {named(MINDSPORE, ' or ')}"
+    found = f"{have} of {package} {', '.join(made)}; {here or 'none'} is installed" if graphs else "none"
+    needed = f"prefill and decode of {package} {named(tried, ' or ')}"
     hint = f"`msconv compile {root} --target {target}`"
     if graphs and not of_model(graphs):
         needed = "those of a model: this is a draft, and answers nobody by itself"
         hint = f"`msconv serve TARGET -- --speculative-algorithm EAGLE3 --speculative-draft-model-path {root}`"
-    yield Finding(f"graphs {target}", state, found, needed, hint, (to_serve(device.kind),))
-    if can_serve(of_variant(graphs, "")) and not gives_all_logits(graphs):
+    yield Finding(f"graphs {target}", state, found, needed, hint, served(device.kind))
+    if served(device.kind) and can_serve(of_variant(graphs, "")) and not gives_all_logits(graphs):
         needed = "for drafts (speculative decoding) and log probabilities of prompts"
         yield Finding(f"all logits {target}", "missing", "no graphs that give them", needed, hint)
     if graphs:

@@ -48,6 +48,11 @@ class Report:
         return convert + self.against(SERVE[0])
 
 
+def served(kind: str) -> tuple[Ability, ...]:
+    """The same, of any kind: none where somebody else serves."""
+    return tuple(ability for ability in SERVE if ability == f"serve_{kind}")
+
+
 def to_serve(kind: str) -> Ability:
     """Serving on devices of this kind."""
     return next(ability for ability in SERVE if ability == f"serve_{kind}")

@@ -31,7 +31,7 @@ from .schema import DTYPES
 from .wire import Malformed, read
 
 if TYPE_CHECKING:
-    from ..artifact.manifest import Graph, GraphOutput
+    from ..artifact.manifest import Graph, GraphOutput, Manifest
 
 MODEL = {
     "ir_version": ("1.0", "1.1"),  # of MindSpore 2.8 and 2.10
@@ -64,6 +64,11 @@ def refusal(data: bytes, graph: Graph, ranks: int) -> str:
     except Malformed as e:
         return f"is not a graph that msconv makes, and was not loaded: {e}"
     return ""
+
+
+def refusal_in(data: bytes, graph: Graph, manifest: Manifest) -> str:
+    """The same, of a graph in an artifact."""
+    return refusal(data, graph, manifest.parallel.tp)
 
 
 def kind_of(target: str, variant: str) -> str:

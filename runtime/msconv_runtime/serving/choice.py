@@ -6,7 +6,7 @@ import os
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, UsageError
-from ..targets import DEVICES, TARGETS, Target, usual_target
+from ..targets import DEVICES, TARGETS, Target, device_of, usual_target
 from .settings import TARGET
 
 
@@ -18,6 +18,8 @@ def target_to_serve(artifact: Artifact, kind: str, named: str | None = None) -> 
     artifact has graphs for other devices only."""
     if kind not in DEVICES:
         raise UsageError(f"--device {kind}: {' or '.join(DEVICES)}.")
+    if named in TARGETS and (by := TARGETS[named].device.served_by):
+        raise UsageError(f"{artifact.root}: msconv does not serve {named} graphs: {by}.")
     known = {t.name: t for t in TARGETS.values() if t.kind == kind}
     there = [known[name] for name in artifact.targets if name in known]
     if not there:
@@ -44,7 +46,11 @@ def _nothing_for(artifact: Artifact, kind: str) -> ArtifactError:
     if not artifact.targets:
         others = (f"--target {usual_target(k).name} for {d.words}" for k, d in DEVICES.items() if k != kind)
         return ArtifactError(f"{root}: has no graphs.", f"{compile_} for {device.words}, {', '.join(others)}.")
+    there = {device_of(t) for t in artifact.targets}
+    elsewhere = dict.fromkeys(d.served_by for d in there if d.served_by)
+    here = f"`msconv serve {root} --device npu` serves them on an NPU, `msconv rehearse {root}` here"
+    ways = [here] * any(not d.served_by for d in there) + [*elsewhere, compile_]
     return ArtifactError(
         f"{root}: has graphs for {', '.join(artifact.targets)}, none for {device.words}.",
-        f"`msconv serve {root} --device npu` serves them on an NPU, `msconv rehearse {root}` here; {compile_}.",
+        f"{'; '.join(ways)}.",
     )

@@ -14,6 +14,7 @@ from ..kv_pool import Pool
 from ..serving.engine import Engine
 from ..serving.nodes import Nodes
 from ..targets import Target
+from ..versions import SGLANG
 from . import flags
 from .accepted import untried
 from .environment import server_environment
@@ -27,7 +28,7 @@ NEEDS = Needs(
         "msconv": Package(
             (__version__,), SERVE, "`pip install --no-deps .`: by its package SGLang finds the plug-in"
         ),
-        "sglang": Package(("0.5.23",), SERVE),
+        "sglang": Package(SGLANG, SERVE),
         "torch_npu": Package((), NPU, "for an NPU only: install the torch_npu made for this torch"),
     },
     variables={

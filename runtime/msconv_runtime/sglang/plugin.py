@@ -10,6 +10,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..serving.proof import proof_of
 from ..serving.ready import address, first_request, ready_lines
 from ..serving.settings import Settings
 from ..serving.signed import refuse_unsigned_once
+from ..versions import SGLANG
 from . import meeting
 from .asked import in_clients_words
 from .configuration import refuse_other
@@ -38,60 +40,82 @@ REQUEST = "sglang.srt.managers.io_struct.GenerateReqInput"
 RUNNING = "sglang.srt.managers.schedule_batch.Req"
 AUTH = "sglang.srt.utils.auth"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+WEIGHTS_FROM = ("disk", "tensor", "distributed", "ipc")
 DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 logger = logging.getLogger(__name__)
 
 
 def activate() -> None:
-    """Called by SGLang's plug-in loader."""
+    """Called by SGLang's plug-in loader.  Where this SGLang lacks a place that is changed, none is: servers of
+    other models are as they were, and artifacts are not served."""
+    import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    changes = _changes(HookType)
+    lacking = [] if sglang.__version__ in SGLANG else [place for place, _, _ in changes if not _is_there(place)]
+    if lacking:
+        logger.warning(
+            "msconv: SGLang %s has no %s%s: artifacts cannot be served by it, other models are served as without "
+            "msconv.  msconv was tried with %s.",
+            sglang.__version__,
+            lacking[0],
+            f" (and lacks {len(lacking) - 1} more)" if lacking[1:] else "",
+            " and ".join(SGLANG),
+        )
+        return
     found = os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", PACKAGE)
     if found != PACKAGE:
         logger.warning("msconv: SGLANG_EXTERNAL_MODEL_PACKAGE is %s: artifacts cannot be served; unset it.", found)
-    HookRegistry.register(
-        "sglang.srt.arg_groups.validation_hook.check_server_args", _check_server_args, HookType.AROUND
-    )
-    HookRegistry.register("sglang.srt.configs.model_config.get_config", _get_config, HookType.AROUND)
-    HookRegistry.register(
-        "sglang.srt.model_loader.loader.get_model_architecture", _get_model_architecture, HookType.AROUND
-    )
-    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", _fork_on_cpu, HookType.AFTER)
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _load_beside, HookType.AROUND)
-    HookRegistry.register(
-        "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool", _make_pool, HookType.AROUND
-    )
-    HookRegistry.register(
-        "sglang.srt.model_executor.model_runner.ModelRunner.init_mindspore_runner", _begin_once, HookType.AROUND
-    )
-    HookRegistry.register(f"{DRAFT_BACKENDS}.create_decode_backend", attend_in_steps, HookType.AROUND)
-    HookRegistry.register(f"{DRAFT_BACKENDS}.create_draft_extend_backend", attend_in_extend, HookType.AROUND)
-    HookRegistry.register(f"{CONFIGURATOR}._build_ascend_mla_kv_pool", _build_one_latent, HookType.AROUND)
-    HookRegistry.register(f"{MANAGER}._validate_one_request", _refuse_request, HookType.BEFORE)
-    HookRegistry.register(f"{RUNNING}._stop_match_tail_len", _search_few_tokens, HookType.AFTER)
-    HookRegistry.register(f"{RUNNING}.tail_str", _search_the_end, HookType.AFTER)
-    HookRegistry.register(f"{REQUEST}.normalize_batch_and_arguments", check_answers, HookType.BEFORE)
-    for source in ("disk", "tensor", "distributed", "ipc"):
-        refuse = functools.partial(_refuse_weights, (0,) if source == "disk" else ())
-        HookRegistry.register(f"{MANAGER}.update_weights_from_{source}", refuse, HookType.AROUND)
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_state, HookType.AFTER)
-    HookRegistry.register(
-        "sglang.srt.distributed.bootstrap._resolve_dist_init_method", _meet_at_one_address, HookType.AFTER
-    )
-    HookRegistry.register(f"{AUTH}.app_has_admin_force_endpoints", _guard_always, HookType.AROUND)
-    HookRegistry.register(f"{AUTH}.add_api_key_middleware", _add_gate, HookType.AFTER)
-    HookRegistry.register("sglang.srt.entrypoints.http_server._wait_and_warmup", _say_ready, HookType.AFTER)
-    HookRegistry.register("sglang.srt.server_args.ServerArgs.resolved_dict", _hide_fields, HookType.AFTER)
-    HookRegistry.register("sglang.srt.server_args.ServerArgs.__repr__", hide_text, HookType.AFTER)
-    HookRegistry.register(
-        "sglang.srt.sampling.watermarking.core.redact_watermark_command_line", _hide_words, HookType.BEFORE
-    )
+    for place, change, kind in changes:
+        HookRegistry.register(place, change, kind)
+
+
+def _is_there(place: str) -> bool:
+    """Whether a dotted name, of a function or method, can be imported."""
+    path, _, name = place.rpartition(".")
+    try:
+        return hasattr(pkgutil.resolve_name(path), name)
+    except (ImportError, AttributeError):
+        return False
+
+
+def _changes(kind: Any) -> list[tuple[str, Callable[..., Any], Any]]:
+    """(place in SGLang, what is put there, how), in the order of registering.  `kind`: SGLang's HookType."""
+    return [
+        ("sglang.srt.arg_groups.validation_hook.check_server_args", _check_server_args, kind.AROUND),
+        ("sglang.srt.configs.model_config.get_config", _get_config, kind.AROUND),
+        ("sglang.srt.model_loader.loader.get_model_architecture", _get_model_architecture, kind.AROUND),
+        ("sglang.srt.entrypoints.engine._set_envs_and_config", _fork_on_cpu, kind.AFTER),
+        ("sglang.srt.managers.scheduler.Scheduler.__init__", _load_beside, kind.AROUND),
+        ("sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool", _make_pool, kind.AROUND),
+        ("sglang.srt.model_executor.model_runner.ModelRunner.init_mindspore_runner", _begin_once, kind.AROUND),
+        (f"{DRAFT_BACKENDS}.create_decode_backend", attend_in_steps, kind.AROUND),
+        (f"{DRAFT_BACKENDS}.create_draft_extend_backend", attend_in_extend, kind.AROUND),
+        (f"{CONFIGURATOR}._build_ascend_mla_kv_pool", _build_one_latent, kind.AROUND),
+        (f"{MANAGER}._validate_one_request", _refuse_request, kind.BEFORE),
+        (f"{RUNNING}._stop_match_tail_len", _search_few_tokens, kind.AFTER),
+        (f"{RUNNING}.tail_str", _search_the_end, kind.AFTER),
+        (f"{REQUEST}.normalize_batch_and_arguments", check_answers, kind.BEFORE),
+        *((f"{MANAGER}.update_weights_from_{s}", _refusal(s), kind.AROUND) for s in WEIGHTS_FROM),
+        ("sglang.srt.managers.scheduler.Scheduler.get_internal_state", _add_state, kind.AFTER),
+        ("sglang.srt.distributed.bootstrap._resolve_dist_init_method", _meet_at_one_address, kind.AFTER),
+        (f"{AUTH}.app_has_admin_force_endpoints", _guard_always, kind.AROUND),
+        (f"{AUTH}.add_api_key_middleware", _add_gate, kind.AFTER),
+        ("sglang.srt.entrypoints.http_server._wait_and_warmup", _say_ready, kind.AFTER),
+        ("sglang.srt.server_args.ServerArgs.resolved_dict", _hide_fields, kind.AFTER),
+        ("sglang.srt.server_args.ServerArgs.__repr__", hide_text, kind.AFTER),
+        ("sglang.srt.sampling.watermarking.core.redact_watermark_command_line", _hide_words, kind.BEFORE),
+    ]
+
+
+def _refusal(source: str) -> Callable[..., Any]:
+    return functools.partial(_refuse_weights, (0,) if source == "disk" else ())
 
 
 def _keep_for_good() -> None:
     """What was imported stays as long as the process: no search for garbage looks at it again.  One among all of
     SGLang's modules takes 0.4 s, in which no other thread runs Python, and MindSpore makes one before each graph
-    that it compiles.  A server does this by itself as soon as it is ready."""
+    that it compiles.  SGLang does the same as soon as a server is ready."""
     gc.freeze()
 
 
@@ -132,8 +156,6 @@ def _fork_on_cpu(result: Any, server_args: Any) -> Any:
 
     view = resolving_view(server_args)
     ours = _slot_is_ours() and view.model_impl == "mindspore" and is_artifact(view.model_path)
-    if ours:
-        _keep_for_good()
     if ours and view.device == "cpu" and view.dp_size == 1 and _threads() == 1:
         multiprocessing.set_start_method("fork", force=True)
     return result

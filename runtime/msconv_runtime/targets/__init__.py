@@ -12,7 +12,8 @@ from pkgutil import iter_modules
 
 from ..errors import UsageError
 from .cpu import CPU
-from .record import DEVICES, Device, DeviceModel, Paging, Target
+from .onnx import GENAI_CONFIG, ONNX, ONNX_FILE, STATIC
+from .record import ALL_DEVICES, DEVICES, MINDIR, Device, DeviceModel, Form, Kind, Paging, Target
 
 TARGETS: dict[str, Target] = {
     value.name: value
@@ -51,15 +52,23 @@ def usual_target(kind: str) -> Target:
 
 def device_of(name: str) -> Device:
     """What graphs of this target run on; of one that is not known here, an NPU."""
-    return TARGETS[name].device if name in TARGETS else DEVICES["npu"]
+    return TARGETS[name].device if name in TARGETS else ALL_DEVICES["npu"]
 
 
 __all__ = [
+    "ALL_DEVICES",
     "CPU",
     "DEVICES",
+    "GENAI_CONFIG",
+    "MINDIR",
+    "ONNX",
+    "ONNX_FILE",
+    "STATIC",
     "TARGETS",
     "Device",
     "DeviceModel",
+    "Form",
+    "Kind",
     "Paging",
     "Target",
     "device_of",

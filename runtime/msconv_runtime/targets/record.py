@@ -2,25 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
+
+Kind = Literal["cpu", "npu", "onnx"]
 
 
 @dataclass(frozen=True)
 class Device:
     """A kind of device.  `words`: in a sentence.  `is_host`: graphs run on this machine's own processors, in
-    its memory, in any process.  `has_run`: graphs of msconv have run on one."""
+    its memory, in any process.  `has_run`: graphs of msconv have run on one.  `runs`: where its graphs run, if not
+    in any process, said of them.  `served_by`: who serves them, if that is not msconv."""
 
-    kind: Literal["cpu", "npu"]
+    kind: Kind
     words: str
     is_host: bool
     has_run: bool
+    runs: str = ""
+    served_by: str = ""
 
 
-DEVICES = {
-    "cpu": Device("cpu", "a CPU", is_host=True, has_run=True),
-    "npu": Device("npu", "an NPU", is_host=False, has_run=False),
+ALL_DEVICES: dict[str, Device] = {
+    d.kind: d
+    for d in (
+        Device("cpu", "a CPU", is_host=True, has_run=True),
+        Device("npu", "an NPU", is_host=False, has_run=False, runs=" graphs run on an NPU inside SGLang only."),
+        Device(
+            "onnx",
+            "an ONNX runtime",
+            is_host=False,
+            has_run=True,
+            runs=" graphs run in an ONNX runtime.",
+            served_by="onnxruntime-genai loads the artifact's directory; see docs/onnx.md",
+        ),
+    )
 }
+DEVICES = {kind: device for kind, device in ALL_DEVICES.items() if not device.served_by}  # msconv serves on them
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a target's graphs are written as.
+
+    `place`: a file's path in the artifact, of {target} and {name}; `names`: the name there of a graph that is not
+    called its own.  `package` writes it, of the extra `extra` of msconv.
+    `check`: the module of the runtime that reads a file before anybody loads it.  `export`, `run`: those of
+    msconv.graph and msconv.verify that write and that run it.  `beside`: files that lie beside the graphs.
+    `points_at_weights`: a graph says where in which file its weights are.  `returns_caches`: it gives each cache
+    anew, after its role's outputs, and writes into none.
+    """
+
+    place: str
+    package: str
+    extra: str
+    check: str
+    export: str
+    run: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    beside: tuple[str, ...] = ()
+    points_at_weights: bool = False
+    returns_caches: bool = False
+
+    def path(self, target: str, name: str) -> str:
+        """Where the graph of that name is."""
+        return self.place.format(target=target, name=self.names.get(name, name))
+
+    def is_place(self, target: str, path: str) -> bool:
+        """Whether a graph of the target could be there: earlier versions had other names for some."""
+        pattern = re.escape(self.place).replace(r"\{target\}", target).replace(r"\{name\}", r"\w{1,64}")
+        return re.fullmatch(pattern, path, re.ASCII) is not None
+
+
+MINDIR = Form(
+    place="graphs/{target}/{name}.mindir",
+    package="mindspore",
+    extra="compile",
+    check="mindir_check",
+    export="export",
+    run="candidates",
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +110,9 @@ class Paging:
 @dataclass(frozen=True)
 class Target:
     """`kind`: the device, in SGLang's words.  `dtype`: of activations and caches.  `graphs`: (role, variant) of
-    each; `draft_graphs`: those that an artifact with a draft has besides.  `operations`: the package of
-    msconv.graph.
+    each; `draft_graphs`: those that an artifact with a draft has besides; `asked`: variants that are made only if
+    somebody asks for them.  `form`: what graphs are written as.  `operations`: the package of msconv.graph that
+    has a target's operations.
 
     `mask`: what a prefill mask holds where it hides, None for graphs without a mask input.  `nz`: matrices are
     cast to the NZ format at load.  `rounds_weights`: stored values may be rounded to the graphs' type.
@@ -62,7 +125,7 @@ class Target:
     """
 
     name: str
-    kind: Literal["cpu", "npu"]
+    kind: Kind
     dtype: str
     graphs: tuple[tuple[str, str], ...]
     operations: str
@@ -79,7 +142,9 @@ class Target:
     token_scales: bool = True
     chip: tuple[str, int] | None = None
     devices: tuple[DeviceModel, ...] = ()
+    form: Form = MINDIR
+    asked: tuple[str, ...] = ()
 
     @property
     def device(self) -> Device:
-        return DEVICES[self.kind]
+        return ALL_DEVICES[self.kind]

@@ -1,5 +1,5 @@
-"""Who moves a plan's units: a mover starts workers.  `threads` is the one there is; another may start processes,
-here or elsewhere, since a task is made of values.
+"""Who moves a plan's units: a mover starts workers.  `threads` are those of this process, `cluster` has one on
+each node of a cluster, since a task is made of values.
 
 A worker may report a unit before its bytes are on the disk; they are once `sync` returns.
 """
@@ -31,6 +31,11 @@ class Moving(Protocol):
 
 class Mover(Protocol):
     """A way to have units moved."""
+
+    def check(self, task: Task) -> None:
+        """Raises MsconvError if the task cannot be done in this way.  Called with the directory held, before
+        anything is written or deleted."""
+        return
 
     def start(self, task: Task, units: Sequence[Unit], opened: Opened, progress: Progress) -> Moving:
         """Begin.  `opened`: the task's source and outputs in this process, for workers that live here; others open
