@@ -7,6 +7,7 @@ walk, or is run by another test.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -261,7 +262,7 @@ def serves_for_a_while(stage: Stage, line: str) -> None:
             with urllib.request.urlopen(found[name], timeout=30) as reply:
                 assert reply.status == 200
         pasted = subprocess.run(["sh", "-euc", found["try"]], capture_output=True, text=True, timeout=120)
-        assert '"content"' in pasted.stdout, pasted.stdout + pasted.stderr
+        assert json.loads(pasted.stdout)["usage"]["completion_tokens"] > 0, pasted.stdout + pasted.stderr
     finally:
         process.terminate()
         process.communicate(timeout=60)
