@@ -130,8 +130,7 @@ class _Graph:
         return self._groups[name].handle if name in self._groups else 0
 
     def run(self, inputs: tuple[Any, ...]) -> Any:
-        self._compile(inputs)
-        self._check(inputs)
+        self.compile(inputs)
         given = [host_tensor(self._ms, i) for i in inputs[: len(INPUTS)]]
         given[-1] = given[-1].to(self._context.keep(given[-1].dtype))
         caches = inputs[len(INPUTS) :]
@@ -150,10 +149,11 @@ class _Graph:
         found = tuple(self._ms.Tensor(output) for output in outputs)
         return found[0] if len(found) == 1 else found
 
-    def _compile(self, inputs: tuple[Any, ...]) -> None:
+    def compile(self, inputs: tuple[Any, ...]) -> None:
         """MindSpore compiles once for each set of shapes, in which all sizes of a free dimension are one."""
         declared = self._cell.__dict__.get("_declared", inputs)
         self._cell.compile_cache.add(tuple(tuple(i.shape) for i in declared))
+        self._check(inputs)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
         """What MindSpore refuses: another number of inputs, other dimensions, other element types."""

@@ -150,9 +150,13 @@ def _install_graphs(ms: Any) -> None:
     def call(cell: Any, *inputs: Any) -> Any:
         return run_graph(ms, cell, LOADED[id(cell.graph)][1], inputs, GROUPS)
 
+    def compile_graph(cell: Any, *inputs: Any) -> None:
+        open_graph(ms, cell, LOADED[id(cell.graph)][1], GROUPS).compile(inputs)
+
     ms.load, ms.utils.dlpack.from_dlpack = load, from_dlpack
     ms.ops.auto_generate.format_cast = as_nz
     ms.nn.GraphCell.set_inputs, ms.nn.GraphCell.__call__ = set_inputs, call
+    ms.nn.GraphCell.compile = compile_graph
 
 
 LOADED: dict[int, tuple[Any, bytes]] = {}  # by identity of MindSpore's graph, which is kept alive here
