@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -54,8 +55,9 @@ def tensors(raw: dict[str, Any], model: str) -> Shapes:
     return {name: (info.dtype, info.shape) for name, info in expected.items()}
 
 
-def write_checkpoint(directory: Path, model: str, layers: int, experts: int = 0) -> int:
-    """Write `model` (a published configuration's name) cut down.  Returns its bytes."""
+def write_checkpoint(directory: Path, model: str, layers: int, experts: int = 0, live: int = 0) -> int:
+    """Write `model` (a published configuration's name) cut down.  Returns its bytes.  `live`: layers after so many
+    run and add nothing, so that a copy of the first ones says the same; 0 for none."""
     raw = configuration(model, layers, experts)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw))
@@ -80,11 +82,17 @@ def write_checkpoint(directory: Path, model: str, layers: int, experts: int = 0)
             for tensor, entry in header.items():
                 begin, end = entry["data_offsets"]
                 for piece in noise.pieces(tensor, entry["dtype"], end - begin):
-                    f.write(piece)
+                    f.write(bytes(len(piece)) if live and adds_after(tensor, live) else piece)
             f.flush()
             os.fsync(f.fileno())
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return sum(sizes)
+
+
+def adds_after(name: str, layers: int) -> bool:
+    """Whether a tensor brings what a layer after so many has computed into the residual stream."""
+    found = re.search(r"\.layers\.(\d+)\..*(?:o_proj|down_proj)", name)
+    return found is not None and int(found[1]) >= layers
 
 
 class Noise:
