@@ -410,8 +410,8 @@ def table(report: dict[str, Any], ways: list[str]) -> str:
             for key in ("decode", "decode by cpu", "prefill")
         )
         lines.append(
-            f"{title}: start {shown(ratios['start'], 2, unit='x')}; decode {decode}, by processors' time {by_cpu}; "
-            f"prefill {prefill}"
+            f"{title}: start {shown(ratios['start'], 2, unit='x')}; decode {decode}, by processors' time "
+            f"{by_cpu}; prefill {prefill}"
         )
     return "\n".join(lines)
 
