@@ -27,9 +27,11 @@ def activate() -> None:
 
     call, mask = graphs.Graphs._call, paging.attention_mask
 
-    def planted_call(self: Any, graph: Any, batch: Any, caches: Any) -> Any:
+    def planted_call(self: Any, graph: Any, batch: Any, caches: Any, hidden: Any) -> Any:
         fault = CALLS.get(fault_now()) if getattr(caches[0], "torch", None) is not None else None
-        return fault(self, call, graph, batch, list(caches)) if fault else call(self, graph, batch, caches)
+        if fault is None:
+            return call(self, graph, batch, caches, hidden)
+        return fault(self, lambda *what: call(*what, hidden), graph, batch, list(caches))
 
     def planted_mask(is_prefill: bool, batch: Any, hides: float) -> Any:
         right = mask(is_prefill, batch, hides)
@@ -187,10 +189,10 @@ def host_read() -> None:
 
     real = graphs.Graphs._call
 
-    def read_the_pool(self: Any, graph: Any, batch: Any, caches: Any) -> Any:
+    def read_the_pool(self: Any, graph: Any, batch: Any, caches: Any, hidden: Any) -> Any:
         if getattr(caches[0], "torch", None) is not None:
             ctypes.string_at(caches[0].torch.data_ptr(), 1)
-        return real(self, graph, batch, caches)
+        return real(self, graph, batch, caches, hidden)
 
     graphs.Graphs._call = read_the_pool
 
