@@ -220,7 +220,7 @@ def _memory(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list
         graphs = best_variant(manifest.graphs_for(target))
         sizes = {p.name: _nbytes(p.shape, p.dtype) for g in graphs for p in g.reads}
         entries.append(_memory_of(target, graphs[0].caches[0].dtype, sizes, config, mesh, context))
-    if manifest.weights and not any(TARGETS[t].devices for t in targets):
+    if manifest.weights and not any(TARGETS[t].devices for t in targets if t in TARGETS):
         w = manifest.weights
         entries.append(
             _memory_of(AS_STORED, w.dtype, {t.name: t.nbytes for t in w.tensors}, config, mesh, context)
