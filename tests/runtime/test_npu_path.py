@@ -46,12 +46,12 @@ def test_the_warm_up_stays_within_its_caches(
     calls: list[tuple[str, int, int, tuple[int, ...]]] = []
     asked: list[str] = []
 
-    def call(self: Any, graph: Graph, batch: Batch, caches: Any) -> dict[str, Any]:
+    def call(self: Any, graph: Graph, batch: Batch, caches: Any, hidden: Any) -> dict[str, Any]:
         shape = tuple(caches[0].shape)
         calls.append((graph.role, int(batch.slots.max()), int(batch.block_tables.max()), shape))
         return {"logits": np.zeros(0)}
 
-    def ask(self: Any, graph: Graph, batch: Batch, caches: Any) -> None:
+    def ask(self: Any, graph: Graph, batch: Batch, caches: Any, hidden: Any) -> None:
         asked.append(graph.role)
         assert batch.block_tables.shape[1] > 1
 

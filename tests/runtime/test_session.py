@@ -13,6 +13,7 @@ import pytest
 
 from msconv_runtime import Session
 from msconv_runtime.errors import ArtifactError, UsageError
+from msconv_runtime.roles import DECODE, Role
 from tests.checkpoints import edit_json
 from tests.commands import run_python
 from tests.conftest import Checkpoints
@@ -182,14 +183,14 @@ def test_a_thread_waits_for_the_whole_of_another_ones_generation(artifact: Path)
     session = Session(artifact)
     seen = []
     thread = threading.Thread(target=lambda: seen.append(session.lengths))
-    original = session.graphs.decode
+    original = session.graphs.in_parts
 
-    def decode(*arguments: Any) -> Any:
-        if not thread.ident:
+    def call(asked: Role, *arguments: Any) -> Any:
+        if asked is DECODE and not thread.ident:
             thread.start()
-        return original(*arguments)
+        return original(asked, *arguments)
 
-    session.graphs.decode = decode  # type: ignore[method-assign]
+    session.graphs.in_parts = call  # type: ignore[assignment]
     session.generate([[1, 2]], 5)
     thread.join()
     assert seen == [[6]]
