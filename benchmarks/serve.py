@@ -10,9 +10,9 @@ at a time:
            `@jit` at the first requests, as a slot without artifacts does it
   quant    `msconv serve` on the artifact that `msconv convert --quant` of `--quant` makes of the checkpoint
   ngram, standalone
-           `msconv serve` on the artifact with SGLang's drafts of these names (`--drafts`): only the first
-           `--live` layers add something to what the model says, so it repeats itself, and a copy of these layers,
-           STANDALONE's draft, says the same: the best that drafts can do
+           `msconv serve` on the artifact with SGLang's drafts of these names (`--drafts`).  Layers run and add
+           nothing then: the model repeats its last token, and a copy of its first `--draft-layers`, STANDALONE's
+           draft, does so too.  Every guess is right: the best that drafts can do
 Start is from the process's start to the first token of a first request of 8 tokens.  Decode counts the tokens
 between the moment the last request has its first token and the moment the first one ends, for prompts that differ
 from their first token.  Beside it, the processors' time a token, of all the server's processes: other programs on
@@ -82,8 +82,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--dtype", default="float32", help="of the artifact; bfloat16 is the source's")
     parser.add_argument("--quant", default="", help="also quantised so, as `w8a8`: a way of its own")
-    parser.add_argument("--drafts", default="", help=f"also {' and '.join(DRAFTS)}, by commas: needs --live")
-    parser.add_argument("--live", type=int, default=0, help="layers that add something to what the model says")
+    parser.add_argument("--drafts", default="", help=f"also {' and '.join(DRAFTS)}, by commas")
+    parser.add_argument("--draft-layers", type=int, default=2, help="of STANDALONE's draft")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="of each answer that is measured")
     parser.add_argument("--ways", default=",".join(WAYS), help="besides that of --quant")
     parser.add_argument("--requests", default="1,4,16")
@@ -94,8 +94,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     drafts = [name for name in args.drafts.split(",") if name]
-    if not set(drafts) <= set(DRAFTS) or bool(drafts) != bool(args.live):
-        parser.error("--drafts takes ngram and standalone, and goes with --live")
+    if not set(drafts) <= set(DRAFTS):
+        parser.error(f"--drafts takes {' and '.join(DRAFTS)}")
     ways = args.ways.split(",") + [QUANT] * bool(args.quant) + drafts
     shapes = [(int(r), int(c)) for c in args.contexts.split(",") for r in args.requests.split(",")]
     with contextlib.ExitStack() as stack:
@@ -136,17 +136,17 @@ class Places:
 
 def prepare(work: Path, args: argparse.Namespace) -> Places:
     """Made once if they are kept."""
-    source = work / (f"{args.model}-live{args.live}" if args.live else args.model)
+    source = work / (f"{args.model}-repeating" if args.drafts else args.model)
     first = source.with_name(f"{source.name}-first")
     artifact = source.with_name(f"{source.name}-{args.dtype}")
     quantised, draft = (artifact.with_name(f"{artifact.name}-{name}") for name in (args.quant, "draft"))
     if not (source / "model.safetensors.index.json").exists():  # what is written last
-        write_checkpoint(source, args.model, args.layers, live=args.live)
+        write_checkpoint(source, args.model, args.layers, repeats=bool(args.drafts))
     make(source, artifact, args.dtype)
     if args.quant:
         make(source, quantised, args.dtype, "--quant", args.quant)
-    if args.live:
-        write_first_layers(source, first, args.live)
+    if args.drafts:
+        write_first_layers(source, first, args.draft_layers)
         make(first, draft, args.dtype)
     return Places(source, artifact, quantised, draft)
 

@@ -31,6 +31,7 @@ from msconv_runtime.dtypes import DTYPES
 CONFIGS = Path(__file__).parent.parent / "tests" / "data" / "configs"
 SHARD_BYTES = 4_900_000_000  # as the published checkpoints are split
 BLOCK = 64 << 20
+ADDS = re.compile(r"\.(?:o_proj|down_proj)\.")  # brings what was computed into the residual stream
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -55,9 +56,9 @@ def tensors(raw: dict[str, Any], model: str) -> Shapes:
     return {name: (info.dtype, info.shape) for name, info in expected.items()}
 
 
-def write_checkpoint(directory: Path, model: str, layers: int, experts: int = 0, live: int = 0) -> int:
-    """Write `model` (a published configuration's name) cut down.  Returns its bytes.  `live`: layers after so many
-    run and add nothing, so that a copy of the first ones says the same; 0 for none."""
+def write_checkpoint(directory: Path, model: str, layers: int, experts: int = 0, repeats: bool = False) -> int:
+    """Write `model` (a published configuration's name) cut down.  Returns its bytes.  `repeats`: layers run and
+    add nothing, so that the model says its last token again and again, and a copy of its first layers too."""
     raw = configuration(model, layers, experts)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw))
@@ -82,17 +83,11 @@ def write_checkpoint(directory: Path, model: str, layers: int, experts: int = 0,
             for tensor, entry in header.items():
                 begin, end = entry["data_offsets"]
                 for piece in noise.pieces(tensor, entry["dtype"], end - begin):
-                    f.write(bytes(len(piece)) if live and adds_after(tensor, live) else piece)
+                    f.write(bytes(len(piece)) if repeats and ADDS.search(tensor) else piece)
             f.flush()
             os.fsync(f.fileno())
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return sum(sizes)
-
-
-def adds_after(name: str, layers: int) -> bool:
-    """Whether a tensor brings what a layer after so many has computed into the residual stream."""
-    found = re.search(r"\.layers\.(\d+)\..*(?:o_proj|down_proj)", name)
-    return found is not None and int(found[1]) >= layers
 
 
 class Noise:
