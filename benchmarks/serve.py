@@ -240,8 +240,8 @@ def measure(way: str, places: Places, shapes: list[tuple[int, int]], work: Path,
     with running(way, places, log) as (port, main):
         try:
             asyncio.run(_first_token(port, main, log))
-        except NoAnswer as e:
-            print(f"{way}: {e}", file=sys.stderr)
+        except (NoAnswer, OSError, aiohttp.ClientError, TimeoutError) as e:
+            print(f"{way}: {e!r}", file=sys.stderr)
             return found
         found.start_s = time.monotonic() - started
         found.idle_bytes = memory(main)
