@@ -42,11 +42,13 @@ class TracedGraphs(Graphs):
     """Dense Qwen3, one rank."""
 
     def __init__(self, artifact: Artifact, checkpoint: Path) -> None:
+        self.artifact, self.mode, self.is_draft = artifact, "mmap", False
         self.target, self.place = CPU, Place()
         self.library, self.is_compiled = NO_KERNELS, False
         graphs = of_variant(artifact.graphs(CPU.name), "")
         self.entries = {role.name: graphs[role.name] for role in (PREFILL, DECODE)}
         self._compiles_at_ready = 0
+        self.seconds = {}
         ms.set_context(mode=ms.GRAPH_MODE)
         config = configure(json.loads((checkpoint / "config.json").read_text()), "config.json")[1]
         read = Checkpoint(checkpoint)
