@@ -13,6 +13,7 @@ import click
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.integrity import check_graphs
 from msconv_runtime.claims import CLAIMED, is_checked_here
+from msconv_runtime.serving.halves import BOOTSTRAP_PORT, MODES, Half, chosen_half
 from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.serving.nodes import Nodes
 from msconv_runtime.serving.ports import refuse_taken
@@ -78,6 +79,18 @@ nodes_options = grouped(
 )
 
 
+half_options = grouped(
+    "half",
+    chosen_half,
+    click.option("--disaggregation", type=click.Choice(MODES), help="Only prefill, or only decode: two servers."),
+    click.option(
+        "--bootstrap-port",
+        type=click.IntRange(1, 65535),
+        help=f"Where a prefill server tells decode servers of itself.  [default: {BOOTSTRAP_PORT}]",
+    ),
+)
+
+
 @click.command("serve", cls=Command, context_settings={"ignore_unknown_options": False})
 @artifact_argument
 @recipe_option
@@ -91,6 +104,7 @@ nodes_options = grouped(
 @click.option("--port", default=30000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @settings_options
 @nodes_options
+@half_options
 @click.option("--print-command", is_flag=True, help="Only print the command; start nothing.")
 @click.argument("sglang_args", nargs=-1, type=click.UNPROCESSED)
 @json_option
@@ -102,6 +116,7 @@ def command(
     port: int,
     settings: Settings,
     nodes: Nodes,
+    half: Half | None,
     print_command: bool,
     sglang_args: tuple[str, ...],
 ) -> None:
@@ -123,7 +138,7 @@ def command(
     compare_layout(opened.manifest)
     device = device or usual_device(opened, target, print_command)
     flags = with_serve_flags(device, extra)
-    launch = plan_launch(root, device, host, port, flags, settings, nodes, print_command, target)
+    launch = plan_launch(root, device, host, port, flags, settings, nodes, print_command, target, half=half)
     for flag in launch.untried:
         say(f"{flag}: nobody has tried this flag with an artifact; it is passed on.")
     for note in launch.notes:
@@ -135,6 +150,8 @@ def command(
     show(Result(data))
     _warn(opened, launch.target)
     refuse_taken(host, port)
+    if half is not None and half.mode == "prefill":
+        refuse_taken(host, half.bootstrap_port, "--bootstrap-port")
     say(launch.shell(hide_keys=True))
     sys.stdout.flush()
     sys.stderr.flush()

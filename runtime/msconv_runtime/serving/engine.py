@@ -12,10 +12,11 @@ from importlib import import_module
 from pathlib import Path
 
 from ..artifact import Artifact
-from ..doctor import Needs
+from ..doctor import Finding, Machine, Needs
 from ..errors import UsageError
 from ..kv_pool import Pool
 from ..targets import Target
+from .halves import Half
 from .nodes import Nodes
 
 DEFAULT = "sglang"
@@ -70,6 +71,25 @@ class Engine(ABC):
 
     def drafts(self, given: Mapping[str, str]) -> list[Artifact]:
         """Other artifacts that the user's flags load beside the one that is served, as far as they can be read."""
+        return []
+
+    def half_flags(self, half: Half, target: Target) -> dict[str, str]:
+        """Flags of a server that only prefills or only decodes, beside `flags`.  Raises UsageError where
+        the engine has no such servers."""
+        raise UsageError(
+            f"{self.title}: has no servers that only prefill or only decode.", "Leave out the option."
+        )
+
+    def half_environment(self, target: Target, host: str) -> dict[str, str]:
+        """What such a server gets beside `environment`."""
+        return {}
+
+    def half_findings(self, machine: Machine, target: Target) -> list[Finding]:
+        """What such a server needs of this machine, and that is not there."""
+        return []
+
+    def half_problems(self, target: Target, given: Mapping[str, str], elsewhere: bool) -> list[str]:
+        """Why the user's flags do not go with such a server."""
         return []
 
     def notes(self, target: Target, given: Mapping[str, str]) -> list[str]:

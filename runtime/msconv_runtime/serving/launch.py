@@ -11,6 +11,7 @@ from ..targets import Target
 from .choice import target_to_serve
 from .engine import Engine, chosen_engine
 from .flags import given_flags
+from .halves import Half
 from .nodes import ONE_MACHINE, Nodes
 from .preflight import refuse
 from .settings import USUAL, Settings
@@ -45,21 +46,26 @@ def plan_launch(
     elsewhere: bool = False,
     target: str | None = None,
     engine: Engine | None = None,
+    half: Half | None = None,
 ) -> Launch:
     """Check the artifact, this machine and `extra`, and build the command.  What the user passes in `extra` wins
     over our defaults.  Raises one error that lists all that does not fit, each with what mends it.
 
     `elsewhere`: the command is for another machine, so this one needs no NPU.  `target`: whose graphs, where the
     artifact has several for the device; `settings.target` is set here.  `engine`: None for the chosen one.
+    `half`: of two servers, None for one that prefills and decodes.
     """
     engine = engine or chosen_engine()
     artifact = Artifact(root)
     parallel, chosen = artifact.manifest.parallel, target_to_serve(artifact, device, target)
     given = given_flags(extra)
-    refuse(engine, artifact, chosen, given, nodes.count, elsewhere and not chosen.device.is_host)
+    refuse(engine, artifact, chosen, given, nodes.count, elsewhere and not chosen.device.is_host, half is not None)
     nodes.check(parallel)
+    if half is not None:
+        half.check(port)
     argv = engine.command()
-    for name, value in engine.flags(artifact, chosen, nodes, host, port).items():
+    flags = engine.flags(artifact, chosen, nodes, host, port)
+    for name, value in (flags | (engine.half_flags(half, chosen) if half else {})).items():
         if not given.keys() & {name, *engine.aliases.get(name, ())}:
             argv += [name, value] if value else [name]
     settings = replace(settings, target=chosen.name)
@@ -69,6 +75,7 @@ def plan_launch(
     if ranks // nodes.count != parallel.tp:
         settings = replace(settings, ranks_here=ranks // nodes.count)
     environment = settings.environment() | engine.environment(chosen, ranks, nodes.count)
+    environment |= engine.half_environment(chosen, host) if half else {}
     argv += extra
     untried, notes = tuple(engine.untried(given)), tuple(engine.notes(chosen, given))
     return Launch(argv, environment, chosen, untried, tuple(engine.without_keys(argv)), notes)

@@ -8,7 +8,7 @@ import socket
 from ..errors import EnvironmentProblem
 
 
-def refuse_taken(host: str, port: int) -> None:
+def refuse_taken(host: str, port: int, flag: str = "--port") -> None:
     """Raises EnvironmentProblem if no server can listen there: engines find out after loading the model."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -19,5 +19,5 @@ def refuse_taken(host: str, port: int) -> None:
         taken = e.errno == errno.EADDRINUSE
         raise EnvironmentProblem(
             f"Nothing can listen at {host} port {port}: {e.strerror}.",
-            "Another server may be running there; give another --port." if taken else "Give another --host.",
+            f"Another server may be running there; give another {flag}." if taken else "Give another --host.",
         ) from None

@@ -19,16 +19,21 @@ def refuse(
     given: dict[str, str],
     machines: int = 1,
     elsewhere: bool = False,
+    is_half: bool = False,
 ) -> None:
     """Raises an error that lists all that does not fit, each with what mends it.  This machine is not looked at if
-    the command is for another one (`elsewhere`), and not for what several `machines` share."""
+    the command is for another one (`elsewhere`), and not for what several `machines` share.  `is_half`: the
+    server only prefills or only decodes."""
     root = artifact.root
     findings = [] if elsewhere else _findings(engine, artifact, target, given)
     findings = [f for f in findings if machines == 1 or f.name not in OF_ALL_RANKS]
     if engine.needs.no_tokenizer in given:
         findings = [f for f in findings if f.name != "tokenizer"]
+    if is_half and not elsewhere:
+        findings += engine.half_findings(Machine(), target)
     problems = [f"{f.name}: {f.found}; needed: {f.needed}.  {f.hint}" for f in findings]
     problems += engine.problems(artifact, target, given)
+    problems += engine.half_problems(target, given, elsewhere) if is_half else []
     if not problems:
         return
     damaged = any(f.name in ("artifact", "file", "weights") or f.name.startswith("graphs") for f in findings)

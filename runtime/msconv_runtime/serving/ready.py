@@ -40,6 +40,7 @@ def first_request(url: str, model: str, root: Path, has_tokenizer: bool = True, 
 
 
 def ready_lines(url: str, request: str, ui: bool) -> list[str]:
-    """Lines for people, the first with the address."""
+    """Lines for people, the first with the address.  `request`: "" for a server that nobody asks directly."""
+    asked = [f"  try:   {request}"] if request else []
     chat = [f"  chat:  {url}{CHAT}"] if ui else []
-    return [f"msconv: ready at {url}", f"  try:   {request}", *chat, f"  proof: {url}{PROOF}"]
+    return [f"msconv: ready at {url}", *asked, *chat, f"  proof: {url}{PROOF}"]

@@ -85,6 +85,7 @@ class Refused:
 LOADS = "msconv loads the weights, as the artifact has them"
 PLACED = "experts are where `msconv convert --ep` put them"
 POOL = "the graphs take SGLang's plain pool of keys and values, on the device"
+HALF = "`msconv serve --disaggregation prefill` or `decode`, before the --, gives SGLang this flag"
 GATE = "its requests would not pass msconv's list of endpoints"
 LAYOUT = "the artifact's ranks are those of tp and ep"
 TORCH = "the model is a MindSpore graph, without torch modules"
@@ -165,7 +166,8 @@ REFUSED = (
         "--prefill-only-disable-kv-cache --radix-cache-backend",
         POOL,
     ),
-    Refused("--disaggregation-mode", POOL, ("null",)),
+    Refused("--disaggregation-mode", HALF, ("null",)),
+    Refused("--disaggregation-transfer-backend --disaggregation-bootstrap-port", HALF),
     Refused("--disaggregation-* --enable-pd-role-switch --enable-pdmux --pdmux-config-path", POOL),
     Refused("--tokenizer-worker-num", GATE, ("1",)),
     Refused(

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 
 from .. import __version__
 from ..artifact import Artifact
-from ..doctor import Beside, Needs, Package, Variable
+from ..doctor import Beside, Finding, Machine, Needs, Package, Variable
 from ..doctor.findings import NPU, SERVE
 from ..kv_pool import Pool
 from ..serving.engine import Engine
+from ..serving.halves import Half
 from ..serving.nodes import Nodes
 from ..targets import Target
 from ..versions import SGLANG
-from . import flags
+from . import flags, halves
 from .accepted import untried
 from .environment import server_environment
 from .keys import hide_words
@@ -101,6 +102,18 @@ class SGLang(Engine):
 
     def drafts(self, given: Mapping[str, str]) -> list[Artifact]:
         return drafts(given)
+
+    def half_flags(self, half: Half, target: Target) -> dict[str, str]:
+        return halves.half_flags(half, target)
+
+    def half_environment(self, target: Target, host: str) -> dict[str, str]:
+        return halves.half_environment(target, host)
+
+    def half_findings(self, machine: Machine, target: Target) -> list[Finding]:
+        return list(halves.half_findings(machine, target))
+
+    def half_problems(self, target: Target, given: Mapping[str, str], elsewhere: bool) -> list[str]:
+        return halves.half_problems(target, given, elsewhere)
 
     def notes(self, target: Target, given: Mapping[str, str]) -> list[str]:
         return speculation_notes(target, given)

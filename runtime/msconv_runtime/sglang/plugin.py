@@ -18,6 +18,7 @@ from typing import Any
 
 from ..artifact import Artifact, is_artifact
 from ..roles import gives_all_logits
+from ..serving.halves import MODES
 from ..serving.pages import Pages
 from ..serving.proof import proof_of
 from ..serving.ready import address, first_request, ready_lines
@@ -29,9 +30,11 @@ from .asked import in_clients_words
 from .configuration import refuse_other
 from .draft_attention import attend_in_extend, attend_in_steps
 from .endpoints import ENDPOINTS, Gate
+from .halves import next_address, next_steps
 from .keys import hide_fields, hide_text, hide_words
 from .requests import check_answers, check_request
 from .stop_regex import searched, searched_tokens
+from .transfer import ask_of_prefill, fail_refused, tell_identity
 
 PACKAGE = "msconv_runtime.sglang"
 SLOT = "MindSporeForCausalLM"  # the class that SGLang looks for under --model-impl mindspore
@@ -41,6 +44,7 @@ RUNNING = "sglang.srt.managers.schedule_batch.Req"
 AUTH = "sglang.srt.utils.auth"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 WEIGHTS_FROM = ("disk", "tensor", "distributed", "ipc")
+TRANSFER = "sglang.srt.disaggregation"
 DRAFT_BACKENDS = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 logger = logging.getLogger(__name__)
 
@@ -92,6 +96,9 @@ def _changes(kind: Any) -> list[tuple[str, Callable[..., Any], Any]]:
         (f"{DRAFT_BACKENDS}.create_decode_backend", attend_in_steps, kind.AROUND),
         (f"{DRAFT_BACKENDS}.create_draft_extend_backend", attend_in_extend, kind.AROUND),
         (f"{CONFIGURATOR}._build_ascend_mla_kv_pool", _build_one_latent, kind.AROUND),
+        (f"{TRANSFER}.common.conn.CommonKVManager.__init__", _tell_identity, kind.BEFORE),
+        (f"{TRANSFER}.common.conn.CommonKVManager.try_ensure_parallel_info", ask_of_prefill, kind.AROUND),
+        (f"{TRANSFER}.decode.DecodePreallocQueue._ensure_prefill_info", fail_refused, kind.AROUND),
         (f"{MANAGER}._validate_one_request", _refuse_request, kind.BEFORE),
         (f"{RUNNING}._stop_match_tail_len", _search_few_tokens, kind.AFTER),
         (f"{RUNNING}.tail_str", _search_the_end, kind.AFTER),
@@ -212,6 +219,10 @@ def _load_beside(
     pool.populate_reserved()
 
 
+def _tell_identity(manager: Any, args: Any, mode: Any, server_args: Any, *rest: Any, **more: Any) -> None:
+    tell_identity(args, mode, server_args)
+
+
 def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
     """A 400 to the client for what the graphs cannot answer: it would end the process that runs them, or be
     missing from the answer."""
@@ -281,14 +292,21 @@ def _say_ready(result: None, server_args: Any, *args: Any, **kwargs: Any) -> Non
     if not up or not _is_served(server_args.model_path):
         return
     url, name = address(server_args.host, server_args.port), server_args.served_model_name
+    mode = server_args.disaggregation_mode
+    is_half = mode in MODES
     request = first_request(
-        url,
+        next_address(mode, url, server_args.port) if is_half else url,
         name,
         Path(server_args.model_path),
         not server_args.skip_tokenizer_init,
         bool(server_args.api_key or server_args.admin_api_key),
     )
-    print("\n".join(ready_lines(url, request, Settings.read().ui)), file=sys.stderr, flush=True)
+    lines = ready_lines(url, "" if is_half else request, Settings.read().ui)
+    if is_half:
+        lines[1:1] = next_steps(
+            mode, server_args.model_path, url, server_args.port, server_args.disaggregation_bootstrap_port, request
+        )
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _running() -> list[str]:
