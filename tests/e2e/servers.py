@@ -112,12 +112,18 @@ def expected(model: Any, ids: list[int], new: int = NEW_TOKENS) -> list[int]:
     return found
 
 
-@contextmanager
-def serving(artifact: Path, log_path: Path, *sglang_args: str, options: tuple[str, ...] = ()) -> Iterator[Server]:
-    """`msconv serve`, with more of its own `options`, on a free port until the block ends."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    artifact: Path, log_path: Path, *sglang_args: str, options: tuple[str, ...] = (), port: int = 0
+) -> Iterator[Server]:
+    """`msconv serve`, with more of its own `options`, on a free port or this one, until the block ends."""
+    port = port or free_port()
     own = [str(artifact), "--port", str(port), *options]
     command = [sys.executable, "-m", "msconv", "serve", *own, "--", *sglang_args]
     with log_path.open("wb") as log:
