@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -116,6 +116,17 @@ test-storage: .venv-storage/.installed
 	test -x .venv-storage/bin/python || $(PYTHON) -m venv .venv-storage
 	.venv-storage/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/storage.txt
 	.venv-storage/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+# Prefill and decode by two servers, keys and values by mooncake over TCP: an environment that has it and SGLang's
+# router.  mooncake needs libraries of the system too; a server that lacks them names them.
+test-pd: compiler .venv-pd/.installed
+	.venv-pd/bin/python -m pytest tests/pd
+
+.venv-pd/.installed: requirements/cpu.txt requirements/pd.txt pyproject.toml
+	test -x .venv-pd/bin/python || $(PYTHON) -m venv .venv-pd
+	.venv-pd/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/pd.txt
+	.venv-pd/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
 # The wheel in environments of its own, beside SGLang and what it pins; hadolint over docker/, systemd and Kubernetes'

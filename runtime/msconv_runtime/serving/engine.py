@@ -92,6 +92,10 @@ class Engine(ABC):
         """Why the user's flags do not go with such a server."""
         return []
 
+    def half_notes(self, target: Target) -> list[str]:
+        """What a user must know of such servers before they start."""
+        return []
+
     def notes(self, target: Target, given: Mapping[str, str]) -> list[str]:
         """What the engine does otherwise than the user's flags let one expect."""
         return []

@@ -78,4 +78,5 @@ def plan_launch(
     environment |= engine.half_environment(chosen, host) if half else {}
     argv += extra
     untried, notes = tuple(engine.untried(given)), tuple(engine.notes(chosen, given))
+    notes += tuple(engine.half_notes(chosen)) if half else ()
     return Launch(argv, environment, chosen, untried, tuple(engine.without_keys(argv)), notes)

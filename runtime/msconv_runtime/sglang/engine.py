@@ -115,6 +115,9 @@ class SGLang(Engine):
     def half_problems(self, target: Target, given: Mapping[str, str], elsewhere: bool) -> list[str]:
         return halves.half_problems(target, given, elsewhere)
 
+    def half_notes(self, target: Target) -> list[str]:
+        return halves.half_notes(target)
+
     def notes(self, target: Target, given: Mapping[str, str]) -> list[str]:
         return speculation_notes(target, given)
 

@@ -96,14 +96,25 @@ def half_problems(target: Target, given: Mapping[str, str], elsewhere: bool) -> 
     return problems
 
 
+def half_notes(target: Target) -> list[str]:
+    if not target.device.is_host:
+        return ["--disaggregation on an NPU was written from SGLang's source; nobody has run it."]
+    return [
+        "mooncake listens at all addresses, whatever --host says, and asks nobody who he is: keep others away."
+    ]
+
+
 def _has_mooncake_for_ascend(environ: Mapping[str, str]) -> bool:
     return environ.get(WITH_MOONCAKE, "") in TRUE
 
 
-def next_steps(mode: str, root: str, own: str, port: int, bootstrap_port: int, request: str) -> list[str]:
+def next_steps(
+    mode: str, root: str, own: str, port: int, bootstrap_port: int, request: str, more: str = ""
+) -> list[str]:
     """Lines for people: the other server, the router in front of both, and a request to it.
 
-    `own`: this server's address.  `request`: a curl command for the router's address, `next_address`.
+    `own`: this server's address.  `request`: a curl command for the router's address, `next_address`.  `more`:
+    SGLang's flags that the other server needs too.
     """
     prefill, decode = (own, _other(own, port, 1)) if mode == "prefill" else (_other(own, port, -1), own)
     router = next_address(mode, own, port)
@@ -111,7 +122,7 @@ def next_steps(mode: str, root: str, own: str, port: int, bootstrap_port: int, r
     lines = []
     if mode == "prefill":
         other = f"msconv serve {shlex.quote(root)} --disaggregation decode --port {port + 1}"
-        lines.append(f"  next:   {other}{_named(bootstrap_port)}")
+        lines.append(f"  next:   {other}{_named(bootstrap_port)}{more and f' -- {more}'}")
     else:
         lines.append(f"  needs:  a prefill server of the same artifact; here it is taken to be at {prefill}")
     command = (

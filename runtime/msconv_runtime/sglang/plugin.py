@@ -30,6 +30,7 @@ from .asked import in_clients_words
 from .configuration import refuse_other
 from .draft_attention import attend_in_extend, attend_in_steps
 from .endpoints import ENDPOINTS, Gate
+from .flags import NO_TOKENIZER
 from .halves import next_address, next_steps
 from .keys import hide_fields, hide_text, hide_words
 from .requests import check_answers, check_request
@@ -303,9 +304,9 @@ def _say_ready(result: None, server_args: Any, *args: Any, **kwargs: Any) -> Non
     )
     lines = ready_lines(url, "" if is_half else request, Settings.read().ui)
     if is_half:
-        lines[1:1] = next_steps(
-            mode, server_args.model_path, url, server_args.port, server_args.disaggregation_bootstrap_port, request
-        )
+        more = NO_TOKENIZER if server_args.skip_tokenizer_init else ""
+        bootstrap = server_args.disaggregation_bootstrap_port
+        lines[1:1] = next_steps(mode, server_args.model_path, url, server_args.port, bootstrap, request, more)
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

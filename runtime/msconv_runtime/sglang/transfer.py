@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Artifact, digest_bytes, is_artifact
+from ..artifact import Artifact, is_artifact
 from ..serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,9 @@ _refused: dict[str, str] = {}  # why a prefill server, by its bootstrap address,
 def identity(path: str, target: str) -> str:
     """What two servers must have in common: weights, configuration, and the target, whose graphs lay out the
     cache."""
-    artifact = Artifact(Path(path))
-    weights = artifact.manifest.weights
-    return f"msconv {weights.digest if weights else ''} {digest_bytes(artifact.config_bytes())} {target}"
+    manifest = Artifact(Path(path)).manifest
+    weights = manifest.weights.digest if manifest.weights else "none"
+    return f"msconv {weights} {manifest.model.config_digest} {target}"
 
 
 def own_identity() -> str:
