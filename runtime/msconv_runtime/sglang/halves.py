@@ -88,7 +88,7 @@ def half_problems(target: Target, given: Mapping[str, str], elsewhere: bool) -> 
     for flag in COPIES:
         if given.get(flag, "1") != "1":
             problems.append(f"{flag} {given[flag]}: each of the two servers is one copy.  Start several of them")
-    if "--disable-radix-cache" not in given and given.get("--enable-mixed-chunk") is not None:
+    if "--enable-mixed-chunk" in given:
         problems.append("--enable-mixed-chunk: no server does both, prompts and further tokens.  Leave it out")
     store = _has_mooncake_for_ascend(os.environ) or STORE in os.environ
     if not target.device.is_host and not elsewhere and not store:
