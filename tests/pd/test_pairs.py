@@ -90,25 +90,25 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
-def made(kind: str, directory: Path) -> Path:
+def made(kind: str, directory: Path, tp: int = 1) -> Path:
     checkpoint = directory / "checkpoint"
     if kind == "qwen3":
         make_qwen3(checkpoint, initializer_range=0.2, max_position_embeddings=512)
         add_tokenizer(checkpoint)
     else:
         make_deepseek_v3(checkpoint)
-    return make_artifact(checkpoint, directory / "artifact")
+    return make_artifact(checkpoint, directory / "artifact", tp)
 
 
 def vocabulary_of(artifact: Path) -> int:
     return int(json.loads((artifact / "config.json").read_text())["vocab_size"])
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "deepseek_v3"])
-def test_a_pair_gives_one_servers_tokens(kind: str, qwen3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "tp"), [("qwen3", 1), ("deepseek_v3", 1), ("qwen3", 2)])
+def test_a_pair_gives_one_servers_tokens(kind: str, tp: int, qwen3: Path, tmp_path: Path) -> None:
     """Sixteen prompts alone and at once, a quarter of which share a prefix.  Of latent attention too, whose cache
     is one array a layer."""
-    artifact = qwen3 if kind == "qwen3" else made(kind, tmp_path)
+    artifact = qwen3 if (kind, tp) == ("qwen3", 1) else made(kind, tmp_path, tp)
     flags = () if kind == "qwen3" else ("--skip-tokenizer-init",)
     prompts = make_prompts(vocabulary_of(artifact))
     with serving(artifact, tmp_path / "whole.log", *flags) as server:
