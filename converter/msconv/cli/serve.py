@@ -44,6 +44,14 @@ def _nodes(nnodes: int, node_rank: int, dist_init_addr: str | None) -> Nodes:
     return Nodes(nnodes, node_rank, dist_init_addr)
 
 
+address_options = grouped(
+    "address",
+    lambda host, port: (host, port),
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    click.option(
+        "--port", default=30000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on."
+    ),
+)
 settings_options = grouped(
     "settings",
     _settings,
@@ -100,8 +108,7 @@ half_options = grouped(
     help="Where it runs.  [default: this machine's]",
 )
 @click.option("--target", shell_complete=complete_targets, help="Whose graphs, if there are several for an NPU.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=30000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
+@address_options
 @settings_options
 @nodes_options
 @half_options
@@ -112,8 +119,7 @@ def command(
     artifact: Path | None,
     device: str | None,
     target: str | None,
-    host: str,
-    port: int,
+    address: tuple[str, int],
     settings: Settings,
     nodes: Nodes,
     half: Half | None,
@@ -138,7 +144,7 @@ def command(
     compare_layout(opened.manifest)
     device = device or usual_device(opened, target, print_command)
     flags = with_serve_flags(device, extra)
-    launch = plan_launch(root, device, host, port, flags, settings, nodes, print_command, target, half=half)
+    launch = plan_launch(root, device, *address, flags, settings, nodes, print_command, target, half=half)
     for flag in launch.untried:
         say(f"{flag}: nobody has tried this flag with an artifact; it is passed on.")
     for note in launch.notes:
@@ -149,9 +155,9 @@ def command(
         return
     show(Result(data))
     _warn(opened, launch.target)
-    refuse_taken(host, port)
+    refuse_taken(*address)
     if half is not None and half.mode == "prefill":
-        refuse_taken(host, half.bootstrap_port, "--bootstrap-port")
+        refuse_taken(address[0], half.bootstrap_port, "--bootstrap-port")
     say(launch.shell(hide_keys=True))
     sys.stdout.flush()
     sys.stderr.flush()
