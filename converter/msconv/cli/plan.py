@@ -21,6 +21,9 @@ from .options import Size, grouped
 from .phases import in_words
 from .references import convert_command
 from .result import Result, json_option, show
+from .roofline import RooflineOptions, bound_layout, roofline_options
+from .roofline import data as roofline_data
+from .roofline import lines as roofline_lines
 
 if TYPE_CHECKING:
     from ..steps.estimate import Estimate
@@ -56,8 +59,9 @@ device_options = grouped(
     "Where it would be written: that disk is tried.",
 )
 @device_options
+@roofline_options
 @json_option
-def command(layout: LayoutOptions, device: DeviceOptions) -> None:
+def command(layout: LayoutOptions, device: DeviceOptions, bounds: RooflineOptions) -> None:
     """Say what a conversion would cost, and what the model needs on a device.
 
     Reads headers only, and config.json alone if the weights are not there yet.
@@ -66,9 +70,11 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
     msconv plan Qwen3-32B                            the recipe, against its devices
     msconv plan models/Qwen3-32B --tp 8
     msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
+    msconv plan Qwen3-32B --roofline 910B3           the least time a token could take there
     """
     from ..steps.estimate import estimate
 
+    asked = bounds.asked(device.context, device.batch)
     planned = estimate(
         _location(layout),
         layout.tp,
@@ -86,10 +92,15 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
     )
     for note in planned.checkpoint.notes:
         say(note)
+    data, lines = _data(planned, device), [*_costs(planned, layout.num_jobs), *_needs(planned, device)]
+    if asked is not None:
+        found = bound_layout(planned, layout.model, asked)
+        data["roofline"] = roofline_data(found, asked)
+        lines += roofline_lines(found, asked)
     show(
         Result(
-            _data(planned, device),
-            "\n".join([*_costs(planned, layout.num_jobs), *_needs(planned, device)]),
+            data,
+            "\n".join(lines),
             next=_following(planned, layout, device),
         )
     )
