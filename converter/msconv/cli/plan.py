@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from msconv_runtime.artifact import is_artifact
 from msconv_runtime.errors import MsconvError
 from msconv_runtime.units import human_bytes
 
@@ -21,7 +23,7 @@ from .options import Size, grouped
 from .phases import in_words
 from .references import convert_command
 from .result import Result, json_option, show
-from .roofline import RooflineOptions, bound_layout, roofline_options
+from .roofline import RooflineOptions, bound_artifact, bound_layout, roofline_options
 from .roofline import data as roofline_data
 from .roofline import lines as roofline_lines
 
@@ -70,11 +72,15 @@ def command(layout: LayoutOptions, device: DeviceOptions, bounds: RooflineOption
     msconv plan Qwen3-32B                            the recipe, against its devices
     msconv plan models/Qwen3-32B --tp 8
     msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
-    msconv plan Qwen3-32B --roofline 910B3           the least time a token could take there
+    msconv plan Qwen3-32B --roofline 910B3           the least time that a token could take there
+    msconv plan artifacts/Qwen3-8B-tp4 --tp 4 --roofline 910B3       of the artifact's own graphs
     """
     from ..steps.estimate import estimate
 
     asked = bounds.asked(device.context, device.batch)
+    if asked is not None and is_artifact(Path(layout.model)):
+        show(bound_artifact(Path(layout.model), layout.tp, layout.ep, asked))
+        return
     planned = estimate(
         _location(layout),
         layout.tp,
@@ -94,7 +100,7 @@ def command(layout: LayoutOptions, device: DeviceOptions, bounds: RooflineOption
         say(note)
     data, lines = _data(planned, device), [*_costs(planned, layout.num_jobs), *_needs(planned, device)]
     if asked is not None:
-        found = bound_layout(planned, layout.model, asked)
+        found = bound_layout(planned, asked)
         data["roofline"] = roofline_data(found, asked)
         lines += roofline_lines(found, asked)
     show(

@@ -11,6 +11,7 @@ import click
 from msconv_runtime.units import human_bytes
 
 from .options import grouped
+from .result import Result
 
 if TYPE_CHECKING:
     from ..steps.estimate import Estimate
@@ -47,7 +48,7 @@ roofline_options = grouped(
     click.option(
         "--roofline",
         metavar="DEVICE",
-        help="Bounds of what the layout's graphs could do on a device, from published figures: 910B2, 910C, 310P.  "
+        help="Bounds of what the layout's graphs could do on a device, from published figures: 910B2, 910C.  "
         "Measures nothing.",
     ),
     click.option(
@@ -66,11 +67,21 @@ roofline_options = grouped(
 )
 
 
-def bound_layout(planned: Estimate, model: str, asked: Asked) -> Roofline:
-    """Read or make the graphs and bound them."""
+def bound_layout(planned: Estimate, asked: Asked) -> Roofline:
+    """Make the planned layout's graphs and bound them."""
     from ..steps.roofline import roofline
 
-    return roofline(planned, Path(model), asked)
+    return roofline(planned, asked)
+
+
+def bound_artifact(root: Path, tp: int, ep: int, asked: Asked) -> Result:
+    """The answer for an artifact: only its graphs are looked at."""
+    from ..layout.cuts import make_mesh
+    from ..steps.roofline import roofline_of_artifact
+
+    found = roofline_of_artifact(root, make_mesh(tp, ep), asked)
+    about = {"model": str(root), "context": asked.context, "batch": asked.sequences}
+    return Result({**about, "roofline": data(found, asked)}, "\n".join(lines(found, asked)))
 
 
 def data(found: Roofline, asked: Asked) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""What a MindIR consists of, node by node: kinds, types and shapes of results, whole-number constants.  Read without
-MindSpore and without torch; nothing is executed, and the bytes are held against nothing (mindir_check does that).
+"""What a MindIR consists of, node by node: kinds, types and shapes of results, whole-number constants.  Read
+without MindSpore and without torch; nothing is executed.  Whether msconv would make it, mindir_check says.
 """
 
 from __future__ import annotations

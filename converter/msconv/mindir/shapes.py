@@ -1,4 +1,4 @@
-"""The shape of every value of a graph for one batch: free dimensions of an outline, filled in from its inputs on."""
+"""The shape of every value of a graph for one batch: free dimensions of an outline, filled in from its inputs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _result(
 
 
 def _filled(shape: Shape, given: Sequence[Shape]) -> Shape:
-    """Free dimensions from the inputs': of those with as many dimensions the largest, else the first input's rows."""
+    """Free dimensions: the largest of inputs with as many dimensions, or the rows of the first input."""
     alike = [g for g in given if len(g) == len(shape)]
     rows = given[0][0] if given and given[0] else -1
     return tuple(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,15 +14,11 @@ from .outline import Outline, Step
 from .shapes import Batch, Shape, item_bytes, shapes, weights_of
 
 # Nodes that start nothing on a device: views, constants, order, and numbers that the host keeps.
-NOT_LAUNCHED = frozenset(
-    """Constant Load Depend UpdateState MakeTuple TupleGetItem Reshape ExpandDims Shape TensorToTuple TensorToScalar
-    ScalarMul ScalarSub""".split()
-)
+VIEWS = ("Constant", "Load", "Depend", "UpdateState", "MakeTuple", "TupleGetItem", "Reshape", "ExpandDims")
+ON_THE_HOST = ("Shape", "TensorToTuple", "TensorToScalar", "ScalarMul", "ScalarSub")
 THROUGH = ("Load", "Reshape", "MakeTuple", "Depend", "TupleGetItem")  # what a weight is still a weight behind
 COLLECTIVES = ("AllReduce", "AllGather")
-PRODUCTS = ("MatMul", "BatchMatMul", "QuantBatchMatmul", "GroupedMatmulV4")
 MLA_WIDTH = 15  # PagedAttention's input that says how wide a latent's values are
-TILE = 128  # of FlashAttentionScore's mask
 BEFORE, AFTER = -1, 1 << 30  # where a node stands that belongs to no layer
 
 Type = Literal["half", "int8"]
@@ -71,8 +67,11 @@ class _Counter:
         """Of a value: all items of a tuple together."""
         return sum(math.prod(s) * b for s, b in zip(self.shapes[name], self.items[name], strict=False))
 
+    def type_of(self, matrix: str) -> Type:
+        return "int8" if self.items[matrix][0] == 1 else "half"
+
     def work(self, step: Step, layer: int) -> Work:
-        if step.kind in NOT_LAUNCHED:
+        if step.kind in VIEWS or step.kind in ON_THE_HOST:
             return Work(step.kind, layer)
         if step.kind in COLLECTIVES:
             moved = self.nbytes(step.output if step.kind == "AllGather" else step.inputs[0])
@@ -80,39 +79,34 @@ class _Counter:
         read = [n for n in dict.fromkeys(step.inputs) if self.shapes.get(n) and self.items.get(n)]
         activations = sum(self.nbytes(n) for n in read if n not in self.weights) + self.nbytes(step.output)
         weights: float = sum(self.nbytes(n) for n in read if n in self.weights)
-        special = getattr(self, f"_{step.kind}", None)
-        if special is not None:
-            return special(step, layer, weights, activations)  # type: ignore[no-any-return]
+        if step.kind in SPECIAL:
+            return SPECIAL[step.kind](self, step, layer, weights, activations)
         return Work(step.kind, layer, 1, weights, 0, activations)
 
-    def _product(self, step: Step, layer: int, weights: float, activations: float) -> Work:
+    def product(self, step: Step, layer: int, weights: float, activations: float) -> Work:
         inner = self.shapes[step.inputs[0]][0][-1]
         operations = 2.0 * inner * math.prod(self.shapes[step.output][0])
-        number = "int8" if self.items[step.inputs[1]][0] == 1 else "half"
-        return Work(step.kind, layer, 1, weights, 0, activations, operations, number)  # type: ignore[arg-type]
+        return Work(step.kind, layer, 1, weights, 0, activations, operations, self.type_of(step.inputs[1]))
 
-    _MatMul = _BatchMatMul = _QuantBatchMatmul = _product
-
-    def _GroupedMatmulV4(self, step: Step, layer: int, weights: float, activations: float) -> Work:
+    def grouped(self, step: Step, layer: int, weights: float, activations: float) -> Work:
         rows, inner = self.shapes[step.inputs[0]][0]
         here, _, outer = self.shapes[step.inputs[1]][0]
         of_all = self.experts or Experts(here)
         reached = of_all.reached(here, rows, self.batch.tokens)
         operations = 2.0 * rows * here / of_all.count * inner * outer
-        number = "int8" if self.items[step.inputs[1]][0] == 1 else "half"
-        return Work(step.kind, layer, 1, weights * reached / here, 0, activations, operations, number)  # type: ignore[arg-type]
+        number = self.type_of(step.inputs[1])
+        return Work(step.kind, layer, 1, weights * reached / here, 0, activations, operations, number)
 
-    def _Gather(self, step: Step, layer: int, weights: float, activations: float) -> Work:
+    def gather(self, step: Step, layer: int, weights: float, activations: float) -> Work:
         """Only the rows that are looked up are read."""
-        return Work(
-            step.kind, layer, 1, self.nbytes(step.output) if weights else 0, 0, 2 * self.nbytes(step.output)
-        )
+        rows = self.nbytes(step.output)
+        return Work(step.kind, layer, 1, rows if weights else 0, 0, rows if weights else 2 * rows)
 
-    def _ReshapeAndCache(self, step: Step, layer: int, weights: float, activations: float) -> Work:
+    def write(self, step: Step, layer: int, weights: float, activations: float) -> Work:
         rows = sum(self.nbytes(n) for n in step.inputs[:2] if self.shapes.get(n))
         return Work(step.kind, layer, 1, 0, rows, rows)
 
-    def _PagedAttention(self, step: Step, layer: int, weights: float, activations: float) -> Work:
+    def paged(self, step: Step, layer: int, weights: float, activations: float) -> Work:
         """Reads the cache of every sequence once; of a latent keys and values are the same bytes."""
         query, keys, values = (self.shapes[n][0] for n in step.inputs[:3])
         width, item = keys[-1], self.items[step.inputs[1]][0]
@@ -125,12 +119,24 @@ class _Counter:
         cache = self.batch.sequences * self.batch.context * read * item
         return Work(step.kind, layer, 1, 0, cache, moved, operations)
 
-    def _FlashAttentionScore(self, step: Step, layer: int, weights: float, activations: float) -> Work:
+    def flash(self, step: Step, layer: int, weights: float, activations: float) -> Work:
         """New sequences: each token looks at those before it.  The padding of narrower values is computed too."""
         query = self.shapes[step.inputs[0]][0]
         operations = 2.0 * 2 * query[-1] * self.batch.seen
         moved = sum(self.nbytes(n) for n in step.inputs[:3]) + self.nbytes(step.inputs[0])
         return Work(step.kind, layer, 1, 0, 0, moved, operations)
+
+
+SPECIAL: dict[str, Callable[[_Counter, Step, int, float, float], Work]] = {
+    "MatMul": _Counter.product,
+    "BatchMatMul": _Counter.product,
+    "QuantBatchMatmul": _Counter.product,
+    "GroupedMatmulV4": _Counter.grouped,
+    "Gather": _Counter.gather,
+    "ReshapeAndCache": _Counter.write,
+    "PagedAttention": _Counter.paged,
+    "FlashAttentionScore": _Counter.flash,
+}
 
 
 def works(outline: Outline, batch: Batch, experts: int, mask: Shape = (1, 1)) -> list[Work]:
@@ -163,8 +169,8 @@ def _layer_of(weight: str) -> int:
 
 @dataclass(frozen=True)
 class Total:
-    """Work of a whole graph.  `half_operations`, `int8_operations`: by the type that is multiplied.  `collectives`:
-    (kind, bytes) and how often it comes.  `kinds`: launched nodes by their kind."""
+    """Work of a whole graph.  `half_operations`, `int8_operations`: by the type that is multiplied.
+    `collectives`: (kind, bytes) and how often it comes.  `kinds`: launched nodes by their kind."""
 
     nodes: int = 0
     launches: int = 0

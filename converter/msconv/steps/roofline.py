@@ -1,7 +1,7 @@
 """What a device could do at best: bounds of a layout's graphs, from a device's published figures.
 
-Graphs are an artifact's own, or made from config.json without weights.  Of those no more layers are made than there
-are kinds of layers, and two: the others are the same nodes again, which a test compares with whole graphs.
+Graphs are an artifact's own, or made from config.json without weights.  Those are made of the first layers only,
+two or as many as have every kind of layer: the others are the same nodes again, as a test finds with whole graphs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from msconv_runtime.artifact import Artifact, is_artifact
+from msconv_runtime.artifact import Artifact
 from msconv_runtime.errors import UsageError
 from msconv_runtime.roles import DECODE, PREFILL, ROLES, VERIFY, Role
 from msconv_runtime.targets import Figures, Target, figures_named
@@ -54,8 +54,8 @@ class Asked:
             raise UsageError("--draft-tokens and --accept-length go together.", "Give both, or none.")
         if self.draft_tokens and not 1 <= self.accept_length <= self.draft_tokens:
             raise UsageError(
-                f"--accept-length {self.accept_length}: a step that verifies {self.draft_tokens} tokens gives 1 to "
-                f"{self.draft_tokens}.",
+                f"--accept-length {self.accept_length}: a step that verifies {self.draft_tokens} tokens gives 1 "
+                f"to {self.draft_tokens}.",
                 "The server's log and its metrics say the accepted length.",
             )
         if self.draft_tokens > self.context:
@@ -110,16 +110,22 @@ class Graphs:
     made: bool
 
 
-def roofline(planned: Estimate, root: Path | None, asked: Asked) -> Roofline:
-    """Bounds of the layout that was planned; of an artifact's own graphs if `root` is one.  Raises UsageError for a
-    device that is not known, EnvironmentProblem where graphs must be made and MindSpore is missing."""
+def roofline(planned: Estimate, asked: Asked) -> Roofline:
+    """Bounds of the layout that was planned.  Raises UsageError for a device that is not known, EnvironmentProblem
+    if MindSpore, which makes the graphs, is missing."""
     target, figures = figures_named(asked.device)
-    roles = (PREFILL, VERIFY if asked.draft_tokens else DECODE)
-    if root is not None and is_artifact(root):
-        graphs = graphs_of_artifact(Artifact(root), target, planned.plan.mesh, roles)
-    else:
-        graphs = made_graphs(planned, target, roles)
+    return bounds_of(made_graphs(planned, target, _roles(asked)), target, figures, asked)
+
+
+def roofline_of_artifact(root: Path, mesh: Mesh, asked: Asked) -> Roofline:
+    """Bounds of an artifact's own graphs.  Raises UsageError if its layout is not `mesh`, or it has none."""
+    target, figures = figures_named(asked.device)
+    graphs = graphs_of_artifact(Artifact(root), target, mesh, _roles(asked))
     return bounds_of(graphs, target, figures, asked)
+
+
+def _roles(asked: Asked) -> tuple[Role, ...]:
+    return PREFILL, VERIFY if asked.draft_tokens else DECODE
 
 
 def bounds_of(graphs: Graphs, target: Target, figures: Figures, asked: Asked) -> Roofline:
@@ -155,7 +161,7 @@ def counted(graphs: Graphs, role: Role, batch: Batch, mask: tuple[int, int] = (1
 
 
 def graphs_of_artifact(artifact: Artifact, target: Target, mesh: Mesh, roles: tuple[Role, ...]) -> Graphs:
-    """An artifact's compiled graphs.  Raises UsageError for another layout, or where it has none for the target."""
+    """An artifact's compiled graphs.  Raises UsageError for another layout, or if it has none for the target."""
     if (artifact.tp, artifact.ep) != (mesh.tp, mesh.ep):
         raise UsageError(
             f"{artifact.root}: is an artifact of tp {artifact.tp}, ep {artifact.ep}.",
@@ -175,8 +181,8 @@ def graphs_of_artifact(artifact: Artifact, target: Target, mesh: Mesh, roles: tu
 
 
 def made_graphs(planned: Estimate, target: Target, roles: tuple[Role, ...]) -> Graphs:
-    """Graphs of a checkpoint, or of a configuration, in the planned layout: as `compile` makes them, but for layers
-    that are the same as one before."""
+    """Graphs of a checkpoint, or of a configuration, in the planned layout: as `compile` makes them, but for
+    layers that are the same as one before."""
     config, plan = planned.checkpoint.config, planned.plan
     if config.eagle is not None:
         raise UsageError(f"{planned.checkpoint.name}: drafts for another model.", "Give that model.")

@@ -140,7 +140,8 @@ class Target:
     `prefill_reads_cache`: the prefill graph attends to what earlier calls cached.  `decode_min_sequences`: fewer
     run faster in the prefill graph, unless the two differ in their experts or in latent attention.  `chip`: what
     CANN calls the device, and its version.  `cumulative_counts`: its sort of tokens by expert gives where those of
-    each end, not how many they are.  `token_scales`: its products of int8 take a scale for each token.  `figures`: published speeds of devices that its graphs run on.
+    each end, not how many they are.  `token_scales`: its products of int8 take a scale for each token.
+    `figures`: published speeds of devices that its graphs run on.
     """
 
     name: str
