@@ -29,6 +29,7 @@ from .roofline import lines as roofline_lines
 
 if TYPE_CHECKING:
     from ..steps.estimate import Estimate
+    from ..steps.predict import Calibration
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ device_options = grouped(
     "Where it would be written: that disk is tried.",
 )
 @device_options
+@click.option("--predict", is_flag=True, help="Find the time by trying the conversion for some seconds.")
 @roofline_options
 @json_option
-def command(layout: LayoutOptions, device: DeviceOptions, bounds: RooflineOptions) -> None:
+def command(layout: LayoutOptions, device: DeviceOptions, predict: bool, bounds: RooflineOptions) -> None:
     """Say what a conversion would cost, and what the model needs on a device.
 
     Reads headers only, and config.json alone if the weights are not there yet.
@@ -95,6 +97,7 @@ def command(layout: LayoutOptions, device: DeviceOptions, bounds: RooflineOption
         layout.harmless,
         layout.quant,
         not layout.no_drafts,
+        predict,
     )
     for note in planned.checkpoint.notes:
         say(note)
@@ -157,7 +160,8 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
         }
     if plan.sizes.experts:
         rank |= {"experts": plan.sizes.experts // plan.mesh.ep, "expert_bytes": plan.expert_bytes}
-    return {
+    calibrated = {} if e.calibration is None else {"calibration": _calibration(e.calibration)}
+    return calibrated | {
         "model": e.checkpoint.name,
         "family": e.checkpoint.family.name,
         "parameters": plan.parameters,
@@ -178,6 +182,11 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
         "device_memory_bytes": device.device_memory,
         "fits": memory.fits(device.device_memory) if device.device_memory else None,
     }
+
+
+def _calibration(c: Calibration) -> dict[str, Any]:
+    kinds = [{"kind": str(t.kind), "bytes": t.nbytes, "bytes_per_s": round(t.bytes_per_s)} for t in c.tried]
+    return {"startup_s": round(c.startup, 2), "took_s": round(c.took, 2), "kinds": kinds}
 
 
 def _costs(e: Estimate, num_jobs: int) -> list[str]:
@@ -208,7 +217,13 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
         lacks = f"{human_bytes(e.lacking_bytes)} too little" if e.lacking_bytes else "enough"
         lines.append(f"disk        {human_bytes(e.free_bytes)} free where it would be written: {lacks}")
     if e.seconds is not None:
-        lines.append(f"time        about {in_words(max(1, e.seconds))}, as fast as this disk was just now")
+        how = "as fast as this disk was just now"
+        if e.calibration is not None:
+            how = f"by {e.calibration.took:.1f} s of it, tried here"
+        lines.append(f"time        about {in_words(max(1, e.seconds))}, {how}")
+    for t in e.calibration.tried if e.calibration else ():
+        rate = f"{human_bytes(t.bytes_per_s)}/s" if t.bytes_per_s else "not tried, too few"
+        lines.append(f"            {t.kind}: {human_bytes(t.nbytes)} at {rate}")
     return lines
 
 
