@@ -108,9 +108,8 @@ def main() -> None:
             said = verdict(what, predicted, measured)
             wrong |= bool(said)
             form = ",.2f" if what == "seconds" else ",.0f"
-            print(
-                f"{name:12} {what:14} {predicted:>16{form}} {measured:>16{form}} {predicted / measured:6.2f} {said}"
-            )
+            numbers = f"{predicted:>16{form}} {measured:>16{form}} {predicted / measured:6.2f}"
+            print(f"{name:12} {what:14} {numbers} {said}", flush=True)
         shutil.rmtree(args.work, ignore_errors=True)
     sys.exit(wrong)
 

@@ -9,6 +9,7 @@ import pytest
 from msconv.mindir.outline import outline
 from msconv.mindir.shapes import Batch
 from msconv.mindir.work import Total, total, works
+from tests.docs.pages import ROOT
 from tests.exports import MODELS, exported
 from tests.rehearsal.rehearsing import every_layout
 from tests.roofline.counting import Expected, decode, prefill
@@ -85,3 +86,22 @@ def test_int8_matrices_are_a_byte_an_element_and_a_scale_a_row() -> None:
     assert int8.int8_operations == 2 * SEQUENCES * layers * elements
     assert plain.half_operations == int8.half_operations + int8.int8_operations
     assert plain.kv_bytes == int8.kv_bytes
+
+
+LAYERS = [  # of the page's table: the model, its layout, and which layer
+    ("Qwen3", "qwen3", 2, 1, 0),
+    ("Qwen3, int8 (dynamic)", "qwen3 unshifted int8", 2, 1, 0),
+    ("Qwen3-MoE, ep", "qwen3_moe", 2, 2, 0),
+    ("DeepSeek-V3, dense", "deepseek_v3", 4, 2, 0),
+    ("DeepSeek-V3, experts, ep", "deepseek_v3", 4, 2, 1),
+    pytest.param("Qwen3-MoE", "qwen3_moe", 2, 1, 0, marks=every_layout),
+    pytest.param("DeepSeek-V3, experts", "deepseek_v3", 4, 1, 1, marks=every_layout),
+]
+
+
+@pytest.mark.parametrize(("row", "model", "tp", "ep", "layer"), LAYERS)
+def test_a_layer_has_as_many_nodes_as_the_page_says(row: str, model: str, tp: int, ep: int, layer: int) -> None:
+    data, _ = exported(model, "ascend910b", "decode", tp=tp, ep=ep)
+    done = works(outline(data, model), Batch(SEQUENCES, 1, CONTEXT), 16)
+    launched = sum(work.launches for work in done if work.layer == layer)
+    assert f"| {row} | {launched} |" in (ROOT / "docs" / "roofline.md").read_text()
