@@ -221,8 +221,9 @@ def main() -> None:
         for recipe in (r for r in recipes() if r.name in names):
             print("| " + " | ".join(recipe_row(recipe)) + " |")
         return
+    made = tables(say=True)
     page = PAGE.read_text()
-    for name, text in tables(say=True).items():
+    for name, text in made.items():
         old = BEGIN.format(name) + found(page, name) + END
         assert old in page, f"{PAGE}: has no place for {name}"
         page = page.replace(old, BEGIN.format(name) + text + END)

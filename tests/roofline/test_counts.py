@@ -11,8 +11,7 @@ from msconv.mindir.shapes import Batch
 from msconv.mindir.work import Total, total, works
 from tests.docs.pages import ROOT
 from tests.exports import MODELS, exported
-from tests.rehearsal.rehearsing import every_layout
-from tests.roofline.counting import Expected, decode, prefill
+from tests.roofline.counting import Expected, decode, every_layout, prefill
 
 pytestmark = pytest.mark.slow
 

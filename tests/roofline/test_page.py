@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from docs.rooflines import FIGURES, PAGE, figures_rows, found, published_row, recipe_row, recipes
-from tests.rehearsal.rehearsing import every_layout
+from tests.roofline.counting import every_layout
 
 WRITE = "docs/roofline.md is out of date: python -m docs.rooflines"
 BY_NAME = {recipe.name: recipe for recipe in recipes()}
