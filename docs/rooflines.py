@@ -7,21 +7,24 @@ python -m docs.rooflines Qwen3-8B        prints one recipe's row
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from msconv.checkpoint.drafts import with_draft
+from msconv.layout.cuts import make_mesh
+from msconv.layout.model import expected_sources
+from msconv.layout.planning import make_plan
 from msconv.location import LocalDirectory
 from msconv.published import published
+from msconv.quant import format_asked
 from msconv.recipes import SHIPPED, Recipe, read_recipe
-from msconv.steps.estimate import Estimate, estimate
 from msconv.steps.roofline import Asked, Graphs, Phase, bounds_of, made_graphs
 from msconv_runtime.roles import DECODE, PREFILL, VERIFY, Role
 from msconv_runtime.targets import TARGETS, Figures, Target, figures_named
 
 PAGE = Path(__file__).parent / "roofline.md"
-BEGIN, END = "<!-- {}: python -m docs.rooflines -->\n\n", "\n<!-- end -->"
+BEGIN, END = "<!-- {}: python -m docs.rooflines -->\n", "<!-- end -->"
 GIB = 1 << 30
 USUAL = 4096  # tokens of the context, and of the prompt
 FACTOR = 3.0  # beyond which a published figure is said to part from the bound
@@ -117,23 +120,18 @@ def _graphs(
     recipe: Recipe, tp: int, ep: int, quant: str, target: Target, roles: tuple[Role, ...] = (PREFILL, DECODE)
 ) -> Graphs:
     """Made once for all recipes whose graphs are the same: those of 910B and 910C are."""
-    planned, roles = _planned(recipe, tp, ep, quant), tuple(dict.fromkeys(roles))
-    types = sorted((t.name, t.dtype) for t in planned.plan.tensors)
-    facts = replace(target, name="", figures=(), devices=(), chip=None)
-    key = repr((planned.checkpoint.config, planned.plan.mesh, types, facts, roles))
-    if key not in MADE:
-        MADE[key] = made_graphs(planned, target, roles)
-    return MADE[key]
-
-
-def _planned(recipe: Recipe, tp: int, ep: int, quant: str) -> Estimate:
     root = published(recipe.model)
     assert root is not None, f"{recipe.model}: its configuration does not come with msconv"
-    with tempfile.TemporaryDirectory() as place:
-        output = Path(place) / "output"
-        return estimate(
-            LocalDirectory(root), tp, ep, recipe.dtype, output, 1, None, USUAL, 1, None, quant=quant or None
-        )
+    checkpoint = with_draft(LocalDirectory(root).open_configuration(), True)
+    table, sizes = checkpoint.family.table, checkpoint.config.sizes()
+    sources = expected_sources(table, sizes, checkpoint.config.dtype or "bfloat16", quantised=True)
+    plan = make_plan(table, sizes, sources, make_mesh(tp, ep), recipe.dtype, quant=format_asked(quant or None))
+    types = sorted((t.name, t.dtype) for t in plan.tensors)
+    facts = replace(target, name="", figures=(), devices=(), chip=None)
+    key = repr((checkpoint.config, plan.mesh, types, facts, roles))
+    if key not in MADE:
+        MADE[key] = made_graphs(checkpoint.config, plan, target, tuple(dict.fromkeys(roles)))
+    return MADE[key]
 
 
 def _ms(phase: Phase) -> str:
@@ -213,7 +211,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def found(page: str, name: str) -> str:
     """The table of that name as it is on the page."""
-    return page.partition(BEGIN.format(name))[2].partition(END)[0]
+    return page.partition(BEGIN.format(name))[2].partition(END)[0].strip("\n")
 
 
 def main() -> None:
@@ -224,9 +222,10 @@ def main() -> None:
     made = tables(say=True)
     page = PAGE.read_text()
     for name, text in made.items():
-        old = BEGIN.format(name) + found(page, name) + END
-        assert old in page, f"{PAGE}: has no place for {name}"
-        page = page.replace(old, BEGIN.format(name) + text + END)
+        before, begin, rest = page.partition(BEGIN.format(name))
+        _, end, after = rest.partition(END)
+        assert begin and end, f"{PAGE}: has no place for {name}"
+        page = f"{before}{begin}\n{text}\n{end}{after}"
     PAGE.write_text(page)
 
 

@@ -84,7 +84,7 @@ def test_a_few_layers_stand_for_all(model: Path, artifact: Path, tmp_path: Path)
     """Made without weights for the first layers only, the graphs count as the artifact's whole ones."""
     target, _ = figures_named(DEVICE)
     plan = planned(model, tmp_path)
-    made = made_graphs(plan, target, (PREFILL, DECODE, VERIFY))
+    made = made_graphs(plan.checkpoint.config, plan.plan, target, (PREFILL, DECODE, VERIFY))
     whole = graphs_of_artifact(Artifact(artifact), target, plan.plan.mesh, (PREFILL, DECODE, VERIFY))
     assert (len(made.times), len(whole.times)) == (4, 6)
     for role, batch in ((DECODE, Batch(3, 1, 50)), (PREFILL, Batch(1, 40, 40)), (VERIFY, Batch(2, 3, 50))):

@@ -22,6 +22,7 @@ from ..families.config import DecoderConfig
 from ..graph.spec import Local
 from ..graph.toolchain import dumps_in, require
 from ..layout.cuts import Mesh
+from ..layout.plan import Plan
 from ..mindir.bounds import Bound, bound
 from ..mindir.outline import Outline, outline
 from ..mindir.shapes import Batch
@@ -114,7 +115,8 @@ def roofline(planned: Estimate, asked: Asked) -> Roofline:
     """Bounds of the layout that was planned.  Raises UsageError for a device that is not known, EnvironmentProblem
     if MindSpore, which makes the graphs, is missing."""
     target, figures = figures_named(asked.device)
-    return bounds_of(made_graphs(planned, target, _roles(asked)), target, figures, asked)
+    graphs = made_graphs(planned.checkpoint.config, planned.plan, target, _roles(asked))
+    return bounds_of(graphs, target, figures, asked)
 
 
 def roofline_of_artifact(root: Path, mesh: Mesh, asked: Asked) -> Roofline:
@@ -180,12 +182,11 @@ def graphs_of_artifact(artifact: Artifact, target: Target, mesh: Mesh, roles: tu
     return Graphs(outlines, dict.fromkeys(range(config.layers), 1), experts, artifact.tp, made=False)
 
 
-def made_graphs(planned: Estimate, target: Target, roles: tuple[Role, ...]) -> Graphs:
+def made_graphs(config: DecoderConfig, plan: Plan, target: Target, roles: tuple[Role, ...]) -> Graphs:
     """Graphs of a checkpoint, or of a configuration, in the planned layout: as `compile` makes them, but for
-    layers that are the same as one before."""
-    config, plan = planned.checkpoint.config, planned.plan
+    layers that are the same as one before.  Raises UsageError for a draft."""
     if config.eagle is not None:
-        raise UsageError(f"{planned.checkpoint.name}: drafts for another model.", "Give that model.")
+        raise UsageError("A draft of another model has no graphs of its own to bound.", "Give that model.")
     types = {t.name: t.dtype for t in plan.tensors}
     config = replace(config, formats=tuple(dict.fromkeys((*config.formats, *formats_named(plan.quant)))))
     times = repeated(config, types)
