@@ -114,8 +114,8 @@ def published_row(said: Published, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _times(said: Published, phase: Phase) -> str:
-    """How many times the bound a published figure is; apart beyond FACTOR."""
-    factor = said.tpot_ms / 1e3 / (phase.seconds_per_token or math.inf)
+    """How many times the bound, as it is shown, a published figure is; apart beyond FACTOR."""
+    factor = said.tpot_ms / float(f"{(phase.seconds_per_token or math.inf) * 1e3:.3g}")
     return f"{factor:.1f}" + ", apart" * (factor > FACTOR and phase.role == DECODE.name)
 
 
