@@ -201,7 +201,6 @@ def tables(say: bool = False) -> dict[str, str]:
         "drafts",
         "published",
         "bound",
-        "all accepted",
     )
     return {
         "figures": table(heads, list(figures_rows())),
