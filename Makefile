@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-roofline browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -59,6 +59,10 @@ test-digests: setup
 # Graphs of drafts and their hidden states on all targets, and every fault in them; `make test` takes some.
 test-drafts: setup compiler
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_drafts.py tests/verify/test_hidden.py
+
+# The bounds of docs/roofline.md: every layout counted, every recipe's row; `make test` takes some of each.
+test-roofline: setup
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/roofline
 
 # Every published name of a supported model, as a small random one; `make test` takes one of each kind.
 test-names: setup

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from msconv_runtime.artifact import is_artifact
 from msconv_runtime.errors import MsconvError
 from msconv_runtime.units import human_bytes
 
@@ -21,9 +23,13 @@ from .options import Size, grouped
 from .phases import in_words
 from .references import convert_command
 from .result import Result, json_option, show
+from .roofline import RooflineOptions, bound_artifact, bound_layout, roofline_options
+from .roofline import data as roofline_data
+from .roofline import lines as roofline_lines
 
 if TYPE_CHECKING:
     from ..steps.estimate import Estimate
+    from ..steps.predict import Calibration
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,10 @@ device_options = grouped(
     "Where it would be written: that disk is tried.",
 )
 @device_options
+@click.option("--predict", is_flag=True, help="Find the time by trying the conversion for some seconds.")
+@roofline_options
 @json_option
-def command(layout: LayoutOptions, device: DeviceOptions) -> None:
+def command(layout: LayoutOptions, device: DeviceOptions, predict: bool, bounds: RooflineOptions) -> None:
     """Say what a conversion would cost, and what the model needs on a device.
 
     Reads headers only, and config.json alone if the weights are not there yet.
@@ -66,9 +74,15 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
     msconv plan Qwen3-32B                            the recipe, against its devices
     msconv plan models/Qwen3-32B --tp 8
     msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
+    msconv plan Qwen3-32B --roofline 910B3           the least time that a token could take there
+    msconv plan artifacts/Qwen3-8B-tp4 --tp 4 --roofline 910B3       of the artifact's own graphs
     """
     from ..steps.estimate import estimate
 
+    asked = bounds.asked(device.context, device.batch)
+    if asked is not None and is_artifact(Path(layout.model)):
+        show(bound_artifact(Path(layout.model), layout.tp, layout.ep, asked))
+        return
     planned = estimate(
         _location(layout),
         layout.tp,
@@ -83,13 +97,19 @@ def command(layout: LayoutOptions, device: DeviceOptions) -> None:
         layout.harmless,
         layout.quant,
         not layout.no_drafts,
+        predict,
     )
     for note in planned.checkpoint.notes:
         say(note)
+    data, lines = _data(planned, device), [*_costs(planned, layout.num_jobs), *_needs(planned, device)]
+    if asked is not None:
+        found = bound_layout(planned, asked)
+        data["roofline"] = roofline_data(found, asked)
+        lines += roofline_lines(found, asked)
     show(
         Result(
-            _data(planned, device),
-            "\n".join([*_costs(planned, layout.num_jobs), *_needs(planned, device)]),
+            data,
+            "\n".join(lines),
             next=_following(planned, layout, device),
         )
     )
@@ -140,7 +160,8 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
         }
     if plan.sizes.experts:
         rank |= {"experts": plan.sizes.experts // plan.mesh.ep, "expert_bytes": plan.expert_bytes}
-    return {
+    calibrated = {} if e.calibration is None else {"calibration": _calibration(e.calibration)}
+    return calibrated | {
         "model": e.checkpoint.name,
         "family": e.checkpoint.family.name,
         "parameters": plan.parameters,
@@ -161,6 +182,11 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
         "device_memory_bytes": device.device_memory,
         "fits": memory.fits(device.device_memory) if device.device_memory else None,
     }
+
+
+def _calibration(c: Calibration) -> dict[str, Any]:
+    kinds = [{"kind": str(t.kind), "bytes": t.nbytes, "bytes_per_s": round(t.bytes_per_s)} for t in c.tried]
+    return {"startup_s": round(c.startup, 2), "took_s": round(c.took, 2), "kinds": kinds}
 
 
 def _costs(e: Estimate, num_jobs: int) -> list[str]:
@@ -191,7 +217,13 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
         lacks = f"{human_bytes(e.lacking_bytes)} too little" if e.lacking_bytes else "enough"
         lines.append(f"disk        {human_bytes(e.free_bytes)} free where it would be written: {lacks}")
     if e.seconds is not None:
-        lines.append(f"time        about {in_words(max(1, e.seconds))}, as fast as this disk was just now")
+        how = "as fast as this disk was just now"
+        if e.calibration is not None:
+            how = f"by {e.calibration.took:.1f} s of it, tried here"
+        lines.append(f"time        about {in_words(max(1, e.seconds))}, {how}")
+    for t in e.calibration.tried if e.calibration else ():
+        rate = f"{human_bytes(t.bytes_per_s)}/s" if t.bytes_per_s else "not tried, too few"
+        lines.append(f"            {t.kind}: {human_bytes(t.nbytes)} at {rate}")
     return lines
 
 

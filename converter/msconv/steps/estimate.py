@@ -21,9 +21,11 @@ from ..layout.model import expected_sources
 from ..layout.plan import Plan
 from ..layout.planning import make_plan
 from ..location import Location, bytes_to_download
+from ..process import since_start
 from ..quant import format_asked
 from ..stream.execute import plan_memory
 from ..workspace.names import default_output
+from .predict import Calibration, calibrate
 
 PROBE_BYTES, PROBE_STEP, PROBE_S = 64 << 20, 8 << 20, 1.0
 
@@ -34,6 +36,7 @@ class Estimate:
     `lacking_bytes`: more than is free that output and download need, and `lacking_without_source` if the download
     is deleted as it is read.  `smallest_tp` None: no device size was given, or
     nothing fits.  `assumed`: there are no weights yet, shapes come from the configuration.
+    `calibration`: what `seconds` are from, where the conversion was tried.
     `model_kv_bytes_per_token`: without a draft's."""
 
     checkpoint: Checkpoint
@@ -48,6 +51,7 @@ class Estimate:
     free_bytes: int | None = None
     lacking_bytes: int = 0
     lacking_without_source: int = 0
+    calibration: Calibration | None = None
 
 
 def estimate(
@@ -64,8 +68,10 @@ def estimate(
     harmless: Collection[str] = (),
     quant: str | None = None,
     drafts: bool = True,
+    predict: bool = False,
 ) -> Estimate:
-    """Plan without moving anything.  Raises whatever `convert` would raise beforehand."""
+    """Plan without moving anything.  `predict`: try the conversion for a second or two instead of the disk for a
+    moment.  Raises whatever `convert` would raise beforehand."""
     mesh = make_mesh(tp, ep)
     checkpoint = model.open_configuration(harmless)
     assumed = not model.has_weights()
@@ -93,19 +99,21 @@ def estimate(
             break
     target = output or default_output(checkpoint.name, tp, ep)
     download_bytes = plan.read_bytes if assumed else bytes_to_download(model, plan)
+    found = calibrate(plan, _there(target), jobs, max_memory, since_start()) if predict else None
     return Estimate(
         checkpoint=checkpoint,
         plan=plan,
         device=memory(plan),
         peak_memory_bytes=plan_memory(plan, jobs, max_memory, model.buffered_bytes)[1],
         download_bytes=download_bytes,
-        seconds=_seconds(plan, target),
+        seconds=found.seconds if found else _seconds(plan, target),
         model_kv_bytes_per_token=kv_bytes_per_token(replace(sizes, drafts=0), mesh, plan.dtype),
         free_bytes=_free(target),
         lacking_bytes=_lacking(target, plan.output_bytes, download_bytes),
         lacking_without_source=_lacking(target, plan.output_bytes, 0),
         smallest_tp=smallest,
         assumed=assumed,
+        calibration=found,
     )
 
 

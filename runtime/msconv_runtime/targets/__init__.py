@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from ..errors import UsageError
 from .cpu import CPU
 from .onnx import GENAI_CONFIG, ONNX, ONNX_FILE, STATIC
-from .record import ALL_DEVICES, DEVICES, MINDIR, Device, DeviceModel, Form, Kind, Paging, Target
+from .record import ALL_DEVICES, DEVICES, MINDIR, Device, DeviceModel, Figures, Form, Kind, Paging, Target
 
 TARGETS: dict[str, Target] = {
     value.name: value
@@ -34,8 +34,7 @@ def target_named(name: str) -> Target:
 
 def meant_target(name: str) -> str:
     """The target that such a name is probably meant for, "" if none is: `910b`, `Ascend910B3`, `Atlas A3`."""
-    word = re.sub(r"[^a-z0-9]", "", name.casefold()).removeprefix("huawei")
-    word = word.removeprefix("ascend").removeprefix("atlas")
+    word = _bare(name)
     if word.startswith("91093"):  # what CANN calls a 910C
         return "ascend910c"
     for target in TARGETS.values():
@@ -43,6 +42,22 @@ def meant_target(name: str) -> str:
             return target.name
     generations = {"a2": "ascend910b", "a3": "ascend910c", "300iduo": "ascend310p"}
     return generations.get(word) or next(iter(difflib.get_close_matches(name.casefold(), list(TARGETS), 1)), "")
+
+
+def figures_named(name: str) -> tuple[Target, Figures]:
+    """Published figures of a device, and the target whose graphs run on it.  Its name in any spelling: `910B2`,
+    `Ascend910B2`; a target's name, where that means one device.  Raises UsageError that lists those there are."""
+    known = {_bare(f.device): (t, f) for t in TARGETS.values() for f in t.figures}
+    known |= {_bare(t.name): (t, t.figures[0]) for t in TARGETS.values() if len(t.figures) == 1}
+    if _bare(name) not in known:
+        devices = ", ".join(f.device for t in TARGETS.values() for f in t.figures)
+        raise UsageError(f"{name[:80]}: no device whose figures are known here.", f"Known are {devices}.")
+    return known[_bare(name)]
+
+
+def _bare(name: str) -> str:
+    word = re.sub(r"[^a-z0-9]", "", name.casefold()).removeprefix("huawei")
+    return word.removeprefix("ascend").removeprefix("atlas")
 
 
 def usual_target(kind: str) -> Target:
@@ -67,11 +82,13 @@ __all__ = [
     "TARGETS",
     "Device",
     "DeviceModel",
+    "Figures",
     "Form",
     "Kind",
     "Paging",
     "Target",
     "device_of",
+    "figures_named",
     "meant_target",
     "target_named",
     "usual_target",

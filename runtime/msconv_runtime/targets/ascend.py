@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .ascend_figures import OF_310P, OF_910B, OF_910C
 from .record import DeviceModel, Paging, Target
 
 GIB = 1 << 30
@@ -24,6 +25,7 @@ ASCEND910B = Target(
     mask=1.0,
     chip=("Ascend910B2", 2201),
     devices=(DeviceModel("910B, 32 GB", 32 * GIB), DeviceModel("910B, 64 GB", 64 * GIB)),
+    figures=OF_910B,
 )
 ASCEND910C = Target(
     name="ascend910c",
@@ -37,6 +39,7 @@ ASCEND910C = Target(
     mask=1.0,
     chip=("Ascend910_9391", 2201),
     devices=(DeviceModel("910C, one of its two dies", 64 * GIB),),
+    figures=OF_910C,
 )
 ASCEND310P = Target(
     name="ascend310p",
@@ -54,4 +57,5 @@ ASCEND310P = Target(
     token_scales=False,
     chip=("Ascend310P3", 2002),
     devices=(DeviceModel("310P of a 300I Duo", 42 * GIB),),  # of its 48 GB the driver leaves so much
+    figures=OF_310P,
 )

@@ -94,6 +94,25 @@ class DeviceModel:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What is published of one device's speed, for the bounds of `msconv plan --roofline`.  Nothing here was
+    measured by msconv.  `device`: one rank's, as a person names it.  `memory_bytes_per_s`: of its memory.
+    `half_ops_per_s`, `int8_ops_per_s`: dense products, a multiplication and an addition being two.
+    `link_bytes_per_s`: in one direction, to all others of its machine together; `outer_bytes_per_s`: to those of
+    other machines.  None: no figure with a source was found, and bounds that need it are refused.
+    `per_machine`: devices that the links join.  `sources`: (what, address)."""
+
+    device: str
+    memory_bytes_per_s: float | None
+    half_ops_per_s: float | None
+    int8_ops_per_s: float | None
+    link_bytes_per_s: float | None
+    outer_bytes_per_s: float | None
+    per_machine: int
+    sources: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Paging:
     """What a target's attention takes.  `slots`: a page's, where the graphs fix it; else the server chooses one of
     `pages`, the best first: multiples of `multiple`, at most `elements` of a head in a page.  Heads are multiples
@@ -122,6 +141,7 @@ class Target:
     run faster in the prefill graph, unless the two differ in their experts or in latent attention.  `chip`: what
     CANN calls the device, and its version.  `cumulative_counts`: its sort of tokens by expert gives where those of
     each end, not how many they are.  `token_scales`: its products of int8 take a scale for each token.
+    `figures`: published speeds of devices that its graphs run on.
     """
 
     name: str
@@ -142,6 +162,7 @@ class Target:
     token_scales: bool = True
     chip: tuple[str, int] | None = None
     devices: tuple[DeviceModel, ...] = ()
+    figures: tuple[Figures, ...] = ()
     form: Form = MINDIR
     asked: tuple[str, ...] = ()
 

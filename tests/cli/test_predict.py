@@ -1,0 +1,86 @@
+"""`msconv plan --predict`: the conversion's own code is tried, on what is here, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msconv.location import LocalDirectory
+from msconv.published import published
+from msconv.steps.estimate import Estimate, estimate
+from msconv.steps.predict import ROUND_BYTES, SCRATCH_BYTES, calibrate, sample
+from msconv_runtime.errors import ResourceError
+from tests.cli.interface import fields
+from tests.cli.test_interface import frozen_fields
+from tests.commands import run_msconv
+from tests.synthetic import qwen3_config
+
+pytestmark = pytest.mark.slow
+
+FEW: dict[str, Any] = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 1}
+
+
+def planned(tmp_path: Path, quant: str | None, predict: bool = False) -> Estimate:
+    """Of DeepSeek-V3's true widths, FP8, with two layers and a few experts: config.json alone."""
+    root = published("deepseek-ai/DeepSeek-V3")
+    assert root is not None
+    raw = json.loads((root / "config.json").read_text())
+    model = tmp_path / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps({**raw, **FEW, "topk_group": 1, "vocab_size": 4096}))
+    output = tmp_path / "output"
+    return estimate(
+        LocalDirectory(model), 2, 2, None, output, 2, None, 64, 1, None, quant=quant, drafts=False, predict=predict
+    )
+
+
+@pytest.mark.parametrize("quant", [None, "w8a8"])
+def test_each_kind_of_work_is_tried_and_nothing_is_left(tmp_path: Path, quant: str | None) -> None:
+    found = planned(tmp_path, quant, predict=True)
+    calibration = found.calibration
+    assert calibration is not None
+    assert found.seconds == calibration.seconds > calibration.startup > 0
+    stored = "int8" if quant else "bfloat16"
+    kinds = {(t.kind.source, t.kind.stored, t.kind.is_transposed) for t in calibration.tried if t.bytes_per_s}
+    assert {("float8_e4m3fn", stored, True), ("float8_e4m3fn", stored, False)} <= kinds
+    assert sum(t.nbytes for t in calibration.tried) == pytest.approx(found.plan.read_bytes, rel=0.01)
+    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+    moved = sum(t.nbytes / t.bytes_per_s for t in calibration.tried if t.bytes_per_s)
+    assert calibration.seconds == pytest.approx(calibration.startup + moved, rel=0.05)
+
+
+def test_what_was_tried_is_said_with_its_fields(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(qwen3_config(hidden_size=512, intermediate_size=2048)))
+    done = run_msconv("plan", tmp_path, "--tp", 2, "--output", tmp_path / "out", "--predict", "--json")
+    assert done.code == 0, done.stderr
+    assert sorted(fields(done.json)) == sorted(frozen_fields()["msconv plan --predict"])
+    assert "Traceback" not in done.stderr
+
+
+def test_a_place_without_room_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    there = os.statvfs(tmp_path)
+    small = os.statvfs_result((there.f_bsize, there.f_frsize, *[SCRATCH_BYTES // there.f_frsize] * 3, *there[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda place: small)
+    with pytest.raises(ResourceError, match="too few for a sample"):
+        calibrate(planned(tmp_path, None).plan, tmp_path, 1, None, 0.0)
+
+
+def test_a_sample_has_values_of_every_type(tmp_path: Path) -> None:
+    """Codes that are no number, or scales that are none, would end the trial."""
+    import ml_dtypes
+    import numpy as np
+
+    plan = planned(tmp_path, None).plan
+    info = next(iter(plan.sources.values()))
+    with sample(tmp_path) as (source, _):
+        data = bytearray(ROUND_BYTES // 16)
+        source.read(info, 0, memoryview(data))
+    for dtype in (np.float32, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn):
+        values = np.frombuffer(data, dtype).astype(np.float32)
+        assert np.isfinite(values).all()
+        assert (values > 0).all()
