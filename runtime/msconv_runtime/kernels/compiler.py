@@ -27,7 +27,8 @@ class Compiler:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What a library depends on besides its sources and flags: -march=native means this processor."""
+        """What a library depends on besides its sources and flags.  The processor is in it: a home directory on a
+        network is shared by others, and each loads only what was built and tried on one like itself."""
         return (*self.command, self.version, "-".join(platform.libc_ver()), _processor())
 
     def build(self, arguments: Sequence[str], path: Path) -> None:
