@@ -41,7 +41,9 @@ class Case:
     emulator: str
 
     def __str__(self) -> str:
-        return f"{self.variant}, {self.compiler.split()[0]}, {self.emulator.split()[-1] if self.emulator else 'here'}"
+        return (
+            f"{self.variant}, {self.compiler.split()[0]}, {self.emulator.split()[-1] if self.emulator else 'here'}"
+        )
 
 
 CASES = (

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import EnvironmentProblem
+from .variants import features, machine
 
 BUILD_S, ANSWER_S = 300, 30
 
@@ -85,9 +86,4 @@ def _run(named: str, command: list[str], seconds: float, text: str = "") -> subp
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), *sorted(told)])
+    return " ".join([machine(), *sorted(features())])
