@@ -1,4 +1,4 @@
-"""Kernels by what a processor has: which variant is taken, what follows it, and that no other processor's is loaded."""
+"""Kernels by what a processor has: which variant is taken, what follows it; no other processor's is loaded."""
 
 from __future__ import annotations
 

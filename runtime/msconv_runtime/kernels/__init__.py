@@ -1,8 +1,8 @@
 """Compiled kernels of the CPU's graphs: their C++ is built where it runs, once a kind of processor and version.
 
 The best variant that the processor can run is built; where that fails, or does not compute what it should, the
-next one.  Without a C++ compiler, or where none works, there is no library: the graphs of MindSpore's own operations
-run in its place.
+next one.  Without a C++ compiler, or where none works, there is no library: the graphs of MindSpore's own
+operations run in its place.
 """
 
 from __future__ import annotations
