@@ -15,8 +15,8 @@
 namespace {
 
 constexpr int64_t FEW_ROWS = 10;         // up to here a weight is multiplied as it lies in memory
-constexpr int64_t DEPTH = 256;           // of a packed panel: 64 KB, which a second-level cache keeps
-constexpr int64_t QUERIES = 24;          // rows of queries that share one pass over keys and values
+constexpr int64_t DEPTH = 512;           // of a packed panel: 128 KB, which a second-level cache keeps
+constexpr int64_t QUERIES = 96;          // rows of queries that share one pass over keys and values
 constexpr int64_t FEW_QUERIES = 8;       // up to here keys and values are read where they lie
 constexpr int64_t BLOCK = 512;           // columns of an expert's matrix at once: long runs of memory
 constexpr int64_t STEP = 32;             // rows of it
