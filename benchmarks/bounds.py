@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def prompt(path: Path, rows: int, rounds: int) -> dict[str, dict[str, float]]:
         a = torch.from_numpy(x)
         b = torch.from_numpy((bits.astype(np.uint32) << 16).view(np.float32)).T
         products["msconv"].append(prepare(path, "Product", [x, bits, y]))
-        products["torch float32"].append(lambda a=a, b=b: torch.matmul(a, b))
-        products["torch bfloat16"].append(lambda a=a.bfloat16(), b=b.bfloat16(): torch.matmul(a, b))
+        products["torch float32"].append(partial(torch.matmul, a, b))
+        products["torch bfloat16"].append(partial(torch.matmul, a.bfloat16(), b.bfloat16()))
     work = sum(2 * rows * width * depth for width, depth in MATRICES)
     found = {
         "products": compare({name: all_of(runs) for name, runs in products.items()}, work, rounds),
