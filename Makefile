@@ -88,6 +88,7 @@ test-processors: setup compiler
 	else \
 	  echo "Other processors need, as root, apt-get install g++-aarch64-linux-gnu qemu-user clang" >&2; exit 4; \
 	fi
+	test -x .venv-aarch64/python || ! command -v apt-get >/dev/null || $(BIN)/python tests/processors/arm.py .venv-aarch64
 	MSCONV_PROCESSORS=1 $(BIN)/python -m pytest tests/processors tests/runtime/test_variants.py
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
