@@ -1,8 +1,8 @@
-"""A Python for aarch64 with what `convert` needs, run by QEMU: Debian's packages and wheels, unpacked and not installed.
+"""A Python for aarch64 with what `convert` needs, run by QEMU: Debian's packages and wheels, only unpacked.
 
     python tests/processors/arm.py DIRECTORY
 
-Writes DIRECTORY/python, which runs it.  Needs apt-get, dpkg-deb, pip and qemu-aarch64; changes nothing of the system.
+Writes DIRECTORY/python, which runs it.  Needs apt-get, dpkg-deb, pip and qemu-aarch64; the system stays as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-DEBIAN = [
+DEBIAN = (
     "python3.11-minimal",
     "libpython3.11-minimal",
     "libpython3.11-stdlib",
@@ -28,8 +28,8 @@ DEBIAN = [
     "libsqlite3-0",
     "libuuid1",
     "libcrypt1",
-]
-WHEELS = [
+)
+WHEELS = (
     "numpy==1.26.4",
     "msgspec",
     "xxhash",
@@ -43,7 +43,7 @@ WHEELS = [
     "markdown-it-py",
     "mdurl",
     "pygments",
-]
+)
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_17_aarch64", "manylinux_2_28_aarch64")
 SCRIPT = """#!/bin/sh
 exec qemu-aarch64 -L {root} -E LD_LIBRARY_PATH={root}/usr/lib/aarch64-linux-gnu:{root}/lib/aarch64-linux-gnu \\

@@ -1,4 +1,4 @@
-"""`msconv convert` on an aarch64 Python, by QEMU.  A `Session` needs MindSpore: PyPI has no aarch64 wheel of it."""
+"""`msconv convert` on an aarch64 Python, by QEMU.  A `Session` needs MindSpore: PyPI has none for aarch64."""
 
 from __future__ import annotations
 
