@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-roofline browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-processors test-roofline browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -81,6 +81,19 @@ test-onnx: .venv-onnx/.installed
 # Int8 graphs of every family, kind and target; `make test` takes some of each.
 test-int8: setup compiler
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_int8.py
+
+# The CPU's kernels on processors that this machine is not, by QEMU, built by g++ and clang; sessions with every variant
+# that it can run.
+test-processors: setup compiler
+	@if { command -v qemu-aarch64 && command -v aarch64-linux-gnu-g++ && command -v clang++; } >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    g++-aarch64-linux-gnu qemu-user clang >/dev/null; \
+	else \
+	  echo "Other processors need, as root, apt-get install g++-aarch64-linux-gnu qemu-user clang" >&2; exit 4; \
+	fi
+	test -x .venv-aarch64/python || ! command -v apt-get >/dev/null || $(BIN)/python tests/processors/arm.py .venv-aarch64
+	MSCONV_PROCESSORS=1 $(BIN)/python -m pytest tests/processors tests/runtime/test_variants.py
 
 # Graphs must export and load under MindSpore 2.8.0 too: a second environment, and the tests that need it.
 test-ms28: setup .venv-ms28/.installed

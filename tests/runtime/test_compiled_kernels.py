@@ -18,6 +18,7 @@ from msconv_runtime.errors import ArtifactError, UsageError
 from msconv_runtime.graphs import Graphs
 from msconv_runtime.kernels import Library, check, library
 from msconv_runtime.kernels.compiler import Compiler
+from msconv_runtime.kernels.variants import usable
 from tests.commands import run_python
 from tests.conftest import Checkpoints
 from tests.conversions import convert
@@ -29,9 +30,16 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MSCONV_COMPILED", raising=False)
     monkeypatch.delenv("MSCONV_NATIVE", raising=False)
+    monkeypatch.delenv("MSCONV_KERNELS", raising=False)
     library.cache_clear()
     yield tmp_path
     library.cache_clear()
+
+
+@pytest.fixture
+def one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other variant is tried after the one that fails."""
+    monkeypatch.setenv("MSCONV_KERNELS", usable()[-1].name)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +112,7 @@ def test_a_library_is_not_loaded_from_where_others_may_write(kept: Path) -> None
 
 
 def test_nothing_of_the_current_directory_is_run(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fresh: Path, one: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A build is tried in a process of its own, which imports NumPy."""
     changed = sources(tmp_path, "", "")
@@ -117,7 +125,7 @@ def test_nothing_of_the_current_directory_is_run(
 
 
 def test_what_computes_something_else_is_not_used(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fresh: Path, one: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     changed = sources(tmp_path, "a.best[r] = best;", "a.best[r] = best + 1;")
     monkeypatch.setattr(kernels, "__file__", str(changed / "__init__.py"))
@@ -127,7 +135,9 @@ def test_what_computes_something_else_is_not_used(
     assert not list((fresh / "msconv").glob("*.so"))
 
 
-def test_what_does_not_build_says_why(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_does_not_build_says_why(
+    fresh: Path, one: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     changed = sources(tmp_path, "#include <cmath>", "#error an old compiler")
     monkeypatch.setattr(kernels, "__file__", str(changed / "__init__.py"))
     assert library().path is None

@@ -1,13 +1,15 @@
-"""Compiled kernels of the CPU's graphs: their C++ is built where it runs, once a machine and version.
+"""Compiled kernels of the CPU's graphs: their C++ is built where it runs, once a kind of processor and version.
 
-Without a C++ compiler, or where the result does not compute what it should, there is no library: the graphs of
-MindSpore's own operations run in its place.
+The best variant that the processor can run is built; where that fails, or does not compute what it should, the
+next one.  Without a C++ compiler, or where none works, there is no library: the graphs of MindSpore's own
+operations run in its place.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import subprocess
 import sys
@@ -15,15 +17,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..errors import MsconvError, ResourceError
+from ..errors import EnvironmentProblem, MsconvError, ResourceError
 from ..mindir_check import allowed
 from .builds import cached_build
 from .compiler import BUILD_S, Compiler, find_compiler, problem
+from .variants import CHOICE, Variant, usable
 
+logger = logging.getLogger(__name__)
 LIBRARY = allowed.LIBRARY
 UNITS = ("kernels.cc", "int8.cc")
-SOURCES = (*UNITS, "codes.h", "experts.h", "norms.h", "operation.h", "pool.h", "vector.h")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
+SOURCES = (*UNITS, "bytes.h", "codes.h", "experts.h", "norms.h", "operation.h", "pool.h", "vector.h")
+FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++17", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 SWITCHES = ("MSCONV_COMPILED", "MSCONV_NATIVE")  # 0: do without; the second is its name before
 CGROUP = Path("/sys/fs/cgroup")
 QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # versions 2 and 1
@@ -31,11 +35,12 @@ QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # ve
 
 @dataclass(frozen=True)
 class Library:
-    """`path` is None where there is none, and `why` says the reason."""
+    """`path` is None where there is none, and `why` says the reason.  `variant`: its name."""
 
     path: Path | None
     why: str = ""
     handle: ctypes.CDLL | None = None  # keeps it loaded: MindSpore opens and closes it at every node
+    variant: str = ""
 
 
 @functools.cache
@@ -44,18 +49,38 @@ def library() -> Library:
     for switch in SWITCHES:
         if os.environ.get(switch) == "0":
             return Library(None, f"{switch}=0")
-    here = Path(__file__).parent
     try:
-        compiler = find_compiler()
-        sources = [(here / name).read_bytes() for name in SOURCES]
-        build = partial(compiler.build, (*FLAGS, *(str(here / name) for name in UNITS)))
-        path = cached_build(LIBRARY, [*compiler.key, *FLAGS, *sources], build, partial(_try, compiler))
-        return Library(path, handle=ctypes.CDLL(str(path)))
+        return _first_that_works(find_compiler(), usable(os.environ.get(CHOICE, "").strip()))
     except MsconvError as e:
         place = "no place for them: " if isinstance(e, ResourceError) else ""
         return Library(None, f"{place}{e.message}; {e.hint}")
     except (ImportError, OSError) as e:
         return Library(None, str(e))
+
+
+def _first_that_works(compiler: Compiler, variants: list[Variant]) -> Library:
+    """Raises EnvironmentProblem, as the first variant did, if none does."""
+    here = Path(__file__).parent
+    sources = [(here / name).read_bytes() for name in SOURCES]
+    failed: EnvironmentProblem | None = None
+    for variant in variants:
+        flags = (*FLAGS, *variant.flags)
+        build = partial(compiler.build, (*flags, *(str(here / name) for name in UNITS)))
+        try:
+            path = cached_build(LIBRARY, [*compiler.key, *flags, *sources], build, partial(_try, compiler))
+        except EnvironmentProblem as e:
+            failed = failed or e
+            continue
+        if failed:
+            logger.warning(
+                "msconv: kernels for %s serve, not those for %s: %s",
+                variant.name,
+                variants[0].name,
+                failed.message,
+            )
+        return Library(path, handle=ctypes.CDLL(str(path)), variant=variant.name)
+    assert failed is not None
+    raise failed
 
 
 def _try(compiler: Compiler, made: Path) -> None:

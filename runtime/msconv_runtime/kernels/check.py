@@ -55,10 +55,17 @@ def wrong(library: Path) -> str:
             found = call(library, name.partition(" ")[0], inputs, *(e.shape for e in expected))
         except ArithmeticError as e:
             return str(e)
-        for one, right in zip(found, expected, strict=True):
-            error = float(np.abs(one - right).max())
-            if not error <= TOLERANCE or (name.startswith(EXACT) and error):
-                return f"{name} is off by {error:.1e}"
+        if off := difference(name, found, expected):
+            return off
+    return ""
+
+
+def difference(name: str, found: Sequence[Array], expected: Sequence[Array]) -> str:
+    """Of an example's outputs from what they should be, or "" within the tolerance."""
+    for one, right in zip(found, expected, strict=True):
+        error = float(np.abs(one - right).max())
+        if not error <= TOLERANCE or (name.startswith(EXACT) and error):
+            return f"{name} is off by {error:.1e}"
     return ""
 
 

@@ -1,19 +1,11 @@
 // Rows of activations as int8 codes, and their products with rows of int8 weights.  The integers are exact, and the
 // same on every machine.
-//
-// AVX-512 VNNI multiplies unsigned bytes by signed ones: a weight's code is taken with 128 added, which is its sign
-// bit turned over, and 128 times the sum of a row's codes is taken off again.  (vpmaddubsw would not do: it saturates.)
 #pragma once
+#include "bytes.h"
 #include "operation.h"
 #include "pool.h"
 #include "vector.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define MSCONV_VNNI 1
-#endif
-
-typedef int8_t i8x16 __attribute__((vector_size(16), aligned(1)));
 typedef int32_t i32x4 __attribute__((vector_size(16), aligned(4)));
 typedef float f32x4 __attribute__((vector_size(16), aligned(4)));
 
@@ -24,7 +16,14 @@ namespace {
 
 constexpr int64_t MOST_DEPTH = 131071;  // 128 * 128 * depth is an int32
 constexpr int64_t NEAR = 1 << 18;       // bytes that stay in a second-level cache
-constexpr int64_t ROWS = 6;             // of activations at once: with 4 of weights, 24 sums in registers
+// Rows of activations at once, each with 4 of weights: so that sums stay in registers.
+#ifdef MSCONV_VNNI
+constexpr int64_t ROWS = 6;
+#else
+constexpr int64_t ROWS = REGISTERS == 32 ? 4 : 2;
+#endif
+
+constexpr int up_to(int64_t rows) { return int(rows < ROWS ? rows : ROWS); }  // never compiled for more
 
 // `rows` of `depth` codes.  Row r begins at codes + r * stride, which is a multiple of 64; zeros fill it up.
 struct Codes {
@@ -46,7 +45,7 @@ struct Codes {
 };
 
 // Up to 16 values, zeros behind them.
-INLINE f32x16 load_some(const float* x, int64_t count) {
+INLINE vf32 load_some(const float* x, int64_t count) {
   if (count >= LANES) return load(x);
   float some[LANES] = {};
   memcpy(some, x, count * sizeof(float));
@@ -54,9 +53,9 @@ INLINE f32x16 load_some(const float* x, int64_t count) {
 }
 
 // To whole numbers, half to even, for |x| below 2^22: beside 1.5 * 2^23 a float has no bits for fractions.
-INLINE i32x16 whole(f32x16 x) { return (i32x16)(x + 12582912.0f) - 0x4b400000; }
+INLINE vi32 whole(vf32 x) { return (vi32)(x + 12582912.0f) - 0x4b400000; }
 
-INLINE f32x16 clamped(f32x16 x, float least, float most) {
+INLINE vf32 clamped(vf32 x, float least, float most) {
   x = x > least ? x : all(least);  // what is no number becomes the least
   return x < most ? x : all(most);
 }
@@ -64,16 +63,16 @@ INLINE f32x16 clamped(f32x16 x, float least, float most) {
 // The codes of one row, as `code` makes them of 16 values before rounding; zeros up to `stride`.  Gives their sum.
 template <class F>
 INLINE int32_t encode(const float* x, int64_t depth, int64_t stride, int8_t* to, const F& code) {
-  i32x16 sums = {};
+  vi32 sums = {};
   int64_t i = 0;
   for (; i + LANES <= depth; i += LANES) {
-    const i32x16 c = whole(code(load(x + i)));
+    const vi32 c = whole(code(load(x + i)));
     sums += c;
-    *reinterpret_cast<i8x16*>(to + i) = __builtin_convertvector(c, i8x16);
+    *reinterpret_cast<vi8*>(to + i) = __builtin_convertvector(c, vi8);
   }
   int32_t sum = 0;
   for (int j = 0; j < LANES; j++) sum += sums[j];
-  const i32x16 last = whole(code(load_some(x + i, depth - i)));
+  const vi32 last = whole(code(load_some(x + i, depth - i)));
   for (int64_t j = 0; i + j < depth; j++) {
     to[i + j] = int8_t(last[j]);
     sum += last[j];
@@ -84,10 +83,10 @@ INLINE int32_t encode(const float* x, int64_t depth, int64_t stride, int8_t* to,
 
 // Row r, with a scale of its own: t = max|x| / 127, codes of x / t.  If x has what is no number, so has t.
 INLINE void encode_token(const float* x, Codes& to, int64_t r) {
-  i32x16 most = {};  // of the bits without the sign: they are ordered as the values are, and NaN is above all
+  vi32 most = {};  // of the bits without the sign: they are ordered as the values are, and NaN is above all
   int64_t i = 0;
   for (; i < to.depth; i += LANES) {
-    const i32x16 bits = (i32x16)load_some(x + i, to.depth - i) & 0x7fffffff;
+    const vi32 bits = (vi32)load_some(x + i, to.depth - i) & 0x7fffffff;
     most = most > bits ? most : bits;
   }
   int32_t largest = 0;
@@ -101,14 +100,14 @@ INLINE void encode_token(const float* x, Codes& to, int64_t r) {
     memset(codes, 0, to.stride);
     to.sums[r] = 0;
   } else {
-    to.sums[r] = encode(x, to.depth, to.stride, codes, [t](f32x16 v) { return clamped(v / t, -127.0f, 127.0f); });
+    to.sums[r] = encode(x, to.depth, to.stride, codes, [t](vf32 v) { return clamped(v / t, -127.0f, 127.0f); });
   }
 }
 
 // Row r with the scale and offset of its input: codes of x / scale + offset.
 INLINE void encode_input(const float* x, float scale, float offset, Codes& to, int64_t r) {
   const float inverse = 1.0f / scale;
-  to.sums[r] = encode(x, to.depth, to.stride, to.codes + r * to.stride, [=](f32x16 v) {
+  to.sums[r] = encode(x, to.depth, to.stride, to.codes + r * to.stride, [=](vf32 v) {
     v *= inverse;
     asm("" : "+m"(v));  // rounded here: a fused multiplication and addition would give other codes
     return clamped(v + offset, -128.0f, 127.0f);
@@ -170,14 +169,40 @@ NEVER_INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w,
 }
 #else
 template <int R, int N>
-NEVER_INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w, int64_t, int32_t (*sums)[4]) {
-  for (int r = 0; r < R; r++)
+NEVER_INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w, int64_t ahead, int32_t (*sums)[4]) {
+  const int8_t *u[R], *from[N];
+  for (int r = 0; r < R; r++) u[r] = x.row(row + r);
+  for (int j = 0; j < N; j++) from[j] = w[j];
+  Sums s[R][N] = {};
+  const auto add = [&](const int8_t* const* weights, int64_t ahead_of, int64_t k) __attribute__((always_inline)) {
+    Operand codes[R];
+    UNROLLED
+    for (int r = 0; r < R; r++) codes[r] = codes_at(u[r] + k);
+    UNROLLED
     for (int j = 0; j < N; j++) {
-      const int8_t *u = x.row(row + r), *v = w[j];
-      int32_t sum = 0;
-      for (int64_t k = 0; k < x.depth; k++) sum += int32_t(u[k]) * int32_t(v[k]);
-      sums[r][j] = sum;
+      if (ahead_of) __builtin_prefetch(weights[j] + ahead_of, 0, 2);
+      const Operand v = weights_at(weights[j]);
+      UNROLLED
+      for (int r = 0; r < R; r++) add_products(s[r][j], v, codes[r]);
     }
+  };
+  int64_t k = 0;
+  for (; k + AT_ONCE <= x.depth; k += AT_ONCE) {
+    add(from, ahead, k);
+    for (int j = 0; j < N; j++) from[j] += AT_ONCE;
+  }
+  if (k < x.depth) {  // codes have zeros behind them, weights have another row, or the end of memory
+    int8_t rest[N][AT_ONCE] = {};
+    const int8_t* some[N];
+    for (int j = 0; j < N; j++) {
+      memcpy(rest[j], from[j], x.depth - k);
+      some[j] = rest[j];
+    }
+    add(some, 0, k);
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++)
+      sums[r][j] = int32_t(uint32_t(total(s[r][j])) - uint32_t(ADDED) * uint32_t(x.sums[row + r]));
 }
 #endif
 
@@ -190,11 +215,11 @@ INLINE void code_tiles(const Codes& x, int64_t first, int64_t rows, const int8_t
   int32_t sums[ROWS][4];
   switch (rows) {
     case 1: code_dots<1, N>(x, first, some, ahead, sums); break;
-    case 2: code_dots<2, N>(x, first, some, ahead, sums); break;
-    case 3: code_dots<3, N>(x, first, some, ahead, sums); break;
-    case 4: code_dots<4, N>(x, first, some, ahead, sums); break;
-    case 5: code_dots<5, N>(x, first, some, ahead, sums); break;
-    default: code_dots<6, N>(x, first, some, ahead, sums); break;
+    case 2: code_dots<up_to(2), N>(x, first, some, ahead, sums); break;
+    case 3: code_dots<up_to(3), N>(x, first, some, ahead, sums); break;
+    case 4: code_dots<up_to(4), N>(x, first, some, ahead, sums); break;
+    case 5: code_dots<up_to(5), N>(x, first, some, ahead, sums); break;
+    default: code_dots<up_to(6), N>(x, first, some, ahead, sums); break;
   }
   for (int64_t r = 0; r < rows; r++) finish(first + r, column, sums[r]);
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import EnvironmentProblem
+from .variants import features, machine
 
 BUILD_S, ANSWER_S = 300, 30
 
@@ -27,7 +28,8 @@ class Compiler:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What a library depends on besides its sources and flags: -march=native means this processor."""
+        """What a library depends on besides its sources and flags.  The processor is in it: a home directory on a
+        network is shared by others, and each loads only what was built and tried on one like itself."""
         return (*self.command, self.version, "-".join(platform.libc_ver()), _processor())
 
     def build(self, arguments: Sequence[str], path: Path) -> None:
@@ -84,9 +86,4 @@ def _run(named: str, command: list[str], seconds: float, text: str = "") -> subp
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), *sorted(told)])
+    return " ".join([machine(), *sorted(features())])

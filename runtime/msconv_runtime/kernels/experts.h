@@ -53,7 +53,7 @@ INLINE void swiglu(const float* x, float* y, int64_t width) {
   const float* up = x + width;
   int64_t i = 0;
   for (; i + LANES <= width; i += LANES) {
-    f32x16 g = load(x + i);
+    vf32 g = load(x + i);
     store(y + i, g / (exponential(-g) + 1.0f) * load(up + i));
   }
   for (; i < width; i++) y[i] = x[i] / (std::exp(-x[i]) + 1.0f) * up[i];

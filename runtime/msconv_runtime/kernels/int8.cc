@@ -60,7 +60,6 @@ void encode_activations(float* both, int64_t stride, Codes& to) {
   });
 }
 
-// sums[i][n] = codes of row rows[i] times columns [begin, end) of b [depth, width], in memory `stride` apart, padded.
 #ifdef MSCONV_VNNI
 // Four rows of b side by side: lanes of four bytes.  Within 64 columns, 16 * a + 4 * b + c goes to 16 * b + 4 * a + c.
 INLINE void pack(const int8_t* b, int64_t width, int64_t deep, int64_t columns, int8_t* to) {
@@ -115,6 +114,69 @@ NEVER_INLINE void packed_tile(const Codes& x, const int64_t* rows, int64_t k, in
     for (int j = 0; j < 4; j++) _mm512_storeu_si512(sums + r * stride + j * LANES, s[r][j]);
 }
 
+// Within each 64 columns, to their right places.
+INLINE void straighten(int32_t* strip) {
+  int32_t mixed[COLUMNS];
+  memcpy(mixed, strip, sizeof(mixed));
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 4; j++) memcpy(strip + 16 * i + 4 * j, mixed + 16 * j + 4 * i, 16);
+}
+#else
+// `GROUP` rows of b side by side, in lanes of as many bytes; zeros where there is no row or no column.
+INLINE void pack(const int8_t* b, int64_t width, int64_t deep, int64_t columns, int8_t* to) {
+  for (int64_t k = 0; k < deep; k += GROUP)
+    for (int64_t n = 0; n < columns; n += COLUMNS) {
+      int8_t row[GROUP][COLUMNS] = {};
+      for (int64_t i = 0; i < std::min(GROUP, deep - k); i++) {
+        const int8_t* from = b + (k + i) * width + n;
+        columns - n >= COLUMNS ? memcpy(row[i], from, COLUMNS) : memcpy(row[i], from, columns - n);
+        __builtin_prefetch(from + DEEP * width, 0, 2);
+      }
+      int8_t* at = to + n * DEEP + k * COLUMNS;
+      for (int64_t j = 0; j < COLUMNS; j++)
+        for (int64_t i = 0; i < GROUP; i++) at[j * GROUP + i] = row[i][j];
+    }
+}
+
+// sums[R][64] += rows of codes from k on, times 64 packed columns.
+template <int R>
+NEVER_INLINE void packed_tile(const Codes& x, const int64_t* rows, int64_t k, int64_t deep, const int8_t* packed,
+                              int32_t* sums, int64_t stride) {
+  constexpr int64_t some = 4;  // vectors of sums at once
+  const int8_t* u[R];
+  for (int r = 0; r < R; r++) u[r] = x.row(rows[r]) + k;
+  for (int64_t n = 0; n < COLUMNS; n += some * SUMS) {
+    Sums s[R][some];
+    UNROLLED
+    for (int r = 0; r < R; r++)
+      UNROLLED
+      for (int j = 0; j < some; j++) {
+        int32_t* from = sums + r * stride + n + j * SUMS;
+        if (k == 0) std::fill(from, from + SUMS, int32_t(0u - uint32_t(ADDED) * uint32_t(x.sums[rows[r]])));
+        memcpy(&s[r][j], from, sizeof(Sums));
+      }
+    for (int64_t d = 0; d < deep; d += GROUP) {
+      Operand codes[R];
+      UNROLLED
+      for (int r = 0; r < R; r++) codes[r] = repeated(u[r] + d);
+      UNROLLED
+      for (int j = 0; j < some; j++) {
+        const Operand v = weights_at(packed + d * COLUMNS + (n + j * SUMS) * GROUP);
+        UNROLLED
+        for (int r = 0; r < R; r++) add_products(s[r][j], v, codes[r]);
+      }
+    }
+    UNROLLED
+    for (int r = 0; r < R; r++)
+      UNROLLED
+      for (int j = 0; j < some; j++) memcpy(sums + r * stride + n + j * SUMS, &s[r][j], sizeof(Sums));
+  }
+}
+
+INLINE void straighten(int32_t*) {}  // they are
+#endif
+
+// sums[i][n] = codes of row rows[i] times columns [begin, end) of b [depth, width], in memory `stride` apart, padded.
 void sum_columns(const Codes& x, const std::vector<int64_t>& rows, const int8_t* b, int64_t width, int64_t begin,
                  int64_t end, int32_t* sums, int64_t stride) {
   static thread_local Room<int8_t> memory;
@@ -129,37 +191,17 @@ void sum_columns(const Codes& x, const std::vector<int64_t>& rows, const int8_t*
         int32_t* to = sums + r * stride + n;
         switch (count - r) {
           case 1: packed_tile<1>(x, &rows[r], k, deep, strip, to, stride); break;
-          case 2: packed_tile<2>(x, &rows[r], k, deep, strip, to, stride); break;
-          case 3: packed_tile<3>(x, &rows[r], k, deep, strip, to, stride); break;
-          case 4: packed_tile<4>(x, &rows[r], k, deep, strip, to, stride); break;
-          case 5: packed_tile<5>(x, &rows[r], k, deep, strip, to, stride); break;
-          default: packed_tile<6>(x, &rows[r], k, deep, strip, to, stride); break;
+          case 2: packed_tile<up_to(2)>(x, &rows[r], k, deep, strip, to, stride); break;
+          case 3: packed_tile<up_to(3)>(x, &rows[r], k, deep, strip, to, stride); break;
+          case 4: packed_tile<up_to(4)>(x, &rows[r], k, deep, strip, to, stride); break;
+          case 5: packed_tile<up_to(5)>(x, &rows[r], k, deep, strip, to, stride); break;
+          default: packed_tile<up_to(6)>(x, &rows[r], k, deep, strip, to, stride); break;
         }
       }
   }
   for (int64_t r = 0; r < count; r++)
-    for (int64_t n = begin; n < end; n += COLUMNS) {
-      int32_t *strip = sums + r * stride + n, mixed[COLUMNS];
-      memcpy(mixed, strip, sizeof(mixed));
-      for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) memcpy(strip + 16 * i + 4 * j, mixed + 16 * j + 4 * i, 16);
-    }
+    for (int64_t n = begin; n < end; n += COLUMNS) straighten(sums + r * stride + n);
 }
-#else
-void sum_columns(const Codes& x, const std::vector<int64_t>& rows, const int8_t* b, int64_t width, int64_t begin,
-                 int64_t end, int32_t* sums, int64_t stride) {
-  const int64_t count = rows.size();
-  for (int64_t r = 0; r < count; r++) std::fill(sums + r * stride + begin, sums + r * stride + end, 0);
-  for (int64_t k = 0; k < x.depth; k += DEEP)
-    for (int64_t r = 0; r < count; r++)
-      for (int64_t d = k; d < std::min(k + DEEP, x.depth); d++) {
-        const int32_t code = x.row(rows[r])[d];
-        const int8_t* from = b + d * width;
-        int32_t* to = sums + r * stride;
-        for (int64_t n = begin; n < end; n++) to[n] += code * int32_t(from[n]);
-      }
-}
-#endif
 
 // y[i][n] for rows `rows` of x and all columns of one expert's b, y's first row being `first`.
 struct ExpertProduct {

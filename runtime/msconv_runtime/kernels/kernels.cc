@@ -15,8 +15,8 @@
 namespace {
 
 constexpr int64_t FEW_ROWS = 10;         // up to here a weight is multiplied as it lies in memory
-constexpr int64_t DEPTH = 256;           // of a packed panel: 64 KB, which a second-level cache keeps
-constexpr int64_t QUERIES = 24;          // rows of queries that share one pass over keys and values
+constexpr int64_t DEPTH = 512;           // of a packed panel: 128 KB, which a second-level cache keeps
+constexpr int64_t QUERIES = 96;          // rows of queries that share one pass over keys and values
 constexpr int64_t FEW_QUERIES = 8;       // up to here keys and values are read where they lie
 constexpr int64_t BLOCK = 512;           // columns of an expert's matrix at once: long runs of memory
 constexpr int64_t STEP = 32;             // rows of it
@@ -25,16 +25,21 @@ constexpr int64_t STEP = 32;             // rows of it
 template <int R, int N, class W>
 INLINE void dots(const float* x, int64_t ldx, const W* const* w, int64_t ahead, float* y, int64_t depth,
                  int64_t width) {
-  f32x16 s[R][N] = {};
+  if constexpr (R * N + N + 1 > REGISTERS) {
+    dots<R, N / 2>(x, ldx, w, ahead, y, depth, width);
+    dots<R, N / 2>(x, ldx, w + N / 2, ahead, y + N / 2, depth, width);
+    return;
+  }
+  vf32 s[R][N] = {};
   int64_t k = 0;
   for (; k + LANES <= depth; k += LANES) {
-    f32x16 v[N];
+    vf32 v[N];
     for (int j = 0; j < N; j++) {
       if (ahead) __builtin_prefetch(w[j] + ahead + k, 0, 2);  // to the second-level cache: the first waits for few
       v[j] = load(w[j] + k);
     }
     for (int r = 0; r < R; r++) {
-      f32x16 u = load(x + r * ldx + k);
+      vf32 u = load(x + r * ldx + k);
       for (int j = 0; j < N; j++) s[r][j] += u * v[j];
     }
   }
@@ -146,15 +151,15 @@ void take_shares(Queries& a, int64_t first) {
     float* s = a.scores + r * COLUMNS;
     const int64_t seen = std::clamp(a.sees[r] - first, int64_t(0), COLUMNS);
     std::fill(s + seen, s + COLUMNS, -INFINITY);
-    f32x16 most = load(s);
+    vf32 most = load(s);
     for (int j = LANES; j < COLUMNS; j += LANES) most = most > load(s + j) ? most : load(s + j);
     float best = a.best[r];
     for (int i = 0; i < LANES; i++) best = std::max(best, most[i]);
     const float shrink = std::exp(a.best[r] - best);
-    f32x16 total = {};
+    vf32 total = {};
     for (int j = 0; j < COLUMNS; j += LANES) {
-      f32x16 x = load(s + j);
-      f32x16 e = x == -INFINITY ? f32x16{} : exponential(x - best);
+      vf32 x = load(s + j);
+      vf32 e = x == -INFINITY ? vf32{} : exponential(x - best);
       store(s + j, e);
       total += e;
     }

@@ -10,7 +10,7 @@ namespace {
 
 // 1 / root mean square
 INLINE float scale_of(const float* x, int64_t width, float eps) {
-  f32x16 s = {};
+  vf32 s = {};
   int64_t i = 0;
   for (; i + LANES <= width; i += LANES) s += load(x + i) * load(x + i);
   float total = sum(s);
