@@ -20,7 +20,9 @@ from msconv_runtime.sglang.standins.for_sgl_kernel.sgl_kernel.drafts import (
 FULL, OF_DRAFTS = 0, 1  # SGLang's TreeMaskMode: with columns for what is cached, and without
 
 
-def cache_loc_update(req_pool_indices: Tensor, req_to_token: Tensor, start: Tensor, end: Tensor, out: Tensor) -> None:
+def cache_loc_update(
+    req_pool_indices: Tensor, req_to_token: Tensor, start: Tensor, end: Tensor, out: Tensor
+) -> None:
     """Write to `out` the slots of each sequence from `start` to `end`."""
     found = out.cpu()
     given = (t.cpu() for t in (req_pool_indices, req_to_token, start, end))
@@ -64,9 +66,7 @@ def build_tree_kernel_efficient(
         begin = end
 
 
-def verify_tree_greedy(
-    predicts: Tensor, accept_index: Tensor, accept_token_num: Tensor, **given: Any
-) -> None:
+def verify_tree_greedy(predicts: Tensor, accept_index: Tensor, accept_token_num: Tensor, **given: Any) -> None:
     """Follow the target's tokens down each tree of drafts: `predicts`, `accept_index` and `accept_token_num` are
     written to."""
     written = (predicts, accept_index, accept_token_num)
