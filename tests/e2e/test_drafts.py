@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 CHUNK = 64
 DRAFTS, STEPS = 8, 3
 BREADTH = {"chain": 1, "tree": 4}  # of NGRAM's drafts
-COMPILED = {"chain": "0", "tree": "1", "model": "1"}  # MSCONV_COMPILED
+COMPILED = {"chain": "0", "tree": "1", "model": "1", "branches": "1"}  # MSCONV_COMPILED
+TOPK = {"model": 1, "branches": 3}  # guesses of a draft model at each place
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,10 @@ def answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     return [expected(model, ids, NEW_TOKENS + DRAFTS) for ids in prompts]
 
 
-@pytest.fixture(scope="module", params=[pytest.param("chain", marks=every_layout), "tree", "model"])
+KINDS = [pytest.param("chain", marks=every_layout), "tree", "model", pytest.param("branches", marks=every_layout)]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -59,11 +63,12 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def server(artifact: Path, kind: str, request: pytest.FixtureRequest) -> Iterator[Server]:
     flags = ["--chunked-prefill-size", str(CHUNK)]
-    if kind == "model":
+    if kind in TOPK:
         draft = make_artifact(request.getfixturevalue("draft_checkpoint"), artifact.with_name("draft"))
         flags += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(draft)]
-        flags += ["--speculative-num-steps", str(STEPS), "--speculative-eagle-topk", "1"]
-        flags += ["--speculative-num-draft-tokens", str(STEPS + 1)]
+        flags += ["--speculative-num-steps", str(STEPS), "--speculative-eagle-topk", str(TOPK[kind])]
+        flags += ["--speculative-num-draft-tokens", str(DRAFTS if kind == "branches" else STEPS + 1)]
+        flags += ["--page-size", "1"] if kind == "branches" else []
     else:
         flags += ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(DRAFTS)]
         flags += ["--speculative-ngram-max-bfs-breadth", str(BREADTH[kind])]
@@ -85,7 +90,7 @@ def test_as_many_drafts_are_accepted_as_without_a_server(
     server.post("/flush_cache", {})
     found = [server.generate(ids, NEW_TOKENS) for ids in prompts]
     assert [answer["output_ids"] for answer in found] == [answer[:NEW_TOKENS] for answer in answers]
-    if kind == "model":
+    if kind in TOPK:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -93,7 +98,11 @@ def test_as_many_drafts_are_accepted_as_without_a_server(
             request.getfixturevalue("draft_checkpoint"), dtype=torch.float32
         ).eval()
         both = zip(prompts, answers, strict=True)
-        wanted = [drafting.of_model(draft, ids, answer, NEW_TOKENS, STEPS) for ids, answer in both]
+        if kind == "model":
+            wanted = [drafting.of_model(draft, ids, answer, NEW_TOKENS, STEPS) for ids, answer in both]
+        else:
+            tree = (STEPS, TOPK[kind], DRAFTS)
+            wanted = [drafting.of_branches(draft, ids, answer, NEW_TOKENS, *tree) for ids, answer in both]
         assert sum(map(len, wanted)) > len(wanted), "no draft is accepted: the test shows nothing"
     else:
         requests = list(zip(prompts, answers, strict=True))
@@ -136,5 +145,5 @@ def test_log_probabilities_beside_drafts(server: Server, model: Any, prompts: li
 def test_nothing_was_compiled_for_a_request(server: Server, kind: str) -> None:
     state = server.state()
     assert state["compiles_since_ready"] == 0
-    assert ("draft" in state) == (kind == "model")
+    assert ("draft" in state) == (kind in TOPK)
     assert state.get("draft", state)["compiles_since_ready"] == 0

@@ -55,7 +55,7 @@ def test_the_layers_are_those_of_sglang() -> None:
 def test_a_draft_that_fits(compiled: Path, draft: Path) -> None:
     assert problems(giving(compiled, [1, 2, 3]), "EAGLE3", draft) == []
     (line,) = problems(giving(compiled, [1, 2, 3]), "eagle3", draft, speculative_eagle_topk="4")
-    assert "Give --speculative-eagle-topk 1" in line
+    assert "Give --page-size 1" in line
 
 
 @pytest.mark.parametrize(("layers", "told"), [(None, "no hidden states"), ([0, 2, 3], "layers [0, 2, 3]")])

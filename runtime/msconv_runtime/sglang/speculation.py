@@ -90,17 +90,17 @@ def _of_ngram(asked: str, artifact: Artifact, target: Target, given: Mapping[str
 
 
 def _of_standalone(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
-    yield from _branches(given)
+    yield from _branches(artifact, target, given)
     yield from _of_other(asked, given, lambda draft: _a_model(asked, artifact, draft, target))
 
 
 def _of_eagle3(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
-    yield from _branches(given)
+    yield from _branches(artifact, target, given)
     yield from _of_other(asked, given, lambda draft: _an_eagle(asked, artifact, draft, target))
 
 
 def _of_nextn(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
-    yield from _branches(given)
+    yield from _branches(artifact, target, given)
     if (path := draft_path(given)) and Path(path).resolve() != artifact.root.resolve():
         yield (
             f"{DRAFT_PATHS[0]} {path}: with {asked} the artifact drafts by itself.  Leave the flag out, or give "
@@ -113,9 +113,16 @@ def _of_nextn(asked: str, artifact: Artifact, target: Target, given: Mapping[str
         )
 
 
-def _branches(given: Mapping[str, str]) -> Iterator[str]:
-    if number(given, BRANCHES) > 1:
-        yield f"{BRANCHES} {given[BRANCHES]}: a draft's tokens follow one another.  Give {BRANCHES} 1"
+def _branches(artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
+    """Of what a draft model guesses: SGLang's attention for NPUs has no pages that would do."""
+    if number(given, BRANCHES) <= 1:
+        return
+    asked = f"{BRANCHES} {given[BRANCHES]}"
+    page = number(given, PAGE) or usual_pool(artifact, target).page
+    if not target.device.is_host:
+        yield f"{asked}: on an NPU a draft's tokens follow one another.  Give {BRANCHES} 1"
+    elif page > 1:
+        yield f"{asked}: drafts that branch need pages of one token, these have {page}.  Give {PAGE} 1"
 
 
 def _of_other(asked: str, given: Mapping[str, str], judge: Callable[[Artifact], Iterator[str]]) -> Iterator[str]:
