@@ -67,8 +67,8 @@ def of_model(draft: Any, ids: list[int], answer: list[int], new: int, steps: int
 def of_branches(
     draft: Any, ids: list[int], answer: list[int], new: int, steps: int, topk: int, drafts: int
 ) -> list[int]:
-    """The same where guesses branch: at each of `steps` places the `topk` best go on, and of all that were seen the
-    `drafts` - 1 best are verified."""
+    """The same where guesses branch: at each of `steps` places the `topk` best go on, and of all that were seen
+    the `drafts` - 1 best are verified."""
     out, histogram = 1, [0] * (steps + 1)
     while out < new:
         tree = _tree(draft, (ids + answer[:out])[1:], steps, topk, drafts - 1)
@@ -81,8 +81,8 @@ def of_branches(
 
 
 def _tree(draft: Any, seen: list[int], steps: int, topk: int, count: int) -> dict[tuple[int, int], int]:
-    """(a guess, -1 for the root; a token after it): the guess that says so.  As in SGLang a branch goes on from what
-    was put into its place before, whatever it is that it follows."""
+    """(a guess, -1 for the root; a token after it): the guess that says so.  As in SGLang a branch goes on from
+    what was put into its place before, whatever it is that it follows."""
     histories: list[list[int]] = [[] for _ in range(topk)]
     scores, parents = [1.0], [-1]
     found: list[tuple[float, int, int]] = []  # score, parent, token

@@ -45,8 +45,8 @@ def trees(
 def branches(input_ids: Ints, positions: Ints, slots: Ints, rows: Ints, before: Ints, steps: int) -> Batch:
     """A step of drafts that branch, for pages of one slot: each branch is a sequence of its own.
 
-    `rows` [B, P]: slots of each sequence; after the `before` [B] that it has in the cache, each branch has `steps` of
-    them.  A branch sees what an earlier step put into its own slots: so does SGLang's own attention."""
+    `rows` [B, P]: slots of each sequence; after the `before` [B] that it has in the cache, each branch has `steps`
+    of them.  A branch sees what an earlier step put into its own slots: so does SGLang's own attention."""
     width = len(positions) // len(before)
     tables = np.repeat(rows, width, 0)
     for row, position in enumerate(positions):
