@@ -153,7 +153,7 @@ class _Graph:
             raise
         tensors |= {f"probe {name}": torch.from_numpy(values) for name, values in step.probes.items()}
         (outputs,) = step.outputs
-        states = {"states": torch.from_numpy(outputs[1])} if outputs[1:] else {}
+        states = {"states": torch.from_numpy(outputs[1]).clone()} if outputs[1:] else {}  # a probe may be the same
         RECORD.call(about, tensors | {"logits": torch.from_numpy(outputs[0])} | states)
         found = tuple(self._ms.Tensor(output) for output in outputs)
         return found[0] if len(found) == 1 else found
