@@ -18,7 +18,7 @@ from msconv_runtime.serving.nodes import Nodes
 from msconv_runtime.serving.ports import refuse_taken
 from msconv_runtime.serving.settings import LOCALHOST, Settings
 from msconv_runtime.sglang.engine import ENGINE
-from msconv_runtime.sglang.speculation import ALGORITHM, drafts
+from msconv_runtime.sglang.speculation import ALGORITHM, STANDALONE, drafts
 from msconv_runtime.targets import TARGETS, Target
 
 from ..checkpoint.reference import configuration
@@ -116,9 +116,23 @@ def make_plan(root: Path, options: Options) -> Plan:
     launches, port = _launches(artifact, target, scenario, options)
     _refuse_size(artifact, config, scenario, exact, options)
     source = source_of(root, options.reference)
-    draft = (drafts(given) or [artifact])[0] if ALGORITHM in given else None
+    draft = _draft_of(artifact, given)
     most = (number(given, DRAFT_TOKENS) or USUAL_DRAFTS) if draft else 0
     return Plan(artifact, target, config, scenario, exact, launches, port, source, options, draft, most)
+
+
+def _draft_of(artifact: Artifact, given: dict[str, str]) -> Artifact | None:
+    """What guesses tokens.  Raises UsageError for a model that is to guess for itself: whose calls are whose could
+    not be told."""
+    if ALGORITHM not in given:
+        return None
+    draft = (drafts(given) or [artifact])[0]
+    if given[ALGORITHM].upper() == STANDALONE and draft.root.resolve() == artifact.root.resolve():
+        raise UsageError(
+            f"{draft.root}: drafts for itself, and a rehearsal could not tell one's calls from the other's.",
+            "Rehearse with a copy of the directory as the draft.",
+        )
+    return draft
 
 
 def _target_named(name: str) -> Target:
