@@ -86,10 +86,10 @@ def _tree(draft: Any, seen: list[int], steps: int, topk: int, count: int) -> dic
     histories: list[list[int]] = [[] for _ in range(topk)]
     scores, parents = [1.0], [-1]
     found: list[tuple[float, int, int]] = []  # score, parent, token
-    for step in range(steps):
+    for _ in range(steps):
         first = len(found)
-        for branch, (score, parent) in enumerate(zip(scores, parents, strict=True)):
-            values, tokens = _best(draft, seen + (histories[branch] if step else []), topk)
+        rows = _best(draft, [seen + history for history in histories[: len(parents)]], topk)
+        for score, parent, (values, tokens) in zip(scores, parents, rows, strict=True):
             found += [(score * p, parent, token) for p, token in zip(values, tokens, strict=True)]
         parents = sorted(range(first, len(found)), key=lambda i: -found[i][0])[:topk]
         scores = [found[i][0] for i in parents]
@@ -98,12 +98,12 @@ def _tree(draft: Any, seen: list[int], steps: int, topk: int, count: int) -> dic
     return {found[i][1:]: i for i in chosen}
 
 
-def _best(model: Any, ids: list[int], topk: int) -> tuple[list[float], list[int]]:
+def _best(model: Any, rows: list[list[int]], topk: int) -> list[tuple[list[float], list[int]]]:
     import torch
 
     with torch.no_grad():
-        values, tokens = model(torch.tensor([ids])).logits[0, -1].softmax(-1).topk(topk)
-    return values.tolist(), tokens.tolist()
+        values, tokens = model(torch.tensor(rows)).logits[:, -1].softmax(-1).topk(topk)
+    return list(zip(values.tolist(), tokens.tolist(), strict=True))
 
 
 def _next(model: Any, ids: list[int]) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 CHUNK = 64
 DRAFTS, STEPS = 8, 3
 BREADTH = {"chain": 1, "tree": 4}  # of NGRAM's drafts
-COMPILED = {"chain": "0", "tree": "1", "model": "1", "branches": "1"}  # MSCONV_COMPILED
+UNCOMPILED = ("chain",)
 TOPK = {"model": 1, "branches": 3}  # guesses of a draft model at each place
 
 
@@ -42,29 +43,42 @@ def draft_checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifact(random_checkpoint, tmp_path_factory.mktemp("drafts") / "target")
-
-
-@pytest.fixture(scope="module")
 def answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     """The target's greedy tokens, with those that the last drafts are compared with."""
     return [expected(model, ids, NEW_TOKENS + DRAFTS) for ids in prompts]
 
 
-KINDS = [pytest.param("chain", marks=every_layout), "tree", "model", pytest.param("branches", marks=every_layout)]
+SLOW = ("chain", "branches", "tree of 2 ranks", "model of 2 ranks")
+KINDS = ["tree", "model", *(pytest.param(name, marks=every_layout) for name in SLOW)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def layout(request: pytest.FixtureRequest) -> tuple[str, int]:
+    """What drafts, and over how many ranks."""
+    name, _, of = request.param.partition(" of ")
+    return name, 2 if of else 1
 
 
 @pytest.fixture(scope="module")
-def server(artifact: Path, kind: str, request: pytest.FixtureRequest) -> Iterator[Server]:
+def kind(layout: tuple[str, int]) -> str:
+    return layout[0]
+
+
+@pytest.fixture(scope="module")
+def artifacts(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """By tp, each made once."""
+    return cache(lambda tp: make_artifact(random_checkpoint, tmp_path_factory.mktemp("drafts") / "target", tp))
+
+
+@pytest.fixture(scope="module")
+def server(
+    artifacts: Callable[[int], Path], layout: tuple[str, int], request: pytest.FixtureRequest
+) -> Iterator[Server]:
+    kind, tp = layout
+    artifact = artifacts(tp)
     flags = ["--chunked-prefill-size", str(CHUNK)]
     if kind in TOPK:
-        draft = make_artifact(request.getfixturevalue("draft_checkpoint"), artifact.with_name("draft"))
+        draft = make_artifact(request.getfixturevalue("draft_checkpoint"), artifact.with_name("draft"), tp)
         flags += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(draft)]
         flags += ["--speculative-num-steps", str(STEPS), "--speculative-eagle-topk", str(TOPK[kind])]
         flags += ["--speculative-num-draft-tokens", str(DRAFTS if kind == "branches" else STEPS + 1)]
@@ -74,7 +88,7 @@ def server(artifact: Path, kind: str, request: pytest.FixtureRequest) -> Iterato
         flags += ["--speculative-ngram-max-bfs-breadth", str(BREADTH[kind])]
         flags += ["--page-size", "16" if kind == "chain" else "1"]
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MSCONV_COMPILED", COMPILED[kind])
+        environment.setenv("MSCONV_COMPILED", "0" if kind in UNCOMPILED else "1")
         with serving(artifact, artifact.with_name(f"{kind}.log"), *flags) as s:
             yield s
 

@@ -147,10 +147,12 @@ class ArtifactModel(nn.Cell):
         mode = forward_batch.forward_mode
         role = VERIFY if _has_drafts(mode) else PREFILL if mode.is_extend() else DECODE
         asked = prompt_logprobs.asked(forward_batch) if role is PREFILL else None
-        is_captured = forward_batch.capture_hidden_mode.need_capture()
+        captured = forward_batch.capture_hidden_mode
+        is_captured = captured.need_capture()
         if asked is None or is_captured:
             found = graphs.in_parts(role, batch, caches)
-            output = hidden.as_output(found if is_captured else {LOGITS: found[LOGITS]}, device)
+            kept = hidden.of_last(found, batch) if captured.is_last() and role is not VERIFY else found
+            output = hidden.as_output(kept if is_captured else {LOGITS: found[LOGITS]}, device)
         if asked is not None:  # what drafts read is not made piece by piece: the prompt runs twice
             states = output.hidden_states if is_captured else None
             output = prompt_logprobs.run(graphs, batch, asked, caches, device)

@@ -22,6 +22,7 @@ DRAFT_PATHS = ("--speculative-draft-model-path", "--speculative-draft-model")
 BRANCHES, BREADTH = "--speculative-eagle-topk", "--speculative-ngram-max-bfs-breadth"
 USUAL_BREADTH = 10  # SGLang's
 PAGE = "--page-size"
+RETURNED = ("--enable-return-hidden-states", "--return-hidden-states-mode")
 NGRAM, STANDALONE, NEXTN, EAGLE3 = "NGRAM", "STANDALONE", "NEXTN", "EAGLE3"
 MOST = 3  # damaged files that are named
 TOKENIZER = "tokenizer.json"
@@ -70,6 +71,24 @@ def _no_logits(asked: str, artifact: Artifact, target: Target) -> list[str]:
     return [
         f"{asked}: {artifact.root} has no graphs that give the logits of all tokens.  "
         f"`msconv compile {artifact.root} --target {target.name}` adds them"
+    ]
+
+
+def gives_hidden(artifact: Artifact, target: Target) -> bool:
+    """Whether the model's graphs give what its head reads, of every token: where a layer of its own drafts.  What
+    a draft of EAGLE3 reads is something else."""
+    draft = artifact.manifest.draft
+    return draft is not None and not draft.layers and bool(of_draft(artifact.graphs(target.name)))
+
+
+def hidden_problems(artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
+    """Why hidden states cannot be answered with."""
+    flag = next((name for name in RETURNED if name in given), "")
+    if not flag or gives_hidden(artifact, target):
+        return []
+    return [
+        f"{flag}: the graphs of {artifact.root} give logits, no hidden states of their last norm.  Leave the flag "
+        "out; graphs of a checkpoint with a layer for multi-token prediction give them"
     ]
 
 
