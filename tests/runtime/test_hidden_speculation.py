@@ -70,6 +70,8 @@ def test_hidden_states_are_given_where_a_layer_of_its_own_drafts(compiled: Path)
     graphs = [*own.manifest.graphs, replace(own.manifest.graphs[0], role=DRAFT_EXTEND.name)]
     drafting = Artifact(own.root, replace(own.manifest, graphs=graphs))
     assert hidden_problems(drafting, CPU, flag) == []
+    (line,) = hidden_problems(drafting, CPU, {"--return-hidden-states-mode": "last"})
+    assert "Give --return-hidden-states-mode full" in line
 
 
 @pytest.mark.parametrize(("layers", "told"), [(None, "no hidden states"), ([0, 2, 3], "layers [0, 2, 3]")])

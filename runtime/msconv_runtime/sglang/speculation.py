@@ -84,6 +84,8 @@ def gives_hidden(artifact: Artifact, target: Target) -> bool:
 def hidden_problems(artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
     """Why hidden states cannot be answered with."""
     flag = next((name for name in RETURNED if name in given), "")
+    if given.get(flag) == "last":
+        return [f"{flag} last: SGLang 0.5.23 takes no request for the last one alone.  Give {flag} full"]
     if not flag or gives_hidden(artifact, target):
         return []
     return [
