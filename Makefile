@@ -58,7 +58,8 @@ test-digests: setup
 
 # Graphs of drafts and their hidden states on all targets, and every fault in them; `make test` takes some.
 test-drafts: setup compiler
-	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_drafts.py tests/verify/test_hidden.py
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_drafts.py tests/verify/test_hidden.py \
+	  tests/verify/test_eagle3.py
 
 # The bounds of docs/roofline.md: every layout counted, every recipe's row; `make test` takes some of each.
 test-roofline: setup

@@ -64,6 +64,48 @@ def of_model(draft: Any, ids: list[int], answer: list[int], new: int, steps: int
     return trimmed(histogram)
 
 
+def of_branches(
+    draft: Any, ids: list[int], answer: list[int], new: int, steps: int, topk: int, drafts: int
+) -> list[int]:
+    """The same where guesses branch: at each of `steps` places the `topk` best go on, and of all that were seen
+    the `drafts` - 1 best are verified."""
+    out, histogram = 1, [0] * (steps + 1)
+    while out < new:
+        tree = _tree(draft, (ids + answer[:out])[1:], steps, topk, drafts - 1)
+        accepted, node = 0, -1
+        while (below := tree.get((node, answer[out + accepted]))) is not None:
+            accepted, node = accepted + 1, below
+        histogram[accepted] += 1
+        out += accepted + 1
+    return trimmed(histogram)
+
+
+def _tree(draft: Any, seen: list[int], steps: int, topk: int, count: int) -> dict[tuple[int, int], int]:
+    """(a guess, -1 for the root; a token after it): the guess that says so.  As in SGLang a branch goes on from
+    what was put into its place before, whatever it is that it follows."""
+    histories: list[list[int]] = [[] for _ in range(topk)]
+    scores, parents = [1.0], [-1]
+    found: list[tuple[float, int, int]] = []  # score, parent, token
+    for _ in range(steps):
+        first = len(found)
+        rows = _best(draft, [seen + history for history in histories[: len(parents)]], topk)
+        for score, parent, (values, tokens) in zip(scores, parents, rows, strict=True):
+            found += [(score * p, parent, token) for p, token in zip(values, tokens, strict=True)]
+        parents = sorted(range(first, len(found)), key=lambda i: -found[i][0])[:topk]
+        scores = [found[i][0] for i in parents]
+        histories = [[*h, found[i][2]] for h, i in zip(histories, parents, strict=True)]
+    chosen = sorted(range(len(found)), key=lambda i: -found[i][0])[:count]
+    return {found[i][1:]: i for i in chosen}
+
+
+def _best(model: Any, rows: list[list[int]], topk: int) -> list[tuple[list[float], list[int]]]:
+    import torch
+
+    with torch.no_grad():
+        values, tokens = model(torch.tensor(rows)).logits[:, -1].softmax(-1).topk(topk)
+    return list(zip(values.tolist(), tokens.tolist(), strict=True))
+
+
 def _next(model: Any, ids: list[int]) -> int:
     import torch
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 CHUNK = 64
 DRAFTS, STEPS = 8, 3
 BREADTH = {"chain": 1, "tree": 4}  # of NGRAM's drafts
-COMPILED = {"chain": "0", "tree": "1", "model": "1"}  # MSCONV_COMPILED
+UNCOMPILED = ("chain",)
+TOPK = {"model": 1, "branches": 3}  # guesses of a draft model at each place
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +43,52 @@ def draft_checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def artifact(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_artifact(random_checkpoint, tmp_path_factory.mktemp("drafts") / "target")
-
-
-@pytest.fixture(scope="module")
 def answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     """The target's greedy tokens, with those that the last drafts are compared with."""
     return [expected(model, ids, NEW_TOKENS + DRAFTS) for ids in prompts]
 
 
-@pytest.fixture(scope="module", params=[pytest.param("chain", marks=every_layout), "tree", "model"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+SLOW = ("chain", "branches", "tree of 2 ranks", "model of 2 ranks")
+KINDS = ["tree", "model", *(pytest.param(name, marks=every_layout) for name in SLOW)]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def layout(request: pytest.FixtureRequest) -> tuple[str, int]:
+    """What drafts, and over how many ranks."""
+    name, _, of = request.param.partition(" of ")
+    return name, 2 if of else 1
 
 
 @pytest.fixture(scope="module")
-def server(artifact: Path, kind: str, request: pytest.FixtureRequest) -> Iterator[Server]:
+def kind(layout: tuple[str, int]) -> str:
+    return layout[0]
+
+
+@pytest.fixture(scope="module")
+def artifacts(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """By tp, each made once."""
+    return cache(lambda tp: make_artifact(random_checkpoint, tmp_path_factory.mktemp("drafts") / "target", tp))
+
+
+@pytest.fixture(scope="module")
+def server(
+    artifacts: Callable[[int], Path], layout: tuple[str, int], request: pytest.FixtureRequest
+) -> Iterator[Server]:
+    kind, tp = layout
+    artifact = artifacts(tp)
     flags = ["--chunked-prefill-size", str(CHUNK)]
-    if kind == "model":
-        draft = make_artifact(request.getfixturevalue("draft_checkpoint"), artifact.with_name("draft"))
+    if kind in TOPK:
+        draft = make_artifact(request.getfixturevalue("draft_checkpoint"), artifact.with_name("draft"), tp)
         flags += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(draft)]
-        flags += ["--speculative-num-steps", str(STEPS), "--speculative-eagle-topk", "1"]
-        flags += ["--speculative-num-draft-tokens", str(STEPS + 1)]
+        flags += ["--speculative-num-steps", str(STEPS), "--speculative-eagle-topk", str(TOPK[kind])]
+        flags += ["--speculative-num-draft-tokens", str(DRAFTS if kind == "branches" else STEPS + 1)]
+        flags += ["--page-size", "1"] if kind == "branches" else []
     else:
         flags += ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(DRAFTS)]
         flags += ["--speculative-ngram-max-bfs-breadth", str(BREADTH[kind])]
         flags += ["--page-size", "16" if kind == "chain" else "1"]
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MSCONV_COMPILED", COMPILED[kind])
+        environment.setenv("MSCONV_COMPILED", "0" if kind in UNCOMPILED else "1")
         with serving(artifact, artifact.with_name(f"{kind}.log"), *flags) as s:
             yield s
 
@@ -85,7 +104,7 @@ def test_as_many_drafts_are_accepted_as_without_a_server(
     server.post("/flush_cache", {})
     found = [server.generate(ids, NEW_TOKENS) for ids in prompts]
     assert [answer["output_ids"] for answer in found] == [answer[:NEW_TOKENS] for answer in answers]
-    if kind == "model":
+    if kind in TOPK:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -93,7 +112,11 @@ def test_as_many_drafts_are_accepted_as_without_a_server(
             request.getfixturevalue("draft_checkpoint"), dtype=torch.float32
         ).eval()
         both = zip(prompts, answers, strict=True)
-        wanted = [drafting.of_model(draft, ids, answer, NEW_TOKENS, STEPS) for ids, answer in both]
+        if kind == "model":
+            wanted = [drafting.of_model(draft, ids, answer, NEW_TOKENS, STEPS) for ids, answer in both]
+        else:
+            tree = (STEPS, TOPK[kind], DRAFTS)
+            wanted = [drafting.of_branches(draft, ids, answer, NEW_TOKENS, *tree) for ids, answer in both]
         assert sum(map(len, wanted)) > len(wanted), "no draft is accepted: the test shows nothing"
     else:
         requests = list(zip(prompts, answers, strict=True))
@@ -136,5 +159,5 @@ def test_log_probabilities_beside_drafts(server: Server, model: Any, prompts: li
 def test_nothing_was_compiled_for_a_request(server: Server, kind: str) -> None:
     state = server.state()
     assert state["compiles_since_ready"] == 0
-    assert ("draft" in state) == (kind == "model")
+    assert ("draft" in state) == (kind in TOPK)
     assert state.get("draft", state)["compiles_since_ready"] == 0

@@ -19,7 +19,7 @@ from tests.conversions import convert
 from tests.e2e import hidden_drafting, logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, serving
 from tests.eagle3_checkpoints import exchange_streams, train_eagle3
-from tests.moe_checkpoints import make_deepseek_v3
+from tests.moe_checkpoints import add_mtp, make_deepseek_v3
 from tests.nextn_checkpoints import train_nextn
 from tests.rehearsal.rehearsing import every_layout
 
@@ -51,8 +51,8 @@ def load(checkpoint: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
-def artifact_of(checkpoint: Path, root: Path, draft: Draft | None = None) -> Path:
-    convert(checkpoint, root)
+def artifact_of(checkpoint: Path, root: Path, draft: Draft | None = None, tp: int = 1) -> Path:
+    convert(checkpoint, root, tp)
     if draft is not None:
         Artifact(root).changed(draft=draft)
     compile_graphs(root, "cpu", lambda line: None)
@@ -77,18 +77,21 @@ def of_eagle3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return artifact_of(root / "qwen3", root / "target", Draft("eagle3", LAYERS)), root / "checkpoint"
 
 
-@pytest.fixture(scope="module", params=["eagle3", "exchanged", "nextn"])
+@pytest.fixture(scope="module", params=["eagle3", "exchanged", "nextn", "eagle3 of 2 ranks", "nextn of 2 ranks"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    if request.param == "nextn":
-        return case_of_nextn(tmp_path_factory.mktemp("nextn"))
+    tp = 2 if "2 ranks" in request.param else 1
+    if "nextn" in request.param:
+        return case_of_nextn(tmp_path_factory.mktemp("nextn"), tp)
     target, checkpoint = request.getfixturevalue("of_eagle3")
     model = load(target.with_name("qwen3"))
-    root = tmp_path_factory.mktemp(request.param)
+    root = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    if tp > 1:
+        target = artifact_of(target.with_name("qwen3"), root / "target", Draft("eagle3", LAYERS), tp)
     draft = shutil.copytree(checkpoint, root / "checkpoint")
     if request.param == "exchanged":
         exchange_streams(draft, 0, 2)
     flags = ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path"]
-    flags += [str(artifact_of(draft, root / "draft"))]
+    flags += [str(artifact_of(draft, root / "draft", tp=tp))]
     prompts, answers = talk(model)
     run = hidden_drafting.eagle3(draft, model)
     wanted = [of(run, model, LAYERS, ids, answer) for ids, answer in zip(prompts, answers, strict=True)]
@@ -98,12 +101,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(target, flags, model, prompts, answers, wanted)
 
 
-def case_of_nextn(root: Path) -> Case:
+def case_of_nextn(root: Path, tp: int) -> Case:
     checkpoint = make_deepseek_v3(root / "checkpoint")
     model = load(checkpoint)
     prompts, answers = talk(model)
     train_nextn(checkpoint, model, [p + a for p, a in zip(prompts, answers, strict=True)], 150)
-    artifact = artifact_of(checkpoint, root / "artifact")
+    artifact = artifact_of(checkpoint, root / "artifact", tp=tp)
     run = hidden_drafting.nextn(checkpoint, artifact)
     wanted = [of(run, model, [], ids, answer) for ids, answer in zip(prompts, answers, strict=True)]
     return Case(artifact, ["--speculative-algorithm", "NEXTN"], model, prompts, answers, wanted)
@@ -153,6 +156,24 @@ def test_log_probabilities_of_a_prompt_beside_drafts(server: Server, case: Case)
     answer = logprobs.ask(server, ids, 0, NEW_TOKENS)
     logprobs.check(case.model, ids, 0, answer)
     assert answer["output_ids"] == case.answers[7][:NEW_TOKENS]
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_hidden_states_are_an_answer(tmp_path: Path, drafts: bool) -> None:
+    """What the head reads, of the tokens of the prompt's last chunk and of all that are answered but the last."""
+    checkpoint = add_mtp(make_deepseek_v3(tmp_path / "checkpoint"))
+    artifact, model = artifact_of(checkpoint, tmp_path / "artifact"), load(checkpoint)
+    flags = ["--speculative-algorithm", "NEXTN"] if drafts else ["--chunked-prefill-size", str(CHUNK)]
+    flags += ["--skip-tokenizer-init", "--enable-return-hidden-states"]
+    ids = np.random.default_rng(2).integers(0, model.config.vocab_size, 70).tolist()
+    with serving(artifact, tmp_path / "server.log", *flags) as server:
+        answer = server.generate(ids, NEW_TOKENS, return_hidden_states=True)
+        assert server.generate(ids[:5], 3)["meta_info"].get("hidden_states") is None
+    assert answer["output_ids"] == expected(model, ids)
+    found = np.array([row for given in answer["meta_info"]["hidden_states"] for row in np.atleast_2d(given)])
+    wanted = hidden_drafting.states(model, ids + answer["output_ids"][:-1], [])
+    assert len(found) == len(wanted) - (0 if drafts else CHUNK)
+    assert np.abs(found - wanted[-len(found) :]).max() < 1e-4
 
 
 def test_nothing_was_compiled_for_a_request(server: Server) -> None:

@@ -53,9 +53,14 @@ def rows(conversation: Conversation) -> list[Row]:
 
 
 def judged(
-    conversation: Conversation, found: list[Row], bound: float = BOUND, model: Model | None = None
+    conversation: Conversation,
+    found: list[Row],
+    bound: float = BOUND,
+    model: Model | None = None,
+    drafts: int = 0,
 ) -> Expected:
-    expected = Expected([conversation], model or Model(), VOCAB, complete=True)  # type: ignore[arg-type]
+    reference: Any = model or Model()
+    expected = Expected([conversation], reference, VOCAB, complete=True, drafts=drafts)
     expected.judge(bound)
     expected.compare("start-up", [Row((7, 7), logits((7, 7)))])
     for i, row in enumerate(found):
@@ -68,6 +73,20 @@ def test_right_answers_have_no_problem() -> None:
     found = judged(talk([3, 1, 4]), rows(talk([3, 1, 4])))
     assert found.answers.problems == []
     assert (found.answers.tokens, found.answers.equal, found.answers.error) == (NEW_TOKENS, NEW_TOKENS, 0.0)
+
+
+def test_what_follows_a_wrong_guess_belongs_to_no_request_and_is_no_problem() -> None:
+    """The first token of a verification must belong to one; without drafts all must."""
+    conversation = talk([3, 1, 4])
+    found = rows(conversation)
+    guessed = (*conversation.tokens[:5], 49, 48)
+    past_the_end = (*conversation.tokens, 7)
+    more = [Row(guessed[:6], logits(guessed[:6]), 1), Row(past_the_end, logits(past_the_end))]
+    assert judged(conversation, [*found, *more], drafts=4).answers.problems == []
+    assert len(judged(conversation, [*found, *more]).answers.problems) == 2
+    lost = [Row((9, 9, 9), logits((9, 9, 9)))]
+    (problem,) = judged(conversation, [*found, *lost], drafts=4).answers.problems
+    assert "belongs to no request" in problem
 
 
 def logprobs(prompt: list[int]) -> list[float]:

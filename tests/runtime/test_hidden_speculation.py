@@ -13,7 +13,8 @@ from msconv_runtime.artifact import Artifact, Draft, read_manifest
 from msconv_runtime.captured import LAYER_IDS, captured_layers
 from msconv_runtime.doctor import Machine, examine
 from msconv_runtime.errors import CheckpointError, UsageError
-from msconv_runtime.sglang.speculation import speculation_problems
+from msconv_runtime.roles import DRAFT_EXTEND
+from msconv_runtime.sglang.speculation import hidden_problems, speculation_problems
 from msconv_runtime.targets import CPU
 from tests.conversions import convert
 from tests.eagle3_checkpoints import make_eagle3
@@ -55,7 +56,22 @@ def test_the_layers_are_those_of_sglang() -> None:
 def test_a_draft_that_fits(compiled: Path, draft: Path) -> None:
     assert problems(giving(compiled, [1, 2, 3]), "EAGLE3", draft) == []
     (line,) = problems(giving(compiled, [1, 2, 3]), "eagle3", draft, speculative_eagle_topk="4")
-    assert "Give --speculative-eagle-topk 1" in line
+    assert "Give --page-size 1" in line
+
+
+def test_hidden_states_are_given_where_a_layer_of_its_own_drafts(compiled: Path) -> None:
+    """And not by other graphs, nor by those that a draft of EAGLE3 reads."""
+    flag = {"--enable-return-hidden-states": ""}
+    for artifact in (Artifact(compiled), giving(compiled, [1, 2, 3])):
+        (line,) = hidden_problems(artifact, CPU, flag)
+        assert "Leave the flag out" in line
+        assert hidden_problems(artifact, CPU, {}) == []
+    own = giving(compiled, [])
+    graphs = [*own.manifest.graphs, replace(own.manifest.graphs[0], role=DRAFT_EXTEND.name)]
+    drafting = Artifact(own.root, replace(own.manifest, graphs=graphs))
+    assert hidden_problems(drafting, CPU, flag) == []
+    (line,) = hidden_problems(drafting, CPU, {"--return-hidden-states-mode": "last"})
+    assert "Give --return-hidden-states-mode full" in line
 
 
 @pytest.mark.parametrize(("layers", "told"), [(None, "no hidden states"), ([0, 2, 3], "layers [0, 2, 3]")])

@@ -53,6 +53,13 @@ def test_without_such_graphs_only_what_asks_for_the_prompt_is_refused() -> None:
         assert refusal([1, 2, 3], how, **fields) == ""
 
 
+def test_hidden_states_are_let_through_where_graphs_give_them() -> None:
+    for asked in (True, "last"):
+        assert "give no hidden states" in refusal([1, 2], return_hidden_states=asked)
+        check_request(request(return_hidden_states=asked), [1, 2], SIZE, gives_hidden=True)
+    assert refusal([1, 2], return_hidden_states=False) == ""
+
+
 def test_a_negative_begin_is_refused() -> None:
     assert "logprob_start_len is -2" in refusal([1, 2, 3], logprob_start_len=-2)
     assert "logprob_start_len is 0.5" in refusal([1, 2, 3], logprob_start_len=0.5)

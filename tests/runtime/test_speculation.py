@@ -93,9 +93,10 @@ def test_what_cannot_be_done_is_refused_in_one_line(compiled: Path, flags: tuple
     assert told in refused(compiled, *flags)
 
 
-def test_a_draft_that_branches_is_refused(compiled: Path) -> None:
-    line = refused(compiled, *standalone(compiled), "--speculative-eagle-topk", "4", "--page-size", "1")
-    assert "Give --speculative-eagle-topk 1" in line
+def test_a_draft_that_branches_needs_pages_of_one_token(compiled: Path) -> None:
+    flags = (*standalone(compiled), "--speculative-eagle-topk", "4")
+    assert "Give --page-size 1" in refused(compiled, *flags)
+    assert launch(compiled, *flags, "--page-size", "1").untried == ()
 
 
 def test_graphs_without_all_logits_are_told_by_serve_and_doctor(compiled: Path, own_artifact: Path) -> None:

@@ -106,13 +106,18 @@ def _guesses(root: Path) -> None:
 
 @every_layout
 def test_in_int8(model: Path, tmp_path: Path) -> None:
-    """The draft's graphs and the reference each round by themselves: close, and not led."""
+    """The draft's graphs are led as the model's are; what is left of its logits' difference is float32's."""
     convert(model, tmp_path / "artifact", 2, ep=2, quant="w8a8")
     compile_graphs(tmp_path / "artifact", TARGET)
     proof = prove(tmp_path / "artifact", TARGET, model)
     assert proof.ok, proof.place
     assert proof.led is not None
-    assert 0 < proof.led.drafts[""].kl < 1e-3
+    assert proof.led.verdicts["draft"].ok
+    assert proof.led.verdicts["draft"].compared > 0
+    assert proof.comparison.by_phase["draft extend"] < 1e-4
+    assert proof.comparison.by_phase["draft decode after itself"] < 1e-4
+    assert {"model.layers.2.self_attn", "model.layers.2.mlp"} <= proof.led.groups.keys()
+    assert 0 < proof.led.drafts[""].kl < 1e-3  # where each rounds by itself
     types = {t.name: t.dtype for t in Artifact(tmp_path / "artifact").weights.tensors}
     assert types["model.layers.2.mlp.experts.gate_up_proj.weight"] == "int8"
     assert types["model.layers.2.eh_proj.weight"] == "float32"

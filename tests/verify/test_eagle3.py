@@ -21,10 +21,11 @@ from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Rol
 from msconv_runtime.sglang import drafts
 from tests.conversions import convert
 from tests.eagle3_checkpoints import make_eagle3
+from tests.rehearsal.rehearsing import every_layout
 from tests.verify.faults import exchange, exchange_rows
 from tests.verify.planting import Ranks, edit_weights
 
-TARGETS = ("cpu", "ascend910b")
+TARGET = "ascend910b"
 WIDTH = 128
 
 
@@ -38,27 +39,28 @@ def artifact(checkpoint: Path) -> Path:
     """For two ranks: 301 tokens do not divide."""
     root = checkpoint.with_name("artifact")
     convert(checkpoint, root, 2)
-    for target in TARGETS:
-        compile_graphs(root, target, lambda line: None)
+    compile_graphs(root, TARGET, lambda line: None)
     return root
 
 
-def test_it_is_proved_and_keeps_what_it_draws_on(artifact: Path) -> None:
-    for target in TARGETS:
-        proof = prove(artifact, target, None)
-        assert proof.ok, proof.place
-        assert (proof.missing, proof.unused) == ([], [])
-        assert set(proof.comparison.by_phase) == {
-            "draft",
-            "draft, further steps",
-            "draft on a cached prefix",
-            "draft on a cached prefix, further steps",
-        }
+@pytest.mark.parametrize("target", [TARGET, pytest.param("cpu", marks=every_layout)])
+def test_it_is_proved_and_keeps_what_it_draws_on(artifact: Path, target: str) -> None:
+    if target != TARGET:
+        compile_graphs(artifact, target, lambda line: None)
+    proof = prove(artifact, target, None)
+    assert proof.ok, proof.place
+    assert (proof.missing, proof.unused) == ([], [])
+    assert set(proof.comparison.by_phase) == {
+        "draft",
+        "draft, further steps",
+        "draft on a cached prefix",
+        "draft on a cached prefix, further steps",
+    }
     found = Artifact(artifact)
     assert found.is_draft
     assert {t.name: t.dtype for t in found.weights.tensors}["d2t"] == "int32"
     assert not any("embed_tokens" in t.name for t in found.weights.tensors)
-    read = {p.name for g in found.graphs("cpu") for p in g.reads}
+    read = {p.name for g in found.graphs(target) for p in g.reads}
     assert {"target.model.embed_tokens.weight", "target.vocab_start"} < read
 
 
@@ -68,20 +70,21 @@ def streams_exchanged(ranks: Ranks) -> None:
         values["fc.weight"] = np.concatenate((second, first, third), 1)
 
 
+FAULTS: dict[str, Callable[[Ranks], None]] = {
+    "streams": streams_exchanged,
+    "norms before attention": exchange("midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight"),
+    "last norm": exchange("norm.weight", "midlayer.post_attention_layernorm.weight"),
+    "tokens": exchange_rows("lm_head.weight", slice(0, 1), slice(1, 2)),
+}
+
+
 @pytest.mark.parametrize(
-    "change",
-    [
-        streams_exchanged,
-        exchange("midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight"),
-        exchange("norm.weight", "midlayer.post_attention_layernorm.weight"),
-        exchange_rows("lm_head.weight", slice(0, 1), slice(1, 2)),
-    ],
-    ids=["streams", "norms before attention", "last norm", "tokens"],
+    "change", [pytest.param(f, id=name, marks=[every_layout] * (name != "streams")) for name, f in FAULTS.items()]
 )
 def test_a_fault_is_found(artifact: Path, tmp_path: Path, change: Callable[[Ranks], None]) -> None:
     root = shutil.copytree(artifact, tmp_path / "artifact")
     edit_weights(root, change)
-    proof = prove(root, "ascend910b", None)
+    proof = prove(root, TARGET, None)
     assert not proof.ok
     assert proof.place
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from mindspore import ops as functional
 
+from msconv.graph.decoder import DecoderWithDraft
 from msconv.steps.compile import compile_graphs
 from msconv.verify.lockstep import Lockstep
+from msconv.verify.prove import prove
 from msconv_runtime import Session
 from msconv_runtime.artifact import Artifact, Draft, write_manifest
 from msconv_runtime.errors import ArtifactError, UsageError
@@ -94,6 +99,47 @@ def test_interpreted(
             every = [row for s, n in zip(logits, new, strict=True) for row in s[-len(n) :]]
             expected = every if role is VERIFY else [s[-1] for s in logits]
             assert np.abs(outputs[LOGITS] - np.stack(expected)).max() < 1e-4, (variant, role)
+
+
+def streams_exchanged(self: Any, *inputs: Any) -> Any:
+    """The model's graph, with two of the layers that a draft reads in each other's place."""
+    step = self.begin(inputs)
+    x = self.embed(inputs[0])
+    h = self.first_norm(x)
+    streams: Any = ()
+    for i in range(self.num_layers):
+        if self.is_captured[i]:
+            streams = (x, *streams)
+        first = self.num_inputs + self.num_caches * i
+        h, x = self.layers[i](h, x, step, inputs[first : first + self.num_caches])
+    hidden = functional.concat(streams, -1)
+    if not self.has_all_rows:
+        h = self.last(h, step)
+    return self.results[0](h), self.results[1](hidden)
+
+
+def test_layers_exchanged_in_the_model_are_found(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are the same, and what a draft reads is not."""
+    sound = with_draft(models["qwen3"], tmp_path / "sound", STREAMS, "ascend910b")
+    wrong = Path(shutil.copytree(sound.root, tmp_path / "wrong"))
+    monkeypatch.setattr(DecoderWithDraft, "construct", streams_exchanged)
+    compile_graphs(wrong, "ascend910b", lambda line: None)
+    monkeypatch.undo()
+    outputs = []
+    for root in (sound.root, wrong):
+        lockstep = Lockstep(Artifact(root), "ascend910b")
+        lockstep.begin(len(PROMPTS))
+        outputs.append(lockstep.run(PREFILL, PROMPTS))
+    right, found = outputs
+    assert np.array_equal(right[LOGITS], found[LOGITS])
+    assert np.abs(right[HIDDEN] - found[HIDDEN]).max() > 0.01
+    proof = prove(wrong, "ascend910b", models["qwen3"])
+    assert not proof.ok
+    assert proof.place == "hidden states, seen in prefill"
+    assert proof.comparison.max_abs_logit_error < 1e-4
+    assert prove(sound.root, "ascend910b", models["qwen3"]).ok
 
 
 def test_in_a_session(models: dict[str, Path], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@
     records       what the server's processes wrote down of their graph calls
     loading       whether each rank loaded its own weights, groups and device
     calls         whether one call's inputs mean what the graph takes them for
+    served        the graphs and weights that a server loads, of a model and its draft, read anew
     replay        every call once more, by the interpreter of all ranks, on weights that it reads itself
     answers       tokens and logits against transformers, and tokens against the logits they came of
     judgement     all of these comparisons, and the outcome

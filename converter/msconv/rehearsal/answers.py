@@ -48,11 +48,18 @@ class Expected:
     """What transformers computes after each token of each conversation, and what the server made of it."""
 
     def __init__(
-        self, conversations: list[Conversation], reference: Reference, vocab: int, complete: bool
+        self,
+        conversations: list[Conversation],
+        reference: Reference,
+        vocab: int,
+        complete: bool,
+        drafts: int = 0,
     ) -> None:
         """`complete`: nothing else was asked and all was answered: another sequence, or a missing one, is a
-        problem."""
+        problem.  `drafts`: so many tokens at most are guessed and verified in one call; what follows a wrong guess
+        belongs to no request."""
         self.conversations, self.complete, self.bound = conversations, complete, math.inf
+        self.drafts = drafts
         self.answers = Answers()
         self.rounds_by_itself = isinstance(reference, QuantisedReference)
         self.asked = False  # whether the calls are past what the server asks itself at its start
@@ -129,7 +136,7 @@ class Expected:
             self.asked = self.asked or row.tokens in self._next
             if expected is not None:
                 self._compare_logits(where, row, expected)
-            elif self.complete and self.asked and not self._is_known(list(row.tokens)):
+            elif self.complete and self.asked and not self._is_known(row):
                 self.answers.problems.append(
                     f"{where}: a sequence of {len(row.tokens)} tokens that begins {list(row.tokens[:8])} belongs "
                     "to no request"
@@ -163,10 +170,17 @@ class Expected:
                     self.answers.problems.append(f"request {c.name!r}: token {k} of the answer comes from no call")
                     break
 
-    def _is_known(self, tokens: list[int]) -> bool:
-        """Whether these are part of a conversation, or beyond what has come of one that was aborted."""
+    def _is_known(self, row: Row) -> bool:
+        """Whether its tokens are part of a conversation, or guesses, or beyond what has come of one that was
+        aborted or ended among drafts."""
+        tokens = list(row.tokens)
+        if self.drafts and row.new:
+            return True  # by its first token the call is judged
         return any(
-            c.tokens[: len(tokens)] == tokens or (not c.whole and tokens[: len(c.tokens)] == c.tokens)
+            c.tokens[: len(tokens)] == tokens
+            or (
+                tokens[: len(c.tokens)] == c.tokens and (not c.whole or len(tokens) <= len(c.tokens) + self.drafts)
+            )
             for c in self.conversations
         )
 

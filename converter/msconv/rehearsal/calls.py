@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Graph, GraphInput
 from msconv_runtime.paging import Batch
+from msconv_runtime.roles import ROLES
 
 from .records import Cache, Call
 
@@ -125,14 +126,14 @@ def _slots(batch: Batch, page: int, call: Call) -> Iterator[str]:
 def _choice(batch: Batch, role: str) -> Iterator[str]:
     """The prefill graph's attention sees new tokens only; it is the one for batches without cached tokens."""
     cached = batch.context_lens - batch.q_lens
-    if role == "prefill" and cached.any():
-        yield f"graph: prefill for sequences with {cached.tolist()} cached tokens, which it does not see"
+    if ROLES[role].begins and cached.any():
+        yield f"graph: {role} for sequences with {cached.tolist()} cached tokens, which it does not see"
     if role == "decode" and not cached.any():
         yield f"graph: decode for {len(cached)} sequences without a cached token, for which prefill is"
 
 
 def _mask(batch: Batch, graph: Graph, found: torch.Tensor) -> Iterator[str]:
-    if graph.role == "prefill":
+    if ROLES[graph.role].begins:
         dtype = next(i.dtype for i in graph.inputs if i.name == "attention_mask")
         expected = torch.triu(torch.full((TILE, TILE), 1.0 if dtype == "bfloat16" else HIDDEN), 1)
         meaning = f"the strict upper triangle of {TILE} x {TILE}"

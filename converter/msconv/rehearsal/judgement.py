@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msconv_runtime.artifact import Graph
 from msconv_runtime.errors import VerificationFailed
 
 from ..verify.compare import FLOAT32_BOUND, half_precision_bound
@@ -55,7 +54,7 @@ def compare(plan: Plan, result: Rehearsal, work: Path, failure: VerificationFail
         torch.set_num_threads(1)  # handing small work to threads costs more than the work
     in_order = failure is None and plan.options.end == "term"
     reference = make_reference(plan.source, plan.artifact.manifest, plan.target.name)
-    expected = Expected(result.conversations, reference, plan.config.vocab, in_order)
+    expected = Expected(result.conversations, reference, plan.config.vocab, in_order, plan.most_drafts)
     if expected.rounds_by_itself:
         pass  # a code that goes the other way moves logits by 1e-2
     elif plan.exact:
@@ -89,7 +88,8 @@ def compare(plan: Plan, result: Rehearsal, work: Path, failure: VerificationFail
         result.problems.append(
             "no log probability of a prompt could be compared: routers' ties, or a large vocabulary"
         )
-    if {"prefill", "decode"} - result.replay.by_graph.keys():
+    needed = {"prefill", "verify" if plan.draft else "decode"}
+    if needed - result.replay.by_graph.keys():
         result.problems.append(f"the server ran only these graphs: {', '.join(result.replay.by_graph) or 'none'}")
 
 
@@ -97,7 +97,7 @@ def _copies_problems(
     plan: Plan, result: Rehearsal, work: Path, expected: Expected, in_order: bool
 ) -> Iterator[str]:
     """What is wrong in each copy of the model (`--dp-size`), by its ranks' records."""
-    replayer = Replayer(plan.artifact, plan.target, plan.exact, FLOAT32_BOUND)
+    replayer = Replayer(plan.artifact, plan.target, plan.exact, FLOAT32_BOUND, plan.draft)
     replicas = read_replicas(work / CALLS)
     if in_order and len(replicas) != plan.options.copies:
         yield f"{len(replicas)} copies of the model ran, of {plan.options.copies}"
@@ -137,18 +137,14 @@ def _replay(
     ended by SIGTERM, so all ranks must have made the same calls."""
     if [r.rank for r in ranks] != list(range(plan.artifact.tp)):
         return [] if not in_order else [f"ranks {[r.rank for r in ranks]} ran, of {plan.artifact.tp}"]
-    graphs: dict[str, Graph] = {}
-    problems = []
-    for rank in ranks:
-        for event in rank.of("graph"):
-            role = replayer.role_of(rank, event["identity"])
-            if role is None:
-                problems.append(
-                    f"rank {rank.rank} loaded a graph that is none of the artifact's for {plan.target.name}"
-                )
-            else:
-                graphs[event["identity"]] = replayer.graphs[role]
-    problems += loading_problems(plan.artifact, graphs, ranks)
+    loaded = replayer.loaded(ranks)
+    problems = [
+        f"rank {rank.rank} loaded a graph that is none of the artifact's for {plan.target.name}"
+        for rank in ranks
+        for event in rank.of("graph")
+        if (rank.rank, event["number"]) not in loaded
+    ]
+    problems += loading_problems(plan.artifact, loaded, ranks)
     expected.begin_copy()
     found = replayer.run(ranks, plan.scenario.page, expected.compare, in_order)
     result.replay.add(found)

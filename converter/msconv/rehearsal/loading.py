@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from msconv_runtime.artifact import Artifact, Graph, digest_bytes
+from msconv_runtime.artifact import OF_TARGET, Artifact, Graph, digest_bytes
 
 from .records import Rank
+from .served import Loaded
 
 SOME = 3  # names that are told
 
 
 class Stored:
-    """The weights of all ranks, as files."""
+    """The weights of all ranks, as files.  `target`: those of the model for which this one drafts."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, target: Stored | None = None) -> None:
+        self._target = target
         self._files: dict[tuple[int, str], Path] = {}
         for file in artifact.weights.files:
             path = artifact.root / file.path
@@ -29,6 +31,8 @@ class Stored:
 
     def digest(self, rank: int, name: str, dtype: str) -> str:
         """The digest of one tensor's values as `dtype`; "" if there is none."""
+        if self._target is not None and name.startswith(OF_TARGET):
+            return self._target.digest(rank, name.removeprefix(OF_TARGET), dtype)
         path = self._files.get((rank, name))
         if path is None:
             return ""
@@ -37,15 +41,18 @@ class Stored:
         return digest_bytes(values.flatten().view(torch.uint8).numpy().data)
 
 
-def loading_problems(artifact: Artifact, graphs: dict[str, Graph], ranks: list[Rank]) -> list[str]:
-    """`graphs`: by the digest of what was loaded, for each rank the same or with other names of groups."""
-    stored = Stored(artifact)
+def loading_problems(artifact: Artifact, loaded: Loaded, ranks: list[Rank]) -> list[str]:
+    """`artifact`: the target's; what a draft takes from it is compared with its files."""
+    target = Stored(artifact)
+    files = {artifact.root: target}
     found: list[str] = []
     for rank in ranks:
         for event in rank.of("graph"):
-            graph = graphs.get(event["identity"])
-            if graph is not None:
-                found += _weights(rank.rank, graph, event["parameters"], stored, artifact.tp)
+            if (whose := loaded.get((rank.rank, event["number"]))) is None:
+                continue
+            model, role = whose
+            stored = files.setdefault(model.artifact.root, Stored(model.artifact, target))
+            found += _weights(rank.rank, model.graphs[role], event["parameters"], stored, artifact.tp)
         found += _groups(rank, artifact.tp)
     return list(dict.fromkeys(found))
 

@@ -12,12 +12,13 @@ from msconv_runtime.doctor import Machine
 from msconv_runtime.errors import ResourceError, UsageError
 from msconv_runtime.roles import gives_all_logits
 from msconv_runtime.serving.choice import target_to_serve
-from msconv_runtime.serving.flags import given_flags
+from msconv_runtime.serving.flags import given_flags, number
 from msconv_runtime.serving.launch import Launch, plan_launch
 from msconv_runtime.serving.nodes import Nodes
 from msconv_runtime.serving.ports import refuse_taken
 from msconv_runtime.serving.settings import LOCALHOST, Settings
 from msconv_runtime.sglang.engine import ENGINE
+from msconv_runtime.sglang.speculation import ALGORITHM, STANDALONE, drafts
 from msconv_runtime.targets import TARGETS, Target
 
 from ..checkpoint.reference import configuration
@@ -41,6 +42,7 @@ OURS = {  # flags of SGLang that a rehearsal decides, and how
     "--dtype": "--exact or --no-exact",
     "--kv-cache-dtype": "--exact or --no-exact",
 }
+DRAFT_TOKENS, USUAL_DRAFTS = "--speculative-num-draft-tokens", 8  # SGLang takes no more by itself
 LONG_S = 1800  # of interpreting, from which on the number of prompts must be given
 SECONDS_A_VALUE = {True: 1.2e-9, False: 4e-9}  # of a weight in a call, exact or not: an estimate for 2 cores
 
@@ -67,7 +69,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """`launches`: the command of each machine; the first one listens at `port`.  `source`: of the reference."""
+    """`launches`: the command of each machine; the first one listens at `port`.  `source`: of the reference.
+    `draft`: what guesses tokens, `most_drafts` at a time; the artifact itself may have it."""
 
     artifact: Artifact
     target: Target
@@ -78,6 +81,8 @@ class Plan:
     port: int
     source: Path
     options: Options
+    draft: Artifact | None = None
+    most_drafts: int = 0
 
     @property
     def devices(self) -> int:
@@ -111,7 +116,23 @@ def make_plan(root: Path, options: Options) -> Plan:
     launches, port = _launches(artifact, target, scenario, options)
     _refuse_size(artifact, config, scenario, exact, options)
     source = source_of(root, options.reference)
-    return Plan(artifact, target, config, scenario, exact, launches, port, source, options)
+    draft = _draft_of(artifact, given)
+    most = (number(given, DRAFT_TOKENS) or USUAL_DRAFTS) if draft else 0
+    return Plan(artifact, target, config, scenario, exact, launches, port, source, options, draft, most)
+
+
+def _draft_of(artifact: Artifact, given: dict[str, str]) -> Artifact | None:
+    """What guesses tokens.  Raises UsageError for a model that is to guess for itself: whose calls are whose could
+    not be told."""
+    if ALGORITHM not in given:
+        return None
+    draft = (drafts(given) or [artifact])[0]
+    if given[ALGORITHM].upper() == STANDALONE and draft.root.resolve() == artifact.root.resolve():
+        raise UsageError(
+            f"{draft.root}: drafts for itself, and a rehearsal could not tell one's calls from the other's.",
+            "Rehearse with a copy of the directory as the draft.",
+        )
+    return draft
 
 
 def _target_named(name: str) -> Target:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+HIDDEN = "hidden"  # after INPUTS, of a draft's calls
 CALLS = "calls"  # in a rehearsal's directory: one directory a rank, with what it recorded
 DEVICE_FILE = "device.json"  # in a rehearsal's directory: a Device
 INPUTS = ("input_ids", "positions", "slots", "block_tables", "context_lens", "q_lens", "attention_mask")

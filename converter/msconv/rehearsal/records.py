@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .protocol import INPUTS
+from .protocol import HIDDEN, INPUTS
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Call:
-    """One rank's call.  `graph`: digest of what was loaded.  `probes`: outputs of the residual stream's norms.
+    """One rank's call.  `graph`: digest of what was loaded; `loaded`: as which one of this rank's.  `probes`:
+    outputs of the residual stream's norms.  `states`: hidden states of all tokens, where the graph gives them.
     `error`: why it could not be run; then there are no logits.  `is_warm_up`: on caches that are MindSpore's own,
     before SGLang has a pool."""
 
@@ -36,6 +37,8 @@ class Call:
     probes: dict[str, torch.Tensor]
     error: str = ""
     is_warm_up: bool = False
+    loaded: int = 0
+    states: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,11 @@ def _read_call(number: int, path: Path) -> Call:
         number,
         about["graph"],
         [Cache(tuple(c["shape"]), c["at"], c["is"]) for c in about["caches"]],
-        {name: tensors[name] for name in INPUTS},
+        {name: tensors[name] for name in (*INPUTS, HIDDEN) if name in tensors},
         tensors.get("logits", torch.zeros(0)),
         {n.removeprefix("probe "): t for n, t in tensors.items() if n.startswith("probe ")},
         about["error"],
         about["warm_up"],
+        about["number"],
+        tensors.get("states"),
     )

@@ -10,19 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msconv_runtime.artifact import Artifact, Graph, digest_bytes
-from msconv_runtime.roles import ROLES, of_model, of_variant
+from msconv_runtime.artifact import Artifact
+from msconv_runtime.roles import ROLES
 from msconv_runtime.targets import Target
 
-from ..graph.spec import TP_GROUP
-from ..mindir.interpreter import Interpreter
-from ..mindir.kernels import Context
-from ..mindir.program import Program, parse
 from ..verify.compare import culprit, largest_error
-from ..verify.lockstep import RankFiles, in_lockstep
 from .calls import batch_of, call_problems
-from .protocol import graph_file
+from .protocol import HIDDEN
 from .records import Call, Rank
+from .served import Loaded, Served, find_loaded
 
 Rows = NDArray[np.float32]
 ULPS = 4  # of the largest logit, in half precision
@@ -31,10 +27,12 @@ ENOUGH = 50  # problems: what comes after follows from them
 
 @dataclass(frozen=True)
 class Row:
-    """Logits [V] that a call gave for one sequence, whose tokens these are."""
+    """Logits [V] that a call gave for one sequence, whose tokens these are.  `new`: how many of the call's new
+    tokens came before the last of them."""
 
     tokens: tuple[int, ...]
     logits: Rows
+    new: int = 0
 
 
 @dataclass
@@ -64,33 +62,20 @@ class Replay:
 
 
 class Replayer:
-    """The artifact's graphs and weights for one target, read anew."""
+    """An artifact's graphs and weights for one target, and those of its draft, read anew."""
 
-    def __init__(self, artifact: Artifact, target: Target, exact: bool, bound: float) -> None:
+    def __init__(
+        self, artifact: Artifact, target: Target, exact: bool, bound: float, draft: Artifact | None = None
+    ) -> None:
         """`bound`: of exact logits; in half precision the same kernels ran, and may differ by some ulp."""
         self.exact, self.bound = exact, bound
-        self.graphs: dict[str, Graph] = of_variant(of_model(artifact.graphs(target.name)), "")
-        paths = {role: artifact.root / g.path for role, g in self.graphs.items()}
-        self.programs: dict[str, Program] = {role: parse(path) for role, path in paths.items()}
-        context = Context(exact, next(iter(self.programs.values())).dtype)
-        self.dtype, self.keep = context.dtype, context.keep(context.dtype)
-        ranks = range(artifact.tp)
-        self.files = [RankFiles(artifact, r, context, keep=True, as_bound=True) for r in ranks]
-        self.interpreter = Interpreter(context, self.files, in_lockstep)
-        self._digests = {
-            digest: role
-            for role, graph in self.graphs.items()
-            for digest in (graph.digest, _digest_of_any_groups(paths[role].read_bytes()))
-        }
+        self.models = [Served(artifact, target, exact)]
+        if draft is not None:
+            self.models.append(Served(draft, target, exact, self.models[0]))
 
-    def role_of(self, rank: Rank, identity: str) -> str | None:
-        """Which of the artifact's graphs it was that a rank loaded, None if none: but for the names of groups, it
-        must be that file byte for byte."""
-        if identity not in self._digests:
-            data = (rank.directory / graph_file(identity)).read_bytes()
-            if role := self._digests.get(_digest_of_any_groups(data)):
-                self._digests[identity] = role
-        return self._digests.get(identity)
+    def loaded(self, ranks: list[Rank]) -> Loaded:
+        """Whose graphs the ranks loaded, those of nobody left out."""
+        return {place: found for rank in ranks for place, found in find_loaded(rank, self.models).items()}
 
     def run(
         self,
@@ -103,36 +88,38 @@ class Replayer:
         """All calls of one copy of the model, until there are `enough` problems.  `on_rows` gets which call it
         was, and rank 0's logits.  `whole`: all ranks must have made the same calls."""
         found = Replay()
-        known = {(r.rank, e["identity"]): self.role_of(r, e["identity"]) for r in ranks for e in r.of("graph")}
+        known = self.loaded(ranks)
         memories: dict[int, Memory] = {}
         for calls in zip(*(r.calls() for r in ranks), strict=False):
             found.num_calls += 1
             first = calls[0]
-            roles = {known.get((r.rank, c.graph)) for r, c in zip(ranks, calls, strict=True)}
-            role = known.get((ranks[0].rank, first.graph))
-            where = f"call {first.number} ({role or 'unknown graph'}{', warm-up' * first.is_warm_up})"
-            if role is None or len(roles) > 1:
-                found.problems.append(f"{where}: ranks ran {sorted(map(str, roles))}")
+            whose = [known.get((r.rank, c.loaded)) for r, c in zip(ranks, calls, strict=True)]
+            names = {of[0].name(of[1]) if of else None for of in whose}
+            name = next(iter(names))
+            where = f"call {first.number} ({name or 'unknown graph'}{', warm-up' * first.is_warm_up})"
+            if whose[0] is None or name is None or len(names) > 1:
+                found.problems.append(f"{where}: ranks ran {sorted(map(str, names))}")
                 return found
-            found.by_graph[role] = found.by_graph.get(role, 0) + 1
+            model, role = whose[0]
+            found.by_graph[name] = found.by_graph.get(name, 0) + 1
             problems = list(_unlike(calls))
             for rank, call in zip(ranks, calls, strict=True):
                 slots = call.caches[0].shape[1] if call.is_warm_up else page
-                found_here = call_problems(call, self.graphs[role], slots)
+                found_here = call_problems(call, model.graphs[role], slots)
                 problems += [f"rank {rank.rank}: {p}" if len(ranks) > 1 else p for p in found_here]
             if first.caches[0].at not in memories:
-                memories[first.caches[0].at] = self._blank(first)
+                memories[first.caches[0].at] = _blank(first, model)
             memory = memories[first.caches[0].at]
             rows: list[Row] = []
             failed = [c.error for c in calls if c.error]
             problems += [f"the graph cannot be run: {error}" for error in failed[:1]]
             if not failed and _can_run(first, memory):
-                problems += self._compare(calls, role, memory, found)
+                problems += self._compare(calls, model, role, memory, found)
                 rows = _rows(first, role, memory, problems)
             elif not problems:
                 problems.append("the call cannot be replayed: its inputs do not fit the caches")
             found.problems += [f"{where}: {p}" for p in problems]
-            on_rows(where, rows)
+            on_rows(where, [] if model.is_draft else rows)
             if len(found.problems) > enough:
                 return found
         counts = {r.num_calls for r in ranks}
@@ -143,18 +130,16 @@ class Replayer:
     def _bound(self, expected: Rows) -> float:
         if self.exact:
             return self.bound
-        return ULPS * float(torch.finfo(self.dtype).eps) * max(1.0, float(np.abs(expected).max(initial=0.0)))
+        eps = float(torch.finfo(self.models[0].dtype).eps)
+        return ULPS * eps * max(1.0, float(np.abs(expected).max(initial=0.0)))
 
-    def _blank(self, call: Call) -> Memory:
-        caches = [[torch.zeros(c.shape, dtype=self.keep) for c in call.caches] for _ in self.files]
-        slots = call.caches[0].shape[0] * call.caches[0].shape[1]
-        return Memory(caches, np.full(slots, -1), np.full(slots, -1))
-
-    def _compare(self, calls: tuple[Call, ...], role: str, memory: Memory, found: Replay) -> Iterator[str]:
+    def _compare(
+        self, calls: tuple[Call, ...], model: Served, role: str, memory: Memory, found: Replay
+    ) -> Iterator[str]:
         """Run the call again; where logits differ, the first norm that does is named."""
         first = calls[0]
-        given = [t.to(self.keep) if n == "attention_mask" else t for n, t in first.inputs.items()]
-        step = self.interpreter.run(self.programs[role], [[*given, *caches] for caches in memory.caches])
+        given = [t.to(model.keep) if n in ("attention_mask", HIDDEN) else t for n, t in first.inputs.items()]
+        step = model.interpreter.run(model.programs[role], [[*given, *caches] for caches in memory.caches])
         batch = batch_of(first)
         memory.tokens[batch.slots], memory.positions[batch.slots] = batch.input_ids, batch.positions
         logits = [outputs[0] for outputs in step.outputs]
@@ -174,6 +159,17 @@ class Replayer:
                     f"logits of rank {rank} differ from the interpreter's by {error:.2e} (bound {bound:.0e})"
                     f"{place}"
                 )
+        for rank, (call, outputs) in enumerate(zip(calls, step.outputs, strict=True)):
+            if call.states is not None:
+                error, bound = largest_error(call.states.numpy(), outputs[1]), self._bound(outputs[1])
+                if error >= bound:
+                    yield f"hidden states of rank {rank} differ from the interpreter's by {error:.2e}"
+
+
+def _blank(call: Call, model: Served) -> Memory:
+    caches = [[torch.zeros(c.shape, dtype=model.keep) for c in call.caches] for _ in model.files]
+    slots = call.caches[0].shape[0] * call.caches[0].shape[1]
+    return Memory(caches, np.full(slots, -1), np.full(slots, -1))
 
 
 def _unlike(calls: tuple[Call, ...]) -> Iterator[str]:
@@ -196,8 +192,8 @@ def _can_run(call: Call, memory: Memory) -> bool:
 
 
 def _rows(call: Call, role: str, memory: Memory, problems: list[str]) -> list[Row]:
-    """The logits of each sequence's last token, with the tokens that its pages hold.  A page that holds something
-    else than its positions is a problem."""
+    """The logits of each sequence's last token, or of all its new ones, with the tokens that its pages hold.  A
+    page that holds something else than its positions is a problem."""
     batch, page = batch_of(call), call.caches[0].shape[1]
     rows = []
     for i, context in enumerate(batch.context_lens):
@@ -212,16 +208,10 @@ def _rows(call: Call, role: str, memory: Memory, problems: list[str]) -> list[Ro
                 f"position {memory.positions[slots[wrong]]}"
             )
             continue
-        row = int(batch.q_lens[: i + 1].sum()) - 1 if ROLES[role].rows == "all" else i
-        rows.append(Row(tuple(memory.tokens[slots].tolist()), call.logits[row].numpy()))
+        tokens = tuple(memory.tokens[slots].tolist())
+        if ROLES[role].rows != "all":
+            rows.append(Row(tokens, call.logits[i].numpy()))
+            continue
+        new, end = int(batch.q_lens[i]), int(batch.q_lens[: i + 1].sum())
+        rows += [Row(tokens[: context - new + n + 1], call.logits[end - new + n].numpy(), n) for n in range(new)]
     return rows
-
-
-def _digest_of_any_groups(data: bytes) -> str:
-    """Bytes of a graph whose groups are all called the same, in one order of bytes."""
-    from mindspore.train import mind_ir_pb2
-
-    model = mind_ir_pb2.ModelProto.FromString(data)
-    for attribute in (a for p in model.primitives for a in p.attribute if a.name == "group"):
-        attribute.s = TP_GROUP.encode()
-    return digest_bytes(model.SerializeToString(deterministic=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.kernels import library
@@ -14,6 +15,9 @@ from .draft_reference import DraftReference
 from .drafting import DraftCandidate, Drafting
 from .reference import Reference
 from .scenario import Candidate
+
+if TYPE_CHECKING:
+    from .lockstep import Lockstep
 
 
 def begin(artifact: Artifact, target: Target, layers: int) -> None:
@@ -60,8 +64,14 @@ def drafting_of(artifact: Artifact, target: Target, model: Reference) -> Draftin
             from msconv_runtime import Session
 
             return Session(artifact.root, target.name, compiled=variant == COMPILED).draft
+        return interpreted(variant)
+
+    def interpreted(variant: str) -> Lockstep:
         from .lockstep import Lockstep
 
         return Lockstep(artifact, target.name, variant=variant, draft=True)
 
-    return Drafting(DraftReference(model), {v: partial(candidate, v) for v in variants}) if variants else None
+    if not variants:
+        return None
+    own = {v: partial(interpreted, v) for v in variants}
+    return Drafting(DraftReference(model), {v: partial(candidate, v) for v in variants}, own)

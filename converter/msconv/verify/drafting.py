@@ -3,9 +3,9 @@ hidden states; against the reference of that layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from .compare import REDRAWS, Comparison
 from .draft_reference import DraftReference, DraftTrace
 from .scenario import Lengths
 from .telling import Tell, quietly
+
+if TYPE_CHECKING:
+    from .lockstep import Lockstep
 
 STEPS = 2
 MOST_APPENDED = 20
@@ -32,14 +35,15 @@ class DraftCandidate(Protocol):
 
 @dataclass(frozen=True)
 class Drafting:
-    """A layer's reference, and its candidates by name."""
+    """A layer's reference, and its candidates by variant: whoever runs them here, and the interpreter."""
 
     reference: DraftReference
     candidates: Mapping[str, Callable[[], DraftCandidate]]
+    interpreted: Mapping[str, Callable[[], Lockstep]]
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """Sequences as a draft sees them: each token with the hidden states of the position before it.  `traces`: the
     reference's, `chained` times after its own hidden states at the end."""
 
@@ -48,6 +52,22 @@ class _Case:
     traces: list[DraftTrace]
     counts: list[tuple[Role, list[int]]]
     chained: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a candidate.  `spans`: which tokens of each sequence; `given` [T, ..]: the hidden states beside
+    them."""
+
+    phase: str
+    spans: list[slice]
+    given: Rows
+    outputs: Mapping[str, Rows]
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Sequence and position of each token, in the call's order."""
+        return [(i, position) for i, span in enumerate(self.spans) for position in range(span.start, span.stop)]
 
 
 def compare_drafts(
@@ -59,30 +79,28 @@ def compare_drafts(
     tell: Tell = quietly,
 ) -> None:
     """Add to `result` what each candidate does for the sequences, of which `hidden` are the model's states."""
-    case = _case(drafting.reference, sequences, hidden, lengths)
+    case = case_of(drafting.reference, sequences, hidden, lengths)
     for number, (name, make) in enumerate(drafting.candidates.items()):
         if not result.ok and not result.ok_but_for_ties:
             return
         tell("drafts", number, len(drafting.candidates))
         candidate = make()
-        _judge(result, case, candidate, f"{name} draft".strip())
+        judge(result, case, run(case, candidate, f"{name} draft".strip()))
         result.apart = max(result.apart, getattr(candidate, "apart", 0.0))
 
 
-def diverging(
-    sequences: list[list[int]], hidden: list[Rows], lengths: Lengths, drafting: Drafting
-) -> dict[str, tuple[Rows, Rows]]:
+def diverging(case: Case, drafting: Drafting) -> dict[str, tuple[Rows, Rows]]:
     """By candidate: the reference's logits and its own, where each rounds by itself."""
-    case = _case(drafting.reference, sequences, hidden, lengths)
     found = {}
     for name, make in drafting.candidates.items():
         rows: list[tuple[Rows, Rows]] = []
-        _judge(Comparison(float("inf")), case, make(), name, rows)
+        judge(Comparison(float("inf")), case, run(case, make(), name), rows)
         found[name] = (np.stack([wanted for wanted, _ in rows]), np.stack([row for _, row in rows]))
     return found
 
 
-def _case(reference: DraftReference, sequences: list[list[int]], hidden: list[Rows], lengths: Lengths) -> _Case:
+def case_of(reference: DraftReference, sequences: list[list[int]], hidden: list[Rows], lengths: Lengths) -> Case:
+    """What a draft is asked of the model's sequences, with the reference's answers."""
     room = [len(s) - 1 - p for s, p in zip(sequences, lengths.prompts, strict=True)]
     steps = min(STEPS, min(room) // 3)
     appended = [max(1, min(MOST_APPENDED, r - 2 * steps)) for r in room]
@@ -96,7 +114,7 @@ def _case(reference: DraftReference, sequences: list[list[int]], hidden: list[Ro
         given = [np.concatenate([h, t.hidden[-1:]]) for h, t in zip(given, traces, strict=True)]
         tokens = [[*t, s[end + step + 1]] for t, s, end in zip(tokens, sequences, ends, strict=True)]
         traces = reference.run(tokens, given)
-    return _Case(tokens, given, traces, [*counts, *[(DRAFT_DECODE, one)] * steps], steps)
+    return Case(tokens, given, traces, [*counts, *[(DRAFT_DECODE, one)] * steps], steps)
 
 
 def _settled(
@@ -117,14 +135,8 @@ def _settled(
     return tokens, traces
 
 
-def _judge(
-    result: Comparison,
-    case: _Case,
-    candidate: DraftCandidate,
-    name: str,
-    seen: list[tuple[Rows, Rows]] | None = None,
-) -> None:
-    """Add what a candidate does to `result`, and to `seen` the reference's rows of logits with its own."""
+def run(case: Case, candidate: DraftCandidate, name: str) -> Iterator[Step]:
+    """Each call of a candidate, as soon as it is done."""
     candidate.begin(len(case.tokens))
     done = [0] * len(case.tokens)
     last: list[Rows] = []
@@ -132,31 +144,40 @@ def _judge(
         spans = [slice(d, d + n) for d, n in zip(done, counts, strict=True)]
         new = [t[span] for t, span in zip(case.tokens, spans, strict=True)]
         is_chained = number >= len(case.counts) - case.chained
-        given = last if is_chained else [h[span] for h, span in zip(case.hidden, spans, strict=True)]
+        rows = last if is_chained else [h[span] for h, span in zip(case.hidden, spans, strict=True)]
         phase = f"{name} {'extend' if role is DRAFT_EXTEND else 'decode'}"
         phase += (
             " after itself" if is_chained else " on a cached prefix" if number and role is DRAFT_EXTEND else ""
         )
-        outputs = candidate.run(role, new, np.concatenate(given))
+        given = np.concatenate(rows)
+        outputs = candidate.run(role, new, given)
         done = [span.stop for span in spans]
-        ends = np.cumsum(counts)
-        last = [outputs[HIDDEN][end - 1 : end] for end in ends]
+        last = [outputs[HIDDEN][end - 1 : end] for end in np.cumsum(counts)]
+        yield Step(phase, spans, given, outputs)
+
+
+def judge(
+    result: Comparison, case: Case, steps: Iterable[Step], seen: list[tuple[Rows, Rows]] | None = None
+) -> None:
+    """Add what a candidate does to `result`, and to `seen` the reference's rows of logits with its own."""
+    for step in steps:
+        phase, outputs = step.phase, step.outputs
+        both = list(zip(case.traces, step.spans, strict=True))
         result.add_hidden(
             phase,
             outputs[HIDDEN],
-            np.concatenate([t.hidden[span] for t, span in zip(case.traces, spans, strict=True)]),
-            np.concatenate(
-                [np.arange(s.start, s.stop) < t.decided for t, s in zip(case.traces, spans, strict=True)]
-            ),
+            np.concatenate([t.hidden[span] for t, span in both]),
+            np.concatenate([np.arange(span.start, span.stop) < t.decided for t, span in both]),
         )
-        if len(outputs[LOGITS]) != len(counts):
-            result.fail(f"{phase}: {len(outputs[LOGITS])} rows of logits for {len(counts)} sequences")
+        if len(outputs[LOGITS]) != len(both):
+            result.fail(f"{phase}: {len(outputs[LOGITS])} rows of logits for {len(both)} sequences")
             return
-        for i, (row, end) in enumerate(zip(outputs[LOGITS], done, strict=True)):
-            if end <= case.traces[i].decided:
+        for i, (row, (trace, span)) in enumerate(zip(outputs[LOGITS], both, strict=True)):
+            position = span.stop - 1
+            if position < trace.decided:
                 if seen is not None:
-                    seen.append((case.traces[i].logits[end - 1], row))
-                result.add(phase, f"sequence {i}, position {end - 1}", row, case.traces[i].logits[end - 1])
+                    seen.append((trace.logits[position], row))
+                result.add(phase, f"sequence {i}, position {position}", row, trace.logits[position])
             else:
                 result.undecided += 1
         if not result.max_abs_logit_error < result.bound:
@@ -164,4 +185,4 @@ def _judge(
             return
     rows = sum(len(t.closest) for t in case.traces)
     if 2 * sum(t.decided for t in case.traces) < rows:
-        result.fail(f"{name}: most choices of its router hang on rounding")
+        result.fail("draft: most choices of its router hang on rounding")

@@ -54,6 +54,8 @@ TRIED = frozenset(
         "--speculative-num-draft-tokens",
         "--speculative-ngram-min-bfs-breadth",
         "--speculative-ngram-max-bfs-breadth",
+        "--enable-return-hidden-states",
+        "--return-hidden-states-mode",
     ]
 )
 CHECKED = (  # their values are looked at
@@ -63,6 +65,8 @@ CHECKED = (  # their values are looked at
     "--speculative-draft-model-path",
     "--speculative-eagle-topk",
     "--speculative-ngram-max-bfs-breadth",
+    "--enable-return-hidden-states",
+    "--return-hidden-states-mode",
 )
 
 
@@ -175,10 +179,7 @@ REFUSED = (
     ),
     Refused("--encoder-* --language-only --language-model-only --enable-multimodal --mm-*", TEXT),
     Refused("--enable-mm-global-cache --enable-prefix-mm-cache --enable-broadcast-mm-inputs-process", TEXT),
-    Refused(
-        "--enable-return-hidden-states --return-hidden-states-mode", "the graphs give logits, no hidden states"
-    ),
-    Refused("--enable-return-aux-hidden-states --return-aux-*", "the graphs give logits, no hidden states"),
+    Refused("--enable-return-aux-hidden-states --return-aux-*", "the graphs give no such hidden states"),
     Refused(
         "--enable-return-routed-experts --enable-return-indexer-topk", "the graphs do not tell what they choose"
     ),

@@ -42,10 +42,24 @@ def trees(
     return Batch(input_ids, positions, slots, rows, positions + 1, np.ones(count * width, np.int32))
 
 
-def batch_of(input_ids: Ints, positions: Ints, slots: Ints, forward_batch: Any, table: Any, page: int) -> Batch:
-    """The batch of SGLang's TARGET_VERIFY or DRAFT_EXTEND_V2.  `table`: its slots of each sequence by position.
+def branches(input_ids: Ints, positions: Ints, slots: Ints, rows: Ints, before: Ints, steps: int) -> Batch:
+    """A step of drafts that branch, for pages of one slot: each branch is a sequence of its own.
 
-    Only drafts of NGRAM branch; the kind of tree that a draft model makes is refused at the start."""
+    `rows` [B, P]: slots of each sequence; after the `before` [B] that it has in the cache, each branch has `steps`
+    of them.  A branch sees what an earlier step put into its own slots: so does SGLang's own attention."""
+    width = len(positions) // len(before)
+    tables = np.repeat(rows, width, 0)
+    for row, position in enumerate(positions):
+        begin = int(before[row // width])
+        own = begin + row % width * steps
+        step = int(position) - begin
+        tables[row, begin : begin + step + 1] = rows[row // width, own : own + step + 1]
+    tables = tables[:, : int(positions.max()) + 1]
+    return Batch(input_ids, positions, slots, tables, positions + 1, np.ones(len(positions), np.int32))
+
+
+def batch_of(input_ids: Ints, positions: Ints, slots: Ints, forward_batch: Any, table: Any, page: int) -> Batch:
+    """The batch of SGLang's TARGET_VERIFY or DRAFT_EXTEND_V2.  `table`: its slots of each sequence by position."""
     count = len(forward_batch.req_pool_indices)
     width = len(positions) // count
     before = positions[::width].copy()  # the first draft stands right after what is cached

@@ -13,7 +13,7 @@ from ..serving.nodes import Nodes
 from ..targets import Target
 from .accepted import flag_problems
 from .configuration import OVERRIDE, override_problems
-from .speculation import speculation_problems
+from .speculation import hidden_problems, speculation_problems
 
 ALIASES = {
     "--tp-size": ("--tp", "--tensor-parallel-size"),
@@ -116,7 +116,7 @@ def given_problems(artifact: Artifact, target: Target, given: Mapping[str, str])
     """All that is wrong with the user's flags.  Graphs with a page of their own take any of SGLang's."""
     problems = flag_problems(given) + fixed_problems(artifact, target, given)
     problems += override_problems(artifact, given.get(OVERRIDE, ""))
-    problems += speculation_problems(artifact, target, given)
+    problems += speculation_problems(artifact, target, given) + hidden_problems(artifact, target, given)
     cache, kv_dtype = widest_cache(artifact, target), given.get(KV_DTYPE, "auto")
     page = given_pool(artifact, target, given).page if target.paging.slots is None else 0
     unfit = pool_problems(target, cache, page, kv_dtype) if page else type_problems(cache, kv_dtype)

@@ -68,6 +68,11 @@ def as_output(found: Outputs, device: Any) -> LogitsProcessorOutput:
     return LogitsProcessorOutput(next_token_logits=tensors[LOGITS], hidden_states=tensors.get(HIDDEN))
 
 
+def of_last(found: Outputs, batch: Batch) -> Outputs:
+    """The same with hidden states [B, ..] of each sequence's last token."""
+    return found | {HIDDEN: found[HIDDEN][np.cumsum(batch.q_lens) - 1]}
+
+
 def of_draft(graphs: Graphs, batch: Batch, forward_batch: Any, caches: list[Any], device: Any) -> Any:
     """SGLang's LogitsProcessorOutput of a draft: logits and hidden states [B, ..] of each sequence's last token;
     after a verification [B * k, ..], see `drafts.run`."""

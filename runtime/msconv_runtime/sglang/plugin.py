@@ -24,6 +24,7 @@ from ..serving.proof import proof_of
 from ..serving.ready import address, first_request, ready_lines
 from ..serving.settings import Settings
 from ..serving.signed import refuse_unsigned_once
+from ..targets import target_named
 from ..versions import SGLANG
 from . import meeting
 from .asked import in_clients_words
@@ -34,6 +35,7 @@ from .flags import NO_TOKENIZER
 from .halves import next_address, next_steps
 from .keys import hide_fields, hide_text, hide_words
 from .requests import check_answers, check_request
+from .speculation import gives_hidden
 from .stop_regex import searched, searched_tokens
 from .transfer import ask_of_prefill, fail_refused, tell_identity
 
@@ -229,7 +231,8 @@ def _refuse_request(manager: Any, obj: Any, input_ids: Any) -> None:
     missing from the answer."""
     if _is_served(manager.model_path):
         try:
-            check_request(obj, input_ids, manager.model_config.vocab_size, _missing(manager.model_path))
+            path, size = manager.model_path, manager.model_config.vocab_size
+            check_request(obj, input_ids, size, _missing(path), _gives_hidden(path))
         except ValueError as e:
             raise ValueError(in_clients_words(str(e))) from None
 
@@ -344,6 +347,11 @@ def _missing(path: str) -> str:
     if gives_all_logits(Artifact(path).graphs(target)):
         return ""
     return f"this artifact has no graphs for them.  `msconv compile {path} --target {target}` adds them."
+
+
+@functools.cache
+def _gives_hidden(path: str) -> bool:
+    return gives_hidden(Artifact(path), target_named(Settings.read().target))
 
 
 def _add_state(reply: Any, *args: Any, **kwargs: Any) -> Any:

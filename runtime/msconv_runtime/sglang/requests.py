@@ -16,20 +16,21 @@ SEEDS = 2**63 - 1
 NOT_ANSWERED = {  # fields of a request: the graphs take tokens and give logits
     "input_embeds": "take no embeddings",
     "positional_embed_overrides": "take no embeddings",
-    "return_hidden_states": "give no hidden states",
     "multi_item_delimiter_indices": "score the end of a prompt, and not places within it",
     "token_indices_to_pool": "score the end of a prompt, and not places within it",
 }
+NO_HIDDEN = {"return_hidden_states": "give no hidden states"}  # SGLang itself refuses it without its flag
 
 
-def check_request(obj: Any, input_ids: Any, size: int, missing: str = "") -> None:
+def check_request(obj: Any, input_ids: Any, size: int, missing: str = "", gives_hidden: bool = False) -> None:
     """Raises ValueError for one of SGLang's requests that the graphs of a model of `size` tokens cannot answer.
 
     No tokens, or such that no row of the embedding stands for; log probabilities of more tokens than there are; of
     the prompt, if the artifact is `missing` the graphs with all its logits (that says how to add them), or so many
     that the server's memory would be full of them; expressions that take too long to search for; NOT_ANSWERED.
     """
-    for field, why in NOT_ANSWERED.items():
+    not_answered = NOT_ANSWERED if gives_hidden else NOT_ANSWERED | NO_HIDDEN
+    for field, why in not_answered.items():
         if (value := getattr(obj, field, None)) is not None and value is not False:
             raise ValueError(f"{field}: the graphs of an artifact {why}.  Leave it out.")
     tokens = () if input_ids is None else input_ids

@@ -15,7 +15,7 @@ import sglang.srt.models.mindspore as upstream
 import torch
 from mindspore import Tensor, nn
 from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
-from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_device, get_model, get_parallel, get_schedule, get_spec
 
 from ..artifact import Artifact, GraphInput, is_artifact
 from ..artifact.served import refuse_wrong_files
@@ -147,10 +147,12 @@ class ArtifactModel(nn.Cell):
         mode = forward_batch.forward_mode
         role = VERIFY if _has_drafts(mode) else PREFILL if mode.is_extend() else DECODE
         asked = prompt_logprobs.asked(forward_batch) if role is PREFILL else None
-        is_captured = forward_batch.capture_hidden_mode.need_capture()
+        captured = forward_batch.capture_hidden_mode
+        is_captured = captured.need_capture()
         if asked is None or is_captured:
             found = graphs.in_parts(role, batch, caches)
-            output = hidden.as_output(found if is_captured else {LOGITS: found[LOGITS]}, device)
+            kept = hidden.of_last(found, batch) if captured.is_last() and role is not VERIFY else found
+            output = hidden.as_output(kept if is_captured else {LOGITS: found[LOGITS]}, device)
         if asked is not None:  # what drafts read is not made piece by piece: the prompt runs twice
             states = output.hidden_states if is_captured else None
             output = prompt_logprobs.run(graphs, batch, asked, caches, device)
@@ -190,6 +192,8 @@ def batch_of(input_ids: Any, positions: Any, forward_batch: Any, page: int) -> B
     if mode.is_extend():
         context_lens, q_lens = _ints(forward_batch.seq_lens), _ints(forward_batch.extend_seq_lens)
     else:  # a draft model's steps go on with positions, while seq_lens stay
+        if len(places) > len(forward_batch.req_pool_indices):
+            return _branches(ids, places, slots, forward_batch, table)
         context_lens, q_lens = places + 1, np.ones(len(places), np.int32)
     rows = table[forward_batch.req_pool_indices, : int(context_lens.max())]
     return Batch(
@@ -200,6 +204,14 @@ def batch_of(input_ids: Any, positions: Any, forward_batch: Any, page: int) -> B
         context_lens=context_lens,
         q_lens=q_lens,
     )
+
+
+def _branches(ids: Ints, places: Ints, slots: Ints, forward_batch: Any, table: Any) -> Batch:
+    """A step of a draft model whose guesses branch."""
+    before, steps = _ints(forward_batch.seq_lens), get_spec().speculative_num_steps
+    longest = int(before.max()) + len(places) // len(before) * steps
+    rows = _ints(table[forward_batch.req_pool_indices, :longest])
+    return drafts.branches(ids, places, slots, rows, before, steps)
 
 
 def _has_drafts(mode: Any) -> bool:

@@ -22,6 +22,7 @@ DRAFT_PATHS = ("--speculative-draft-model-path", "--speculative-draft-model")
 BRANCHES, BREADTH = "--speculative-eagle-topk", "--speculative-ngram-max-bfs-breadth"
 USUAL_BREADTH = 10  # SGLang's
 PAGE = "--page-size"
+RETURNED = ("--enable-return-hidden-states", "--return-hidden-states-mode")
 NGRAM, STANDALONE, NEXTN, EAGLE3 = "NGRAM", "STANDALONE", "NEXTN", "EAGLE3"
 MOST = 3  # damaged files that are named
 TOKENIZER = "tokenizer.json"
@@ -73,6 +74,26 @@ def _no_logits(asked: str, artifact: Artifact, target: Target) -> list[str]:
     ]
 
 
+def gives_hidden(artifact: Artifact, target: Target) -> bool:
+    """Whether the model's graphs give what its head reads, of every token: where a layer of its own drafts.  What
+    a draft of EAGLE3 reads is something else."""
+    draft = artifact.manifest.draft
+    return draft is not None and not draft.layers and bool(of_draft(artifact.graphs(target.name)))
+
+
+def hidden_problems(artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
+    """Why hidden states cannot be answered with."""
+    flag = next((name for name in RETURNED if name in given), "")
+    if given.get(flag) == "last":
+        return [f"{flag} last: SGLang 0.5.23 takes no request for the last one alone.  Give {flag} full"]
+    if not flag or gives_hidden(artifact, target):
+        return []
+    return [
+        f"{flag}: the graphs of {artifact.root} give logits, no hidden states of their last norm.  Leave the flag "
+        "out; graphs of a checkpoint with a layer for multi-token prediction give them"
+    ]
+
+
 def _of_ngram(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
     if not target.device.is_host:
         yield f"{asked}: SGLang 0.5.23 has it for no NPU.  Leave the flag out"
@@ -90,17 +111,17 @@ def _of_ngram(asked: str, artifact: Artifact, target: Target, given: Mapping[str
 
 
 def _of_standalone(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
-    yield from _branches(given)
+    yield from _branches(artifact, target, given)
     yield from _of_other(asked, given, lambda draft: _a_model(asked, artifact, draft, target))
 
 
 def _of_eagle3(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
-    yield from _branches(given)
+    yield from _branches(artifact, target, given)
     yield from _of_other(asked, given, lambda draft: _an_eagle(asked, artifact, draft, target))
 
 
 def _of_nextn(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
-    yield from _branches(given)
+    yield from _branches(artifact, target, given)
     if (path := draft_path(given)) and Path(path).resolve() != artifact.root.resolve():
         yield (
             f"{DRAFT_PATHS[0]} {path}: with {asked} the artifact drafts by itself.  Leave the flag out, or give "
@@ -113,9 +134,16 @@ def _of_nextn(asked: str, artifact: Artifact, target: Target, given: Mapping[str
         )
 
 
-def _branches(given: Mapping[str, str]) -> Iterator[str]:
-    if number(given, BRANCHES) > 1:
-        yield f"{BRANCHES} {given[BRANCHES]}: a draft's tokens follow one another.  Give {BRANCHES} 1"
+def _branches(artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
+    """Of what a draft model guesses: SGLang's attention for NPUs has no pages that would do."""
+    if number(given, BRANCHES) <= 1:
+        return
+    asked = f"{BRANCHES} {given[BRANCHES]}"
+    page = number(given, PAGE) or usual_pool(artifact, target).page
+    if not target.device.is_host:
+        yield f"{asked}: on an NPU a draft's tokens follow one another.  Give {BRANCHES} 1"
+    elif page > 1:
+        yield f"{asked}: drafts that branch need pages of one token, these have {page}.  Give {PAGE} 1"
 
 
 def _of_other(asked: str, given: Mapping[str, str], judge: Callable[[Artifact], Iterator[str]]) -> Iterator[str]:

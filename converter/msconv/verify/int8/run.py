@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..compare import FLOAT32_BOUND, Comparison, closest_judged, draw, largest_error
-from ..drafting import Drafting, diverging
+from ..drafting import Drafting, case_of, diverging
 from ..lockstep import Lockstep
 from ..reference import Trace
 from ..scenario import DECODE_STEPS, Candidate, Lengths, Seen, play
 from ..telling import Tell, quietly
 from .codes import Record
+from .drafts import compare_led_draft
 from .drift import agreement, divergence
 from .lead import Verdict
 from .reference import QuantisedReference
@@ -130,8 +131,7 @@ def compare_led(
     drafting: Drafting | None = None,
 ) -> tuple[Comparison, Led]:
     """Run the scenario in each of `candidates`, by name, as long as nothing is wrong; then the server's own in
-    `sessions`, by the name of the candidate that it must be like.  `drafting`: a draft's graphs,
-    which are not led."""
+    `sessions`, by the name of the candidate that it must be like.  `drafting`: a draft's graphs, last."""
     rng = np.random.default_rng(seed)
     result, led = Comparison(FLOAT32_BOUND), Led()
     sequences: list[list[int]] = []
@@ -154,10 +154,29 @@ def compare_led(
             own = play(sessions[name](), f"{name} server's ".lstrip(), sequences, lengths, tell)
             led.sessions[name] = against(list(own), seen, traces, free_kl(reference.moe is not None))
     if drafting is not None and lengths is not None and led.ok and result.ok:
-        states = [t.hidden for t in reference.traces(sequences)]
-        for name, (wanted, found) in diverging(sequences, states, lengths, drafting).items():
-            led.drafts[name] = _apart(wanted, found, free_kl(reference.moe is not None))
+        _compare_drafts(result, led, sequences, lengths, reference, drafting)
     return result, led
+
+
+def _compare_drafts(
+    result: Comparison,
+    led: Led,
+    sequences: list[list[int]],
+    lengths: Lengths,
+    reference: QuantisedReference,
+    drafting: Drafting,
+) -> None:
+    """Lead the draft's graphs too; then the server's own run of them, which rounds by itself."""
+    states = [t.hidden for t in reference.traces(sequences)]
+    case = case_of(drafting.reference, sequences, states, lengths)
+    for variant, make in drafting.interpreted.items():
+        name = f"{variant} draft".strip()
+        led.verdicts[name], apart = compare_led_draft(result, case, make(), name, drafting.reference)
+        led.apart = led.apart or apart
+        if not (led.ok and result.ok):
+            return
+    for variant, (wanted, found) in diverging(case, drafting).items():
+        led.drafts[variant] = _apart(wanted, found, free_kl(reference.moe is not None))
 
 
 def listen(

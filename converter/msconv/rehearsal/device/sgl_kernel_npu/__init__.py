@@ -1,5 +1,5 @@
 """sgl_kernel_npu: any part of it can be imported; its kernels raise when they are called, but for the page
-allocator's, which SGLang cannot do without."""
+allocator's, which SGLang cannot do without, and those of speculative decoding."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch_npu import missing
 
 ALLOCATOR = "sgl_kernel_npu.mem_cache.allocator"
+DRAFTS = "sgl_kernel_npu.drafts"  # a file of ours
+VERIFICATION = "sgl_kernel_npu.sample.verify_tree_greedy"
 
 
 def _extend(
@@ -39,7 +41,7 @@ class _Launched:
 
 class _Parts(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        ours = name.startswith("sgl_kernel_npu.")
+        ours = name.startswith("sgl_kernel_npu.") and name != DRAFTS
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
 
     def create_module(self, spec: Any) -> None:
@@ -53,6 +55,10 @@ class _Parts(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
         if module.__name__ == ALLOCATOR:
             module.alloc_extend_kernel = _Launched()
+        if module.__name__ == VERIFICATION:
+            from .drafts import verify_tree_greedy
+
+            module.verify_tree_greedy = verify_tree_greedy
         module.__getattr__ = absent
 
 

@@ -104,5 +104,20 @@ contrib = _module("contrib", __path__=[str(Path(__file__).parent / "contrib")])
 from . import hccl, on_import, processes  # noqa: E402, F401  need the device
 
 
+def _drafts(name: str) -> Callable[..., None]:
+    """A kernel of speculative decoding, imported when it is called."""
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        from sgl_kernel_npu import drafts
+
+        getattr(drafts, name)(*args, **kwargs)
+
+    return call
+
+
+for _name in ("build_tree_kernel_efficient", "cache_loc_update"):
+    setattr(torch.ops.npu, _name, _drafts(_name))
+
+
 def _autoload() -> None:
     """The entry point: importing this module has done it all."""

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from msconv.rehearsal.protocol import INPUTS, graph_file
+from msconv.rehearsal.protocol import HIDDEN, INPUTS, graph_file
 
 from .hccl import Communicator
 from .record import RECORD
 from .settings import SETTINGS
 
 NZ = 29  # CANN's number of the FRACTAL_NZ format
+CACHE_DIMENSIONS = 4
+_opened: list[str] = []  # graphs of this process, in their order: a draft may have those of its target
 
 
 class DeviceTensor:
@@ -101,7 +103,10 @@ class _Graph:
         self.identity = digest_bytes(data)
         _watch_faults()
         RECORD.file(graph_file(self.identity), data)
-        RECORD.event("graph", identity=self.identity, parameters=self._parameters(digest_bytes))
+        self.number = len(_opened)
+        _opened.append(self.identity)
+        parameters = self._parameters(digest_bytes)
+        RECORD.event("graph", identity=self.identity, number=self.number, parameters=parameters)
         RECORD.event("groups", identity=self.identity, groups=self._named_groups())
 
     def _parameters(self, digest: Any) -> list[dict[str, Any]]:
@@ -131,13 +136,16 @@ class _Graph:
 
     def run(self, inputs: tuple[Any, ...]) -> Any:
         self.compile(inputs)
-        given = [host_tensor(self._ms, i) for i in inputs[: len(INPUTS)]]
-        given[-1] = given[-1].to(self._context.keep(given[-1].dtype))
-        caches = inputs[len(INPUTS) :]
+        first = next(i for i, given in enumerate(inputs) if len(given.shape) == CACHE_DIMENSIONS)
+        given = [host_tensor(self._ms, i) for i in inputs[:first]]
+        for i in range(len(INPUTS) - 1, first):  # the mask, and a draft's hidden states
+            given[i] = given[i].to(self._context.keep(given[i].dtype))
+        caches = inputs[first:]
         opened = [_cache(self._ms, c) for c in caches]
         own = not isinstance(caches[0], DeviceTensor)
-        about = {"graph": self.identity, "warm_up": own, "caches": _describe(caches), "error": ""}
-        tensors = dict(zip(INPUTS, given, strict=True))
+        about = {"graph": self.identity, "number": self.number, "warm_up": own}
+        about |= {"caches": _describe(caches), "error": ""}
+        tensors = dict(zip((*INPUTS, HIDDEN), given, strict=False))
         try:
             step = self._interpreter.run(self._program, [[*given, *opened]])
         except Exception as e:  # recorded: the inputs say why
@@ -145,7 +153,8 @@ class _Graph:
             raise
         tensors |= {f"probe {name}": torch.from_numpy(values) for name, values in step.probes.items()}
         (outputs,) = step.outputs
-        RECORD.call(about, tensors | {"logits": torch.from_numpy(outputs[0])})
+        states = {"states": torch.from_numpy(outputs[1]).clone()} if outputs[1:] else {}  # a probe may be the same
+        RECORD.call(about, tensors | {"logits": torch.from_numpy(outputs[0])} | states)
         found = tuple(self._ms.Tensor(output) for output in outputs)
         return found[0] if len(found) == 1 else found
 
