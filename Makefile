@@ -54,7 +54,7 @@ test-rehearsal: setup compiler
 
 # The bytes of weights and graphs in all layouts, against those of before; `make test` takes some of them.
 test-digests: setup
-	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/digests
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/digests tests/runtime/test_mindir_check.py
 
 # Graphs of drafts and their hidden states on all targets, and every fault in them; `make test` takes some.
 test-drafts: setup compiler
