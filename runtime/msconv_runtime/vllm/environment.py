@@ -16,6 +16,7 @@ def server_environment(ranks: int) -> dict[str, str]:
         "VLLM_MLA_DISABLE": "1",  # vLLM's own latent attention, whose blocks and limits the graphs do not share
         "VLLM_HOST_IP": LOOPBACK,
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores of a machine; msconv's kernels divide them
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # torch_npu, where it is installed, would want CANN
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -42,6 +42,7 @@ def _register() -> None:
 
     if ARCHITECTURE in MODELS_CONFIG_MAP:
         return
+    _log_as_vllm()
     check = InputProcessor._validate_params
 
     class ArtifactLoader(BaseModelLoader):
@@ -65,6 +66,14 @@ def _register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, f"{__package__}.slot:{ARCHITECTURE}")
     InputProcessor._validate_params = functools.wraps(check)(_checked(check))
     MODELS_CONFIG_MAP[ARCHITECTURE] = ArtifactConfig
+
+
+def _log_as_vllm() -> None:
+    """What msconv says stands in vLLM's log, where nobody has said otherwise."""
+    ours, theirs = logging.getLogger("msconv_runtime"), logging.getLogger("vllm")
+    if not ours.handlers:
+        ours.handlers, ours.propagate = theirs.handlers, theirs.propagate
+        ours.setLevel(theirs.level)
 
 
 def _checked(check: Callable[..., Any]) -> Callable[..., Any]:
