@@ -24,7 +24,14 @@ from msconv_runtime.targets import DEVICES, Target
 from .command import Command
 from .console import find_artifact, say
 from .here import quoted, usual_device
-from .options import artifact_argument, complete_targets, engine_option, grouped, parted_from_flags, signature_option
+from .options import (
+    artifact_argument,
+    complete_targets,
+    engine_option,
+    grouped,
+    parted_from_flags,
+    signature_option,
+)
 from .references import compare_layout, recipe_option, with_serve_flags
 from .result import Result, json_option, show
 from .typed import DEVICES_ELSEWHERE, Spelled
