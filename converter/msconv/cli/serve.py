@@ -134,10 +134,10 @@ def command(
     print_command: bool,
     sglang_args: tuple[str, ...],
 ) -> None:
-    """Serve an artifact with SGLang, or with vLLM on a CPU.
+    """Serve an artifact with SGLang.
 
     Prints the exact command and environment and becomes that process: signals and the exit code are the server's.
-    Everything after -- goes to it unchanged and wins over what msconv would say.
+    Everything after -- goes to it unchanged and wins over what msconv would say.  --engine vllm: with vLLM.
 
     \b
     msconv serve artifacts/Qwen3-0.6B-tp1 --port 30000
