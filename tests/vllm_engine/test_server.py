@@ -29,7 +29,7 @@ def server(
     place = tmp_path_factory.mktemp(f"vllm-tp{request.param}")
     artifact = make_artifact(random_checkpoint, place / "artifact", request.param)
     flags = ("--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "16")
-    with serving(artifact, place / "log", *flags, options=("--engine", "vllm")) as started:
+    with serving(artifact, place / "log", *flags, options=("--engine", "vllm"), start_s=600) as started:
         yield started
         processes = started.processes()
     assert left_after(processes, 30) == []
