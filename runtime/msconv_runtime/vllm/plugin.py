@@ -81,10 +81,12 @@ def _checked(check: Callable[..., Any]) -> Callable[..., Any]:
 
     def validate(processor: Any, params: Any, *rest: Any, **more: Any) -> Any:
         if processor.model_config.architecture == ARCHITECTURE:
+            from vllm.exceptions import VLLMValidationError
+
             from .requests import request_problem
 
             if problem := request_problem(params):
-                raise ValueError(problem)
+                raise VLLMValidationError(problem, parameter="prompt_logprobs")
         return check(processor, params, *rest, **more)
 
     return validate
