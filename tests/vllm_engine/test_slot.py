@@ -26,7 +26,7 @@ def slot() -> Any:
 
 
 def test_blocks_of_vllm_become_pages_of_the_graphs() -> None:
-    """Two sequences in blocks of 4 tokens, 2 in each page; rows behind the last sequence are vLLM's own business."""
+    """Two sequences in blocks of 4 tokens, 2 in each page; a row behind the last one is not theirs."""
     import torch
 
     from msconv_runtime.vllm.pool import Step, batch_of
