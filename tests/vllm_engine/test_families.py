@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.e2e.servers import expected, make_artifact
-from tests.e2e.test_families import dequantised
-from tests.moe_checkpoints import make_deepseek_v3, make_qwen3_moe, quantise_fp8
+from tests.e2e.servers import make_artifact
+from tests.moe_checkpoints import make_deepseek_v3, make_qwen3_moe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -24,7 +23,6 @@ LENGTHS = (1, 7, 16, 17, 33, 70)
 SERVED = [
     ("qwen3_moe", 1, 1),
     ("deepseek_v3", 1, 1),
-    ("deepseek_v3 FP8", 1, 1),
     ("qwen3_moe", 2, 2),
     ("deepseek_v3", 2, 1),
 ]
@@ -40,21 +38,28 @@ def run(place: Path, root: Path, tp: int, prompts: list[list[int]], **options: A
     return (None if done.returncode else json.loads((place / "gave.json").read_text())), log
 
 
+def greedy(model: Any, ids: list[int]) -> list[int]:
+    """transformers' continuation; a token that ends texts is one like others."""
+    import torch
+
+    known = list(ids)
+    for _ in range(NEW):
+        known.append(int(model(torch.tensor([known])).logits[0, -1].argmax()))
+    return known[len(ids) :]
+
+
 @pytest.mark.parametrize(("kind", "tp", "ep"), SERVED)
 def test_a_family_gives_transformers_answers(tmp_path: Path, kind: str, tp: int, ep: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     make = make_qwen3_moe if kind == "qwen3_moe" else make_deepseek_v3
-    source = reference = make(tmp_path / "source")
-    if kind.endswith("FP8"):
-        source = quantise_fp8(source, tmp_path / "fp8")
-        reference = dequantised(source, tmp_path / "plain")
+    source = make(tmp_path / "source")
     root = make_artifact(source, tmp_path / "artifact", tp, ep)
-    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     rng = np.random.default_rng(2)
     prompts = [rng.integers(0, model.config.vocab_size, n).tolist() for n in LENGTHS]
-    wanted = [expected(model, ids, NEW) for ids in prompts]
+    wanted = [greedy(model, ids) for ids in prompts]
 
     gave, log = run(tmp_path, root, tp, prompts)
     assert gave, log[-5000:]
