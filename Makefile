@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-processors test-roofline browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-processors test-roofline test-vllm browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -77,6 +77,16 @@ test-onnx: .venv-onnx/.installed
 	test -x .venv-onnx/bin/python || $(PYTHON) -m venv .venv-onnx
 	.venv-onnx/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/onnx.txt
 	.venv-onnx/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
+# vLLM's server and its offline engine with artifacts of every family: an environment that has vLLM for a CPU.
+test-vllm: compiler .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/vllm_engine
+
+.venv-vllm/.installed: requirements/cpu.txt requirements/vllm.txt pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/vllm.txt
+	.venv-vllm/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
 # Int8 graphs of every family, kind and target; `make test` takes some of each.

@@ -120,7 +120,12 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    artifact: Path, log_path: Path, *sglang_args: str, options: tuple[str, ...] = (), port: int = 0
+    artifact: Path,
+    log_path: Path,
+    *sglang_args: str,
+    options: tuple[str, ...] = (),
+    port: int = 0,
+    start_s: float = START_TIMEOUT_S,
 ) -> Iterator[Server]:
     """`msconv serve`, with more of its own `options`, on a free port or this one, until the block ends."""
     port = port or free_port()
@@ -130,7 +135,7 @@ def serving(
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     server = Server(port, process, log_path)
     try:
-        _wait(server)
+        _wait(server, start_s)
         yield server
     finally:
         if process.poll() is None:
@@ -142,8 +147,8 @@ def serving(
                 process.wait()
 
 
-def _wait(server: Server) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def _wait(server: Server, start_s: float = START_TIMEOUT_S) -> None:
+    deadline = time.monotonic() + start_s
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             pytest.fail(f"the server ended with {server.process.returncode}:\n{server.log[-3000:]}")
@@ -153,7 +158,7 @@ def _wait(server: Server) -> None:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    pytest.fail(f"the server was not ready after {START_TIMEOUT_S} s:\n{server.log[-3000:]}")
+    pytest.fail(f"the server was not ready after {start_s} s:\n{server.log[-3000:]}")
 
 
 def make_artifact(checkpoint: Path, root: Path, tp: int = 1, ep: int = 1) -> Path:

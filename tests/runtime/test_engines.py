@@ -25,7 +25,7 @@ def with_targets(root: Path, *names: str) -> Artifact:
 
 def test_sglang_is_an_engine_and_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MSCONV_ENGINE", raising=False)
-    assert engine_names() == ["sglang"]
+    assert engine_names() == ["sglang", "vllm"]
     assert chosen_engine() is engine_named("sglang") is ENGINE
     assert isinstance(ENGINE, Engine)
 
@@ -38,7 +38,7 @@ def test_an_engine_that_there_is_not_is_refused(compiled: Path, monkeypatch: pyt
     for command in (("serve", compiled), ("doctor",)):
         done = run_msconv(*command)
         assert done.code == 2
-        assert "Engines are: sglang." in done.stderr
+        assert "Engines are: sglang, vllm." in done.stderr
 
 
 def test_doctor_asks_for_no_engines_packages_by_itself() -> None:

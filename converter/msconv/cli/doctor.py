@@ -16,7 +16,7 @@ from msconv_runtime.targets import CPU
 from .command import Command
 from .console import ARTIFACTS, find_artifact, visible
 from .here import quoted, serve_command
-from .options import artifact_argument
+from .options import artifact_argument, engine_option
 from .result import Result, json_option, show
 
 WORDS = {"serve_cpu": "serve on a CPU", "serve_npu": "serve on an NPU"}
@@ -25,6 +25,7 @@ COLOURS = {"ok": "green", "untested": "yellow", "missing": "yellow", "wrong": "r
 
 @click.command("doctor", cls=Command)
 @artifact_argument
+@engine_option
 @json_option
 def command(artifact: Path | None) -> None:
     """Say what this machine can do, what is missing, and whether ARTIFACT can be served here.

@@ -135,6 +135,35 @@ def complete_targets(ctx: click.Context, param: click.Parameter, incomplete: str
     return [CompletionItem(target) for target in TARGETS if target.startswith(incomplete)]
 
 
+def _choose_engine(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Make it the one that all parts of this command ask."""
+    if value is None or ctx.resilient_parsing:
+        return
+    from msconv_runtime.serving.engine import CHOICE, engine_named
+
+    engine_named(value)
+    before = os.environ.get(CHOICE)
+    os.environ[CHOICE] = value
+    ctx.call_on_close(lambda: os.environ.pop(CHOICE) if before is None else os.environ.update({CHOICE: before}))
+
+
+def complete_engines(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of serving engines."""
+    from msconv_runtime.serving.engine import engine_names
+
+    return [CompletionItem(name) for name in engine_names() if name.startswith(incomplete)]
+
+
+engine_option = click.option(
+    "--engine",
+    metavar="NAME",
+    is_eager=True,  # a recipe's flags are an engine's
+    allow_from_autoenv=False,
+    expose_value=False,
+    callback=_choose_engine,
+    shell_complete=complete_engines,
+    help="Who serves: sglang, or vllm on a CPU.  [default: sglang, or MSCONV_ENGINE]",
+)
 artifact_argument = click.argument("artifact", required=False, type=UserPath(), shell_complete=complete_artifacts)
 tp_option = click.option("--tp", required=True, type=click.IntRange(1, 1024), help="Tensor-parallel ranks.")
 ep_option = click.option(

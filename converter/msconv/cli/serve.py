@@ -1,4 +1,4 @@
-"""`msconv serve`: the exact SGLang command, printed and run."""
+"""`msconv serve`: the exact command of a serving engine, printed and run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from msconv_runtime.targets import DEVICES, Target
 from .command import Command
 from .console import find_artifact, say
 from .here import quoted, usual_device
-from .options import artifact_argument, complete_targets, grouped, parted_from_flags, signature_option
+from .options import (
+    artifact_argument,
+    complete_targets,
+    engine_option,
+    grouped,
+    parted_from_flags,
+    signature_option,
+)
 from .references import compare_layout, recipe_option, with_serve_flags
 from .result import Result, json_option, show
 from .typed import DEVICES_ELSEWHERE, Spelled
@@ -102,6 +109,7 @@ half_options = grouped(
 @click.command("serve", cls=Command, context_settings={"ignore_unknown_options": False})
 @artifact_argument
 @recipe_option
+@engine_option
 @click.option(
     "--device",
     type=Spelled(list(DEVICES), DEVICES_ELSEWHERE),
@@ -128,12 +136,13 @@ def command(
 ) -> None:
     """Serve an artifact with SGLang.
 
-    Prints the exact command and environment and becomes that process: signals and the exit code are SGLang's.
-    Everything after -- goes to SGLang unchanged and wins over what msconv would say.
+    Prints the exact command and environment and becomes that process: signals and the exit code are the server's.
+    Everything after -- goes to it unchanged and wins over what msconv would say.  --engine vllm: with vLLM.
 
     \b
     msconv serve artifacts/Qwen3-0.6B-tp1 --port 30000
     msconv serve artifacts/Qwen3-0.6B-tp1 --ui
+    msconv serve artifacts/Qwen3-0.6B-tp1 --engine vllm
     msconv serve artifacts/Qwen3-0.6B-tp1 -- --max-total-tokens 8192 --log-level debug
     msconv serve artifacts/DeepSeek-V3-tp32-ep32 --nnodes 4 --node-rank 1 --dist-init-addr 10.0.0.1:5000
     """

@@ -35,7 +35,7 @@ def memory_findings(
     hint = f"`msconv serve {root}{given}` takes {gib(least)}"
     if free is not None and free < least:
         state, hint = "wrong", f"end other programs, or serve where {gib(least)} are free"
-        if tokens > POOL_TOKENS[0]:
+        if tokens > POOL_TOKENS[0] and needs.tokens_flag:
             hint += f", or give a smaller {needs.tokens_flag}"
     what = "weights and KV cache" if len(sizes) == 1 else "weights and KV caches, with those of the draft,"
     needed = f"{gib(usual)}: {what} of {tp} ranks on {target.device.words}"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+
+FLAG = re.compile(r"--|-[A-Za-z]")  # how one begins; -1 is a number
 
 
 def given_flags(extra: list[str]) -> dict[str, str]:
-    """Flags as the user wrote them, with their values ("" if none follows)."""
+    """Flags as the user wrote them, short ones too, with their values ("" if none follows)."""
     found: dict[str, str] = {}
     for i, word in enumerate(extra):
-        if word.startswith("--"):
+        if FLAG.match(word):
             name, equals, value = word.partition("=")
-            follows = extra[i + 1] if i + 1 < len(extra) and not extra[i + 1].startswith("--") else ""
+            follows = extra[i + 1] if i + 1 < len(extra) and not FLAG.match(extra[i + 1]) else ""
             found[name] = value if equals else follows
     return found
 
