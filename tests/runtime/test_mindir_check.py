@@ -33,8 +33,8 @@ REFUSED = "is not a graph that msconv makes, and was not loaded: "
 
 
 def graphs(every: bool) -> Iterator[tuple[bytes, Graph, int]]:
-    """All families, targets, roles and variants; layouts that change the graph take turns.  `every`: also those for
-    910C, which are those for 910B."""
+    """All families, targets, roles and variants; layouts that change the graph take turns.  `every`: those for
+    910C too, which are those for 910B."""
     layouts = itertools.cycle([(1, 1), (2, 1), (2, 2)])
     targets = [t for t in TARGETS.values() if t.form is MINDIR]
     for name, target in itertools.product(MODELS, targets):

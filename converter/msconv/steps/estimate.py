@@ -88,15 +88,13 @@ def estimate(
     def memory(p: Plan) -> DeviceMemory:
         return DeviceMemory(p.rank_bytes, kv_bytes_per_token(sizes, p.mesh, p.dtype), context, batch)
 
-    smallest = None
-    for choice in TP_CHOICES if device_bytes else ():
+    def fits(choice: int) -> bool:
         try:
             tried = make_plan(table, sizes, sources, Mesh(choice), dtype, quant=made)
         except PlanError:
-            continue
-        if memory(tried).fits(device_bytes or 0):
-            smallest = choice
-            break
+            return False
+        return memory(tried).fits(device_bytes or 0)
+
     target = output or default_output(checkpoint.name, tp, ep)
     download_bytes = plan.read_bytes if assumed else bytes_to_download(model, plan)
     found = calibrate(plan, _there(target), jobs, max_memory, since_start()) if predict else None
@@ -111,7 +109,7 @@ def estimate(
         free_bytes=_free(target),
         lacking_bytes=_lacking(target, plan.output_bytes, download_bytes),
         lacking_without_source=_lacking(target, plan.output_bytes, 0),
-        smallest_tp=smallest,
+        smallest_tp=next(filter(fits, TP_CHOICES), None) if device_bytes else None,
         assumed=assumed,
         calibration=found,
     )
