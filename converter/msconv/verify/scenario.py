@@ -90,7 +90,7 @@ def calls_of(name: str, sequences: list[list[int]], lengths: Lengths, has_all_to
     if lengths.every and has_all_tokens:
         planned.append(("all tokens", VERIFY, lengths.every))
     done = [0] * len(sequences)
-    calls = []
+    calls: list[Call] = []
     for phase, role, counts in planned:
         new = [s[d : d + n] for s, d, n in zip(sequences, done, counts, strict=True)]
         places = [(i, done[i] + t) for i, n in enumerate(counts) for t in range(n)]
