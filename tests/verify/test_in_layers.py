@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_calls_together_give_what_each_gives_by_itself(
     for _, pieces in together.together(*together.executions(calls)):
         for piece in pieces:
             found[piece.call] |= piece.probes | piece.outputs
-    assert not together.held.used_bytes
+    assert not together.held.arena.used_bytes
     assert len(calls) == len(apart) == 2 + 2 * STEPS + 1
     for call, seen, got in zip(calls, apart, found, strict=True):
         assert (call.phase, call.places, call.rows) == (seen.phase, seen.places, seen.rows)
@@ -206,7 +207,7 @@ def test_a_large_proof_keeps_what_it_does_and_says_that_it_resumed(
 
 
 def test_a_ceiling_that_cannot_hold_is_refused_with_numbers(root: Path) -> None:
-    with pytest.raises(ResourceError, match=r"--max-memory 1,000,000 bytes is too little: .*MiB") as caught:
+    with pytest.raises(ResourceError, match=r"--max-memory 1,000,000 bytes is too little: .*KiB") as caught:
         prove.prove(root, TARGET, None, max_memory=1_000_000)
     assert caught.value.hint.startswith("Try --max-memory ")
-    assert prove.prove(root, TARGET, None, max_memory=int(caught.value.hint[17:-2]) << 20).ok
+    assert prove.prove(root, TARGET, None, max_memory=int(re.findall(r"(\d+)M", caught.value.hint)[0]) << 20).ok

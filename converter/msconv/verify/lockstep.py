@@ -180,7 +180,7 @@ class Lockstep:
         their pieces).  `begin`: the layer that comes next for executions that are that far."""
         if self.has_layers_apart:
             for layer, pieces in in_layers(executions, names, self.num_layers, begin):
-                self.held.release()
+                self._release(executions)
                 self.apart = max(self.apart, *(e.apart for e in executions))
                 yield layer + 1, pieces
             return
@@ -188,8 +188,17 @@ class Lockstep:
             probes = execution.advance(len(execution.program.nodes))
             found = piece(number, execution, probes, names[number], True)
             self.apart = max(self.apart, execution.apart)
-            self.held.release()
+            self._release(executions)
             yield 0, [found]
+
+    def _release(self, executions: list[Execution]) -> None:
+        """Weights of a layer go; a value that lies where they do becomes a copy."""
+        for execution in executions:
+            for env in execution.values:
+                for name, value in env.items():
+                    if isinstance(value, torch.Tensor) and self.held.arena.has(value):
+                        env[name] = value.clone()
+        self.held.release()
 
     @property
     def has_layers_apart(self) -> bool:

@@ -12,7 +12,7 @@ from msconv_runtime.errors import ResourceError, UsageError
 from msconv_runtime.units import human_bytes
 
 from .lockstep import HELD_BYTES, KEEP_BYTES, Lockstep
-from .reference import LAYER, Reference
+from .reference import Reference, parts_bytes
 from .scenario import Candidate
 
 FLOAT32 = 4
@@ -47,7 +47,7 @@ def limited(make: Callable[[], Candidate], held: int) -> Candidate:
     """A candidate whose layers hold no more than `held` bytes."""
     one = make()
     if isinstance(one, Lockstep):
-        one.held.limit_bytes = held
+        one.held.arena.limit_bytes = held
     return one
 
 
@@ -63,11 +63,7 @@ def refuse_ceiling(root: Path, max_memory: int) -> NoReturn:
 def _largest_part(reference: Reference) -> tuple[str, int]:
     """What is in memory at a time, and its bytes: all of a small model, else a layer, the embedding or the head,
     without experts, which come one at a time."""
-    sizes: dict[str, int] = {}
-    for name, tensor in reference.model.state_dict().items():
-        layer = LAYER.match(name)
-        part = layer[0] if layer else name.rpartition(".")[0]
-        sizes[part] = sizes.get(part, 0) + prod(tensor.shape) * FLOAT32
+    sizes = parts_bytes(reference.model)
     if reference.keeps_all:
         return "transformers' model", sum(sizes.values())
     part = max(sizes, key=sizes.__getitem__)

@@ -13,6 +13,7 @@ from msconv_runtime.errors import VerificationFailed
 
 from ..mindir.kernels import Context
 from ..mindir.program import Program
+from .arena import Arena
 
 # Kernels that widen what they take of a weight: rows that are looked up, experts that are chosen.
 WIDEN_PARTS = {"Gather", "GroupedMatmulV4", "Load", "MakeTuple"}
@@ -24,21 +25,23 @@ class Held:
     each use."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes, self.used_bytes = limit_bytes, 0
+        self.arena = Arena(limit_bytes)
         self._values: dict[tuple[int, str], torch.Tensor] = {}
 
     def get(self, rank: int, name: str) -> torch.Tensor | None:
         return self._values.get((rank, name))
 
-    def keep(self, rank: int, name: str, value: torch.Tensor) -> None:
-        if self.used_bytes + value.nbytes <= self.limit_bytes:
+    def widened(self, rank: int, name: str, stored: torch.Tensor) -> torch.Tensor | None:
+        """A weight in float32, kept; None where there is no room."""
+        value = self.arena.widened(stored)
+        if value is not None:
             self._values[rank, name] = value
-            self.used_bytes += value.nbytes
+        return value
 
     def release(self) -> None:
-        """The layer is done."""
+        """The layer is done: its weights are used no more."""
         self._values.clear()
-        self.used_bytes = 0
+        self.arena.clear()
 
 
 def read_as_stored(programs: Iterable[Program]) -> frozenset[str]:
@@ -93,7 +96,8 @@ class RankFiles:
         """In exact mode stored values in float32; else cast to the type the graph declares."""
         if name in self._cache:
             return self._cache[name]
-        if self.held is not None and (found := self.held.get(self.rank, name)) is not None:
+        found = self.held.get(self.rank, name) if self.held is not None else None
+        if found is not None:
             return found
         if name not in self._where:
             raise VerificationFailed(f"{name}: wanted by the graph, in no weight file of this rank.")
@@ -101,12 +105,16 @@ class RankFiles:
             stored = opened.get_tensor(name)
             if self.context.exact and not self.keep and name in self.as_stored and stored.is_floating_point():
                 return stored
-            value = self._computed(stored, declared)
+            if self.held is not None and self._only_widens(stored, declared):
+                found = self.held.widened(self.rank, name, stored)
+            value = self._computed(stored, declared) if found is None else found
         if self.keep:
             self._cache[name] = value
-        elif self.held is not None:
-            self.held.keep(self.rank, name, value)
         return value
+
+    def _only_widens(self, stored: torch.Tensor, declared: torch.dtype | None) -> bool:
+        widens = self.context.exact and not self.keep and not self.as_bound and declared != torch.int64
+        return widens and stored.is_floating_point()
 
     def _computed(self, stored: torch.Tensor, declared: torch.dtype | None) -> torch.Tensor:
         """A copy in the type that is computed in."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..checkpoint.urls import is_url
 from ..families import Family
 from ..location import open_reference
 from ..workspace.state import recorded_source
+from .arena import Arena
 from .kept import NOTHING
 from .reference_pass import Packed, Padded, run_layers
 from .routing import closeness
@@ -112,6 +114,7 @@ class Reference:
         for name, module in model.named_modules():
             if not self.keeps_all and name.endswith("mlp.experts"):
                 self._read_one_by_one(name, module)
+        self._arena = Arena(max(parts_bytes(model).values()))
         for name, module in model.named_modules():
             if name in ("model.embed_tokens", "model.norm", "lm_head") or LAYER.fullmatch(name):
                 self.load_on_use(name, module)
@@ -139,7 +142,11 @@ class Reference:
                     return
                 self.tell("transformers", index, self.model.config.num_hidden_layers)
             if any(t.is_meta for t in module.state_dict().values()):
+                if not self.keeps_all:  # one part at a time has weights
+                    self.weights.arena = self._arena
+                    self._arena.clear()
                 values = {k: self.weights.get(f"{name}.{k}", t) for k, t in module.state_dict().items()}
+                self.weights.arena = None
                 module.load_state_dict(values, strict=True, assign=True)
 
         module.register_forward_pre_hook(load)
@@ -161,16 +168,25 @@ class Reference:
         for distance in passed.closest.values():
             closest = self.torch.minimum(closest, distance.reshape(batch.ids.shape))
         parts = {name: batch.apart(out) for name, out in found.items()}
-        each = zip(batch.apart(last), batch.apart(closest), batch.apart(hidden), strict=True)
+        logits = self._logits_apart(batch.apart(last))
+        self._arena.give_back()
+        each = zip(logits, batch.apart(closest), batch.apart(hidden), strict=True)
         return [
             Trace(
-                self.logits(of_last),
+                of_last,
                 {name: out[i].numpy() for name, out in parts.items()},
                 of_closest.numpy(),
                 of_hidden.numpy(),
             )
             for i, (of_last, of_closest, of_hidden) in enumerate(each)
         ]
+
+    def _logits_apart(self, hidden: list[Any]) -> list[Logits]:
+        """Of each sequence; the head is read once."""
+        logits = self.logits(self.torch.cat(hidden))
+        if self.layers:
+            return [logits for _ in hidden]
+        return np.split(logits, np.cumsum([len(h) for h in hidden])[:-1])
 
     def logits(self, hidden: Any) -> Logits:
         if self.layers:
@@ -188,6 +204,16 @@ class Reference:
         weight = self.weights.get(f"model.layers.{self.layers}.input_layernorm.weight")
         scale = self.torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.model.norm.variance_epsilon)
         return x * scale * weight
+
+
+def parts_bytes(model: Any) -> dict[str, int]:
+    """What each layer, the embedding, the last norm and the head take in float32."""
+    sizes: dict[str, int] = {}
+    for name, tensor in model.state_dict().items():
+        layer = LAYER.match(name)
+        part = layer[0] if layer else name.rpartition(".")[0]
+        sizes[part] = sizes.get(part, 0) + 4 * prod(tensor.shape)
+    return sizes
 
 
 def _configuration(root: Path, family: Family) -> Any:

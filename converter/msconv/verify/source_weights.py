@@ -10,6 +10,7 @@ from msconv_runtime.errors import VerificationFailed
 
 from ..checkpoint.directory import Checkpoint
 from ..quant import format_of
+from .arena import Arena
 
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -20,6 +21,7 @@ class SourceWeights:
     def __init__(self, checkpoint: Checkpoint, manifests: list[Manifest]) -> None:
         """Values are rounded to the types of each manifest in turn."""
         self.checkpoint = checkpoint
+        self.arena: Arena | None = None  # where tensors are put while there is one
         stored = [m.weights for m in manifests if m.weights is not None]
         self.types = [({t.name: t.dtype for t in w.tensors}, w.dtype) for w in stored]
 
@@ -76,7 +78,9 @@ class SourceWeights:
 
         info = self._require(name)
         with safe_open(self.checkpoint.files[info.file].path, framework="pt") as opened:  # kept open, pages stay
-            return opened.get_tensor(self.checkpoint.stored.get(name, name)).to(torch.float32, copy=True)
+            stored = opened.get_tensor(self.checkpoint.stored.get(name, name))
+            found = self.arena.widened(stored) if self.arena is not None else None
+            return stored.to(torch.float32, copy=True) if found is None else found
 
 
 class ExpertsOnUse:

@@ -19,7 +19,7 @@ from ..mindir.program import Program
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 SAME_VALUE = {"Load", "Depend", "Cast", "MakeTuple", "TupleGetItem", "ScatterUpdate"}  # may give what they take
-LOOKS_AT_NOTHING = "UpdateState"
+PASS_ON = {"Load", "Depend", "MakeTuple", "TupleGetItem"}  # and do not look at it
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,13 @@ def keep_caches_apart(programs: Iterable[Program], layers: int, num_caches: int)
         first = len(program.inputs) - num_caches
         shared = {name: frozenset([i]) for i, name in enumerate(program.inputs[first:])}
         for i, node in enumerate(program.nodes):
-            if node.kind == LOOKS_AT_NOTHING:
-                continue
             layer = int(np.searchsorted(ends, i, side="right"))
             caches = frozenset[int]().union(*(shared.get(name, ()) for name in node.inputs))
-            for cache in caches:
-                touched.setdefault(cache, set()).add(layer)
             if caches and node.kind in SAME_VALUE:
                 shared[node.output] = caches
+            if node.kind not in PASS_ON:
+                for cache in caches:
+                    touched.setdefault(cache, set()).add(layer)
     return all(len(of_cache) == 1 for of_cache in touched.values())
 
 
