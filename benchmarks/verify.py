@@ -4,8 +4,8 @@
     python benchmarks/verify.py --model Qwen3-8B --layers 36 --tp 4 --rounds 1 --against ""
 
 Makes a checkpoint with random values, converts and compiles it with the earlier commit, whose artifacts this code
-reads, and verifies it by each in a process of its own.  Prints medians: seconds, the processors' seconds (which other
-programs disturb least), both per 10^9 bytes of weights, and peak memory.  Files need twice the model's size.
+reads, and verifies it by each in a process of its own.  Prints medians: seconds, the processors' seconds (which
+other programs disturb least), both per 10^9 bytes of weights, and peak memory.  Files need twice the model's size.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.synthetic import write_checkpoint
+
+HERE = Path(__file__).resolve().parent.parent
 
 PROVE = """
 import json, resource, sys, time
