@@ -11,7 +11,7 @@ import torch
 from msconv.mindir.kernels import Context
 from msconv.mindir.kernels.int8 import as_float
 from msconv.steps.compile import compile_graphs
-from msconv.verify.lockstep import RankFiles
+from msconv.verify.rank_files import RankFiles
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.binding import load_weights

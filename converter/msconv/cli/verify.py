@@ -17,7 +17,7 @@ from .command import Command
 from .console import find_artifact, import_torch_alone
 from .here import machine_kind, quoted, serve_command, usual_target
 from .interrupts import leaving_at_once
-from .options import artifact_argument, complete_targets, reference_option
+from .options import artifact_argument, complete_targets, memory_option, reference_option
 from .phases import phases
 from .report import refresh
 from .result import Result, json_option, show
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="int8: measure the divergence on this text.  [default: the source's evaluation.txt, or msconv's own]",
 )
+@memory_option
 @json_option
 def command(
     artifact: Path | None,
@@ -49,6 +50,7 @@ def command(
     layers: int,
     max_kl: float | None,
     text: Path | None,
+    max_memory: int | None,
 ) -> None:
     """Prove an artifact numerically against the source checkpoint.
 
@@ -56,6 +58,7 @@ def command(
     ragged prefill, decode, prefill on a cached prefix, decode.  Exit 0 if proven, 3 if not.
     Ascend graphs and several ranks run in an interpreter, all ranks together.
     Of int8 artifacts, codes are compared too, and how far they are from the source is measured.
+    Ended before its time, the proof of a large model goes on where it was.
 
     \b
     msconv verify artifacts/Qwen3-0.6B-tp1 --reference models/Qwen3-0.6B
@@ -67,7 +70,7 @@ def command(
         with phases(f"comparing {root} ({target}) with transformers") as tell, leaving_at_once():
             from ..verify.prove import prove
 
-            proof = prove(root, target, reference, layers, tell, max_kl, text)
+            proof = prove(root, target, reference, layers, tell, max_kl, text, max_memory)
     except VerificationFailed:
         refresh(root)  # an earlier proof is gone
         raise
@@ -110,6 +113,9 @@ def _data(proof: Proof) -> dict[str, Any]:
         "undecided": c.undecided,
         "closest_routing": c.closest_routing if c.closest_routing < float("inf") else None,
         "seconds": round(proof.seconds, 3),
+        "seconds_per_gb": round(proof.seconds_per_gb, 3) if proof.seconds_per_gb is not None else None,
+        "weights_bytes": proof.weights_bytes,
+        "resumed": proof.is_resumed,
         "by_phase": c.by_phase,
         "layers": proof.layers or None,
         "norms": c.probes,
@@ -203,4 +209,6 @@ def _proven(proof: Proof) -> Iterator[str]:
     yield (
         f"Proven for {proof.target}: {c.rows} rows of logits, largest error {c.max_abs_logit_error:.2e} "
         f"(bound {c.bound:.0e}), argmax agrees in {c.argmax_agreement:.0%}, {proof.seconds:.1f} s"
+        + (f" ({proof.seconds_per_gb:.1f} s per GB of weights)" if proof.seconds_per_gb is not None else "")
+        + (", the rest of what an earlier run had begun" if proof.is_resumed else "")
     )

@@ -53,37 +53,11 @@ class Interpreter:
     def run(self, program: Program, inputs: list[list[torch.Tensor]], stop: str = "") -> Step:
         """Execute for all ranks; not further than the norm whose weight is `stop`.  Raises VerificationFailed
         naming the node that cannot be run."""
-        bias = stop.removesuffix(".weight") + ".bias"
-        stop = bias if bias in program.declared else stop
-        if len(program.inputs) != len(inputs[0]):
-            raise VerificationFailed(
-                f"the graph takes {len(program.inputs)} inputs, its manifest describes {len(inputs[0])}."
-            )
-        values: list[dict[str, Any]] = [dict(zip(program.inputs, given, strict=True)) for given in inputs]
-        probes: dict[str, NDArray[np.float32]] = {}
-        apart = 0.0
-        listener = Listener(program, self.context.codes)
-        for i, node in enumerate(program.nodes):
-            results = self._node(node, program, values, listener)
-            for env, result in zip(values, results, strict=True):
-                env[node.output] = result
-            listener.after(i, values)
-            if _is_probe(node):
-                normed = [_first(r).float() for r in results]
-                probes[node.parameter.rpartition(".")[0]] = normed[0].numpy()
-                apart = max(apart, _apart(normed))
-                if node.parameter == stop:
-                    return Step([], probes, apart)
-            for name in node.inputs:
-                if listener.last_use[name] == i and name != program.output:
-                    for env in values:
-                        env.pop(name, None)
-        found = [_all(env[program.output]) for env in values]
-        for of_ranks in zip(*found, strict=True):
-            apart = max(apart, _apart(list(of_ranks)))
-        return Step([[value.numpy() for value in of_rank] for of_rank in found], probes, apart)
+        execution = Execution(self, program, inputs, stop)
+        probes = execution.advance(len(program.nodes))
+        return Step(execution.outputs(), probes, execution.apart)
 
-    def _node(self, node: Node, program: Program, values: list[dict[str, Any]], listener: Listener) -> list[Any]:
+    def node(self, node: Node, program: Program, values: list[dict[str, Any]], listener: Listener) -> list[Any]:
         if node.kind == "Constant":
             value = node.value
             if isinstance(value, torch.Tensor):
@@ -117,6 +91,59 @@ class Interpreter:
             raise VerificationFailed(f"the graph reads {name}, which nothing made.")
         weight = program.parameters[name]
         return self.weights[rank].get(weight, program.declared[weight][0])
+
+
+class Execution:
+    """One run of a program for all ranks, which can pause between two nodes.  `at`: the node that comes next.
+    `values[rank]`: what later nodes still need, by name."""
+
+    def __init__(
+        self, interpreter: Interpreter, program: Program, inputs: list[list[torch.Tensor]], stop: str = ""
+    ) -> None:
+        if len(program.inputs) != len(inputs[0]):
+            raise VerificationFailed(
+                f"the graph takes {len(program.inputs)} inputs, its manifest describes {len(inputs[0])}."
+            )
+        bias = stop.removesuffix(".weight") + ".bias"
+        self.stop = bias if bias in program.declared else stop
+        self.interpreter, self.program = interpreter, program
+        self.values: list[dict[str, Any]] = [dict(zip(program.inputs, given, strict=True)) for given in inputs]
+        self.at, self.apart, self.is_stopped = 0, 0.0, False
+        self._listener = Listener(program, interpreter.context.codes)
+
+    def advance(self, end: int) -> dict[str, NDArray[np.float32]]:
+        """Execute the nodes before `end`.  The output of each norm that came by, rank 0, [T, hidden]."""
+        probes: dict[str, NDArray[np.float32]] = {}
+        while self.at < end and not self.is_stopped:
+            node = self.program.nodes[self.at]
+            results = self.interpreter.node(node, self.program, self.values, self._listener)
+            for env, result in zip(self.values, results, strict=True):
+                env[node.output] = result
+            self._listener.after(self.at, self.values)
+            if _is_probe(node):
+                normed = [_first(r).float() for r in results]
+                probes[node.parameter.rpartition(".")[0]] = normed[0].numpy()
+                self.apart = max(self.apart, _apart(normed))
+                self.is_stopped = node.parameter == self.stop
+            self._forget(node)
+            self.at += 1
+        return probes
+
+    def _forget(self, node: Node) -> None:
+        """Drop what no later node reads."""
+        for name in node.inputs:
+            if self._listener.last_use[name] == self.at and name != self.program.output:
+                for env in self.values:
+                    env.pop(name, None)
+
+    def outputs(self) -> list[list[NDArray[np.float32]]]:
+        """Of each rank, in order, when all nodes were executed; none if it was stopped."""
+        if self.is_stopped:
+            return []
+        found = [_all(env[self.program.output]) for env in self.values]
+        for of_ranks in zip(*found, strict=True):
+            self.apart = max(self.apart, _apart(list(of_ranks)))
+        return [[value.numpy() for value in of_rank] for of_rank in found]
 
 
 def check_collective(node: Node) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ DATA_TYPES = {  # TensorProto.DataType of mind_ir.proto
     16: torch.bfloat16,
 }
 OF_KERNELS = {"autodiff", "imply_path", "multi_output", "pure_input_names", "reg_op_name", "uniq_name"}
+ORDER = "UpdateState"  # what came before what; it has no value
 HARMLESS = {"input_names", "output_names", "side_effect_mem", "side_effect_propagate", "use_locking"}
 
 
@@ -99,7 +100,7 @@ def parse_bytes(data: bytes, path: str) -> Program:
         nodes.append(Node(op_type, inputs, n.output[0], attributes, None, weight))
     floats = [DATA_TYPES.get(p.data_type) for p in graph.parameter]
     dtype = next((d for d in floats if d in (torch.bfloat16, torch.float16)), torch.float32)
-    nodes = _on_demand(nodes, graph.output[0].name)
+    nodes = _without_order(_on_demand(nodes, graph.output[0].name))
     last_use = {name: i for i, n in enumerate(nodes) for name in n.inputs}
     declared = {parameters[p.name]: (DATA_TYPES.get(p.data_type), tuple(p.dims)) for p in graph.parameter}
     given = [i.name for i in graph.input]
@@ -129,6 +130,15 @@ def _on_demand(nodes: list[Node], output: str) -> list[Node]:
             stack.append((name, True))
             stack += [(i, False) for i in reversed(made[name].inputs)]
     return order
+
+
+def _without_order(nodes: list[Node]) -> list[Node]:
+    """The same nodes, in an order that stands: what only says it again no longer holds values, of which weights
+    and caches are most."""
+    needed = {name for n in nodes if n.kind != ORDER for name in n.inputs}
+    ordered = {name for n in nodes if n.kind == ORDER for name in n.inputs}
+    kept = (n for n in nodes if n.kind != "MakeTuple" or n.output in needed or n.output not in ordered)
+    return [replace(n, inputs=()) if n.kind == ORDER else n for n in kept]
 
 
 def _value(a: Any) -> Any:

@@ -10,7 +10,8 @@ from ..graph.spec import TP_GROUP
 from ..mindir.interpreter import Interpreter
 from ..mindir.kernels import Context
 from ..mindir.program import Program, parse
-from ..verify.lockstep import RankFiles, in_lockstep
+from ..verify.lockstep import in_lockstep
+from ..verify.rank_files import RankFiles
 from .protocol import graph_file
 from .records import Rank
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from msconv_runtime.targets import Target
 
+from .kept import NOTHING, Kept
+from .layers import InLayers, judge_in_layers
 from .reference import Reference, Trace
-from .scenario import DECODE_STEPS, Candidate, Lengths, Seen, play
+from .scenario import DECODE_STEPS, Candidate, Lengths, Seen, calls_of, play
 from .telling import Tell, quietly
 
 FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random models, a fault is 1e-2 and up
@@ -87,14 +90,7 @@ class Comparison:
         if step.hidden is not None and step.logits.size:
             states = np.stack([traces[i].hidden[p] for i, p in step.places])
             self.add_hidden(step.phase, step.hidden, states, np.array(judged))
-        for name, found in step.probes.items():
-            expected = np.stack([traces[i].probes[name][p] for i, p in step.places])
-            largest = float(np.abs(expected).max())
-            same = found.shape == expected.shape
-            error = largest_error(found[judged], expected[judged]) / max(1.0, largest) if same else float("inf")
-            self.probes[name] = max(error, self.probes.get(name, 0.0))
-            if error >= self.bound and not self.first:
-                self.first = f"{culprit(name)}, seen at {name} in {step.phase}"
+        self.add_norms(step.phase, step.places, step.probes, traces)
         if step.logits.size and len(step.logits) != len(step.rows):
             self.max_abs_logit_error = float("inf")
             self.worst = f"{step.phase}: {len(step.logits)} rows of logits for {len(step.rows)}"
@@ -107,6 +103,24 @@ class Comparison:
                 self.undecided += 1
         if not self.max_abs_logit_error < self.bound and not self.first:
             self.first = f"lm_head or what follows the last norm, seen at the logits in {step.phase}"
+
+    def add_norms(
+        self,
+        phase: str,
+        places: list[tuple[int, int]],
+        probes: Mapping[str, NDArray[np.float32]],
+        traces: list[Trace],
+    ) -> None:
+        """Compare norms [T, hidden] of a call's tokens, in the graph's order."""
+        judged = np.array([p < traces[i].decided for i, p in places])
+        for name, found in probes.items():
+            expected = _at(places, [t.probes[name] for t in traces])
+            largest = float(np.abs(expected).max())
+            same = found.shape == expected.shape
+            error = largest_error(found[judged], expected[judged]) / max(1.0, largest) if same else float("inf")
+            self.probes[name] = max(error, self.probes.get(name, 0.0))
+            if error >= self.bound and not self.first:
+                self.first = f"{culprit(name)}, seen at {name} in {phase}"
 
     def add_hidden(
         self, phase: str, found: NDArray[np.float32], expected: NDArray[np.float32], judged: NDArray[np.bool_]
@@ -137,6 +151,11 @@ class Comparison:
             return
         self.decided += 1
         self.agreeing += int(found.shape == expected.shape and found.argmax() == expected.argmax())
+
+
+def _at(places: list[tuple[int, int]], values: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Rows of each sequence's values at (sequence, position)."""
+    return np.stack([values[i][p] for i, p in places])
 
 
 def half_precision_bound(target: Target, largest: float, layers: int) -> float:
@@ -176,17 +195,24 @@ def compare(
     others: Mapping[str, Callable[[], Candidate]] = MappingProxyType({}),
     tell: Tell = quietly,
     further: Further | None = None,
+    kept: Kept = NOTHING,
 ) -> Comparison:
     """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
     shows (`probes`), with the reference's.  Then the same with `others`, by name, as long as nothing is wrong.
-    `further`: what else is compared for these sequences, last."""
+    `further`: what else is compared for these sequences, last.  `kept`: what an earlier run had computed, and
+    where this one keeps what it does."""
     lengths = Lengths.within(max_positions, steps, getattr(candidate, "has_all_tokens", False))
     sequences, traces = draw(reference, lengths.totals, vocab, np.random.default_rng(seed))
     result = Comparison(bound)
 
     def judge(one: Candidate, name: str) -> None:
-        for step in play(one, name, sequences, lengths, tell):
-            result.add_step(step, traces)
+        if isinstance(one, InLayers):
+            calls = calls_of(name, sequences, lengths, one.has_all_tokens)
+            known = f"candidate {name}".strip()
+            judge_in_layers(result, one, calls, traces, kept, known, partial(tell, f"{name}graphs"))
+        else:
+            for step in play(one, name, sequences, lengths, tell):
+                result.add_step(step, traces)
         result.apart = max(result.apart, getattr(one, "apart", 0.0))
 
     judge(candidate, "")

@@ -17,7 +17,8 @@ from msconv_runtime.targets import Target
 from ..mindir.interpreter import Interpreter
 from ..mindir.kernels import Context
 from ..mindir.program import parse
-from .lockstep import PAGE, RankFiles, check_declared, in_lockstep
+from .lockstep import PAGE, check_declared, in_lockstep
+from .rank_files import RankFiles
 
 
 class DraftLockstep:

@@ -16,7 +16,8 @@ from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import VerificationFailed
 
 from ..checkpoint.directory import open_checkpoint
-from .reference import Logits, SourceWeights
+from .reference import Logits
+from .source_weights import SourceWeights
 
 States = NDArray[np.float32]
 

@@ -6,13 +6,12 @@ the names that the graph's parameters carry.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from msconv_runtime.artifact import Artifact, Graph, GraphInput
 from msconv_runtime.errors import VerificationFailed
@@ -33,53 +32,17 @@ from msconv_runtime.roles import (
 from msconv_runtime.targets import target_named
 
 from ..graph.spec import TP_GROUP
-from ..mindir.interpreter import Interpreter, join
+from ..mindir.interpreter import Execution, Interpreter, join
 from ..mindir.kernels import Context, Recorder
 from ..mindir.program import Node, Program, parse
+from .rank_files import Held, RankFiles, read_as_stored
+from .scenario import Call
+from .together import Piece, count_layers, in_layers, keep_caches_apart, piece
 
 PAGE = 16
 SMALL_BYTES = 64 << 20
-KEEP_BYTES = 2 << 30  # weights of all ranks up to this stay in memory; above, they are read anew
-
-
-class RankFiles:
-    """One rank's weights by name, in the type this mode computes in."""
-
-    def __init__(
-        self, artifact: Artifact, rank: int, context: Context, keep: bool, as_bound: bool = False
-    ) -> None:
-        """`as_bound`: values are rounded to the type that the graph declares, as a server binds them."""
-        self.context, self.keep, self.as_bound = context, keep, as_bound
-        self._cache: dict[str, torch.Tensor] = {}
-        self._where: dict[str, Path] = {}
-        for file in artifact.weights.files:
-            if file.rank == rank:
-                path = artifact.root / file.path
-                with safe_open(path, framework="pt") as opened:
-                    self._where |= dict.fromkeys(opened.keys(), path)
-
-    def lend(self, name: str, value: torch.Tensor) -> None:
-        """A weight that is in no file of this artifact: its graphs take it from another one's."""
-        self._cache[name] = value
-
-    def get(self, name: str, declared: torch.dtype | None) -> torch.Tensor:
-        """In exact mode stored values in float32; else cast to the type the graph declares."""
-        if name in self._cache:
-            return self._cache[name]
-        if name not in self._where:
-            raise VerificationFailed(f"{name}: wanted by the graph, in no weight file of this rank.")
-        with safe_open(self._where[name], framework="pt") as opened:  # kept open, its pages stay in memory
-            stored = opened.get_tensor(name)
-            to = stored.dtype
-            if declared == torch.int64 and stored.dtype == torch.float32:
-                stored, to = stored.view(torch.int32), torch.int64  # a scale's bits, see RankWeights.array
-            elif stored.is_floating_point():
-                stored = stored.to(declared) if self.as_bound and declared else stored
-                to = torch.float32 if self.context.exact else declared
-            stored = stored.to(to, copy=True)
-        if self.keep:
-            self._cache[name] = stored
-        return stored
+KEEP_BYTES = 2 << 30  # weights of all ranks up to this stay in memory; above, a layer's do while it runs
+HELD_BYTES = 4 << 30
 
 
 class Lockstep:
@@ -94,7 +57,10 @@ class Lockstep:
         layers: int = 0,
         variant: str = "",
         draft: bool = False,
+        held_bytes: int = HELD_BYTES,
     ) -> None:
+        """`held_bytes`: what a layer's weights may take in memory, in the type that is computed in; those beyond
+        are widened at each use."""
         self.target, self.tp, self.layers = target_named(target), artifact.tp, layers
         self.graphs = of_variant((of_draft if draft else of_model)(artifact.graphs(target)), variant)
         self.programs = {role: parse(artifact.root / g.path) for role, g in self.graphs.items()}
@@ -104,7 +70,12 @@ class Lockstep:
         size = sum(t.nbytes for t in artifact.weights.tensors) * self.tp
         if size < SMALL_BYTES:
             torch.set_num_threads(1)  # handing small work to threads costs more than the work
-        self.ranks = [RankFiles(artifact, r, self.context, size <= KEEP_BYTES) for r in range(self.tp)]
+        self.held = Held(held_bytes)
+        as_stored = read_as_stored(self.programs.values())
+        self.ranks = [
+            RankFiles(artifact, r, self.context, size <= KEEP_BYTES, held=self.held, as_stored=as_stored)
+            for r in range(self.tp)
+        ]
         self.interpreter = Interpreter(self.context, self.ranks, in_lockstep)
         self.caches: list[list[torch.Tensor]] = []
         self.probes: dict[str, NDArray[np.float32]] = {}
@@ -153,8 +124,25 @@ class Lockstep:
     ) -> dict[str, NDArray[np.float32]]:
         """Append tokens to each sequence.  The outputs of rank 0, by name, of the graph that answers `asked`; none
         where only the first layers run.  `hidden` [T, ...]: what a draft's graph takes beside them."""
-        batch = self.sequences.advance(tokens)
+        graph, inputs = self._inputs(asked, tokens, hidden)
         self._reserve(self.sequences.num_pages)
+        given = [[*inputs, *caches] for caches in self.caches]
+        out = self.interpreter.run(self.programs[graph.role], given, self._stop)
+        self.probes, self.apart = out.probes, max(self.apart, out.apart)
+        found = out.outputs[0] if out.outputs else []
+        outputs = {output.name: value for output, value in zip(graph.outputs, found, strict=False)}
+        self.hidden = outputs.get(HIDDEN)
+        return outputs
+
+    @property
+    def _stop(self) -> str:
+        return f"model.layers.{self.layers}.input_layernorm.weight" if self.layers else ""
+
+    def _inputs(
+        self, asked: Role, tokens: list[list[int]], hidden: NDArray[np.float32] | None = None
+    ) -> tuple[Graph, list[torch.Tensor]]:
+        """Append tokens to each sequence: the graph for them, and its inputs but for the caches."""
+        batch = self.sequences.advance(tokens)
         inputs: list[torch.Tensor] = [torch.from_numpy(a.copy()) for a in batch.arrays]
         graph = graph_for(self.graphs, asked, batch)
         if self.target.mask is not None:
@@ -162,13 +150,59 @@ class Lockstep:
             inputs.append(torch.from_numpy(mask).to(self.context.keep(self.context.dtype)))
         if hidden is not None:
             inputs.append(torch.from_numpy(hidden.copy()).to(self.context.keep(self.context.dtype)))
-        stop = f"model.layers.{self.layers}.input_layernorm.weight" if self.layers else ""
-        out = self.interpreter.run(self.programs[graph.role], [[*inputs, *caches] for caches in self.caches], stop)
-        self.probes, self.apart = out.probes, max(self.apart, out.apart)
-        found = out.outputs[0] if out.outputs else []
-        outputs = {output.name: value for output, value in zip(graph.outputs, found, strict=False)}
-        self.hidden = outputs.get(HIDDEN)
-        return outputs
+        return graph, inputs
+
+    @property
+    def num_layers(self) -> int:
+        """Those that run."""
+        return self.layers or count_layers(self.programs.values())
+
+    def executions(self, calls: list[Call]) -> tuple[list[Execution], list[list[str]]]:
+        """Calls from empty sequences on, none of them begun, and the names of their outputs."""
+        self.begin(len(calls[0].new))
+        given = [self._inputs(call.role, call.new) for call in calls]
+        self._reserve(self.sequences.num_pages)
+        runs = [
+            Execution(
+                self.interpreter,
+                self.programs[graph.role],
+                [[*inputs, *caches] for caches in self.caches],
+                self._stop,
+            )
+            for graph, inputs in given
+        ]
+        return runs, [[output.name for output in graph.outputs] for graph, _ in given]
+
+    def together(
+        self, executions: list[Execution], names: list[list[str]], begin: int = 0
+    ) -> Iterator[tuple[int, list[Piece]]]:
+        """All calls, layer by layer, or call by call where that may not be the same: (layers that are done,
+        their pieces).  `begin`: the layer that comes next for executions that are that far."""
+        if self.has_layers_apart:
+            for layer, pieces in in_layers(executions, names, self.num_layers, begin):
+                self._release(executions)
+                self.apart = max(self.apart, *(e.apart for e in executions))
+                yield layer + 1, pieces
+            return
+        for number, execution in enumerate(executions):
+            probes = execution.advance(len(execution.program.nodes))
+            found = piece(number, execution, probes, names[number], True)
+            self.apart = max(self.apart, execution.apart)
+            self._release(executions)
+            yield 0, [found]
+
+    def _release(self, executions: list[Execution]) -> None:
+        """Weights of a layer go; a value that lies where they do becomes a copy."""
+        for execution in executions:
+            for env in execution.values:
+                for name, value in env.items():
+                    if isinstance(value, torch.Tensor) and self.held.arena.has(value):
+                        env[name] = value.clone()
+        self.held.release()
+
+    @property
+    def has_layers_apart(self) -> bool:
+        return keep_caches_apart(self.programs.values(), self.num_layers, len(self._cache_inputs))
 
     def _reserve(self, pages: int) -> None:
         shapes = [i.shape for i in self._cache_inputs]

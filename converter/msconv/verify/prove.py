@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from msconv_runtime import claims
-from msconv_runtime.artifact import Artifact, Verified, Weights
+from msconv_runtime.artifact import Artifact, Verified, Weights, digest_bytes
 from msconv_runtime.artifact.integrity import refuse_damage
 from msconv_runtime.errors import UsageError, VerificationFailed
 from msconv_runtime.roles import COMPILED, of_variant
@@ -26,8 +30,10 @@ from ..workspace.lock import exclusive
 from .candidates import candidate_of, drafting_of, runs_here
 from .compare import Comparison, Further, compare, half_precision_bound
 from .drafting import compare_drafts
+from .kept import NOTHING, Kept, code_digest, keeping
+from .memory import held_bytes, limited, refuse_ceiling
 from .reference import Reference, source_of
-from .scenario import DECODE_STEPS, Candidate
+from .scenario import DECODE_STEPS, Candidate, Lengths
 from .telling import Tell, quietly
 
 if TYPE_CHECKING:
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 LED = "float32, led"  # as `mode`: codes are the candidate's where rounding is a tie
 LARGE_BYTES = 2 << 30
 FEW_STEPS = 2
+VERSIONS = ("torch", "transformers", "safetensors", "numpy", "mindspore")
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,20 @@ class Proof:
     drift: Drift | None = None
     max_kl: float | None = None
     tensors: int = 0
+    weights_bytes: int = 0
+    is_resumed: bool = False
 
     @property
     def ok(self) -> bool:
         agrees = self.comparison.ok and (self.led is None or self.led.ok)
         return agrees and not self.missing and not self.unused and not self.is_adrift
+
+    @property
+    def seconds_per_gb(self) -> float | None:
+        """Of the artifact's weights, 10^9 bytes; None if this run had not all to do, or looked at some layers."""
+        if self.is_resumed or self.layers or not self.weights_bytes:
+            return None
+        return self.seconds / (self.weights_bytes / 1e9)
 
     @property
     def is_adrift(self) -> bool:
@@ -98,6 +114,7 @@ def prove(
     tell: Tell = quietly,
     max_kl: float | None = None,
     text: Path | None = None,
+    max_memory: int | None = None,
 ) -> Proof:
     """Compare the artifact's graphs and bytes with transformers.  A failed proof removes an earlier one.
 
@@ -105,7 +122,9 @@ def prove(
     `layers` above 0 compares the first layers only, in bounded memory; that is no proof of the whole and is
     not recorded as one.  Half-precision targets are also run in their own precision, and that is reported.
     Of int8 artifacts, how far they are from the unquantised model on `text` is measured, and must stay within
-    `max_kl` if that is given.  `tell`: hears of each phase how much of it is done.
+    `max_kl` if that is given.  `max_memory`: a ceiling in bytes; raises ResourceError if it cannot hold the least
+    that is needed.  Of large models, what is done is kept for a run after this one if it is ended.  `tell`: hears
+    of each phase how much of it is done.
     """
     started = time.monotonic()
     artifact = Artifact(root)
@@ -118,6 +137,8 @@ def prove(
         raise UsageError(
             f"{root}: is not quantised: there is no drift to measure.", "Leave --max-kl and --text out."
         )
+    if max_memory is not None and (has_codes or config.eagle is not None):
+        refuse_ceiling(root, max_memory)
     source = source_of(root, reference)
     require(target.form)
     tell("reading every byte", 0, 1)
@@ -127,12 +148,13 @@ def prove(
     except VerificationFailed:
         _record(root, target, None)
         raise
-    subject = Subject(artifact, target, config, source, layers, tell)
+    subject = Subject(artifact, target, config, source, layers, tell, max_memory)
     if config.eagle is not None:
         found = subject.draft()
     else:
-        found = subject.led(max_kl, text) if has_codes else subject.plain()
-    proof = replace(found, seconds=time.monotonic() - started)
+        found = subject.led(max_kl, text) if has_codes else subject.resumable()
+    size = sum(f.size for f in artifact.weights.files)
+    proof = replace(found, seconds=time.monotonic() - started, weights_bytes=size)
     if not layers:
         _record(root, target, _entry(artifact, proof) if proof.ok else None)
     return proof
@@ -148,6 +170,7 @@ class Subject:
     source: Path
     layers: int
     tell: Tell
+    max_memory: int | None = None
 
     @property
     def steps(self) -> int:
@@ -157,6 +180,11 @@ class Subject:
     def is_large(self) -> bool:
         return sum(f.size for f in self.artifact.weights.files) > LARGE_BYTES
 
+    @property
+    def _tokens(self) -> int:
+        """Of all sequences, at most."""
+        return sum(Lengths.within(self.config.max_positions, self.steps, True).totals)
+
     def draft(self) -> Proof:
         """Against its own checkpoint, with a target that is drawn."""
         from .drafts import prove_draft
@@ -164,13 +192,36 @@ class Subject:
         self.tell("the draft in torch", 0, 1)
         return self._proof(prove_draft(self.artifact, self.target, self.config, self.source, self.tell))
 
-    def plain(self) -> Proof:
+    def resumable(self) -> Proof:
+        """As `plain`; what is done of a large model is kept until it is whole."""
+        if not self.is_large:
+            return self.plain(NOTHING)
+        with keeping(self.artifact.root, self.target.name, self._identity()) as kept:
+            return replace(self.plain(kept), is_resumed=kept.is_old)
+
+    def _identity(self) -> dict[str, Any]:
+        """All that a result depends on."""
+        artifact, manifest = self.artifact, msgspec.structs.replace(self.artifact.manifest, verified=[])
+        files = {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(self.source.iterdir())}
+        return {
+            "weights": artifact.weights.digest,
+            "graphs": sorted(g.digest for g in artifact.graphs(self.target.name)),
+            "manifest": digest_bytes(msgspec.json.encode(manifest)),
+            "source": [str(self.source.resolve()), files],
+            "options": [self.layers, self.steps],
+            "versions": [sys.version, *(version(p) for p in VERSIONS)],
+            "code": code_digest(),
+        }
+
+    def plain(self, kept: Kept) -> Proof:
         """Against the source's own values."""
         artifact, target, config, layers = self.artifact, self.target, self.config, self.layers
         model = Reference(self.source, artifact.manifest, layers)
-        model.tell = self.tell
+        model.tell, model.kept = self.tell, kept
         runs = _runs(target)
         candidates: dict[str, Callable[[], Candidate]] = runs.candidates(artifact, target, layers)
+        held = held_bytes(model, artifact, self._tokens, self.max_memory)
+        candidates = {name: partial(limited, make, held) for name, make in candidates.items()}
         first = candidates.pop("")
         most = runs.most_positions(artifact, target) or config.max_positions
         comparison = compare(
@@ -182,6 +233,7 @@ class Subject:
             others=candidates,
             tell=self.tell,
             further=self._further(model),
+            kept=kept,
         )
         proof = self._proof(comparison)
         if proof.ok and not layers and not self.is_large:

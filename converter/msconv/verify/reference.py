@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import ChainMap
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ from ..checkpoint.reference import REPOSITORY
 from ..checkpoint.urls import is_url
 from ..families import Family
 from ..location import open_reference
-from ..quant import format_of
 from ..workspace.state import recorded_source
+from .arena import Arena
+from .kept import NOTHING
+from .reference_pass import Packed, Padded, run_layers
 from .routing import closeness
+from .source_weights import FUSED, ExpertsOnUse, SourceWeights
 from .telling import Tell, quietly
 
 Logits = NDArray[np.float32]
@@ -58,6 +61,8 @@ class Reference:
     """The source model in float32.  Where conversion rounded, its weights are rounded alike, so that what is
     compared is the computation and the layout."""
 
+    is_packed = True  # sequences one after another in one row, which are not filled up
+
     def __init__(self, root: Path, manifest: Manifest, layers: int = 0, bound: Manifest | None = None) -> None:
         """`bound`: the manifest with the types in which a server binds the weights, if that rounds once more."""
         try:
@@ -69,6 +74,8 @@ class Reference:
                 f"verify needs torch and transformers ({e}).", 'Install them: pip install "msconv[verify]".'
             ) from None
         self.tell: Tell = quietly
+        self.kept = NOTHING  # where what was computed is kept for a run after this one
+        self.num_skipped = 0  # leading layers that a pass takes from there
         transformers_logging.set_verbosity_error()  # our own words say what is compared
         transformers_logging.disable_progress_bar()
         self.layers = layers
@@ -103,7 +110,11 @@ class Reference:
         with torch.device("meta"):
             self._prepare(model)
         self.model = model.eval()
-        self._keep = sum(t.nbytes for t in model.state_dict().values()) <= KEEP_BYTES
+        self.keeps_all = sum(t.nbytes for t in model.state_dict().values()) <= KEEP_BYTES
+        for name, module in model.named_modules():
+            if not self.keeps_all and name.endswith("mlp.experts"):
+                self._read_one_by_one(name, module)
+        self._arena = Arena(max(parts_bytes(model).values()))
         for name, module in model.named_modules():
             if name in ("model.embed_tokens", "model.norm", "lm_head") or LAYER.fullmatch(name):
                 self.load_on_use(name, module)
@@ -114,68 +125,68 @@ class Reference:
     def _prepare(self, model: Any) -> None:
         """Change modules before they have weights."""
 
+    def _read_one_by_one(self, name: str, module: Any) -> None:
+        """Experts of large models come when their module takes them, and not all at once."""
+        for fused in FUSED:
+            if fused in module._parameters and not self.weights.checkpoint.find(f"{name}.{fused}"):
+                del module._parameters[fused]
+                setattr(module, fused, ExpertsOnUse(self.weights, f"{name}.{fused}"))
+
     def load_on_use(self, name: str, module: Any) -> None:
         """Its weights come when it is called, and go afterwards."""
 
         def load(_module: Any, _inputs: Any) -> None:
             if layer := LAYER.fullmatch(name):
-                self.tell("transformers", int(layer[0].rpartition(".")[2]), self.model.config.num_hidden_layers)
+                index = int(layer[0].rpartition(".")[2])
+                if index < self.num_skipped:
+                    return
+                self.tell("transformers", index, self.model.config.num_hidden_layers)
             if any(t.is_meta for t in module.state_dict().values()):
+                if not self.keeps_all:  # one part at a time has weights
+                    self.weights.arena = self._arena
+                    self._arena.clear()
                 values = {k: self.weights.get(f"{name}.{k}", t) for k, t in module.state_dict().items()}
+                self.weights.arena = None
                 module.load_state_dict(values, strict=True, assign=True)
 
         module.register_forward_pre_hook(load)
-        if not self._keep:
+        if not self.keeps_all:
             module.register_forward_hook(lambda _module, _inputs, _out: module.to("meta") and None)
 
     def traces(self, sequences: list[list[int]]) -> list[Trace]:
-        """Each sequence by itself: logits [T, V], and the output [T, hidden] of every norm of the residual stream.
-
-        All run as one batch, filled up on the right: no token looks there."""
-        torch = self.torch
-        probes: dict[str, Any] = {}
-        routed: dict[str, Any] = {}
-        hooks = [
-            module.register_forward_hook(
-                lambda _module, inputs, out, name=name: probes.__setitem__(name, (inputs[0], out))
-            )
-            for name, module in self.model.named_modules()
-            if name.endswith(("input_layernorm", "post_attention_layernorm")) or name == "model.norm"
-        ]
-        hooks += [
-            module.register_forward_hook(
-                lambda module, _inputs, out, name=name: routed.__setitem__(name, self.closeness(module, out[0]))
-            )
-            for name, module in self.model.named_modules()
-            if name.endswith("mlp.gate")
-        ]
-        longest = max(map(len, sequences))
-        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
-        try:
-            with torch.no_grad():
-                self.model.model(input_ids=ids, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        before, last = probes["model.norm"]
-        streams = [probes[f"model.layers.{i}.input_layernorm"][0] for i in self.captured if not self.layers]
-        hidden = torch.cat(streams, -1) if streams else last
-        found = {name: out for name, (_, out) in probes.items()}
+        """Each sequence by itself: logits [T, V], and outputs [T, hidden] of all norms of the residual stream."""
+        batch = Packed.of(sequences) if self.is_packed else Padded.of(sequences)
+        passed = run_layers(self, batch, self.kept)
+        before, last = passed.entering["model.norm"], passed.norms["model.norm"]
+        streams = [passed.entering[f"model.layers.{i}.input_layernorm"] for i in self.captured if not self.layers]
+        hidden = self.torch.cat(streams, -1) if streams else last
+        found = dict(passed.norms)
         if self.layers:
             del found["model.norm"]
             found[f"model.layers.{self.layers}.input_layernorm"] = self._follower(before)
-        closest = torch.full(ids.shape, float("inf"))
-        for distance in routed.values():
-            closest = torch.minimum(closest, distance.reshape(ids.shape))
+        closest = self.torch.full(batch.ids.shape, float("inf"))
+        for distance in passed.closest.values():
+            closest = self.torch.minimum(closest, distance.reshape(batch.ids.shape))
+        parts = {name: batch.apart(out) for name, out in found.items()}
+        logits = self._logits_apart(batch.apart(last))
+        self._arena.give_back()
+        each = zip(logits, batch.apart(closest), batch.apart(hidden), strict=True)
         return [
             Trace(
-                self.logits(last[i, : len(s)]),
-                {name: out[i, : len(s)].numpy() for name, out in found.items()},
-                closest[i, : len(s)].numpy(),
-                hidden[i, : len(s)].numpy(),
+                of_last,
+                {name: out[i].numpy() for name, out in parts.items()},
+                of_closest.numpy(),
+                of_hidden.numpy(),
             )
-            for i, s in enumerate(sequences)
+            for i, (of_last, of_closest, of_hidden) in enumerate(each)
         ]
+
+    def _logits_apart(self, hidden: list[Any]) -> list[Logits]:
+        """Of each sequence; the head is read once."""
+        logits = self.logits(self.torch.cat(hidden))
+        if self.layers:
+            return [logits for _ in hidden]
+        return np.split(logits, np.cumsum([len(h) for h in hidden])[:-1])
 
     def logits(self, hidden: Any) -> Logits:
         if self.layers:
@@ -195,66 +206,14 @@ class Reference:
         return x * scale * weight
 
 
-class SourceWeights:
-    """A checkpoint's tensors by the names of transformers' modules, in float32."""
-
-    def __init__(self, checkpoint: Checkpoint, manifests: list[Manifest]) -> None:
-        """Values are rounded to the types of each manifest in turn."""
-        self.checkpoint = checkpoint
-        stored = [m.weights for m in manifests if m.weights is not None]
-        self.types = [({t.name: t.dtype for t in w.tensors}, w.dtype) for w in stored]
-
-    def get(self, name: str, like: Any = None) -> Any:
-        """`like`: what the module has in its place; experts are stacked to its shape."""
-        import torch
-
-        if name == "lm_head.weight" and self.checkpoint.config.tied:
-            name = "model.embed_tokens.weight"
-        if self.checkpoint.find(name):
-            return self._one(name)
-        if like is not None and not like.numel():  # no shared experts: an MLP of width 0
-            return torch.empty(like.shape)
-        for fused, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
-            if like is not None and name.endswith(f"mlp.experts.{fused}"):
-                out = torch.empty(like.shape, dtype=torch.float32)
-                prefix = name.removesuffix(fused)
-                for expert, place in enumerate(out):
-                    pieces = [self._one(f"{prefix}{expert}.{part}.weight") for part in parts]
-                    torch.cat(pieces, out=place)
-                return out
-        raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
-
-    def _one(self, name: str) -> Any:
-        import torch
-
-        def rounds(value: Any) -> Any:
-            for by_name, default in self.types:
-                value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
-            return value
-
-        return self.published(name, rounds)
-
-    def published(self, name: str, rounds: Any) -> Any:
-        """A tensor's values in float32, decoded by its format's published rule, through `rounds`."""
-        self._require(name)
-        headers = ChainMap(self.checkpoint.tensors, dict(self.checkpoint.stacked))
-        stored = format_of(name, headers, self.checkpoint.config.formats)
-        return stored.reference(name, self._read, rounds) if stored else rounds(self._read(name))
-
-    def _require(self, name: str) -> Any:
-        info = self.checkpoint.find(name)
-        if info is None:
-            raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
-        return info
-
-    def _read(self, name: str) -> Any:
-        """A tensor in float32."""
-        import torch
-        from safetensors import safe_open
-
-        info = self._require(name)
-        with safe_open(self.checkpoint.files[info.file].path, framework="pt") as opened:  # kept open, pages stay
-            return opened.get_tensor(self.checkpoint.stored.get(name, name)).to(torch.float32, copy=True)
+def parts_bytes(model: Any) -> dict[str, int]:
+    """What each layer, the embedding, the last norm and the head take in float32."""
+    sizes: dict[str, int] = {}
+    for name, tensor in model.state_dict().items():
+        layer = LAYER.match(name)
+        part = layer[0] if layer else name.rpartition(".")[0]
+        sizes[part] = sizes.get(part, 0) + 4 * prod(tensor.shape)
+    return sizes
 
 
 def _configuration(root: Path, family: Family) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from msconv_runtime.roles import DECODE, PREFILL, VERIFY, Role
 
 from .reference import Logits
 from .telling import Tell, quietly
@@ -67,31 +68,54 @@ class Lengths:
         return [p + a + 2 * self.steps + e for p, a, e in both]
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a candidate, decided beforehand: tokens are drawn, none is the candidate's answer.  `new`: each
+    sequence's; `places`: (sequence, position) of each; `rows`: those whose logits come back."""
+
+    phase: str
+    role: Role
+    begins: bool
+    new: list[list[int]]
+    places: list[tuple[int, int]]
+    rows: list[tuple[int, int]]
+
+
+def calls_of(name: str, sequences: list[list[int]], lengths: Lengths, has_all_tokens: bool) -> list[Call]:
+    """The scenario's calls in their order.  `name`: before the phase's."""
+    one = [1] * len(sequences)
+    planned = [("prefill", PREFILL, lengths.prompts), *[("decode", DECODE, one)] * lengths.steps]
+    planned.append(("prefill on a cached prefix", PREFILL, lengths.appended))
+    planned += [("decode after it", DECODE, one)] * lengths.steps
+    if lengths.every and has_all_tokens:
+        planned.append(("all tokens", VERIFY, lengths.every))
+    done = [0] * len(sequences)
+    calls: list[Call] = []
+    for phase, role, counts in planned:
+        new = [s[d : d + n] for s, d, n in zip(sequences, done, counts, strict=True)]
+        places = [(i, done[i] + t) for i, n in enumerate(counts) for t in range(n)]
+        done = [d + n for d, n in zip(done, counts, strict=True)]
+        rows = places if role is VERIFY else [(i, d - 1) for i, d in enumerate(done)]
+        calls.append(Call(name + phase, role, not calls, new, places, rows))
+    return calls
+
+
 def play(
     candidate: Candidate, name: str, sequences: list[list[int]], lengths: Lengths, tell: Tell = quietly
 ) -> Iterator[Seen]:
     """Run a candidate; each of its calls, as soon as it is done.  `name`: before the phase's."""
-    done = [0] * len(sequences)
-    calls, num_calls = itertools.count(), 2 + 2 * lengths.steps + bool(lengths.every)
-
-    def run(phase: str, counts: list[int], call: Callable[[list[list[int]]], Logits], every: bool = False) -> Seen:
-        new = [s[d : d + n] for s, d, n in zip(sequences, done, counts, strict=True)]
-        places = [(i, done[i] + t) for i, n in enumerate(counts) for t in range(n)]
-        for i, n in enumerate(counts):
-            done[i] += n
-        tell(f"{name}graphs", next(calls), num_calls)
-        logits = call(new)
-        rows = places if every else [(i, d - 1) for i, d in enumerate(done)]
+    calls = calls_of(name, sequences, lengths, getattr(candidate, "has_all_tokens", False))
+    for number, call in enumerate(calls):
+        tell(f"{name}graphs", number, 2 + 2 * lengths.steps + bool(lengths.every))
+        logits = _called(candidate, call)
         probes, hidden = dict(getattr(candidate, "probes", {})), getattr(candidate, "hidden", None)
-        return Seen(name + phase, places, rows, logits, probes, hidden)
+        yield Seen(call.phase, call.places, call.rows, logits, probes, hidden)
 
-    def decode(phase: str) -> Iterator[Seen]:
-        for _ in range(lengths.steps):
-            yield run(phase, [1] * len(sequences), lambda new: candidate.decode([t for (t,) in new]))
 
-    yield run("prefill", lengths.prompts, candidate.prefill)
-    yield from decode("decode")
-    yield run("prefill on a cached prefix", lengths.appended, candidate.extend)
-    yield from decode("decode after it")
-    if lengths.every and getattr(candidate, "has_all_tokens", False):
-        yield run("all tokens", lengths.every, candidate.extend_all, every=True)  # type: ignore[attr-defined]
+def _called(candidate: Candidate, call: Call) -> Logits:
+    if call.role is DECODE:
+        return candidate.decode([t for (t,) in call.new])
+    if call.role is VERIFY:
+        logits: Logits = candidate.extend_all(call.new)  # type: ignore[attr-defined]
+        return logits
+    return candidate.prefill(call.new) if call.begins else candidate.extend(call.new)

@@ -39,7 +39,7 @@ def cached_build(
     """
     directory = cache()
     try:
-        directory = _private(directory)
+        directory = private(directory)
         path = directory / f"{name}-{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:16]}.so"
         if not _fault(path):
             return path
@@ -73,7 +73,7 @@ def cache() -> Path:
     return home / ".cache" / "msconv"
 
 
-def _private(directory: Path) -> Path:
+def private(directory: Path) -> Path:
     """The directory without symbolic links, made if it was not there.  Raises ResourceError if another user (other
     than root) could change what is in it, or put another in its place."""
     for place in reversed((directory, *directory.parents)):

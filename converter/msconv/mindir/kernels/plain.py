@@ -344,6 +344,7 @@ def gather(c: Context, a: Attributes, x: Tensor, index: Tensor, axis: Any, batch
     if index.numel() and (index.min() < 0 or index.max() >= x.shape[axis]):
         raise IndexError(f"Gather: index {int(index.min())}..{int(index.max())} of {x.shape[axis]}")
     flat = x.index_select(axis, index.reshape(-1))
+    flat = flat.to(c.keep(flat.dtype))  # a table may be given as it is stored
     return flat.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
 
 

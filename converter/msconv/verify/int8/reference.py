@@ -22,6 +22,7 @@ class QuantisedReference(Reference):
     answers are those of an artifact with the manifest's tp and ep."""
 
     weights: QuantisedWeights
+    is_packed = False  # codes are recorded by sequence and position
 
     def __init__(self, root: Path, manifest: Manifest, layers: int = 0, bound: Manifest | None = None) -> None:
         self.lead = Lead()

@@ -15,7 +15,7 @@ from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import VerificationFailed
 
 from ...checkpoint.directory import Checkpoint
-from ..reference import SourceWeights
+from ..source_weights import SourceWeights
 from .arithmetic import quantise_rows
 
 Kind = Literal["dynamic", "static"]
