@@ -71,6 +71,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.fixture(autouse=True)
+def engine_of_no_other_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever command line a test reads, the next one begins with no engine chosen."""
+    monkeypatch.setenv("MSCONV_ENGINE", "")  # so that it is put back
+    monkeypatch.delenv("MSCONV_ENGINE")
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """`checkpoint("tied")`: the directory of a variant, made once.  To be read, never changed."""
