@@ -6,7 +6,8 @@ Names are those of SGLang 0.5.23; one that ends in * stands for all that begin s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from ..serving.flags import Refused
 
 TRIED = frozenset(
     [
@@ -68,22 +69,6 @@ CHECKED = (  # their values are looked at
     "--enable-return-hidden-states",
     "--return-hidden-states-mode",
 )
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Flags that an artifact cannot answer.  `fine`: values that ask for nothing."""
-
-    names: str
-    why: str
-    fine: tuple[str, ...] = ()
-
-    def covers(self, flag: str) -> bool:
-        return any(flag.startswith(n[:-1]) if n.endswith("*") else flag == n for n in self.names.split())
-
-    def shortened(self, flag: str) -> str:
-        """The flag that SGLang may take this for: it lets flags be shortened."""
-        return next((n for n in self.names.split() if n.startswith(flag) and n != flag), "")
 
 
 LOADS = "msconv loads the weights, as the artifact has them"

@@ -7,7 +7,8 @@ Names are those of vLLM 0.32.0; one that ends in * stands for all that begin so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from ..serving.flags import Refused
 
 HIDDEN = "<hidden>"
 KEYS = ("--api-key", "--hf-token")
@@ -31,18 +32,6 @@ UNTRIED_WORDS = (  # of the server before the model, or of the order in which re
     "--prefix-caching-hash-algo --h11-max-header-count --h11-max-incomplete-event-size"
 )
 TRIED, UNTRIED = frozenset(TRIED_WORDS.split()), frozenset(UNTRIED_WORDS.split())
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Flags that an artifact cannot answer.  `fine`: values that ask for nothing."""
-
-    names: str
-    why: str
-    fine: tuple[str, ...] = ()
-
-    def covers(self, flag: str) -> bool:
-        return any(flag.startswith(n[:-1]) if n.endswith("*") else flag == n for n in self.names.split())
 
 
 LOADS = "msconv loads the weights, as the artifact has them"
