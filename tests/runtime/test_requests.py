@@ -12,7 +12,7 @@ import pytest
 
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.roles import gives_all_logits
-from msconv_runtime.sglang import plugin
+from msconv_runtime.sglang import refusals
 from msconv_runtime.sglang.requests import LOGPROBS, check_request
 
 OLD = Path(__file__).parents[1] / "format1" / "qwen3-tp1"
@@ -82,13 +82,13 @@ def test_so_many_values_that_they_would_fill_the_memory_are_refused() -> None:
 
 def test_an_artifact_of_before_is_told_how_to_add_them(tmp_path: Path) -> None:
     root = Path(shutil.copytree(OLD, tmp_path / "old artifact"))
-    assert f"`msconv compile {root} --target cpu` adds them" in plugin._missing(str(root))
+    assert f"`msconv compile {root} --target cpu` adds them" in refusals.missing_logprobs(str(root))
 
 
 def test_both_variants_need_one(compiled: Path) -> None:
     graphs = Artifact(compiled).graphs("cpu")
     assert gives_all_logits(graphs)
-    assert plugin._missing(str(compiled)) == ""
+    assert refusals.missing_logprobs(str(compiled)) == ""
     for name in ("verify", "verify_compiled"):
         assert not gives_all_logits([g for g in graphs if g.name != name])
     assert gives_all_logits([g for g in graphs if g.variant == ""])

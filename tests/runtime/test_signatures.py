@@ -305,13 +305,13 @@ def test_the_slot_checks_once_and_before_it_loads(
 def test_sglang_checks_before_it_reads_the_configuration(
     own: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from msconv_runtime.sglang import plugin
+    from msconv_runtime.sglang import starting
 
     monkeypatch.setenv(REQUIRE_SIGNATURE, str(keys.public))
     monkeypatch.setenv(signed.CHECKED, "")
     flip(own / "config.json")
     with pytest.raises(ArtifactError, match=r"config\.json: other bytes"):
-        plugin._get_config(lambda *_: pytest.fail("was read"), str(own))
+        starting.get_config(lambda *_: pytest.fail("was read"), str(own))
 
 
 def test_missing_packages_are_named_where_a_server_loads(

@@ -20,7 +20,7 @@ from . import flags, halves
 from .accepted import untried
 from .environment import server_environment
 from .keys import hide_words
-from .plugin import PACKAGE
+from .served import PACKAGE
 from .speculation import drafts, speculation_notes
 
 NOT_NEEDED = "an artifact is served without it, and fills the slot that it was for"
