@@ -28,6 +28,13 @@ demo: setup
 test: check browser compiler
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
+# Environments that have more than this one: what requirements/NAME.txt says, in .venv-NAME.
+.venv-%/.installed: requirements/cpu.txt requirements/%.txt pyproject.toml
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/$*.txt
+	.venv-$*/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@touch $@
+
 # The tests look at report.html in a real browser; MSCONV_NO_BROWSER=1 leaves those tests out.
 browser:
 	@if [ -n "$$MSCONV_NO_BROWSER" ] || { command -v chromium && command -v chromedriver; } >/dev/null; then :; \
@@ -73,21 +80,9 @@ test-names: setup
 test-onnx: .venv-onnx/.installed
 	MSCONV_EVERY_LAYOUT=1 .venv-onnx/bin/python -m pytest tests/onnx_files tests/verify/test_attention.py
 
-.venv-onnx/.installed: requirements/cpu.txt requirements/onnx.txt pyproject.toml
-	test -x .venv-onnx/bin/python || $(PYTHON) -m venv .venv-onnx
-	.venv-onnx/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/onnx.txt
-	.venv-onnx/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
-	@touch $@
-
 # vLLM's server and its offline engine with artifacts of every family: an environment that has vLLM for a CPU.
 test-vllm: compiler .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/vllm_engine
-
-.venv-vllm/.installed: requirements/cpu.txt requirements/vllm.txt pyproject.toml
-	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/vllm.txt
-	.venv-vllm/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
-	@touch $@
 
 # Int8 graphs of every family, kind and target; `make test` takes some of each.
 test-int8: setup compiler
@@ -130,32 +125,14 @@ test-ray: setup .venv-ray/.installed
 test-clients: compiler .venv-clients/.installed
 	.venv-clients/bin/python -m pytest tests/clients
 
-.venv-clients/.installed: requirements/cpu.txt requirements/clients.txt pyproject.toml
-	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/clients.txt
-	.venv-clients/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
-	@touch $@
-
 # Checkpoints and artifacts in an object store: an environment with s3fs and a server that speaks S3, on loopback.
 test-storage: .venv-storage/.installed
 	.venv-storage/bin/python -m pytest tests/storage
-
-.venv-storage/.installed: requirements/cpu.txt requirements/storage.txt pyproject.toml
-	test -x .venv-storage/bin/python || $(PYTHON) -m venv .venv-storage
-	.venv-storage/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/storage.txt
-	.venv-storage/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
-	@touch $@
 
 # Prefill and decode by two servers, keys and values by mooncake over TCP: an environment that has it and SGLang's
 # router.  mooncake needs libraries of the system too; a server that lacks them names them.
 test-pd: compiler .venv-pd/.installed
 	.venv-pd/bin/python -m pytest tests/pd
-
-.venv-pd/.installed: requirements/cpu.txt requirements/pd.txt pyproject.toml
-	test -x .venv-pd/bin/python || $(PYTHON) -m venv .venv-pd
-	.venv-pd/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/pd.txt
-	.venv-pd/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
-	@touch $@
 
 # The wheel in environments of its own, beside SGLang and what it pins; hadolint over docker/, systemd and Kubernetes'
 # schemas over docs/production.md.  The tests make these environments and remove them.
