@@ -18,6 +18,7 @@ import pytest
 from tests.commands import run_msconv
 from tests.e2e.servers import Server, make_artifact, serving
 from tests.report.browser import Browser, contrast, open_browser
+from tests.served_models import random_qwen3
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -31,23 +32,8 @@ EOS = 2
 def make_checkpoint(directory: Path) -> Path:
     """A model of random weights that goes on as long as it may: its end has no logit to speak of."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(7)
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        eos_token_id=EOS,
-    )
-    model = Qwen3ForCausalLM(config)
+    model = random_qwen3(64, eos_token_id=EOS)
     torch.nn.init.zeros_(model.lm_head.weight.data[EOS])
     model.save_pretrained(directory)
     for path in TOKENIZER.glob("tokenizer*"):
