@@ -7,8 +7,6 @@ import re
 MINDSPORE = ("2.8", "2.10")  # graphs of 2.8.0 and 2.10.0 load in each other
 ONNX = ("1.23",)
 TRIED = {"mindspore": MINDSPORE, "onnx": ONNX}  # by the package that writes graphs
-SGLANG = ("0.5.23",)  # the plug-in changes functions of this very version
-VLLM = ("0.32.0",)
 
 
 def in_series(version: str, series: tuple[str, ...]) -> bool:

@@ -137,12 +137,11 @@ def command(
     """Serve an artifact with SGLang.
 
     Prints the exact command and environment and becomes that process: signals and the exit code are the server's.
-    Everything after -- goes to it unchanged and wins over what msconv would say.  --engine vllm: with vLLM.
+    Everything after -- goes to it unchanged and wins over what msconv would say.
 
     \b
     msconv serve artifacts/Qwen3-0.6B-tp1 --port 30000
     msconv serve artifacts/Qwen3-0.6B-tp1 --ui
-    msconv serve artifacts/Qwen3-0.6B-tp1 --engine vllm
     msconv serve artifacts/Qwen3-0.6B-tp1 -- --max-total-tokens 8192 --log-level debug
     msconv serve artifacts/DeepSeek-V3-tp32-ep32 --nnodes 4 --node-rank 1 --dist-init-addr 10.0.0.1:5000
     """

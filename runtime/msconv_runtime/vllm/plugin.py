@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ..versions import VLLM
 from .arguments import ARCHITECTURE, LOAD_FORMAT
+from .environment import TRIED
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def activate() -> None:
             "msconv: vLLM %s is not as expected (%s): it cannot serve artifacts.  msconv was tried with %s.",
             vllm.__version__,
             e,
-            " and ".join(VLLM),
+            " and ".join(TRIED),
         )
 
 
