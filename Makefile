@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-processors test-roofline test-vllm browser compiler check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-processors test-roofline test-servers test-crashes test-vllm browser compiler check format clean
 
 setup: $(INSTALLED)
 
@@ -56,8 +56,16 @@ compiler:
 
 # All layouts that SGLang's NPU path can be rehearsed in here; `make test` takes some of them.
 test-rehearsal: setup compiler
-	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/rehearsal tests/e2e/test_int8.py tests/e2e/test_drafts.py \
-	  tests/e2e/test_hidden_drafts.py
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/rehearsal
+
+# SGLang's server with every family, layout and draft; `make test` takes some of them.
+test-servers: setup compiler
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/e2e
+
+# Commands that are ended at each of their steps; `make test` takes one in some.
+test-crashes: setup
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/stream/test_crash.py tests/stream/test_crash_int8.py \
+	  tests/stream/test_reshard.py
 
 # The bytes of weights and graphs in all layouts, against those of before; `make test` takes some of them.
 test-digests: setup

@@ -7,7 +7,6 @@ If a change of bytes is meant, people must convert or compile again: say so in C
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,10 @@ import pytest
 from msconv_runtime.targets import TARGETS
 from tests.digests.models import MODELS
 from tests.digests.table import ALL, QUICK, Case, Entries, differences, digests_of
+from tests.every import EVERY
 
 TABLE: dict[str, Entries] = json.loads(Path(__file__).with_name("table.json").read_text())
-CASES = tuple(dict.fromkeys(ALL if os.environ.get("MSCONV_EVERY_LAYOUT") else QUICK))
+CASES = tuple(dict.fromkeys(ALL if EVERY else QUICK))
 
 
 @pytest.fixture(scope="module")

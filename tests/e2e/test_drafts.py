@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e import drafting, logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, make_artifact, serving
-from tests.rehearsal.rehearsing import every_layout
+from tests.every import one_of_many
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -49,7 +49,7 @@ def answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 
 SLOW = ("chain", "branches", "tree of 2 ranks", "model of 2 ranks")
-KINDS = ["tree", "model", *(pytest.param(name, marks=every_layout) for name in SLOW)]
+KINDS = ["tree", "model", *(pytest.param(name, marks=one_of_many("test-servers")) for name in SLOW)]
 
 
 @pytest.fixture(scope="module", params=KINDS)

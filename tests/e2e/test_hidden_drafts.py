@@ -19,11 +19,11 @@ from tests.conversions import convert
 from tests.e2e import hidden_drafting, logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, serving
 from tests.eagle3_checkpoints import exchange_streams, train_eagle3
+from tests.every import one_of_many
 from tests.moe_checkpoints import add_mtp, make_deepseek_v3
 from tests.nextn_checkpoints import train_nextn
-from tests.rehearsal.rehearsing import every_layout
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900), every_layout]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900), one_of_many("test-servers")]
 
 CHUNK, STEPS = 64, 3
 LAYERS = [1, 2, 3]  # of the target, whose inputs the draft reads

@@ -18,8 +18,8 @@ from msconv_runtime.roles import COMPILED
 from tests.checkpoints import make_qwen3
 from tests.conversions import convert
 from tests.e2e.servers import serving
+from tests.every import one_of_many
 from tests.moe_checkpoints import make_deepseek_v3, make_qwen3_moe
-from tests.rehearsal.rehearsing import every_layout
 
 pytestmark = [
     pytest.mark.e2e,
@@ -38,7 +38,8 @@ FLIPPED = 5e-2  # what a code that the server rounds the other way than the inte
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3", *(pytest.param(name, marks=every_layout) for name in ("qwen3_moe", "deepseek_v3"))]
+    "family",
+    ["qwen3", *(pytest.param(name, marks=one_of_many("test-servers")) for name in ("qwen3_moe", "deepseek_v3"))],
 )
 def test_tokens_are_the_led_references(tmp_path: Path, family: str) -> None:
     model = FAMILIES[family](tmp_path / "model", initializer_range=0.3)

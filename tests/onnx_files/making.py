@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from msconv.graph.spec import Fixed
 from msconv.steps.compile import compile_graphs
 from msconv.verify.prove import Proof, prove
 from tests.checkpoints import make_qwen3
 from tests.conversions import convert
+from tests.every import one_of_many
 from tests.moe_checkpoints import make_deepseek_v3, make_qwen3_moe
 
-every_layout = pytest.mark.skipif(
-    not os.environ.get("MSCONV_EVERY_LAYOUT"), reason="one model of many: `make test-onnx` runs it"
-)
+every_layout = one_of_many("test-onnx")
 has_onnxruntime = find_spec("onnxruntime") is not None
 FIXED = Fixed(6, 64, 512)  # all sequences of a proof at once; the longest takes several pieces
 FAMILIES: dict[str, Callable[..., Path]] = {

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from tests.commands import run_msconv
+from tests.every import one_of_many
 
 # CI takes the layouts in which most can go wrong; `make test-rehearsal` takes all that can run here
-every_layout = pytest.mark.skipif(
-    not os.environ.get("MSCONV_EVERY_LAYOUT"), reason="one layout of many: `make test-rehearsal` runs it"
-)
+every_layout = one_of_many("test-rehearsal")
 BOUND = 1e-4
 PROMPTS = 15  # all of the scenario
 PLANTING = Path(__file__).with_name("planting")

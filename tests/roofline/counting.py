@@ -4,19 +4,15 @@ formulas of its config.json: nothing of the code under test, and no graph."""
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
-
+from tests.every import one_of_many
 from tests.published import deepseek_v3, qwen3_moe
 from tests.synthetic import qwen3_shapes
 
-every_layout = pytest.mark.skipif(
-    not os.environ.get("MSCONV_EVERY_LAYOUT"), reason="one of many: `make test-roofline` runs it"
-)
+every_layout = one_of_many("test-roofline")
 EXPERT = re.compile(r"\.experts\.\d+\.")
 WHOLE = re.compile(r"norm|\.gate\.|q_a_proj|kv_a_proj")
 FLOAT32 = re.compile(r"\.gate\.")  # DeepSeek's router

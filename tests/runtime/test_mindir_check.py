@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import re
 import time
@@ -20,6 +19,7 @@ from msconv_runtime.errors import ArtifactError
 from msconv_runtime.mindir_check import check_mindir, kind_of, refusal
 from msconv_runtime.mindir_check.allowed import ALLOWED, GRAPH_ATTRIBUTES, KERNELS, LIBRARY, OF_MINDSPORE_28
 from msconv_runtime.targets import MINDIR, TARGETS
+from tests.every import EVERY
 from tests.exports import INT8, MODELS, exported
 from tests.mindirs import LOAD, MUL, UMONAD, encode, entry, field, model, node, primitive, shape, small, varint
 from tests.runtime.mindir_forging import FORGES, damaged, meaning
@@ -27,7 +27,6 @@ from tests.runtime.mindir_forging import FORGES, damaged, meaning
 SEED = 20261128
 FORGED, DAMAGED = 1400, 1000
 SECONDS = 30
-EVERY = "MSCONV_EVERY_LAYOUT" in os.environ
 UNSHIFTED = "qwen3 unshifted int8"  # on one rank, kernels compute most of a layer at once
 REFUSED = "is not a graph that msconv makes, and was not loaded: "
 

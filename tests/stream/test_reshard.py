@@ -24,6 +24,7 @@ from tests.commands import run_command, run_msconv
 from tests.conversions import prepare, with_buffers
 from tests.stream.crashes import FAULTS, crash, faulty
 from tests.stream.faults import Fault
+from tests.stream.test_crash import FEWEST, MOST
 from tests.synthetic import digests, qwen3_config, write_synthetic
 
 pytestmark = pytest.mark.slow
@@ -393,12 +394,12 @@ def test_a_kill_at_any_step_of_a_reshard_loses_nothing(tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     spec = {"do": "kill", "times": 1, "begin": "nothing", "durable_every": 2000, "seed": seed, "jobs": [1, 3]}
-    spec["root"] = str(tmp_path / "sweep")
+    spec |= {"root": str(tmp_path / "sweep"), "most": MOST}
     line = [sys.executable, str(FAULTS), "--sweep", json.dumps(spec), "reshard", str(tmp_path / "tp4")]
     done = run_command([*line, "--tp", "2"], None, 300)
     assert done.code == 0, done.stderr
     assert not done.json["problems"], "\n".join(done.json["problems"])
-    assert done.json["ended"] >= 50
+    assert done.json["ended"] >= FEWEST
 
 
 def test_an_artifact_that_changed_since_the_crash_is_refused(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from msconv_runtime.artifact import Artifact, replace_file
 from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, ROLES
 from msconv_runtime.targets import TARGETS
 from tests.conversions import convert
+from tests.every import EVERY
 from tests.moe_checkpoints import add_mtp, make_deepseek_v3
 from tests.rehearsal.rehearsing import every_layout
 
@@ -196,7 +196,7 @@ def place(proof: Proof) -> str:
     return proof.place
 
 
-@pytest.mark.parametrize("fault", FAULTS if os.environ.get("MSCONV_EVERY_LAYOUT") else QUICK)
+@pytest.mark.parametrize("fault", FAULTS if EVERY else QUICK)
 def test_a_fault_is_found(
     fault: str, sound: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
 from msconv.graph.spec import CannotCompute
+from tests.every import EVERY
 from tests.verify.int8_runs import Model, Run
 
 pytestmark = pytest.mark.slow
@@ -35,7 +34,7 @@ ALL = [
     (MODELS[4], "ascend910c"),
     (MODELS[1], "ascend310p"),
 ]
-CASES = ALL if os.environ.get("MSCONV_EVERY_LAYOUT") else QUICK  # `make test-int8` takes all
+CASES = ALL if EVERY else QUICK  # `make test-int8` takes all
 PLANS = {
     "cpu": ("prefill", "decode", "decode"),
     "ascend": ("prefill", "decode", "decode", "verify"),

@@ -4,7 +4,6 @@ small random ones in the form of each config.json, converted, compiled and prove
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from tests.checkpoints import Stored, make_qwen3, read_safetensors, write_safetensors
 from tests.commands import run_msconv, run_python
+from tests.every import EVERY
 from tests.moe_checkpoints import add_mtp, make_deepseek_v3, make_qwen3_moe, quantise_fp8
 from tests.stream.test_stored_names import renamed, stack
 
@@ -120,7 +120,7 @@ OF_EACH_KIND = (
     "Qwen3-Embedding-0.6B",
     "Qwen3-30B-A3B-Thinking-2507-FP8",
 )
-PROVED = CASES if os.environ.get("MSCONV_EVERY_LAYOUT") else OF_EACH_KIND  # `make test-names` takes all
+PROVED = CASES if EVERY else OF_EACH_KIND  # `make test-names` takes all
 
 
 def publish(case: Case, directory: Path) -> Path:
