@@ -32,9 +32,9 @@ REFUSED = "is not a graph that msconv makes, and was not loaded: "
 
 
 def graphs(every: bool) -> Iterator[tuple[bytes, Graph, int]]:
-    """All families, targets, roles and variants; layouts that change the graph take turns.  `every`: those for
-    910C too, which are those for 910B."""
-    layouts = itertools.cycle([(1, 1), (2, 1), (2, 2)])
+    """All families, targets, roles and variants; layouts that change the graph take turns.  Without `every`: one
+    in two of them, and none for 910C, which are those for 910B."""
+    layouts, turns = itertools.cycle([(1, 1), (2, 1), (2, 2)]), itertools.cycle([True, every])
     targets = [t for t in TARGETS.values() if t.form is MINDIR]
     for name, target in itertools.product(MODELS, targets):
         for role, variant in target.graphs:
@@ -44,7 +44,7 @@ def graphs(every: bool) -> Iterator[tuple[bytes, Graph, int]]:
             ep = ep if (" " not in name and "moe" in name) or "deepseek" in name else 1
             if name in INT8 and INT8[name][0] != "static" and not target.token_scales:
                 continue
-            if every or target.name != "ascend910c":
+            if (every or target.name != "ascend910c") and next(turns):
                 yield *exported(name, target.name, role, variant, tp, ep), tp
 
 
