@@ -27,9 +27,9 @@ DAMAGED = (
 
 @dataclass(frozen=True)
 class Examined:
-    """A checkpoint's headers held against a weight table.  `damage`: what is missing, unknown or misshapen;
-    `mixed`: matrices stored as one and not alike; `unfit`: codes where none can be; `others`: element types, and
-    what does not split.  `beside`: what is left out of those that `dropped` has, by the matrix it belongs to.
+    """A checkpoint's headers held against a weight table: the same for any number of ranks.  `damage`: what is
+    missing, unknown or misshapen; `mixed`: matrices stored as one and not alike; `unfit`: codes where none can be;
+    `others`: element types.  `beside`: what is left out of those that `dropped` has, by the matrix it belongs to.
     `source_dtype`: of most values."""
 
     outputs: list[Output]
@@ -61,11 +61,10 @@ def examine(
     table: Table,
     sizes: Sizes,
     sources: Mapping[str, TensorInfo],
-    mesh: Mesh,
     dtype: str | None = None,
     quant: MadeFormat | None = None,
 ) -> Examined:
-    """Every problem that a plan would have, none raised."""
+    """Every problem that a plan would have over any ranks, none raised."""
     outputs = present(expand(table, sizes), sources)
     formats = formats_of(outputs, sizes, sources)
     used = {name for o in outputs for _, name in o.sources}
@@ -78,7 +77,6 @@ def examine(
     damage = coverage(outputs, sizes, sources, formats, dropped)
     others: list[str] = []
     source_dtype = common_dtype(outputs, sources, formats, dtype, others)
-    others += divisions(outputs, sizes, mesh)
     mixed, codes = mixtures(outputs, formats), unfit(outputs, formats, quant)
     return Examined(outputs, formats, beside, dropped, source_dtype, damage, mixed, codes, others)
 
@@ -95,10 +93,22 @@ def make_plan(
     """Plan a conversion.  Raises PlanError that lists every missing, unused, misshapen or indivisible tensor.
     `dtype` None keeps the sources' own; matrices that are decoded take that of the others.  `quant`: what matrices
     of values are brought into."""
-    found = examine(table, sizes, sources, mesh, dtype, quant)
+    return lay_out(examine(table, sizes, sources, dtype, quant), sizes, sources, mesh, dtype, part_bytes, quant)
+
+
+def lay_out(
+    found: Examined,
+    sizes: Sizes,
+    sources: Mapping[str, TensorInfo],
+    mesh: Mesh,
+    dtype: str | None = None,
+    part_bytes: int = PART_BYTES,
+    quant: MadeFormat | None = None,
+) -> Plan:
+    """The plan over these ranks of what was examined, with the same arguments."""
     outputs, formats = found.outputs, found.formats
-    if found.problems:
-        raise PlanError("\n".join(found.problems), found.hint(sizes, mesh, quant))
+    if problems := [*found.problems, *divisions(outputs, sizes, mesh)]:
+        raise PlanError("\n".join(problems), found.hint(sizes, mesh, quant))
 
     draft = _Draft(sizes, mesh, dtype or found.source_dtype)
     encoded: dict[str, MadeFormat] = {}

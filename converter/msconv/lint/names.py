@@ -12,7 +12,6 @@ from ..checkpoint.directory import Checkpoint, companion_endings, open_configura
 from ..checkpoint.headers import parse_json
 from ..checkpoint.naming import named
 from ..checkpoint.unsupported import refuse_embedding, refuse_names
-from ..layout.cuts import Mesh
 from ..layout.model import TensorInfo, is_matrix
 from ..layout.planning import Examined, examine
 from ..quant import PLAIN
@@ -50,7 +49,7 @@ def check_names(found: Inventory, harmless: Collection[str], findings: Findings)
     sizes = base.config.sizes()
     if any(name.startswith(f"model.layers.{sizes.layers}.") for name in tensors):
         sizes = base.config.with_draft().sizes()
-    plan = examine(base.family.table, sizes, tensors, Mesh(1, 1), WIDEST)
+    plan = examine(base.family.table, sizes, tensors, WIDEST)
     for problem in plan.problems:
         findings.add("error", "names", problem, [where])
     _check_types(base, tensors, plan, findings)

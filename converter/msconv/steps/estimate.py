@@ -19,7 +19,7 @@ from ..layout.cuts import Mesh, make_mesh
 from ..layout.memory import DeviceMemory, kv_bytes_per_token
 from ..layout.model import expected_sources
 from ..layout.plan import Plan
-from ..layout.planning import make_plan
+from ..layout.planning import examine, lay_out
 from ..location import Location, bytes_to_download
 from ..process import since_start
 from ..quant import format_asked
@@ -83,35 +83,36 @@ def estimate(
     if assumed:
         sources = expected_sources(table, sizes, checkpoint.config.dtype or "bfloat16", quantised=True)
     made = format_asked(quant)
-    plan = make_plan(table, sizes, sources, mesh, dtype, quant=made)
+    found = examine(table, sizes, sources, dtype, made)
+    plan = lay_out(found, sizes, sources, mesh, dtype, quant=made)
 
     def memory(p: Plan) -> DeviceMemory:
         return DeviceMemory(p.rank_bytes, kv_bytes_per_token(sizes, p.mesh, p.dtype), context, batch)
 
     def fits(choice: int) -> bool:
         try:
-            tried = make_plan(table, sizes, sources, Mesh(choice), dtype, quant=made)
+            tried = lay_out(found, sizes, sources, Mesh(choice), dtype, quant=made)
         except PlanError:
             return False
         return memory(tried).fits(device_bytes or 0)
 
     target = output or default_output(checkpoint.name, tp, ep)
     download_bytes = plan.read_bytes if assumed else bytes_to_download(model, plan)
-    found = calibrate(plan, _there(target), jobs, max_memory, since_start()) if predict else None
+    measured = calibrate(plan, _there(target), jobs, max_memory, since_start()) if predict else None
     return Estimate(
         checkpoint=checkpoint,
         plan=plan,
         device=memory(plan),
         peak_memory_bytes=plan_memory(plan, jobs, max_memory, model.buffered_bytes)[1],
         download_bytes=download_bytes,
-        seconds=found.seconds if found else _seconds(plan, target),
+        seconds=measured.seconds if measured else _seconds(plan, target),
         model_kv_bytes_per_token=kv_bytes_per_token(replace(sizes, drafts=0), mesh, plan.dtype),
         free_bytes=_free(target),
         lacking_bytes=_lacking(target, plan.output_bytes, download_bytes),
         lacking_without_source=_lacking(target, plan.output_bytes, 0),
         smallest_tp=next(filter(fits, TP_CHOICES), None) if device_bytes else None,
         assumed=assumed,
-        calibration=found,
+        calibration=measured,
     )
 
 
