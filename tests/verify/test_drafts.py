@@ -18,7 +18,8 @@ from msconv.layout import model as layout
 from msconv.layout.cuts import Mesh
 from msconv.layout.model import Output, Sizes
 from msconv.layout.rules import Rule
-from msconv.steps.compile import _entry, _export, compile_graphs
+from msconv.steps.compile import compile_graphs
+from msconv.steps.exporting import entry, made
 from msconv.verify.prove import Proof, prove
 from msconv_runtime import Session
 from msconv_runtime.artifact import Artifact, replace_file
@@ -183,9 +184,9 @@ def planted(sound: Path, root: Path, roles: tuple[str, ...]) -> Path:
     for graph in artifact.manifest.graphs:
         if graph.role in roles:
             local = Local(config, Mesh(1), TARGETS[TARGET], ROLES[graph.role], "", types, artifact.manifest.draft)
-            made = _export(local)
-            graph = _entry(local, made)
-            replace_file(root / graph.path, made.exported.proto)
+            done = made(local)
+            graph = entry(local, done)
+            replace_file(root / graph.path, done.exported.proto)
         graphs.append(graph)
     artifact.changed(graphs=graphs)
     return root

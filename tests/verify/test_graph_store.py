@@ -43,13 +43,13 @@ def store(kept: tuple[Path, Path], tmp_path: Path) -> Path:
 def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the graphs that are compiled from now on."""
     names: list[str] = []
-    export = compiling._export
+    export = compiling.made
 
     def noted(local: Any) -> Any:
         names.append(local.role.name)
         return export(local)
 
-    monkeypatch.setattr(compiling, "_export", noted)
+    monkeypatch.setattr(compiling, "made", noted)
     return names
 
 

@@ -5,37 +5,28 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from msconv_runtime.artifact import Graph, Manifest, TensorEntry, Weights
+from msconv_runtime.artifact import Graph, Manifest, Weights
 from msconv_runtime.claims import CLAIMED, is_checked_here
-from msconv_runtime.dtypes import DTYPES
-from msconv_runtime.roles import best_variant
-from msconv_runtime.targets import TARGETS, device_of
+from msconv_runtime.targets import device_of
 
 from ..families import DecoderConfig, family_named
-from ..layout.constants import RANK_CONSTANTS
-from ..layout.coverage import own_names, unused_names
 from ..layout.cuts import Mesh
 from ..layout.kept import kept_groups
-from ..layout.memory import RESERVED, DeviceMemory, kv_bytes_per_token
-from ..layout.model import Table, expand, present
-from ..layout.names import fold
-from ..quant import PLAIN, formats_named, kept_format
+from ..quant import formats_named
 from ..standing import standings
 from ..workspace.names import default_name
 from ..workspace.timings import Timing
+from .coverage import MAX_NAMES, coverage
 from .cutting import cutting
-from .groups import KV_CACHE, ORDER, folded, group_of
+from .groups import ORDER, group_of
 from .int8 import int8_proof
+from .memory import memory, share
 from .verification import verification
 
-CONTEXT, LONG_CONTEXT = 4096, 32768
-REQUESTS = (1, 8, 32)  # at a time
 MAX_RANKS = 64  # rows of a table; what is beyond is folded or counted
-MAX_NAMES = 400
-AS_STORED = "as stored"
 
 Data = dict[str, Any]
 
@@ -55,7 +46,7 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
         "weights": _weights(manifest.weights),
         "use": _use(manifest, targets),
         "commands": _commands(manifest, config, targets),
-        "memory": _memory(manifest, config, mesh, targets),
+        "memory": memory(manifest, config, mesh, targets),
         "ranks": _ranks(manifest, config, mesh),
         "cutting": _cutting(manifest, config, mesh),
         "verification": [
@@ -63,7 +54,7 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
         ],
         "int8": [d for t in targets if (d := int8_proof(t, manifest.proof_for(t), config.layers))],
         "standing": {s.target: s.data for s in standings(manifest)},
-        "coverage": _coverage(manifest, config, mesh, targets),
+        "coverage": coverage(manifest, config, mesh, targets),
         "graphs": [_graphs(manifest, t, timings) for t in targets],
     }
 
@@ -182,7 +173,7 @@ def _formats(w: Weights) -> list[Data]:
             "names": list(g.names[:MAX_NAMES]),
             "tensors": g.tensors,
             "bytes": g.nbytes,
-            "share": _share(g.nbytes, whole),
+            "share": share(g.nbytes, whole),
         }
         for g in groups
     ]
@@ -213,77 +204,6 @@ def _commands(manifest: Manifest, config: DecoderConfig, targets: list[str]) -> 
     return [{"what": what, "line": shlex.join(["msconv", *line])} for what, line in lines]
 
 
-def _memory(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list[str]) -> Data:
-    context = min(CONTEXT, config.max_positions)
-    entries = []
-    for target in targets:
-        graphs = best_variant(manifest.graphs_for(target))
-        sizes = {p.name: _nbytes(p.shape, p.dtype) for g in graphs for p in g.reads}
-        entries.append(_memory_of(target, graphs[0].caches[0].dtype, sizes, config, mesh, context))
-    if manifest.weights and not any(TARGETS[t].devices for t in targets if t in TARGETS):
-        w = manifest.weights
-        entries.append(
-            _memory_of(AS_STORED, w.dtype, {t.name: t.nbytes for t in w.tensors}, config, mesh, context)
-        )
-    return {"context": context, "sequences": 1, "reserved": RESERVED, "targets": entries}
-
-
-def _memory_of(
-    target: str, dtype: str, sizes: Mapping[str, int], config: DecoderConfig, mesh: Mesh, context: int
-) -> Data:
-    """One rank's memory for a target, by group, with a cache of `dtype`, and the devices it could be.  All ranks
-    need the same."""
-    per_token = kv_bytes_per_token(config.sizes(), mesh, dtype)
-    need = DeviceMemory(sum(sizes.values()), per_token, context, 1)
-    by_group: dict[str, int] = {KV_CACHE: need.kv_bytes}
-    for name, size in sizes.items():
-        by_group[group_of(name)] = by_group.get(group_of(name), 0) + size
-    groups = [
-        {"group": g, "bytes": by_group[g], "share": _share(by_group[g], need.total_bytes)}
-        for g in ORDER
-        if g in by_group
-    ]
-    devices = [
-        {
-            "name": d.name,
-            "memory_bytes": d.memory_bytes,
-            "share": _share(need.total_bytes, d.memory_bytes),
-            "fits": need.fits(d.memory_bytes),
-            "tokens": max(0, int(d.memory_bytes * (1 - RESERVED)) - need.weight_bytes) // per_token,
-        }
-        for t in TARGETS.values()
-        for d in t.devices
-        if target in (t.name, AS_STORED)
-    ]
-    return {
-        "target": target,
-        "dtype": dtype,
-        "groups": groups,
-        "weight_bytes": need.weight_bytes,
-        "kv_bytes_per_token": per_token,
-        "kv_bytes": need.kv_bytes,
-        "total_bytes": need.total_bytes,
-        "devices": devices,
-        "loads": _loads(need.weight_bytes, per_token, context, config.max_positions, devices),
-    }
-
-
-def _loads(weight_bytes: int, per_token: int, context: int, max_positions: int, devices: list[Data]) -> list[Data]:
-    """What so many requests of so many tokens take, and which devices they fit: a table to choose from."""
-    contexts = sorted({context, min(LONG_CONTEXT, max_positions)})
-    loads = [DeviceMemory(weight_bytes, per_token, c, n) for c in contexts for n in REQUESTS]
-    return [
-        {
-            "requests": load.batch,
-            "context": load.context,
-            "total_bytes": load.total_bytes,
-            "fits": ["fits" if load.fits(d["memory_bytes"]) else "does not fit" for d in devices],
-        }
-        for load in loads
-        if devices
-    ]
-
-
 def _ranks(manifest: Manifest, config: DecoderConfig, mesh: Mesh) -> list[Data]:
     """Files and experts of each rank; of more than MAX_RANKS, neighbours that have the same are one row."""
     sizes: list[list[int]] = [[] for _ in mesh.ranks]
@@ -310,67 +230,6 @@ def _ranks(manifest: Manifest, config: DecoderConfig, mesh: Mesh) -> list[Data]:
         }
         for ranks, (first, count, num_files, size) in rows[:MAX_RANKS]
     ]
-
-
-def _coverage(manifest: Manifest, config: DecoderConfig, mesh: Mesh, targets: list[str]) -> Data:
-    """The artifact's tensors against the family's table, and each target's graphs against the tensors."""
-    family = family_named(manifest.model.family)
-    table = family.table if family else None
-    w = manifest.weights
-    expected = _expected(table, config, w) if table else set[str]()
-    expected |= {n for n in RANK_CONSTANTS if mesh.ep > 1 or (mesh.tp > 1 and n != "expert_start")}
-    tensors = w.tensors if w else []
-    stored = {t.name for t in tensors}
-    dropped = [{"name": d.name, "tensors": d.count, "reason": d.reason} for d in w.dropped] if w else []
-    return {
-        "expected": len(expected),
-        "stored": len(stored),
-        "missing": _capped(expected - stored if w else ()),
-        "unused": _capped(stored - expected),
-        "kept": _kept(tensors)[:MAX_NAMES],
-        "dropped": dropped[:MAX_NAMES],
-        "padded": [{"name": p.name, "size": p.size, "padded": p.padded} for p in w.padded] if w else [],
-        "targets": [_coverage_of(manifest, t, stored) for t in targets] if w else [],
-    }
-
-
-def _expected(table: Table, config: DecoderConfig, w: Weights | None) -> set[str]:
-    """Names that the table asks for: those that matrices are stored as, in the formats that they are kept in."""
-    types = {t.name: t.dtype for t in w.tensors} if w else {}
-    formats = formats_named(w.quant) if w else ()
-    names = set[str]()
-    for output in present(expand(table, config.sizes()), types):
-        kept = kept_format(output.name, types, formats)
-        is_kept = kept is not PLAIN and types.get(output.name) == kept.stored[0].dtype
-        names |= {stored.of(output.name) for stored in kept.stored} if is_kept else {output.name}
-    return names
-
-
-def _coverage_of(manifest: Manifest, target: str, stored: set[str]) -> Data:
-    read = own_names(p.name for g in manifest.graphs_for(target) for p in g.reads)
-    return {
-        "target": target,
-        "read": len(read),
-        "missing": _capped(read - stored),
-        "unused": _capped(unused_names(stored, read)),
-        "not_needed": sorted(stored.intersection(RANK_CONSTANTS) - read),
-    }
-
-
-def _kept(tensors: Iterable[TensorEntry]) -> list[Data]:
-    """Tensors folded over layers, those of one shape and type together, in the order of the files."""
-    alike: dict[tuple[str, tuple[int, ...], str], list[TensorEntry]] = {}
-    for t in tensors:
-        alike.setdefault((group_of(t.name), tuple(t.shape), t.dtype), []).append(t)
-    rows = []
-    for (group, shape, dtype), members in alike.items():
-        for name, count in fold(t.name for t in members):
-            size = members[0].nbytes * count
-            shown = " × ".join(map(str, shape)) or "scalar"
-            rows.append(
-                {"name": name, "tensors": count, "group": group, "shape": shown, "dtype": dtype, "bytes": size}
-            )
-    return rows
 
 
 def _graphs(manifest: Manifest, target: str, timings: Mapping[str, Timing]) -> Data:
@@ -409,21 +268,6 @@ def _phase(g: Graph, timing: Timing | None) -> Data:
         "digest": g.digest,
         "compile_seconds": timing.seconds if timing and timing.digest == g.digest else None,
     }
-
-
-def _nbytes(shape: list[int], dtype: str) -> int:
-    size = DTYPES[dtype].nbytes
-    for n in shape:
-        size *= n
-    return size
-
-
-def _capped(names: Iterable[str]) -> list[dict[str, str | int]]:
-    return folded(sorted(names))[:MAX_NAMES]
-
-
-def _share(part: int, whole: int) -> float:
-    return float(f"{part / whole:.6g}") if whole else 0.0
 
 
 def _span(first: int, count: int) -> str:

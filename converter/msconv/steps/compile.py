@@ -5,13 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import import_module
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from msconv_runtime.artifact import (
     FORMAT,
@@ -21,29 +15,28 @@ from msconv_runtime.artifact import (
     Graph,
     Manifest,
     Parallel,
-    digest_bytes,
     is_artifact,
     replace_file,
     write_manifest,
 )
 from msconv_runtime.artifact.served import describe_file
 from msconv_runtime.artifact.weights import RankWeights
-from msconv_runtime.errors import ArtifactError, ResourceError, UsageError
-from msconv_runtime.roles import DECODE, ROLES
+from msconv_runtime.errors import ArtifactError, UsageError
+from msconv_runtime.roles import ROLES
 from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.drafts import draft_of, with_draft
 from ..checkpoint.reference import configuration
 from ..families import DecoderConfig, family_named
-from ..graph.spec import CannotCompute, Exported, Fixed, Local
+from ..graph.spec import CannotCompute, Fixed, Local
 from ..graph.store import GraphStore
-from ..graph.toolchain import DUMPS, dumps_in, require
+from ..graph.toolchain import DUMPS, dumps_in
 from ..layout.coverage import misfits, without_draft
 from ..layout.cuts import Mesh, make_mesh
 from ..layout.model import expected_sources
 from ..layout.planning import make_plan
 from ..location import Location
-from ..process import peak_rss_bytes, without_signals
+from ..process import peak_rss_bytes
 from ..quant import format_asked
 from ..workspace.clearing import refuse_foreign
 from ..workspace.lock import exclusive
@@ -51,18 +44,9 @@ from ..workspace.names import TOOL
 from ..workspace.recording import copy_files, model_of
 from ..workspace.state import refuse_another_model
 from ..workspace.timings import add_timings
+from .exporting import entry, exporter, made
 
-LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a graph
 SOME = 20  # weights that do not fit, named in a message
-
-
-@dataclass(frozen=True)
-class Made:
-    """What exporting gave: the graph, the version of what wrote it, peak resident bytes."""
-
-    exported: Exported
-    version: str
-    peak_rss_bytes: int
 
 
 @dataclass(frozen=True)
@@ -196,11 +180,11 @@ def _taken(
 
 def _compiled(local: Local, kept: GraphStore | None) -> tuple[Graph, bytes, int, bool]:
     """The same of a graph that is compiled now, and kept."""
-    made = _export(local) if local.config.layers <= LAYERS_AT_HOME else _export_in_a_process(local)
-    graph, proto = _entry(local, made), made.exported.proto
+    done = made(local)
+    graph, proto = entry(local, done), done.exported.proto
     if kept is not None:
         kept.leave(local, graph, proto)
-    return graph, proto, made.peak_rss_bytes, False
+    return graph, proto, done.peak_rss_bytes, False
 
 
 def _beside(artifact: Artifact, target: Target, config: DecoderConfig) -> list[File]:
@@ -209,7 +193,7 @@ def _beside(artifact: Artifact, target: Target, config: DecoderConfig) -> list[F
     files = {f.name: f for f in artifact.manifest.files}
     if not files or not target.form.beside:
         return artifact.manifest.files
-    for name, data in _exporter(target).beside(artifact, config).items():
+    for name, data in exporter(target).beside(artifact, config).items():
         replace_file(artifact.root / name, data)
         files[name], _ = describe_file(artifact.root / name, data)
     return list(files.values())
@@ -230,31 +214,6 @@ def _stored(artifact: Artifact, quant: str | None) -> tuple[DecoderConfig, dict[
     return replace(config, formats=(*config.formats, made)), {t.name: t.dtype for t in plan.tensors}
 
 
-def _entry(local: Local, made: Made) -> Graph:
-    """The manifest's entry of a graph."""
-    exported, is_dense = made.exported, local.config.moe is None and local.config.mla is None
-    is_decode = local.role.name == DECODE.name
-    graph = Graph(
-        target=local.target.name,
-        role=local.role.name,
-        variant=local.variant,
-        path="",
-        size=len(exported.proto),
-        digest=digest_bytes(exported.proto),
-        mindspore="",
-        nodes=exported.nodes,
-        kinds=exported.kinds,
-        inputs=exported.inputs,
-        outputs=exported.outputs,
-        reads=exported.parameters,
-        min_sequences=local.target.decode_min_sequences if is_decode and is_dense else 0,
-        groups=exported.groups,
-        nz=exported.nz,
-    )
-    form = local.target.form
-    return msgspec.structs.replace(graph, path=form.path(graph.target, graph.name), **{form.package: made.version})
-
-
 def _remove_others(artifact: Artifact, target: Target, graphs: list[Graph]) -> None:
     """Take away files of graphs that the manifest no longer has: those of an older format had other names."""
     root, kept = artifact.root, {g.path for g in graphs}
@@ -264,50 +223,6 @@ def _remove_others(artifact: Artifact, target: Target, graphs: list[Graph]) -> N
         stale |= {str(directory / path.name) for path in (root / directory).glob("*.mindir")}
     for path in stale - kept:
         (root / path).unlink(missing_ok=True)
-
-
-def _exporter(target: Target) -> Any:
-    """The module that writes a target's graphs."""
-    return import_module(f"..graph.{target.form.export}", __package__)
-
-
-def _export(local: Local) -> Made:
-    version = require(local.target.form)
-    return Made(_exporter(local.target).export(local), version, peak_rss_bytes())
-
-
-def _export_in_a_process(local: Local) -> Made:
-    """The same in a process of its own: MindSpore's front end keeps what it built, and the graphs of a deep model
-    would add up."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_export_for, args=(theirs, local), daemon=True)
-    with without_signals():
-        process.start()
-    theirs.close()
-    try:
-        made = ours.recv()
-    except EOFError:
-        raise ResourceError(
-            f"{local.title}: the process that compiled it was ended, most likely for want of memory.",
-            "A model of 61 layers needs 2 GiB.",
-        ) from None
-    finally:
-        ours.close()
-        process.kill()  # it has nothing more to do
-        process.join()
-    if isinstance(made, Exception):
-        raise made
-    assert isinstance(made, Made)
-    return made
-
-
-def _export_for(theirs: Connection, local: Local) -> None:
-    """Send what exporting gave, or why it could not be."""
-    try:
-        theirs.send(_export(local))
-    except Exception as e:
-        theirs.send(e)
 
 
 def _check_heads(config: DecoderConfig, target: Target) -> None:
