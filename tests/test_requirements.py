@@ -1,0 +1,65 @@
+"""requirements/*.txt: every package has a version and the hashes of its files."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+HERE = Path(__file__).parents[1] / "requirements"
+FILES = sorted(HERE.glob("*.txt"))
+
+
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hashes", HERE / "hashes.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_every_package_has_a_version_and_hashes(path: Path) -> None:
+    text = path.read_text()
+    found = program().pins(text)
+    assert found and [pin for pin, hashes in found.items() if not hashes] == []
+    packages = [line for line in text.splitlines() if re.match(r"[A-Za-z0-9]", line)]
+    assert len(packages) == len(found), "a package without a version, or one that is there twice"
+
+
+def test_torchs_builds_for_a_cpu_are_among_its_hashes() -> None:
+    found = program()
+    (torch,) = found.pins((HERE / "torch.txt").read_text()).items()
+    assert found.cpu_builds().keys() == {torch[0]}
+    assert found.cpu_builds()[torch[0]] < torch[1]
+
+
+def uv(directory: Path, *lines: str) -> str:
+    """A program that answers like uv."""
+    path = directory / "uv"
+    path.write_text("#!/bin/sh\ncat > asked\ncat <<'E'\n" + "\n".join(lines) + "\nE\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_hashes_take_the_place_of_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = f"# Why.\n-r torch.txt\nTwo_Words==1.1 \\\n    --hash=sha256:{'0' * 64}\nb==2\n"
+    said = [rf"b==2 \ --hash=sha256:{'b' * 64}", rf"two-words==1.1 \ --hash=sha256:{'a' * 64}"]
+    found = program().hashed(text, uv(tmp_path, *said))
+    two_words, b = (
+        f"{pin} \\\n    --hash=sha256:{c * 64}\n" for pin, c in (("Two_Words==1.1", "a"), ("b==2", "b"))
+    )
+    assert found == f"# Why.\n-r torch.txt\n{two_words}{b}"
+    assert (tmp_path / "asked").read_text() == "Two_Words==1.1\nb==2"
+
+
+def test_a_version_without_hashes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^b==3: no hash of it is known"):
+        program().hashed("b==3\n", uv(tmp_path, "b==3"))
+    with pytest.raises(SystemExit, match=r"^torch==9\.9: no hash of it is known"):
+        program().hashed("torch==9.9\n", uv(tmp_path, f"torch==9.9 --hash=sha256:{'a' * 64}"))
