@@ -1,8 +1,7 @@
 """Hashes of packages: writes into each requirements/*.txt those of every file of each version that it names.
 
 For all processors and Pythons, as the package index lists them, by uv: `make hashes` runs this after a version was
-changed.  pip then installs no file that is not listed.  torch's builds for a CPU come from an index of its own:
-their hashes are in torch-cpu.sha256, as `sha256sum` prints them, and a new version of torch needs new ones there.
+changed.  pip then installs no file that is not listed.  torch.txt stays as it is: its files are of another index.
 """
 
 from __future__ import annotations
@@ -36,15 +35,6 @@ def pins(text: str) -> dict[str, set[str]]:
     return found
 
 
-def cpu_builds() -> dict[str, set[str]]:
-    """Hashes of torch's builds for a CPU, by `torch==version`."""
-    found: dict[str, set[str]] = {}
-    for line in (HERE / "torch-cpu.sha256").read_text().splitlines():
-        digest, name = line.split()
-        found.setdefault(f"torch=={name.split('-')[1].removesuffix('+cpu')}", set()).add(digest)
-    return found
-
-
 def hashed(text: str, uv: str) -> str:
     """The same lines in the same order, each version followed by its hashes.  Ends the program if one has none."""
     kept = [line.removesuffix("\\").rstrip() for line in text.splitlines() if not line.startswith(" ")]
@@ -53,19 +43,19 @@ def hashed(text: str, uv: str) -> str:
     done = subprocess.run(command, input=wanted, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    listed, cpu = pins(done.stdout), cpu_builds()
+    listed = pins(done.stdout)
     lines = []
     for line in kept:
         lines.append(line)
         for pin in pins(line):
-            if not listed.get(pin) or (pin.startswith("torch==") and pin not in cpu):
-                sys.exit(f"{pin}: no hash of it is known; torch's are in torch-cpu.sha256 too.")
-            lines += [f"    --hash=sha256:{digest}" for digest in sorted(listed[pin] | cpu.get(pin, set()))]
+            if not listed.get(pin):
+                sys.exit(f"{pin}: the index has no hash of it.")
+            lines += [f"    --hash=sha256:{digest}" for digest in sorted(listed[pin])]
     return re.sub(r"\n(?=    --hash)", " \\\\\n", "\n".join(lines)) + "\n"
 
 
 def main() -> None:
-    for path in sorted(HERE.glob("*.txt")):
+    for path in sorted(set(HERE.glob("*.txt")) - {HERE / "torch.txt"}):
         text = path.read_text()
         path.write_text(hashed(text, sys.argv[1]))
         print(f"{path.name}: {len(pins(text))} packages")
