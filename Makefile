@@ -21,7 +21,7 @@ setup: $(INSTALLED)
 $(INSTALLED): requirements/torch.txt requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  || { echo "Python 3.11 is needed; $(PYTHON) is another. Set PYTHON=/path/to/python3.11."; exit 4; }
-	@echo "Setting up $(VENV): about 1 GB of packages, some minutes the first time."
+	@echo "Setting up $(VENV): 1.3 GB of downloads, 6 GB of disk, some minutes the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(TORCH)
 	$(BIN)/python $(INSTALL) -r requirements/cpu.txt
