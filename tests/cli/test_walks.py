@@ -102,7 +102,7 @@ def test_help_and_version_are_words_too() -> None:
         ("compile artifacts/tiny-tp2 --target 910b", "Did you mean ascend910b?"),
         ("compile artifacts/tiny-tp2 --target Ascend910B", "Did you mean ascend910b?"),
         ("verify artifacts/tiny-tp2 --target ascend-910b", "Did you mean ascend910b?"),
-        ("verify artifacts/tiny-tp2 --target npu", "Say which NPU, as `npu-smi info` names it.  Targets are: cpu, a"),
+        ("verify artifacts/tiny-tp2 --target npu", "Say which NPU, as `npu-smi info` names it.  Targets"),
         ("serve tiny-tp1 --device ascend", "Did you mean --device npu?"),
         ("serve tiny-tp1 --device gpu", "`msconv serve --help` shows how."),
         ("serve --model-path tiny-tp1", "`msconv serve ARTIFACT`"),
