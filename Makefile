@@ -9,16 +9,22 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-processors test-roofline test-servers test-crashes test-vllm browser compiler check format clean
+# Only files whose hashes requirements/*.txt have.  torch for a CPU comes first, from an index of its own or a mirror.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+INSTALL = -m pip install --no-deps --require-hashes --progress-bar off
+TORCH = $(INSTALL) --retries 1 --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt
+
+.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-processors test-roofline test-servers test-crashes test-vllm browser compiler hashes check format clean
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements/cpu.txt pyproject.toml
+$(INSTALLED): requirements/torch.txt requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 	  || { echo "Python 3.11 is needed; $(PYTHON) is another. Set PYTHON=/path/to/python3.11."; exit 4; }
-	@echo "Setting up $(VENV): about 1 GB of packages, some minutes the first time."
+	@echo "Setting up $(VENV): 1.3 GB of downloads, 6 GB of disk, some minutes the first time."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt
+	$(BIN)/python $(TORCH)
+	$(BIN)/python $(INSTALL) -r requirements/cpu.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
@@ -29,9 +35,10 @@ test: check browser compiler
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 # Environments that have more than this one: what requirements/NAME.txt says, in .venv-NAME.
-.venv-%/.installed: requirements/cpu.txt requirements/%.txt pyproject.toml
+.venv-%/.installed: requirements/torch.txt requirements/cpu.txt requirements/%.txt pyproject.toml
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --no-deps --progress-bar off -r requirements/cpu.txt -r requirements/$*.txt
+	.venv-$*/bin/python $(TORCH)
+	.venv-$*/bin/python $(INSTALL) -r requirements/cpu.txt -r requirements/$*.txt
 	.venv-$*/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
@@ -115,7 +122,7 @@ test-ms28: setup .venv-ms28/.installed
 
 .venv-ms28/.installed: requirements/ms28.txt pyproject.toml
 	test -x .venv-ms28/bin/python || $(PYTHON) -m venv .venv-ms28
-	.venv-ms28/bin/python -m pip install --no-deps --progress-bar off -r requirements/ms28.txt
+	.venv-ms28/bin/python $(INSTALL) -r requirements/ms28.txt
 	.venv-ms28/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
@@ -125,7 +132,7 @@ test-ray: setup .venv-ray/.installed
 
 .venv-ray/.installed: requirements/ray.txt pyproject.toml
 	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip install --no-deps --progress-bar off -r requirements/ray.txt
+	.venv-ray/bin/python $(INSTALL) -r requirements/ray.txt
 	.venv-ray/bin/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@touch $@
 
@@ -155,10 +162,17 @@ test-walks: setup compiler
 eval: setup compiler .venv-eval/.installed
 	$(BIN)/python -m pytest tests/eval
 
-.venv-eval/.installed: requirements/eval.txt
+.venv-eval/.installed: requirements/torch.txt requirements/eval.txt
 	test -x .venv-eval/bin/python || $(PYTHON) -m venv .venv-eval
-	.venv-eval/bin/python -m pip install --no-deps --progress-bar off -r requirements/eval.txt
+	.venv-eval/bin/python $(TORCH)
+	.venv-eval/bin/python $(INSTALL) -r requirements/eval.txt
 	@touch $@
+
+# Hashes of every file of each version that requirements/*.txt name: after a change of a version.
+hashes:
+	test -x .venv-hashes/bin/uv || $(PYTHON) -m venv .venv-hashes
+	.venv-hashes/bin/python -m pip install --progress-bar off uv==0.13.9
+	.venv-hashes/bin/python requirements/hashes.py .venv-hashes/bin/uv
 
 check: setup
 	$(BIN)/ruff check .

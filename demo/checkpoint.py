@@ -202,7 +202,10 @@ def make_checkpoint(directory: Path, say: Callable[[str], object] = print) -> No
     tokenizer = make_tokenizer(lines)
     model = make_model(tokenizer)
     say(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(lines)} lines")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small matrices: on a busy machine two threads took five times as long as one
     train(model, make_examples(tokenizer, lines), tokenizer.pad_token_id, say)
+    torch.set_num_threads(threads)
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
     (directory / "evaluation.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")  # for verify of int8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from msconv_runtime.doctor import examine as examine_for
 from msconv_runtime.sglang.engine import ENGINE
 
 REPO = Path(__file__).parents[2]
-PINS = dict(line.split("==") for line in (REPO / "requirements/cpu.txt").read_text().split() if "==" in line)
+PINNED = "".join((REPO / "requirements" / name).read_text() for name in ("cpu.txt", "torch.txt"))
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)", PINNED, re.M))
 TESTED = ENGINE.needs.all_packages
 GOOD = {**{name: PINS.get(name) for name in TESTED}, "msconv": TESTED["msconv"].tested[0]}
 SMI = """

@@ -145,6 +145,12 @@ def test_a_large_model_is_a_small_page() -> None:
     assert len(many.source.encode()) < 1_000_000
 
 
+def test_one_is_not_called_many() -> None:
+    shown = re.sub(r"<[^>]+>", "", render(describe(*manifest_of("Qwen3-0.6B", 1, 1, ("cpu",)), {})))
+    assert "float32, 1 rank:" in shown and "There is 1 rank." in shown and "in 1 file\n" in shown
+    assert not re.search(r"\b1 (ranks|files|groups)\b", shown)
+
+
 def test_unmeasured_cells_say_so() -> None:
     page = page_of("Qwen3-0.6B", 1, 1, ("cpu",), proven=False)
     assert page.source.count(">n/m<") == 3  # embedding; attention and MLP of all layers

@@ -98,6 +98,8 @@ DEVICES_ELSEWHERE = {"ascend": "npu", "ascend910b": "npu", "ascend910c": "npu", 
     "910c": "npu",
     "310p": "npu",
     "host": "cpu",
+    "gpu": "",  # neither: its letters are near to both
+    "cuda": "",
 }
 
 
@@ -110,7 +112,7 @@ class Mistyped(click.UsageError):
 
 
 class Spelled(click.Choice[str]):
-    """One of several words; `elsewhere`: how else people spell them."""
+    """One of several words; `elsewhere`: how else people spell them, "" for what is none of them."""
 
     def __init__(self, choices: Iterable[str], elsewhere: Mapping[str, str]) -> None:
         super().__init__(list(choices))
@@ -120,7 +122,8 @@ class Spelled(click.Choice[str]):
         if value in self.choices:
             return str(value)
         typed = str(value).casefold().removeprefix("torch.").replace("-", "").replace("_", "")
-        meant = self.elsewhere.get(typed) or next(iter(difflib.get_close_matches(typed, self.choices, 1)), "")
+        near = next(iter(difflib.get_close_matches(typed, self.choices, 1)), "")
+        meant = self.elsewhere.get(typed, near)
         if not meant:
             return super().convert(value, param, ctx)
         name = param.opts[0] if param else ""

@@ -206,9 +206,11 @@ def _proven(proof: Proof) -> Iterator[str]:
     if c.closest_routing < float("inf"):
         left = f"; {c.undecided} rows behind closer calls were left out" if c.undecided else ""
         yield f"  routing: closest call among what was judged {c.closest_routing:.1e}{left}"
+    # Of a small model the time is the start's, not the weights'.
+    rate = proof.seconds_per_gb if proof.weights_bytes >= 1e9 else None
     yield (
         f"Proven for {proof.target}: {c.rows} rows of logits, largest error {c.max_abs_logit_error:.2e} "
         f"(bound {c.bound:.0e}), argmax agrees in {c.argmax_agreement:.0%}, {proof.seconds:.1f} s"
-        + (f" ({proof.seconds_per_gb:.1f} s per GB of weights)" if proof.seconds_per_gb is not None else "")
+        + (f" ({rate:.1f} s per GB of weights)" if rate is not None else "")
         + (", the rest of what an earlier run had begun" if proof.is_resumed else "")
     )

@@ -28,6 +28,8 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         meant = meant_target(name)
         near = f"Did you mean {meant}?  " if meant else ""
+        if _bare(name) in ("npu", ""):  # the word for all of them
+            near = "Say which NPU, as `npu-smi info` names it.  "
         raise UsageError(f"{name}: no such target.", f"{near}Targets are: {', '.join(TARGETS)}.")
     return TARGETS[name]
 
@@ -40,6 +42,8 @@ def meant_target(name: str) -> str:
     for target in TARGETS.values():
         if word.startswith(target.name.removeprefix("ascend")):
             return target.name
+    if word in ("npu", "gpu", "cuda", ""):  # near the letters of `cpu` only
+        return ""
     generations = {"a2": "ascend910b", "a3": "ascend910c", "300iduo": "ascend310p"}
     return generations.get(word) or next(iter(difflib.get_close_matches(name.casefold(), list(TARGETS), 1)), "")
 
