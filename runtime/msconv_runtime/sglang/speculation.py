@@ -16,12 +16,11 @@ from ..kv_pool import usual_pool
 from ..roles import gives_all_logits, of_draft
 from ..serving.flags import number
 from ..targets import Target
+from .draft_counts import BRANCHES, BREADTH, USUAL_BREADTH, of_model, of_ngrams
 
 ALGORITHM = "--speculative-algorithm"
 DRAFT_PATHS = ("--speculative-draft-model-path", "--speculative-draft-model")
-BRANCHES, BREADTH = "--speculative-eagle-topk", "--speculative-ngram-max-bfs-breadth"
-USUAL_BREADTH = 10  # SGLang's
-PAGE = "--page-size"
+PAGE, TOKENS = "--page-size", "--max-total-tokens"
 RETURNED = ("--enable-return-hidden-states", "--return-hidden-states-mode")
 NGRAM, STANDALONE, NEXTN, EAGLE3 = "NGRAM", "STANDALONE", "NEXTN", "EAGLE3"
 MOST = 3  # damaged files that are named
@@ -98,6 +97,9 @@ def _of_ngram(asked: str, artifact: Artifact, target: Target, given: Mapping[str
     if not target.device.is_host:
         yield f"{asked}: SGLang 0.5.23 has it for no NPU.  Leave the flag out"
         return
+    if wrong := of_ngrams(given, _room(artifact, target, given)):
+        yield from wrong
+        return
     branches = number(given, BREADTH) or USUAL_BREADTH
     page = number(given, PAGE) or usual_pool(artifact, target).page
     if branches > 1 and page > 1:
@@ -135,7 +137,10 @@ def _of_nextn(asked: str, artifact: Artifact, target: Target, given: Mapping[str
 
 
 def _branches(artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
-    """Of what a draft model guesses: SGLang's attention for NPUs has no pages that would do."""
+    """Of what a draft model guesses: numbers, and SGLang's attention for NPUs has no pages that would do."""
+    if wrong := of_model(given, _room(artifact, target, given)):
+        yield from wrong
+        return
     if number(given, BRANCHES) <= 1:
         return
     asked = f"{BRANCHES} {given[BRANCHES]}"
@@ -144,6 +149,11 @@ def _branches(artifact: Artifact, target: Target, given: Mapping[str, str]) -> I
         yield f"{asked}: on an NPU a draft's tokens follow one another.  Give {BRANCHES} 1"
     elif page > 1:
         yield f"{asked}: drafts that branch need pages of one token, these have {page}.  Give {PAGE} 1"
+
+
+def _room(artifact: Artifact, target: Target, given: Mapping[str, str]) -> int:
+    """The tokens of the KV pool, 0 where a server fills its device's memory with it."""
+    return number(given, TOKENS) or usual_pool(artifact, target).tokens
 
 
 def _of_other(asked: str, given: Mapping[str, str], judge: Callable[[Artifact], Iterator[str]]) -> Iterator[str]:
