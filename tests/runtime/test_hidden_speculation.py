@@ -55,7 +55,8 @@ def test_the_layers_are_those_of_sglang() -> None:
 
 def test_a_draft_that_fits(compiled: Path, draft: Path) -> None:
     assert problems(giving(compiled, [1, 2, 3]), "EAGLE3", draft) == []
-    (line,) = problems(giving(compiled, [1, 2, 3]), "eagle3", draft, speculative_eagle_topk="4")
+    counts = {"speculative_num_steps": "3", "speculative_eagle_topk": "4", "speculative_num_draft_tokens": "8"}
+    (line,) = problems(giving(compiled, [1, 2, 3]), "eagle3", draft, **counts)
     assert "Give --page-size 1" in line
 
 
