@@ -1,9 +1,9 @@
 """Digests of all that is made for small models: `python -m tests.digests.table > tests/digests/table.json`.
 
 table.json was made by the code of 07fe90e, the last one before the names of things in an artifact changed: what is
-compared with it is what that code made of the same checkpoints.  Cases of int8 and EAGLE3 are from later code, which
-had them.  Only the command line and the files are used, so that this script runs on old code and new.  With a
-directory as argument, the artifacts are left there.
+compared with it is what that code made of the same checkpoints.  Cases of int8 and EAGLE3 are from later code.
+Only the command line and the files are used, so that this script runs on old code and new.  With a directory as
+argument, the artifacts are left there.
 """
 
 from __future__ import annotations

@@ -85,6 +85,12 @@ def test_graphs_that_do_not_give_what_it_reads(
     assert f"`msconv compile {compiled} --target cpu --draft {draft}`" in line
 
 
+def test_a_model_with_a_layer_that_drafts(compiled: Path, draft: Path) -> None:
+    """Its graphs cannot give what another draft reads: `compile --draft` would be refused."""
+    (line,) = problems(giving(compiled, []), "EAGLE3", draft)
+    assert "convert the model with --no-drafts" in line
+
+
 def test_a_draft_of_another_hidden_size(compiled: Path, tmp_path: Path) -> None:
     other = make_draft(tmp_path, hidden_size=64, head_dim=16)
     (line,) = problems(giving(compiled, [1, 2, 3]), "EAGLE3", other)

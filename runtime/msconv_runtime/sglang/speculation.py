@@ -16,7 +16,7 @@ from ..kv_pool import usual_pool
 from ..roles import gives_all_logits, of_draft
 from ..serving.flags import number
 from ..targets import Target
-from .draft_counts import BRANCHES, BREADTH, USUAL_BREADTH, of_model, of_ngrams
+from .draft_counts import BRANCHES, BREADTH, LEAST, USUAL_BREADTH, of_model, of_ngrams
 
 ALGORITHM = "--speculative-algorithm"
 DRAFT_PATHS = ("--speculative-draft-model-path", "--speculative-draft-model")
@@ -43,10 +43,9 @@ def drafts(given: Mapping[str, str]) -> list[Artifact]:
 def speculation_problems(artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
     """Why drafts cannot be made, or not be verified by the artifact's graphs, each with what to do."""
     if ALGORITHM not in given:
-        alone = next((name for name in DRAFT_PATHS if name in given), "")
-        return (
-            [f"{alone}: asks for nothing without {ALGORITHM} {STANDALONE}.  Give both, or none"] if alone else []
-        )
+        alone = next((name for name in (*DRAFT_PATHS, *LEAST) if name in given), "")
+        with_ = f"{ALGORITHM} {STANDALONE}" if alone in DRAFT_PATHS else ALGORITHM
+        return [f"{alone}: asks for nothing without {with_}.  Give both, or none"] if alone else []
     asked = f"{ALGORITHM} {given[ALGORITHM][:40]}".strip()
     kind = KINDS.get(given[ALGORITHM].upper())
     if kind is None:
@@ -97,6 +96,8 @@ def _of_ngram(asked: str, artifact: Artifact, target: Target, given: Mapping[str
     if not target.device.is_host:
         yield f"{asked}: SGLang 0.5.23 has it for no NPU.  Leave the flag out"
         return
+    if path := draft_path(given):
+        yield f"{DRAFT_PATHS[0]} {path}: {asked} drafts without a model.  Leave the flag out, or give {STANDALONE}"
     if wrong := of_ngrams(given, _room(artifact, target, given)):
         yield from wrong
         return
@@ -164,7 +165,7 @@ def _of_other(asked: str, given: Mapping[str, str], judge: Callable[[Artifact], 
         return
     flag = f"{DRAFT_PATHS[0]} {path}"
     if not is_artifact(path):
-        yield f"{flag}: is no artifact.  `msconv convert --model {path} --output DIR` makes one"
+        yield f"{flag}: is no artifact here.  `msconv convert --model {path} --output DIR` makes one"
         return
     from ..artifact.integrity import check_graphs  # needs numpy
 
@@ -202,7 +203,12 @@ def _an_eagle(asked: str, artifact: Artifact, draft: Artifact, target: Target) -
         return
     read = captured_layers(own["num_hidden_layers"], (its.get("eagle_config") or {}).get(LAYER_IDS))
     given = artifact.manifest.draft
-    if given is None or given.layers != read:
+    if given is not None and not given.layers:
+        yield (
+            f"is another draft than {artifact.root} has: its graphs give what its own layer reads.  Give "
+            f"{ALGORITHM} {NEXTN}, or convert the model with --no-drafts"
+        )
+    elif given is None or given.layers != read:
         has = f"hidden states of the layers {given.layers}" if given else "no hidden states"
         yield (
             f"reads the layers {read}, and {artifact.root} gives {has}.  `msconv compile {artifact.root} --target "
