@@ -127,15 +127,3 @@ def of_target(target: Any, ids: list[int], layers: list[int]) -> tuple[Any, Any]
     with torch.no_grad():
         found = target(torch.tensor([ids]), output_hidden_states=True).hidden_states
     return target.get_input_embeddings().weight.detach()[ids], torch.cat([found[i][0] for i in layers], -1)
-
-
-def exchange_streams(directory: Path, one: int, other: int) -> None:
-    """Let the draft take two of its target's streams for each other."""
-    from safetensors.numpy import load_file, save_file
-
-    path = directory / "model.safetensors"
-    tensors = load_file(path)
-    parts = np.split(tensors["fc.weight"], tensors["fc.weight"].shape[1] // len(tensors["fc.weight"]), 1)
-    parts[one], parts[other] = parts[other], parts[one]
-    tensors["fc.weight"] = np.ascontiguousarray(np.concatenate(parts, 1))
-    save_file(tensors, path, {"format": "pt"})

@@ -10,7 +10,7 @@ from typing import Any
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # {name: (safetensors type code, shape)}
 
-ITEM = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I32": 4}
+ITEM = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I32": 4, "I64": 8, "BOOL": 1}
 
 
 def qwen3_moe(config: dict[str, Any]) -> Tensors:

@@ -81,6 +81,24 @@ DEEPSEEK_V3: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "vocab_size": 203,
 }
+EAGLE3: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 203,
+    "draft_vocab_size": 101,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 FP8: dict[str, Any] = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -100,6 +118,29 @@ def without_copies(config: dict[str, Any]) -> Tensors:
     return {name: tensor for name, tensor in deepseek_v3(config).items() if not name.endswith(copies)}
 
 
+def eagle3(config: dict[str, Any]) -> Tensors:
+    """Every tensor of a draft of EAGLE3."""
+    hidden, ffn, some = (config[key] for key in ("hidden_size", "intermediate_size", "draft_vocab_size"))
+    q, kv = (config["head_dim"] * config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    shapes = {
+        "fc.weight": (hidden, 3 * hidden),
+        "midlayer.hidden_norm.weight": (hidden,),
+        "midlayer.input_layernorm.weight": (hidden,),
+        "midlayer.self_attn.q_proj.weight": (q, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": (kv, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": (kv, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": (hidden, q),
+        "midlayer.post_attention_layernorm.weight": (hidden,),
+        "midlayer.mlp.gate_proj.weight": (ffn, hidden),
+        "midlayer.mlp.up_proj.weight": (ffn, hidden),
+        "midlayer.mlp.down_proj.weight": (hidden, ffn),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (some, hidden),
+    }
+    named: Tensors = {name: ("BF16", shape) for name, shape in shapes.items()}
+    return named | {"d2t": ("I64", (some,)), "t2d": ("BOOL", (config["vocab_size"],))}
+
+
 MODELS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Tensors]]] = {
     "qwen3": (qwen3_config(**QWEN3), qwen3),
     "qwen3 tied": (qwen3_config(**QWEN3, tie_word_embeddings=True), qwen3),
@@ -108,6 +149,7 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Tensors]]] = 
     "qwen3_moe": (QWEN3_MOE, qwen3_moe),
     "deepseek_v3": (DEEPSEEK_V3, deepseek_v3),
     "deepseek_v3 fp8": (DEEPSEEK_V3 | {"quantization_config": FP8}, deepseek_v3),
+    "eagle3": (EAGLE3, eagle3),
     "deepseek_v3 draft": (DEEPSEEK_V3 | {"quantization_config": FP8}, without_copies),
 }
 
@@ -143,6 +185,9 @@ def random_bytes(rng: np.random.Generator, name: str, code: str, shape: tuple[in
     if code == "F8_E4M3":
         codes = rng.integers(0, 127, shape, np.uint8)  # 127 and 255 are NaN
         return (codes | rng.integers(0, 2, shape, np.uint8) << 7).tobytes()
+    if code in ("I64", "BOOL"):  # the draft's token i is the target's 2 i
+        places = np.arange(math.prod(shape))
+        return (places.astype(np.int64) if code == "I64" else places % 2 == 0).tobytes()
     if name.endswith("_scale_inv"):
         return (rng.integers(1 << 20, 1 << 23, shape).astype(np.float32) / np.float32(1 << 33)).tobytes()
     low, high = (128, 256) if name.endswith("norm.weight") else (-127, 128)

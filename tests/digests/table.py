@@ -1,9 +1,9 @@
 """Digests of all that is made for small models: `python -m tests.digests.table > tests/digests/table.json`.
 
 table.json was made by the code of 07fe90e, the last one before the names of things in an artifact changed: what is
-compared with it is what that code made of the same checkpoints.  Cases of int8 are from the code that first made
-them.  Only the command line and the files are used, so that this script runs on old code and new.  With a
-directory as argument, the artifacts are left there.
+compared with it is what that code made of the same checkpoints.  Cases of int8 and EAGLE3 are from later code.
+Only the command line and the files are used, so that this script runs on old code and new.  With a directory as
+argument, the artifacts are left there.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ QUICK = (  # every model, every graph of every target, and every kind of cut: fo
     Case("deepseek_v3 fp8", 4, 4, targets=()),
     Case("qwen3_moe", 4, 2, targets=("cpu", "ascend910b"), quant="w8a8"),
     Case("deepseek_v3 draft", 2, 2, targets=("ascend910b",)),
+    Case("eagle3", 2, targets=("ascend910b",)),
 )
-OF_BEFORE = tuple(model for model in MODELS if model != "deepseek_v3 draft")
+OF_BEFORE = tuple(model for model in MODELS if model not in ("deepseek_v3 draft", "eagle3"))
 ALL = (
     *QUICK,
     *(Case("qwen3", tp) for tp in (1, 2, 4, 8)),
@@ -67,6 +68,7 @@ ALL = (
     *(Case("deepseek_v3 fp8", 2, 2, targets=(target,)) for target in TARGETS),
     *(Case(model, 2, 1, dtype, ("cpu",)) for model in OF_BEFORE for dtype in ("float16", "float32")),
     Case("deepseek_v3 draft", 2, 1, targets=("cpu", "ascend910c")),
+    Case("eagle3", 1, targets=("cpu", "ascend310p")),
     Case("deepseek_v3 draft", 2, 1, "float16", targets=("ascend310p",)),
     Case("qwen3 bias", 2, targets=("cpu", "ascend910b"), quant="w8a8"),
     Case("deepseek_v3 fp8", 2, 2, targets=("cpu", "ascend910b"), quant="w8a8"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,14 @@ def zen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def random_checkpoint(zen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights under the same tokenizer: every token has a say, near-ties are rare."""
-    from transformers import AutoConfig
+    from demo.checkpoint import make_tokenizer, zen_lines
 
-    vocab = AutoConfig.from_pretrained(zen_checkpoint).vocab_size
+    tokenizer = make_tokenizer(zen_lines())
     directory = tmp_path_factory.mktemp("random") / "random-qwen3"
-    random_qwen3(vocab).save_pretrained(directory)
-    for path in zen_checkpoint.iterdir():
-        if path.name.startswith("tokenizer") or path.suffix == ".jinja":
-            shutil.copy(path, directory)
+    random_qwen3(-(-len(tokenizer) // 64) * 64).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from tests.commands import run_python
 
+History = list[tuple[int, Any]]  # tokens that were guessed, each with the draft's own state before it, or None
+Guess = tuple[list[float], list[int], Any]  # of the best: probabilities, tokens; the draft's own state
+Tree = dict[tuple[int, int], int]  # (a guess, -1 for the root; a token after it): the guess that says so
 DEPTH = 18  # of SGLang's table of n-grams: so many tokens of a request are looked up
 LOOKED_UP = """
 import json, sys
@@ -69,33 +73,49 @@ def of_branches(
 ) -> list[int]:
     """The same where guesses branch: at each of `steps` places the `topk` best go on, and of all that were seen
     the `drafts` - 1 best are verified."""
+
+    def follow(out: int) -> Tree:
+        seen = (ids + answer[:out])[1:]
+
+        def guess(histories: list[History]) -> list[Guess]:
+            return [(*row, None) for row in _best(draft, [seen + [t for t, _ in h] for h in histories], topk)]
+
+        return tree_of(guess, steps, topk, drafts - 1)
+
+    return followed(follow, answer, new, steps)
+
+
+def followed(tree: Callable[[int], Tree], answer: list[int], new: int, steps: int) -> list[int]:
+    """How often 0, 1, 2, ... drafts are accepted of the tree that there is after so many answered tokens."""
     out, histogram = 1, [0] * (steps + 1)
     while out < new:
-        tree = _tree(draft, (ids + answer[:out])[1:], steps, topk, drafts - 1)
-        accepted, node = 0, -1
-        while (below := tree.get((node, answer[out + accepted]))) is not None:
+        guesses, accepted, node = tree(out), 0, -1
+        while (below := guesses.get((node, answer[out + accepted]))) is not None:
             accepted, node = accepted + 1, below
         histogram[accepted] += 1
         out += accepted + 1
     return trimmed(histogram)
 
 
-def _tree(draft: Any, seen: list[int], steps: int, topk: int, count: int) -> dict[tuple[int, int], int]:
-    """(a guess, -1 for the root; a token after it): the guess that says so.  As in SGLang a branch goes on from
-    what was put into its place before, whatever it is that it follows."""
-    histories: list[list[int]] = [[] for _ in range(topk)]
+def tree_of(guess: Callable[[list[History]], list[Guess]], steps: int, topk: int, count: int) -> Tree:
+    """The `count` best guesses.  As in SGLang a branch goes on from what was put into its place before, whatever
+    it is that it follows; the state beside its token is that of what it follows.
+
+    `guess` gets of each branch the guesses in its place, each with a state of the draft's own, if it has one."""
+    histories: list[History] = [[] for _ in range(topk)]
     scores, parents = [1.0], [-1]
     found: list[tuple[float, int, int]] = []  # score, parent, token
     for _ in range(steps):
         first = len(found)
-        rows = _best(draft, [seen + history for history in histories[: len(parents)]], topk)
-        for score, parent, (values, tokens) in zip(scores, parents, rows, strict=True):
+        rows = guess(histories[: len(parents)])
+        for score, parent, (values, tokens, _own) in zip(scores, parents, rows, strict=True):
             found += [(score * p, parent, token) for p, token in zip(values, tokens, strict=True)]
         parents = sorted(range(first, len(found)), key=lambda i: -found[i][0])[:topk]
         scores = [found[i][0] for i in parents]
-        histories = [[*h, found[i][2]] for h, i in zip(histories, parents, strict=True)]
-    chosen = sorted(range(len(found)), key=lambda i: -found[i][0])[:count]
-    return {found[i][1:]: i for i in chosen}
+        chosen = [(found[i][2], rows[(i - first) // topk][2]) for i in parents]
+        histories = [[*h, new] for h, new in zip(histories, chosen, strict=True)]
+    best = sorted(range(len(found)), key=lambda i: -found[i][0])[:count]
+    return {found[i][1:]: i for i in best}
 
 
 def _best(model: Any, rows: list[list[int]], topk: int) -> list[tuple[list[float], list[int]]]:

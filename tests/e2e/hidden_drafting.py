@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.e2e.drafting import trimmed
+from tests.e2e.drafting import Guess, History, Tree, followed, tree_of, trimmed
 
 Rows = NDArray[np.float32]
-Draft = Callable[[list[int], list[Rows]], tuple[int, Rows]]  # tokens, a vector beside each: the next, its own
+# Tokens, a vector beside each: the probability of each next token (the target's number of it), and its own vector
+Draft = Callable[[list[int], list[Rows]], tuple[dict[int, float], Rows]]
 
 
 def histogram(draft: Draft, hidden: Rows, ids: list[int], answer: list[int], new: int, steps: int) -> list[int]:
@@ -23,7 +24,8 @@ def histogram(draft: Draft, hidden: Rows, ids: list[int], answer: list[int], new
         tokens = (ids + answer[:out])[1:]
         given, accepted = list(hidden[: len(tokens)]), 0
         while accepted < steps:
-            token, own = draft(tokens, given)
+            guesses, own = draft(tokens, given)
+            token = max(guesses, key=lambda t: guesses[t])
             if token != answer[out + accepted]:
                 break
             accepted += 1
@@ -31,6 +33,28 @@ def histogram(draft: Draft, hidden: Rows, ids: list[int], answer: list[int], new
         found[accepted] += 1
         out += accepted + 1
     return trimmed(found)
+
+
+def of_branches(
+    draft: Draft, hidden: Rows, ids: list[int], answer: list[int], new: int, steps: int, topk: int, drafts: int
+) -> list[int]:
+    """The same where guesses branch, as `drafting.of_branches` says."""
+
+    def tree(out: int) -> Tree:
+        tokens = (ids + answer[:out])[1:]
+        given = list(hidden[: len(tokens)])
+
+        def guess(histories: list[History]) -> list[Guess]:
+            rows = []
+            for history in histories:
+                found, own = draft([*tokens, *(t for t, _ in history)], [*given, *(state for _, state in history)])
+                best = sorted(found, key=lambda t: -found[t])[:topk]
+                rows.append(([found[t] for t in best], best, own))
+            return rows
+
+        return tree_of(guess, steps, topk, drafts - 1)
+
+    return followed(tree, answer, new, steps)
 
 
 def states(target: Any, ids: list[int], layers: list[int]) -> Rows:
@@ -53,9 +77,9 @@ def eagle3(directory: Path, target: Any) -> Draft:
     offsets = load_file(directory / "model.safetensors")["d2t"]
     tokens = offsets + np.arange(len(offsets))
 
-    def run(ids: list[int], given: list[Rows]) -> tuple[int, Rows]:
+    def run(ids: list[int], given: list[Rows]) -> tuple[dict[int, float], Rows]:
         logits, own = reference.run(table[ids], given)
-        return int(tokens[logits[-1].argmax()]), own[-1]
+        return dict(zip(tokens.tolist(), _probabilities(logits[-1]), strict=True)), own[-1]
 
     return run
 
@@ -68,8 +92,14 @@ def nextn(checkpoint: Path, artifact: Path) -> Draft:
 
     reference = DraftReference(Reference(checkpoint, Artifact(artifact).manifest))
 
-    def run(ids: list[int], given: list[Rows]) -> tuple[int, Rows]:
+    def run(ids: list[int], given: list[Rows]) -> tuple[dict[int, float], Rows]:
         (trace,) = reference.run([ids], [np.stack(given)])
-        return int(trace.logits[-1].argmax()), trace.hidden[-1]
+        return dict(enumerate(_probabilities(trace.logits[-1]))), trace.hidden[-1]
 
     return run
+
+
+def _probabilities(logits: Any) -> list[float]:
+    values = np.exp(np.asarray(logits, np.float64) - np.max(logits))
+    found: list[float] = (values / values.sum()).tolist()
+    return found

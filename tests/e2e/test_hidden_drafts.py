@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from msconv.graph.decoder import DecoderWithDraft
 from msconv.steps.compile import compile_graphs
 from msconv_runtime.artifact import Artifact, Draft
 from msconv_runtime.captured import LAYER_IDS
@@ -18,14 +18,16 @@ from tests.checkpoints import make_qwen3
 from tests.conversions import convert
 from tests.e2e import hidden_drafting, logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, serving
-from tests.eagle3_checkpoints import exchange_streams, train_eagle3
+from tests.eagle3_checkpoints import train_eagle3
 from tests.every import one_of_many
 from tests.moe_checkpoints import add_mtp, make_deepseek_v3
 from tests.nextn_checkpoints import train_nextn
+from tests.verify.hidden_faults import streams_exchanged
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900), one_of_many("test-servers")]
 
 CHUNK, STEPS = 64, 3
+TOPK, DRAFTS = 3, 8  # where guesses branch
 LAYERS = [1, 2, 3]  # of the target, whose inputs the draft reads
 LENGTHS = (1, 2, 5, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 150, 3, 9)  # around a page's and a chunk's
 TOLD = "spec_correct_drafts_histogram"
@@ -77,51 +79,70 @@ def of_eagle3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return artifact_of(root / "qwen3", root / "target", Draft("eagle3", LAYERS)), root / "checkpoint"
 
 
-@pytest.fixture(scope="module", params=["eagle3", "exchanged", "nextn", "eagle3 of 2 ranks", "nextn of 2 ranks"])
+KINDS = ["eagle3", "nextn"]
+CASES = [*KINDS, "eagle3, exchanged", *(f"{k}, branches" for k in KINDS), *(f"{k}, 2 ranks" for k in KINDS)]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    tp = 2 if "2 ranks" in request.param else 1
-    if "nextn" in request.param:
-        return case_of_nextn(tmp_path_factory.mktemp("nextn"), tp)
-    target, checkpoint = request.getfixturevalue("of_eagle3")
-    model = load(target.with_name("qwen3"))
-    root = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
-    if tp > 1:
-        target = artifact_of(target.with_name("qwen3"), root / "target", Draft("eagle3", LAYERS), tp)
-    draft = shutil.copytree(checkpoint, root / "checkpoint")
-    if request.param == "exchanged":
-        exchange_streams(draft, 0, 2)
-    flags = ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path"]
-    flags += [str(artifact_of(draft, root / "draft", tp=tp))]
+    kind, _, how = request.param.partition(", ")
+    root = tmp_path_factory.mktemp(request.param.replace(", ", "-").replace(" ", "-"))
+    if kind == "nextn":
+        return case_of_nextn(root, how)
+    return case_of_eagle3(root, how, *request.getfixturevalue("of_eagle3"))
+
+
+def case_of_eagle3(root: Path, how: str, target: Path, checkpoint: Path) -> Case:
+    tp = 2 if how == "2 ranks" else 1
+    source = target.with_name("qwen3")
+    with pytest.MonkeyPatch.context() as faults:
+        if how == "exchanged":
+            faults.setattr(DecoderWithDraft, "construct", streams_exchanged)
+        if how == "exchanged" or tp > 1:
+            target = artifact_of(source, root / "target", Draft("eagle3", LAYERS), tp)
+    model = load(source)
     prompts, answers = talk(model)
-    run = hidden_drafting.eagle3(draft, model)
-    wanted = [of(run, model, LAYERS, ids, answer) for ids, answer in zip(prompts, answers, strict=True)]
-    if request.param == "exchanged":
-        right = hidden_drafting.eagle3(checkpoint, model)
-        assert wanted != [of(right, model, LAYERS, *pair) for pair in zip(prompts, answers, strict=True)]
+    run = hidden_drafting.eagle3(checkpoint, model)
+    given = LAYERS[::-1] if how == "exchanged" else LAYERS
+    wanted = [of(run, model, given, *pair, how) for pair in zip(prompts, answers, strict=True)]
+    if how == "exchanged":
+        assert wanted != [of(run, model, LAYERS, *pair) for pair in zip(prompts, answers, strict=True)]
+    flags = ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path"]
+    flags += [str(artifact_of(checkpoint, root / "draft", tp=tp)), *shape_flags(how)]
     return Case(target, flags, model, prompts, answers, wanted)
 
 
-def case_of_nextn(root: Path, tp: int) -> Case:
+def case_of_nextn(root: Path, how: str) -> Case:
     checkpoint = make_deepseek_v3(root / "checkpoint")
     model = load(checkpoint)
     prompts, answers = talk(model)
     train_nextn(checkpoint, model, [p + a for p, a in zip(prompts, answers, strict=True)], 150)
-    artifact = artifact_of(checkpoint, root / "artifact", tp=tp)
+    artifact = artifact_of(checkpoint, root / "artifact", tp=2 if how == "2 ranks" else 1)
     run = hidden_drafting.nextn(checkpoint, artifact)
-    wanted = [of(run, model, [], ids, answer) for ids, answer in zip(prompts, answers, strict=True)]
-    return Case(artifact, ["--speculative-algorithm", "NEXTN"], model, prompts, answers, wanted)
+    wanted = [of(run, model, [], *pair, how) for pair in zip(prompts, answers, strict=True)]
+    return Case(artifact, ["--speculative-algorithm", "NEXTN", *shape_flags(how)], model, prompts, answers, wanted)
 
 
-def of(run: hidden_drafting.Draft, model: Any, layers: list[int], ids: list[int], answer: list[int]) -> list[int]:
+def shape_flags(how: str) -> list[str]:
+    """Whether guesses branch, and how many are verified."""
+    branch = how == "branches"
+    flags = ["--speculative-num-steps", str(STEPS), "--speculative-eagle-topk", str(TOPK if branch else 1)]
+    flags += ["--speculative-num-draft-tokens", str(DRAFTS if branch else STEPS + 1)]
+    return [*flags, "--page-size", "1"] if branch else flags
+
+
+def of(
+    run: hidden_drafting.Draft, model: Any, layers: list[int], ids: list[int], answer: list[int], how: str = ""
+) -> list[int]:
     states = hidden_drafting.states(model, ids + answer, layers)
+    if how == "branches":
+        return hidden_drafting.of_branches(run, states, ids, answer, NEW_TOKENS, STEPS, TOPK, DRAFTS)
     return hidden_drafting.histogram(run, states, ids, answer, NEW_TOKENS, STEPS)
 
 
 @pytest.fixture(scope="module")
 def server(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = ["--chunked-prefill-size", str(CHUNK), "--skip-tokenizer-init", *case.flags]
-    flags += ["--speculative-num-steps", str(STEPS), "--speculative-eagle-topk", "1"]
-    flags += ["--speculative-num-draft-tokens", str(STEPS + 1)]
     with serving(case.artifact, tmp_path_factory.mktemp("logs") / "server.log", *flags) as s:
         yield s
 

@@ -14,6 +14,7 @@ import pytest
 from msconv.rehearsal.build import build_device
 from msconv.rehearsal.protocol import Device
 from msconv.rehearsal.server import environment, prepare
+from msconv_runtime.captured import LAYER_IDS
 from tests.checkpoints import make_qwen3
 from tests.commands import run_msconv
 from tests.eagle3_checkpoints import make_eagle3
@@ -92,7 +93,7 @@ def test_the_kernels_do_what_those_for_other_devices_do(tmp_path: Path) -> None:
 
 
 def run(*line: object) -> None:
-    done = run_msconv(*line)
+    done = run_msconv(*line, timeout=600)
     assert done.code == 0, done.stderr
 
 
@@ -137,7 +138,9 @@ def test_a_draft_that_is_another_artifact(algorithm: str, tmp_path: Path) -> Non
         draft = Path(shutil.copytree(target, tmp_path / "draft"))
         named = {"draft prefill", "draft decode"}
     else:
-        draft = artifact_of(make_eagle3(tmp_path / "eagle3"), tmp_path / "draft")
+        draft = artifact_of(
+            make_eagle3(tmp_path / "eagle3", eagle_config={LAYER_IDS: [0, 1, 2]}), tmp_path / "draft"
+        )
         target = artifact_of(model, tmp_path / "target", 1, "--draft", draft)
         named = {"draft_extend", "draft_decode"}
     assert named < set(rehearse(target, algorithm, draft)["calls"]["by_graph"])

@@ -55,7 +55,8 @@ def test_the_layers_are_those_of_sglang() -> None:
 
 def test_a_draft_that_fits(compiled: Path, draft: Path) -> None:
     assert problems(giving(compiled, [1, 2, 3]), "EAGLE3", draft) == []
-    (line,) = problems(giving(compiled, [1, 2, 3]), "eagle3", draft, speculative_eagle_topk="4")
+    counts = {"speculative_num_steps": "3", "speculative_eagle_topk": "4", "speculative_num_draft_tokens": "8"}
+    (line,) = problems(giving(compiled, [1, 2, 3]), "eagle3", draft, **counts)
     assert "Give --page-size 1" in line
 
 
@@ -82,6 +83,12 @@ def test_graphs_that_do_not_give_what_it_reads(
     assert "reads the layers [1, 2, 3]" in line
     assert told in line
     assert f"`msconv compile {compiled} --target cpu --draft {draft}`" in line
+
+
+def test_a_model_with_a_layer_that_drafts(compiled: Path, draft: Path) -> None:
+    """Its graphs cannot give what another draft reads: `compile --draft` would be refused."""
+    (line,) = problems(giving(compiled, []), "EAGLE3", draft)
+    assert "convert the model with --no-drafts" in line
 
 
 def test_a_draft_of_another_hidden_size(compiled: Path, tmp_path: Path) -> None:

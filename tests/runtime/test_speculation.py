@@ -25,6 +25,7 @@ from tests.conversions import prepare, run
 
 NGRAM = ("--speculative-algorithm", "NGRAM")
 CHAIN = ("--speculative-ngram-max-bfs-breadth", "1")
+STEPS, TOPK, DRAFTS = "--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens"
 
 
 def launch(artifact: Path, *extra: str) -> Any:
@@ -65,7 +66,7 @@ def test_ngram_is_served_with_a_word_about_temperature(compiled: Path, flags: tu
 
 def test_a_draft_that_fits_is_served(compiled: Path, own_artifact: Path) -> None:
     flags = standalone(own_artifact)
-    assert launch(compiled, *flags, "--speculative-eagle-topk", "1").untried == ()
+    assert launch(compiled, *flags, STEPS, "3", TOPK, "1").untried == ()
     done = run_msconv("serve", compiled, "--print-command", "--", *flags)
     assert done.code == 0
     assert "temperature" in done.stderr
@@ -83,6 +84,9 @@ def test_a_draft_that_fits_is_served(compiled: Path, own_artifact: Path) -> None
         (("--speculative-algorithm", "STANDALONE"), "Give --speculative-draft-model-path ARTIFACT"),
         (standalone("/no/such"), "is no artifact"),
         (("--speculative-draft-model-path", "/x"), "asks for nothing without"),
+        ((STEPS, "3"), f"{STEPS}: asks for nothing without --speculative-algorithm"),
+        ((*NGRAM, *CHAIN, "--speculative-draft-model-path", "/x"), "drafts without a model"),
+        ((*NGRAM, *CHAIN, TOPK, "4"), f"{TOPK}: {DRAFTS} and --speculative-ngram-min-bfs-breadth and"),
         ((*NGRAM, *CHAIN, "--speculative-draft-attention-backend", "triton"), "attend"),
         ((*NGRAM, *CHAIN, "--speculative-accept-threshold-single", "0.5"), "the target says the same"),
         ((*NGRAM, *CHAIN, "--speculative-ngram-external-corpus-path", "x"), "that the server has seen"),
@@ -94,9 +98,41 @@ def test_what_cannot_be_done_is_refused_in_one_line(compiled: Path, flags: tuple
 
 
 def test_a_draft_that_branches_needs_pages_of_one_token(compiled: Path) -> None:
-    flags = (*standalone(compiled), "--speculative-eagle-topk", "4")
+    flags = (*standalone(compiled), STEPS, "3", TOPK, "4", DRAFTS, "8")
     assert "Give --page-size 1" in refused(compiled, *flags)
     assert launch(compiled, *flags, "--page-size", "1").untried == ()
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ((STEPS, "0", TOPK, "1"), f"{STEPS} 0: is no whole number of at least 1"),
+        ((STEPS, "-1", TOPK, "1"), f"{STEPS} -1: is no whole number"),
+        ((STEPS, "3", TOPK, "x"), f"{TOPK} x: is no whole number"),
+        ((STEPS, "3", TOPK, "1", DRAFTS, "1"), f"{DRAFTS} 1: is no whole number of at least 2"),
+        ((STEPS, "5"), f"{STEPS} 5: needs {TOPK} and {DRAFTS} too"),
+        ((TOPK, "1"), f"needs {STEPS} and {DRAFTS} too"),
+        ((STEPS, "3", TOPK, "2"), f"needs {DRAFTS} too"),
+        ((STEPS, "2", TOPK, "2", DRAFTS, "8"), "make 6 guesses, one less than are verified.  Give at most 7"),
+        ((STEPS, "9999", TOPK, "1", "--max-total-tokens", "4096"), "needs 9999 tokens of the cache"),
+    ],
+)
+def test_counts_of_a_model_that_sglang_would_end_on(compiled: Path, counts: tuple[str, ...], told: str) -> None:
+    """Before anything loads: some of the three alone, none at all, more than there are."""
+    assert told in refused(compiled, *standalone(compiled), "--page-size", "1", *counts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ((DRAFTS, "0"), f"{DRAFTS} 0: is no whole number of at least 2"),
+        (("--speculative-ngram-max-bfs-breadth", "0"), "max-bfs-breadth 0: is no whole number of at least 1"),
+        (("--speculative-ngram-min-bfs-breadth", "11"), "is more than --speculative-ngram-max-bfs-breadth, 10"),
+        ((DRAFTS, "100000000"), "Give fewer"),
+    ],
+)
+def test_counts_of_ngrams_that_sglang_would_end_on(compiled: Path, counts: tuple[str, ...], told: str) -> None:
+    assert told in refused(compiled, *NGRAM, "--page-size", "1", *counts)
 
 
 def test_graphs_without_all_logits_are_told_by_serve_and_doctor(compiled: Path, own_artifact: Path) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from mindspore import ops as functional
 
 from msconv.graph.decoder import DecoderWithDraft
 from msconv.steps.compile import compile_graphs
@@ -24,6 +22,7 @@ from tests.checkpoints import make_qwen3
 from tests.conversions import convert
 from tests.moe_checkpoints import make_deepseek_v3
 from tests.rehearsal.rehearsing import every_layout
+from tests.verify.hidden_faults import streams_exchanged
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [12] * 20]
 NEXT = [[3], [4], [5]]
@@ -99,23 +98,6 @@ def test_interpreted(
             every = [row for s, n in zip(logits, new, strict=True) for row in s[-len(n) :]]
             expected = every if role is VERIFY else [s[-1] for s in logits]
             assert np.abs(outputs[LOGITS] - np.stack(expected)).max() < 1e-4, (variant, role)
-
-
-def streams_exchanged(self: Any, *inputs: Any) -> Any:
-    """The model's graph, with two of the layers that a draft reads in each other's place."""
-    step = self.begin(inputs)
-    x = self.embed(inputs[0])
-    h = self.first_norm(x)
-    streams: Any = ()
-    for i in range(self.num_layers):
-        if self.is_captured[i]:
-            streams = (x, *streams)
-        first = self.num_inputs + self.num_caches * i
-        h, x = self.layers[i](h, x, step, inputs[first : first + self.num_caches])
-    hidden = functional.concat(streams, -1)
-    if not self.has_all_rows:
-        h = self.last(h, step)
-    return self.results[0](h), self.results[1](hidden)
 
 
 def test_layers_exchanged_in_the_model_are_found(

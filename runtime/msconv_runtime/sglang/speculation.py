@@ -16,12 +16,11 @@ from ..kv_pool import usual_pool
 from ..roles import gives_all_logits, of_draft
 from ..serving.flags import number
 from ..targets import Target
+from .draft_counts import BRANCHES, BREADTH, LEAST, USUAL_BREADTH, of_model, of_ngrams
 
 ALGORITHM = "--speculative-algorithm"
 DRAFT_PATHS = ("--speculative-draft-model-path", "--speculative-draft-model")
-BRANCHES, BREADTH = "--speculative-eagle-topk", "--speculative-ngram-max-bfs-breadth"
-USUAL_BREADTH = 10  # SGLang's
-PAGE = "--page-size"
+PAGE, TOKENS = "--page-size", "--max-total-tokens"
 RETURNED = ("--enable-return-hidden-states", "--return-hidden-states-mode")
 NGRAM, STANDALONE, NEXTN, EAGLE3 = "NGRAM", "STANDALONE", "NEXTN", "EAGLE3"
 MOST = 3  # damaged files that are named
@@ -44,10 +43,9 @@ def drafts(given: Mapping[str, str]) -> list[Artifact]:
 def speculation_problems(artifact: Artifact, target: Target, given: Mapping[str, str]) -> list[str]:
     """Why drafts cannot be made, or not be verified by the artifact's graphs, each with what to do."""
     if ALGORITHM not in given:
-        alone = next((name for name in DRAFT_PATHS if name in given), "")
-        return (
-            [f"{alone}: asks for nothing without {ALGORITHM} {STANDALONE}.  Give both, or none"] if alone else []
-        )
+        alone = next((name for name in (*DRAFT_PATHS, *LEAST) if name in given), "")
+        with_ = f"{ALGORITHM} {STANDALONE}" if alone in DRAFT_PATHS else ALGORITHM
+        return [f"{alone}: asks for nothing without {with_}.  Give both, or none"] if alone else []
     asked = f"{ALGORITHM} {given[ALGORITHM][:40]}".strip()
     kind = KINDS.get(given[ALGORITHM].upper())
     if kind is None:
@@ -98,6 +96,11 @@ def _of_ngram(asked: str, artifact: Artifact, target: Target, given: Mapping[str
     if not target.device.is_host:
         yield f"{asked}: SGLang 0.5.23 has it for no NPU.  Leave the flag out"
         return
+    if path := draft_path(given):
+        yield f"{DRAFT_PATHS[0]} {path}: {asked} drafts without a model.  Leave the flag out, or give {STANDALONE}"
+    if wrong := of_ngrams(given, _room(artifact, target, given)):
+        yield from wrong
+        return
     branches = number(given, BREADTH) or USUAL_BREADTH
     page = number(given, PAGE) or usual_pool(artifact, target).page
     if branches > 1 and page > 1:
@@ -135,7 +138,10 @@ def _of_nextn(asked: str, artifact: Artifact, target: Target, given: Mapping[str
 
 
 def _branches(artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
-    """Of what a draft model guesses: SGLang's attention for NPUs has no pages that would do."""
+    """Of what a draft model guesses: numbers, and SGLang's attention for NPUs has no pages that would do."""
+    if wrong := of_model(given, _room(artifact, target, given)):
+        yield from wrong
+        return
     if number(given, BRANCHES) <= 1:
         return
     asked = f"{BRANCHES} {given[BRANCHES]}"
@@ -146,6 +152,11 @@ def _branches(artifact: Artifact, target: Target, given: Mapping[str, str]) -> I
         yield f"{asked}: drafts that branch need pages of one token, these have {page}.  Give {PAGE} 1"
 
 
+def _room(artifact: Artifact, target: Target, given: Mapping[str, str]) -> int:
+    """The tokens of the KV pool, 0 where a server fills its device's memory with it."""
+    return number(given, TOKENS) or usual_pool(artifact, target).tokens
+
+
 def _of_other(asked: str, given: Mapping[str, str], judge: Callable[[Artifact], Iterator[str]]) -> Iterator[str]:
     """Of drafts that are artifacts of their own; `judge` sees one that can be opened and is whole."""
     path = draft_path(given)
@@ -154,7 +165,7 @@ def _of_other(asked: str, given: Mapping[str, str], judge: Callable[[Artifact], 
         return
     flag = f"{DRAFT_PATHS[0]} {path}"
     if not is_artifact(path):
-        yield f"{flag}: is no artifact.  `msconv convert --model {path} --output DIR` makes one"
+        yield f"{flag}: is no artifact here.  `msconv convert --model {path} --output DIR` makes one"
         return
     from ..artifact.integrity import check_graphs  # needs numpy
 
@@ -192,7 +203,12 @@ def _an_eagle(asked: str, artifact: Artifact, draft: Artifact, target: Target) -
         return
     read = captured_layers(own["num_hidden_layers"], (its.get("eagle_config") or {}).get(LAYER_IDS))
     given = artifact.manifest.draft
-    if given is None or given.layers != read:
+    if given is not None and not given.layers:
+        yield (
+            f"is another draft than {artifact.root} has: its graphs give what its own layer reads.  Give "
+            f"{ALGORITHM} {NEXTN}, or convert the model with --no-drafts"
+        )
+    elif given is None or given.layers != read:
         has = f"hidden states of the layers {given.layers}" if given else "no hidden states"
         yield (
             f"reads the layers {read}, and {artifact.root} gives {has}.  `msconv compile {artifact.root} --target "
