@@ -35,6 +35,7 @@ CONFIGS = Path(__file__).parent / "data" / "configs"
 MODELS = {
     *(f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B")),
     *(f"Qwen/Qwen3-{name}-Instruct-2507" for name in ("4B", "30B-A3B", "235B-A22B")),
+    "Qwen/Qwen3-Coder-480B-A35B-Instruct",
     *(f"deepseek-ai/DeepSeek-{name}" for name in ("V3", "V3-0324", "V3.1", "R1", "R1-0528")),
     *(f"moonshotai/{name}" for name in ("Kimi-K2-Instruct", "Moonlight-16B-A3B")),
 }
@@ -101,6 +102,7 @@ QUANTISED = [name for name in SHIPPED if recipe(name).quant]
 def test_models_that_ascend_serves_in_int8_have_a_recipe_for_it() -> None:
     """Those of SGLang's best practice for Ascend that are of a family here: docs/platforms/ascend, 0.5.23."""
     models = {"DeepSeek-R1", "Qwen3-8B", "Qwen3-32B", "Qwen3-30B-A3B", "Qwen3-235B-A22B"}
+    models |= {"Qwen3-Coder-480B-A35B-Instruct"}
     assert {f"{m}-w8a8{kind}" for m in models for kind in ("", "-910c")} <= set(QUANTISED)
     r = recipe("DeepSeek-R1-w8a8")
     assert (r.devices.count, r.devices.memory_gib, r.context) == (16, 64, 32768)
@@ -287,5 +289,5 @@ def test_near_names_are_suggested() -> None:
 
 def test_names_are_in_the_order_of_sizes() -> None:
     plain = [n for n in SHIPPED if n in {m.partition("/")[2] for m in MODELS} and n.startswith("Qwen3")]
-    plain = [n for n in plain if not n.endswith("-2507")]
+    plain = [n for n in plain if not n.endswith(("-2507", "-Instruct"))]
     assert plain == [f"Qwen3-{s}" for s in ("0.6B", "1.7B", "4B", "8B", "14B", "30B-A3B", "32B", "235B-A22B")]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from msconv_runtime.errors import MsconvError
-from tests.checkpoints import Stored, edit_json, read_checkpoint
+from tests.checkpoints import Stored, edit_json, read_checkpoint, read_rank
 from tests.commands import run_msconv
 from tests.conversions import convert, prepare
 from tests.int8_checkpoints import (
@@ -263,6 +263,7 @@ def scheme(**changes: Any) -> Callable[[dict[str, Any]], object]:
         (lambda c: c["config_groups"]["group_0"].update(input_activations=None), "int8 activations are needed"),
         (lambda c: c["config_groups"]["group_0"]["input_activations"].update(dynamic=False), "dynamic = False"),
         (lambda c: c.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (lambda c: c.update(sparsity_config={"format": "sparse-bitmask"}), "sparsity_config"),
         (lambda c: c.update(format="pack-quantized"), "only int-quantized"),
         (lambda c: c.update(invented=1), "invented"),
     ],
@@ -275,6 +276,18 @@ def test_other_schemes_of_compressed_tensors_are_refused_by_their_key(
     change(config["quantization_config"])
     (model / "config.json").write_text(json.dumps(config))
     refused(model, tmp_path, words)
+
+
+def test_sparsity_that_only_counts_zeros_changes_nothing(own: Int8, tmp_path: Path) -> None:
+    model = own("qwen3", "compressed")
+    convert(model, tmp_path / "plain")
+    quantization = json.loads((model / "config.json").read_text())["quantization_config"]
+    dense = {"format": "dense", "global_sparsity": 0.14, "sparsity_structure": "unstructured"}
+    edit_json(model / "config.json", quantization_config={**quantization, "sparsity_config": dense})
+    convert(model, tmp_path / "counted")
+    one, other = (read_rank(tmp_path / name, 0) for name in ("plain", "counted"))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name].bits, other[name].bits) for name in one)
 
 
 def test_the_command_line_says_it_without_a_traceback(own: Int8, tmp_path: Path) -> None:

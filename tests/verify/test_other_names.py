@@ -103,6 +103,12 @@ CASES = {
     "Qwen3-4B-Instruct-2507": Case(make_qwen3, {**SMALL, "tie_word_embeddings": True}, 5e6, PUBLISHED_QWEN),
     "Qwen3-30B-A3B-Instruct-2507": Case(make_qwen3_moe, {**SMALL, "mlp_only_layers": []}, 1e7, PUBLISHED_QWEN),
     "Qwen3-235B-A22B-Thinking-2507": Case(make_qwen3_moe, {**SMALL, "mlp_only_layers": []}, 5e6, PUBLISHED_QWEN),
+    "Qwen3-Coder-480B-A35B-Instruct": Case(
+        make_qwen3_moe,
+        {**SMALL, "mlp_only_layers": []},
+        1e7,
+        {**PUBLISHED_QWEN, "qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0},
+    ),
     "Qwen3-30B-A3B-Thinking-2507-FP8": Case(
         make_qwen3_moe,
         {**SMALL_V3, "mlp_only_layers": []},

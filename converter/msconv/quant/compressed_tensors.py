@@ -14,6 +14,7 @@ ACTIVATIONS = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": T
 EMPTY = ("actorder", "block_structure", "group_size")
 FREE = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")  # how scales were found, and stored
 NOTHING: tuple[object, ...] = (None, {}, [], "")
+DENSE = "dense"  # of sparsity_config: how many zeros there are, and all of them are stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,10 @@ class CompressedInt8(W8A8Dynamic):
         if config.get("format", "int-quantized") != "int-quantized":
             problems.append(problem("format", config["format"], "only int-quantized is supported"))
         for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-            if config.get(key) not in NOTHING:
-                problems.append(problem(key, config[key], "not supported"))
+            value = config.get(key)
+            is_dense = key == "sparsity_config" and isinstance(value, dict) and value.get("format") == DENSE
+            if value not in NOTHING and not is_dense:
+                problems.append(problem(key, value, "not supported"))
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             problems.append(problem("config_groups", groups, "an object with the schemes is needed"))
