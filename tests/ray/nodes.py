@@ -27,8 +27,9 @@ DRIVER = """
 import sys
 import msconv.stream.execute as streaming
 import msconv.stream.movers.cluster as cluster
+import msconv.stream.movers.workers as workers
 cluster.BATCH_BYTES = int(sys.argv.pop(1)) << 10
-cluster.LOOKS_EVERY_S = 1.0
+workers.LOOKS_EVERY_S = 1.0
 streaming.CHECKPOINT_BYTES = 1
 from msconv.cli import main
 main()

@@ -120,7 +120,7 @@ class Execution:
             for env, result in zip(self.values, results, strict=True):
                 env[node.output] = result
             self._listener.after(self.at, self.values)
-            if _is_probe(node):
+            if is_probe(node):
                 normed = [_first(r).float() for r in results]
                 probes[node.parameter.rpartition(".")[0]] = normed[0].numpy()
                 self.apart = max(self.apart, _apart(normed))
@@ -171,7 +171,7 @@ def _apart(values: list[torch.Tensor]) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _is_probe(node: Node) -> bool:
+def is_probe(node: Node) -> bool:
     """Norms of the whole residual stream, after each attention and each MLP; and again with their bias."""
     kind, name = node.kind, node.parameter
     if kind == "Add":
