@@ -25,9 +25,11 @@ WORDS = Words(
     "conversion",
     "moved",
     "source files",
-    "Give --output and the checkpoint on storage that every node mounts at the same path, and install this msconv on "
-    "every node; or take the node out of the cluster.",
+    "Give --output and the checkpoint on storage that every node mounts at the same path, and install this "
+    "msconv on every node; or take the node out of the cluster.",
     "it resumes",
+    "--jobs 1, --max-memory",
+    "--jobs {}",
 )
 
 

@@ -1,5 +1,5 @@
-"""What works on one node of a cluster: it opens a job's values there and does units of it.  To move units is one job:
-it is answered for when their bytes are on the disk.
+"""What works on one node of a cluster: it opens a job's values there and does units of it.  To move units is one
+job: it is answered for when their bytes are on the disk.
 
 Written for storage that several machines mount, such as NFS: what one machine has closed, the next to open sees.
 """

@@ -71,13 +71,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Words:
-    """What messages call the work, what is done with a unit, and what a node must see."""
+    """What messages call the work, what is done with a unit, what a node must see, and what helps.  `limits`: the
+    options that make a worker smaller; `threads`: what a worker's are, with their number in {}."""
 
     work: str
     done: str
     files: str
     storage: str
     again: str
+    limits: str
+    threads: str
 
 
 @dataclass
@@ -105,7 +108,7 @@ class Crew:
             )
         names = sorted(self.names[n] for n in self.workers)
         self.tell(
-            f"Nodes at work: {len(names)}, --jobs {self.jobs} each: "
+            f"Nodes at work: {len(names)}, {self.words.threads.format(self.jobs)} each: "
             + ", ".join(names[:8])
             + ", ..." * (len(names) > 8)
         )
@@ -286,8 +289,8 @@ class Handing:
                 raise ResourceError(
                     f"{batch.units[0][0]}: {TRIES} workers ended while they {words.done} it and "
                     f"{len(batch.units) - 1} more, the last on {name}: {reason}",
-                    "Look there for what ended them, most often too little memory (--jobs 1, --max-memory); then "
-                    f"run the same command again: {words.again}.",
+                    f"Look there for what ended them, most often too little memory ({words.limits}); then run the "
+                    f"same command again: {words.again}.",
                 ) from None
             self._crew.tell(f"{name}: its worker was lost ({reason}); what it did is done again.")
             self._todo.appendleft(batch)

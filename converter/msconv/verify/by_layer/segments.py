@@ -1,9 +1,9 @@
 """Where a graph can be cut between layers, so that each part can be run from values that are given to it.
 
-A segment ends behind the norm with which the next layer begins.  What later segments read of it must be values that
-the reference has too: that norm's output, or the residual stream beside it.  Which of the two a value is, is said by
-a rule; if the rule were wrong the comparison at the segment's end would fail, because a value is compared with
-exactly what is given to the segments that read it.
+A segment ends behind the norm with which the next layer begins.  What later segments read of it must be values
+that the reference has too: that norm's output, or the residual stream beside it.  Which of the two a value is, is
+said by a rule; if the rule were wrong the comparison at the segment's end would fail, because a value is compared
+with exactly what is given to the segments that read it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ...mindir.interpreter import is_probe
 from ...mindir.program import Program
@@ -22,8 +23,8 @@ NORM = re.compile(r"model\.layers\.(\d+)\.input_layernorm\.")
 @dataclass(frozen=True)
 class Carried:
     """A value that segments after `border` read: made before it, it depends on tokens.  `items`: of a tuple, those
-    that are read; () if it is no tuple.  `is_norm`: the norm's output, alone or as item 0; all else is the residual
-    stream."""
+    that are read; () if it is no tuple.  `is_norm`: the norm's output, alone or as item 0; all else is the
+    residual stream."""
 
     name: str
     border: int
@@ -52,7 +53,7 @@ def segments_of(program: Program, layers: int, tokens: str, caches: Sequence[str
     made = {node.output: i for i, node in enumerate(program.nodes)}
     tainted = _that_depend_on(program, {tokens, *caches})
     taken = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         outside = {n for node in program.nodes[begin:end] for n in node.inputs if made.get(n, begin) < begin}
         if end == cuts[-1] and made[program.output] < begin:
             return None
@@ -71,7 +72,7 @@ def segments_of(program: Program, layers: int, tokens: str, caches: Sequence[str
             tuple(carried[n] for n in names if n in carried),
             tuple(c for c in sorted(carried.values(), key=lambda c: made[c.name]) if c.border == number + 1),
         )
-        for number, (begin, end, names) in enumerate(zip(cuts, cuts[1:], taken, strict=False))
+        for number, ((begin, end), names) in enumerate(zip(pairwise(cuts), taken, strict=True))
     ]
 
 
@@ -129,9 +130,8 @@ def _carried(program: Program, name: str, at: int, cuts: Sequence[int]) -> Carri
     is_norm = name == last.output
     constants = {n.output: n.value for n in program.nodes if n.kind == "Constant"}
     readers = [n for n in program.nodes if name in n.inputs]
-    items = {constants.get(n.inputs[1]) for n in readers if n.kind == "TupleGetItem" and n.inputs[0] == name}
-    if not items:
-        return Carried(name, border, is_norm)
-    if any(n.kind != "TupleGetItem" for n in readers) or not all(isinstance(i, int) for i in items):
+    picks = [n for n in readers if n.kind == "TupleGetItem" and n.inputs[0] == name]
+    items = {i for n in picks if isinstance(i := constants.get(n.inputs[1]), int)}
+    if picks and (len(picks) < len(readers) or any(constants.get(n.inputs[1]) not in items for n in picks)):
         return None
-    return Carried(name, border, is_norm, tuple(sorted(int(i) for i in items)))  # type: ignore[call-overload]
+    return Carried(name, border, is_norm, tuple(sorted(items)))
