@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 BIN = Path(__file__).parents[2] / ".venv-ray" / "bin"
+PROOF_BIN = BIN.parents[1] / ".venv-ray-proof" / "bin"  # has torch too
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("RAY_")},
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -96,9 +97,10 @@ def own_address() -> str:
 
 
 class Nodes:
-    """A head without processors, and nodes that work."""
+    """A head without processors, and nodes that work.  `place`: the programs of their environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Path = BIN) -> None:
+        self.place = place
         self.directory = tempfile.mkdtemp(prefix="mray", dir="/tmp")  # short: sockets lie in it
         host = own_address()
         with socket.socket() as s:
@@ -138,7 +140,7 @@ import ray
 ray.init("{self.address}", logging_level="ERROR", log_to_driver=False)
 print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
 """
-        done = subprocess.run([BIN / "python", "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+        done = subprocess.run([self.place / "python", "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
         return int(done.stdout.strip() or -1)
 
     def movers(self) -> list[int]:
@@ -152,7 +154,7 @@ print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
     def _start(self, *options: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         common = ("--block", "--disable-usage-stats")
         store = "--object-store-memory=83886080"
-        line = [*before, str(BIN / "ray"), "start", *common, store, *options]
+        line = [*before, str(self.place / "ray"), "start", *common, store, *options]
         with Path(self.directory, f"node-{len(self.all)}.log").open("w") as log:
             node = subprocess.Popen(line, env=ENVIRONMENT, stdout=log, stderr=log, text=True)
         self.all.append(node)
@@ -168,9 +170,9 @@ print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
             time.sleep(0.2)
 
 
-def nodes() -> Iterator[Nodes]:
+def nodes(place: Path = BIN) -> Iterator[Nodes]:
     """For a fixture."""
-    made = Nodes()
+    made = Nodes(place)
     try:
         yield made
     finally:
