@@ -22,6 +22,10 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "NO_COLOR": "1",
+    # Ray gives a node up that does not answer for a while, as on a machine that is busy with other tests.
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_worker_register_timeout_seconds": "600",
 }
 # `msconv` as it is, but with batches of so many kilobytes, each journaled at once
 DRIVER = """
@@ -123,7 +127,7 @@ class Nodes:
         """So many nodes work."""
         while len(self.working) > count:
             end(self.working.pop())
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while True:
             self.working = [node for node in self.working if node.poll() is None]  # Ray gives up on a busy machine
             while len(self.working) < count:
@@ -141,7 +145,8 @@ ray.init("{self.address}", logging_level="ERROR", log_to_driver=False)
 print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
 """
         done = subprocess.run([self.place / "python", "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-        return int(done.stdout.strip() or -1)
+        said = done.stdout.splitlines()  # what Ray has to say comes after
+        return int(said[0]) if said and said[0].isdecimal() else -1
 
     def movers(self) -> list[int]:
         return [p for node in self.working for p in movers(node.pid)]
