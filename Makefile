@@ -127,7 +127,8 @@ test-ms28: setup .venv-ms28/.installed
 	@touch $@
 
 # Conversions by nodes of a Ray cluster on this machine, which are killed: an environment that has Ray, and no more.
-test-ray: setup .venv-ray/.installed
+# Proofs by such nodes: another, which has torch too.
+test-ray: setup .venv-ray/.installed .venv-ray-proof/.installed
 	$(BIN)/python -m pytest tests/ray
 
 .venv-ray/.installed: requirements/ray.txt pyproject.toml

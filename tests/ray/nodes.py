@@ -15,20 +15,26 @@ from contextlib import suppress
 from pathlib import Path
 
 BIN = Path(__file__).parents[2] / ".venv-ray" / "bin"
+PROOF_BIN = BIN.parents[1] / ".venv-ray-proof" / "bin"  # has torch too
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("RAY_")},
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "NO_COLOR": "1",
+    # Ray gives a node up that does not answer for a while, as on a machine that is busy with other tests.
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_worker_register_timeout_seconds": "600",
 }
 # `msconv` as it is, but with batches of so many kilobytes, each journaled at once
 DRIVER = """
 import sys
 import msconv.stream.execute as streaming
 import msconv.stream.movers.cluster as cluster
+import msconv.stream.movers.workers as workers
 cluster.BATCH_BYTES = int(sys.argv.pop(1)) << 10
-cluster.LOOKS_EVERY_S = 1.0
+workers.LOOKS_EVERY_S = 1.0
 streaming.CHECKPOINT_BYTES = 1
 from msconv.cli import main
 main()
@@ -95,9 +101,10 @@ def own_address() -> str:
 
 
 class Nodes:
-    """A head without processors, and nodes that work."""
+    """A head without processors, and nodes that work.  `place`: the programs of their environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Path = BIN) -> None:
+        self.place = place
         self.directory = tempfile.mkdtemp(prefix="mray", dir="/tmp")  # short: sockets lie in it
         host = own_address()
         with socket.socket() as s:
@@ -120,7 +127,7 @@ class Nodes:
         """So many nodes work."""
         while len(self.working) > count:
             end(self.working.pop())
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while True:
             self.working = [node for node in self.working if node.poll() is None]  # Ray gives up on a busy machine
             while len(self.working) < count:
@@ -137,8 +144,9 @@ import ray
 ray.init("{self.address}", logging_level="ERROR", log_to_driver=False)
 print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
 """
-        done = subprocess.run([BIN / "python", "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-        return int(done.stdout.strip() or -1)
+        done = subprocess.run([self.place / "python", "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+        said = done.stdout.splitlines()  # what Ray has to say comes after
+        return int(said[0]) if said and said[0].isdecimal() else -1
 
     def movers(self) -> list[int]:
         return [p for node in self.working for p in movers(node.pid)]
@@ -151,7 +159,7 @@ print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
     def _start(self, *options: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         common = ("--block", "--disable-usage-stats")
         store = "--object-store-memory=83886080"
-        line = [*before, str(BIN / "ray"), "start", *common, store, *options]
+        line = [*before, str(self.place / "ray"), "start", *common, store, *options]
         with Path(self.directory, f"node-{len(self.all)}.log").open("w") as log:
             node = subprocess.Popen(line, env=ENVIRONMENT, stdout=log, stderr=log, text=True)
         self.all.append(node)
@@ -167,9 +175,9 @@ print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
             time.sleep(0.2)
 
 
-def nodes() -> Iterator[Nodes]:
+def nodes(place: Path = BIN) -> Iterator[Nodes]:
     """For a fixture."""
-    made = Nodes()
+    made = Nodes(place)
     try:
         yield made
     finally:

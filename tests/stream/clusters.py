@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msconv.stream.movers.cluster import Cluster, Nodes, Worker, WorkerLost
-from msconv.stream.movers.node import Answer, Look, NodeWorker, Seen
-from msconv.stream.task import Task, Unit
+from msconv.stream.movers.cluster import Nodes
+from msconv.stream.movers.node import Answer, Job, Look, NodeWorker, Seen
+from msconv.stream.movers.workers import Cluster, Worker, WorkerLost
+from msconv.stream.task import Unit
 
 
 @dataclass
 class Threads(Cluster):
     """Nodes by their names.  `sees`: where a node looks for the output directory instead.  `dies`: whether the
-    worker of a node ends instead of moving these units.  `after`: what happens when a node has moved some."""
+    worker of a node ends instead of doing these units.  `after`: what happens when a node has done some."""
 
     names: list[str]
     sees: dict[str, Path] = field(default_factory=dict)
@@ -47,11 +48,11 @@ class Thread(Worker):
         place = self._cluster.sees.get(self._node)
         return self._ask(self._worker.look, replace(look, token=place / look.token.name) if place else look)
 
-    def begin(self, task: Task) -> Future[None]:
-        return self._ask(self._worker.begin, task)
+    def begin(self, job: Job) -> Future[None]:
+        return self._ask(self._worker.begin, job)
 
-    def move(self, units: Sequence[Unit]) -> Future[Answer]:
-        return self._ask(self._move, units)
+    def work(self, units: Sequence[Unit]) -> Future[Answer]:
+        return self._ask(self._work, units)
 
     def end(self) -> None:
         self._dead.set()
@@ -59,11 +60,11 @@ class Thread(Worker):
         if self in self._cluster.alive:
             self._cluster.alive.remove(self)
 
-    def _move(self, units: Sequence[Unit]) -> Answer:
+    def _work(self, units: Sequence[Unit]) -> Answer:
         if self._cluster.dies(self._node, units):
             self._dead.set()
         self._refuse_dead()
-        answer = self._worker.move(units)
+        answer = self._worker.work(units)
         self._cluster.moved.append(self._node)
         self._cluster.after(self._node)
         return answer

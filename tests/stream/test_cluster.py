@@ -13,6 +13,7 @@ from click.testing import CliRunner
 import msconv.stream.execute as streaming
 import msconv.stream.movers.cluster as clusters
 import msconv.stream.movers.ray as ray
+import msconv.stream.movers.workers as workers
 from msconv.cli import cli
 from msconv.steps.conversion import run
 from msconv.steps.reshard import prepare as prepare_reshard
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("small_steps")
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of some kilobytes, and what was moved is journaled at once."""
     monkeypatch.setattr(clusters, "BATCH_BYTES", 20_000)
-    monkeypatch.setattr(clusters, "LOOKS_EVERY_S", 0.05)
+    monkeypatch.setattr(workers, "LOOKS_EVERY_S", 0.05)
     monkeypatch.setattr("msconv.stream.movers.node.SHOWS_WITHIN_S", 0.0)
     monkeypatch.setattr(streaming, "CHECKPOINT_BYTES", 1)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.targets import target_named
 
 from .command import Command
-from .console import find_artifact, import_torch_alone
+from .console import find_artifact, import_torch_alone, say
 from .here import machine_kind, quoted, serve_command, usual_target
 from .interrupts import leaving_at_once
 from .options import artifact_argument, complete_targets, memory_option, reference_option
@@ -23,6 +25,7 @@ from .report import refresh
 from .result import Result, json_option, show
 
 if TYPE_CHECKING:
+    from ..verify.by_layer.driver import ByLayer
     from ..verify.prove import Proof
 
 
@@ -42,6 +45,12 @@ if TYPE_CHECKING:
     help="int8: measure the divergence on this text.  [default: the source's evaluation.txt, or msconv's own]",
 )
 @memory_option
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Have the nodes of a Ray cluster prove the layers, each from the reference's input: HOST:PORT, auto, or "
+    "local, which starts one here.  --max-memory is that of each node.",
+)
 @json_option
 def command(
     artifact: Path | None,
@@ -51,6 +60,7 @@ def command(
     max_kl: float | None,
     text: Path | None,
     max_memory: int | None,
+    ray: str | None,
 ) -> None:
     """Prove an artifact numerically against the source checkpoint.
 
@@ -67,10 +77,14 @@ def command(
     root = find_artifact(artifact)
     target = target_named(target or usual_target(Artifact(root))).name
     try:
-        with phases(f"comparing {root} ({target}) with transformers") as tell, leaving_at_once():
+        with (
+            workers(ray) as by_layer,
+            phases(f"comparing {root} ({target}) with transformers") as tell,
+            leaving_at_once(),
+        ):
             from ..verify.prove import prove
 
-            proof = prove(root, target, reference, layers, tell, max_kl, text, max_memory)
+            proof = prove(root, target, reference, layers, tell, max_kl, text, max_memory, by_layer)
     except VerificationFailed:
         refresh(root)  # an earlier proof is gone
         raise
@@ -84,6 +98,26 @@ def command(
         show(Result(data, lines=[*lines, _first_layers(proof)], next=again))
     else:
         show(Result(data, lines=[*lines, *_proven(proof)], next=_following(root, target)))
+
+
+@contextmanager
+def workers(ray: str | None) -> Iterator[ByLayer | None]:
+    """Those of a cluster, while they are needed.  Raises MsconvError."""
+    if ray is None:
+        yield None
+        return
+    from ..stream.movers.ray import connected, refuse_address
+
+    refuse_address(ray)
+    threads = os.cpu_count() or 1
+    with connected(ray, threads) as cluster:
+        from ..verify.by_layer.driver import ByLayer
+
+        found = ByLayer.of(cluster, threads, say)
+        try:
+            yield found
+        finally:
+            found.end()
 
 
 def _following(root: Path, target: str) -> str:
@@ -120,6 +154,9 @@ def _data(proof: Proof) -> dict[str, Any]:
         "layers": proof.layers or None,
         "norms": c.probes,
         "place": proof.place,
+        "own_errors": c.own_errors or None,
+        "own_deviations": c.own_deviations or None,
+        "deviation_sum": c.deviation_sum if c.own_deviations else None,
         **proof.half_precision,
         "int8": proof.int8 or None,
     }
@@ -142,6 +179,7 @@ def _failure(root: Path, proof: Proof) -> VerificationFailed:
         f"(bound {c.bound:.0e}) at {c.worst or 'no row'}; argmax agrees in {c.argmax_agreement:.2%}"
         + (f"; first apart: {proof.place}" if proof.place else "")
         + _of_int8(proof)
+        + (f"; the layers' own deviations add up to {c.deviation_sum:.1e}" if c.deviation_sum >= c.bound else "")
         + (f"; ranks differ by {c.apart:.1e} where they must agree" if c.apart >= c.bound else "")
         + (f"; tensors missing or unused: {names}" if names else "")
         + ".",
@@ -203,6 +241,13 @@ def _proven(proof: Proof) -> Iterator[str]:
         yield f"  in the target's own precision: largest logit error {error:.2e}, {expected}"
     if proof.led is not None:
         yield from _codes(proof)
+    if c.own_errors:
+        worst = max(c.own_errors, key=c.own_errors.__getitem__)
+        yield (
+            f"  each of {len(c.own_errors)} layers from the reference's input: largest own error "
+            f"{c.own_errors[worst]:.1e} ({worst}), all deviations together {c.deviation_sum:.1e} (bound "
+            f"{c.bound:.0e})"
+        )
     if c.closest_routing < float("inf"):
         left = f"; {c.undecided} rows behind closer calls were left out" if c.undecided else ""
         yield f"  routing: closest call among what was judged {c.closest_routing:.1e}{left}"

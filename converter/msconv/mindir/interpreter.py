@@ -111,6 +111,17 @@ class Execution:
         self.at, self.apart, self.is_stopped = 0, 0.0, False
         self._listener = Listener(program, interpreter.context.codes)
 
+    def begin_at(self, at: int, before: Sequence[int], given: dict[str, Any]) -> None:
+        """Begin at this node, with values `given`, the same for every rank, and what the nodes `before` make."""
+        for env in self.values:
+            env.update(given)
+        for i in before:
+            node = self.program.nodes[i]
+            results = self.interpreter.node(node, self.program, self.values, self._listener)
+            for env, result in zip(self.values, results, strict=True):
+                env[node.output] = result
+        self.at = at
+
     def advance(self, end: int) -> dict[str, NDArray[np.float32]]:
         """Execute the nodes before `end`.  The output of each norm that came by, rank 0, [T, hidden]."""
         probes: dict[str, NDArray[np.float32]] = {}
@@ -120,7 +131,7 @@ class Execution:
             for env, result in zip(self.values, results, strict=True):
                 env[node.output] = result
             self._listener.after(self.at, self.values)
-            if _is_probe(node):
+            if is_probe(node):
                 normed = [_first(r).float() for r in results]
                 probes[node.parameter.rpartition(".")[0]] = normed[0].numpy()
                 self.apart = max(self.apart, _apart(normed))
@@ -171,7 +182,7 @@ def _apart(values: list[torch.Tensor]) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _is_probe(node: Node) -> bool:
+def is_probe(node: Node) -> bool:
     """Norms of the whole residual stream, after each attention and each MLP; and again with their bias."""
     kind, name = node.kind, node.parameter
     if kind == "Add":

@@ -1,7 +1,7 @@
 """A target's proof as data: what was compared, phase by phase, and the heat map over layers and tensor groups.
 
 A norm of the residual stream shows what the tensors before it did, and everything before those: errors add up
-from layer to layer.  Only what was measured has a number.
+from layer to layer, unless each layer was given the reference's input.  Only what was measured has a number.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from msconv_runtime.claims import CLAIMED, is_checked_here
 MAX_COLUMNS = 96  # of more layers, neighbours share a column that shows the larger error
 HALF = "half_precision_"
 INT8 = "int8_"
+DEVIATIONS = "sum of the layers' own deviations"  # of a proof in which each layer was given the reference's input
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the bound, the upper ends of the scale's steps
 
 
@@ -28,7 +29,9 @@ def verification(target: str, proof: Verified | None, layers: int, has_weights: 
     return {
         "target": target,
         "state": "proven",
-        "why": "all logits and their argmax agree within the bound" + ("" if is_checked else f": {CLAIMED}"),
+        "why": "all logits and their argmax agree within the bound"
+        + (f", and {DEVIATIONS}, {errors[DEVIATIONS]:.1e}" if DEVIATIONS in errors else "")
+        + ("" if is_checked else f": {CLAIMED}"),
         "checked_here": is_checked,
         "reference": proof.reference,
         "mode": proof.mode,
@@ -41,7 +44,7 @@ def verification(target: str, proof: Verified | None, layers: int, has_weights: 
         "phases": [
             {"phase": phase, "max_abs_logit_error": error, "share_of_bound": _share(error, proof.bound)}
             for phase, error in errors.items()
-            if not phase.startswith((HALF, INT8))
+            if not phase.startswith((HALF, INT8)) and phase != DEVIATIONS
         ],
         "half_precision": half or None,
         "int8": {k.removeprefix(INT8): v for k, v in errors.items() if k.startswith(INT8)} or None,

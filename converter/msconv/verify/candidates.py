@@ -29,6 +29,14 @@ def most_positions(artifact: Artifact, target: Target) -> int | None:
     return None
 
 
+def runs_as_a_whole(artifact: Artifact, target: Target) -> str:
+    """Why layers are not run each by itself, or ""."""
+    is_served = runs_here(artifact, target, 0, "")
+    return (
+        f"{target.name}'s graphs for one rank run in MindSpore as a whole, as they are served" if is_served else ""
+    )
+
+
 def candidates(artifact: Artifact, target: Target, layers: int) -> dict[str, Callable[[], Candidate]]:
     """By variant, "" first: graphs of compiled kernels, if there are any, are proved after those of MindSpore's
     operations."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from msconv_runtime.targets import Target
 
 from .kept import NOTHING, Kept
-from .layers import InLayers, judge_in_layers
+from .layers import InLayers, JudgeInLayers, judge_in_layers
 from .reference import Reference, Trace
 from .scenario import DECODE_STEPS, Candidate, Lengths, Seen, calls_of, play
 from .telling import Tell, quietly
@@ -35,6 +35,12 @@ class Comparison:
 
     `probes`: largest error of each norm's output, relative to its largest value; `first`: the first that is
     beyond the bound, and so the place where things go apart.  `apart`: between ranks, which must agree.
+
+    Where each layer was given the reference's input, and not what the one before it had made, errors do not add up
+    by themselves.  `own_errors`: of each such layer, the largest error of what it makes, relative to the token's
+    largest value; of the last, of its logits too, as they are.  `own_deviations`: the largest length of a token's
+    error, relative to the token's; their sum, which is what errors that all point the same way would add up to,
+    must stay within the bound.  Both are empty elsewhere.
     """
 
     bound: float
@@ -53,6 +59,12 @@ class Comparison:
     places_undecided: int = 0
     layers_only: bool = False
     closest_routing: float = float("inf")
+    own_errors: dict[str, float] = field(default_factory=dict)
+    own_deviations: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def deviation_sum(self) -> float:
+        return sum(self.own_deviations.values())
 
     @property
     def rows(self) -> int:
@@ -79,7 +91,7 @@ class Comparison:
     @property
     def _agrees(self) -> bool:
         right = self.max_abs_logit_error < self.bound and self.argmax_agreement == 1.0
-        return right and not self.first and self.apart < self.bound
+        return right and not self.first and self.apart < self.bound and self.deviation_sum < self.bound
 
     def add_step(self, step: Seen, traces: list[Trace]) -> None:
         """Compare one call: its norms, in the graph's order, then its logits."""
@@ -196,11 +208,12 @@ def compare(
     tell: Tell = quietly,
     further: Further | None = None,
     kept: Kept = NOTHING,
+    judge_apart: JudgeInLayers = judge_in_layers,
 ) -> Comparison:
     """Run the scenario with random tokens; compare every row of logits, and every norm that the candidate
     shows (`probes`), with the reference's.  Then the same with `others`, by name, as long as nothing is wrong.
     `further`: what else is compared for these sequences, last.  `kept`: what an earlier run had computed, and
-    where this one keeps what it does."""
+    where this one keeps what it does.  `judge_apart`: judges a candidate that can run layer by layer."""
     lengths = Lengths.within(max_positions, steps, getattr(candidate, "has_all_tokens", False))
     sequences, traces = draw(reference, lengths.totals, vocab, np.random.default_rng(seed))
     result = Comparison(bound)
@@ -209,7 +222,7 @@ def compare(
         if isinstance(one, InLayers):
             calls = calls_of(name, sequences, lengths, one.has_all_tokens)
             known = f"candidate {name}".strip()
-            judge_in_layers(result, one, calls, traces, kept, known, partial(tell, f"{name}graphs"))
+            judge_apart(result, one, calls, traces, kept, known, partial(tell, f"{name}graphs"))
         else:
             for step in play(one, name, sequences, lengths, tell):
                 result.add_step(step, traces)

@@ -39,6 +39,21 @@ class InLayers(Protocol):
     ) -> Iterator[tuple[int, list[Piece]]]: ...
 
 
+class JudgeInLayers(Protocol):
+    """How what all calls gave is added to a comparison."""
+
+    def __call__(
+        self,
+        result: Comparison,
+        one: InLayers,
+        calls: list[Call],
+        traces: list[Trace],
+        kept: Kept,
+        name: str,
+        tell: Callable[[int, int], None],
+    ) -> None: ...
+
+
 def judge_in_layers(
     result: Comparison,
     one: InLayers,
@@ -60,14 +75,15 @@ def judge_in_layers(
         return
     for done, pieces in one.together(executions, names, begin):
         for piece in pieces:
-            _add(result, calls[piece.call], piece, traces)
+            add_piece(result, calls[piece.call], piece, traces)
         tell(done, total)
         if 0 < done < total and kept.is_due:
             kept.save(name, *_state(result, one, executions, done))
     kept.save(name, *_state(result, one, [], total))
 
 
-def _add(result: Comparison, call: Call, piece: Piece, traces: list[Trace]) -> None:
+def add_piece(result: Comparison, call: Call, piece: Piece, traces: list[Trace]) -> None:
+    """Compare what one layer of a call gave."""
     result.add_norms(call.phase, call.places, piece.probes, traces)
     if piece.is_last:
         logits = piece.outputs.get(LOGITS, np.zeros((0, 0), np.float32))

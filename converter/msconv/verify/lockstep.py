@@ -61,7 +61,7 @@ class Lockstep:
     ) -> None:
         """`held_bytes`: what a layer's weights may take in memory, in the type that is computed in; those beyond
         are widened at each use."""
-        self.target, self.tp, self.layers = target_named(target), artifact.tp, layers
+        self.target, self.tp, self.layers, self.variant = target_named(target), artifact.tp, layers, variant
         self.graphs = of_variant((of_draft if draft else of_model)(artifact.graphs(target)), variant)
         self.programs = {role: parse(artifact.root / g.path) for role, g in self.graphs.items()}
         for role, program in self.programs.items():
@@ -180,7 +180,7 @@ class Lockstep:
         their pieces).  `begin`: the layer that comes next for executions that are that far."""
         if self.has_layers_apart:
             for layer, pieces in in_layers(executions, names, self.num_layers, begin):
-                self._release(executions)
+                self.release(executions)
                 self.apart = max(self.apart, *(e.apart for e in executions))
                 yield layer + 1, pieces
             return
@@ -188,10 +188,10 @@ class Lockstep:
             probes = execution.advance(len(execution.program.nodes))
             found = piece(number, execution, probes, names[number], True)
             self.apart = max(self.apart, execution.apart)
-            self._release(executions)
+            self.release(executions)
             yield 0, [found]
 
-    def _release(self, executions: list[Execution]) -> None:
+    def release(self, executions: list[Execution]) -> None:
         """Weights of a layer go; a value that lies where they do becomes a copy."""
         for execution in executions:
             for env in execution.values:

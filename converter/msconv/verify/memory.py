@@ -28,7 +28,9 @@ def held_bytes(reference: Reference, artifact: Artifact, tokens: int, max_memory
     part, largest = _largest_part(reference)
     config = reference.model.config
     rows = tokens * (WIDTHS * config.hidden_size + 2 * config.vocab_size) * FLOAT32
-    norms = 0 if reference.kept.is_there else tokens * config.hidden_size * 2 * config.num_hidden_layers * FLOAT32
+    a_layer = 3 if reference.keeps_streams else 2
+    norms = tokens * config.hidden_size * a_layer * config.num_hidden_layers * FLOAT32
+    norms = 0 if reference.kept.is_there else norms
     fixed = LIBRARIES_BYTES + rows + norms
     widest = max(FLOAT32 * prod(t.shape) for t in artifact.weights.tensors)
     size = FLOAT32 * sum(prod(t.shape) for t in artifact.weights.tensors) * artifact.tp

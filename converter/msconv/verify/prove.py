@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -27,10 +27,14 @@ from ..graph.toolchain import require
 from ..layout.coverage import own_names, unused_names, without_draft
 from ..quant import formats_named
 from ..workspace.lock import exclusive
+from .by_layer.driver import ByLayer, JudgeByLayer
+from .by_layer.prover import cut
 from .candidates import candidate_of, drafting_of, runs_here
 from .compare import Comparison, Further, compare, half_precision_bound
 from .drafting import compare_drafts
 from .kept import NOTHING, Kept, code_digest, keeping
+from .layers import judge_in_layers
+from .lockstep import Lockstep
 from .memory import held_bytes, limited, refuse_ceiling
 from .reference import Reference, source_of
 from .scenario import DECODE_STEPS, Candidate, Lengths
@@ -39,9 +43,10 @@ from .telling import Tell, quietly
 if TYPE_CHECKING:
     from .int8.drift import Drift
     from .int8.run import Led
-    from .lockstep import Lockstep
 
 LED = "float32, led"  # as `mode`: codes are the candidate's where rounding is a tie
+EACH_LAYER = "float32, each layer from the reference's input"  # as `mode`: errors do not add up
+DEVIATIONS = "sum of the layers' own deviations"  # as a setting, where that is the mode
 LARGE_BYTES = 2 << 30
 FEW_STEPS = 2
 VERSIONS = ("torch", "transformers", "safetensors", "numpy", "mindspore")
@@ -115,6 +120,7 @@ def prove(
     max_kl: float | None = None,
     text: Path | None = None,
     max_memory: int | None = None,
+    by_layer: ByLayer | None = None,
 ) -> Proof:
     """Compare the artifact's graphs and bytes with transformers.  A failed proof removes an earlier one.
 
@@ -124,7 +130,8 @@ def prove(
     Of int8 artifacts, how far they are from the unquantised model on `text` is measured, and must stay within
     `max_kl` if that is given.  `max_memory`: a ceiling in bytes; raises ResourceError if it cannot hold the least
     that is needed.  Of large models, what is done is kept for a run after this one if it is ended.  `tell`: hears
-    of each phase how much of it is done.
+    of each phase how much of it is done.  `by_layer`: workers that prove layers each by itself, where that can be:
+    raises UsageError elsewhere.
     """
     started = time.monotonic()
     artifact = Artifact(root)
@@ -139,6 +146,9 @@ def prove(
         )
     if max_memory is not None and (has_codes or config.eagle is not None):
         refuse_ceiling(root, max_memory)
+    if by_layer is not None:
+        _refuse_by_layer(artifact, target, layers, has_codes or config.eagle is not None)
+        by_layer.gather(artifact, target_name)
     source = source_of(root, reference)
     require(target.form)
     tell("reading every byte", 0, 1)
@@ -148,7 +158,7 @@ def prove(
     except VerificationFailed:
         _record(root, target, None)
         raise
-    subject = Subject(artifact, target, config, source, layers, tell, max_memory)
+    subject = Subject(artifact, target, config, source, layers, tell, max_memory, by_layer)
     if config.eagle is not None:
         found = subject.draft()
     else:
@@ -158,6 +168,19 @@ def prove(
     if not layers:
         _record(root, target, _entry(artifact, proof) if proof.ok else None)
     return proof
+
+
+def _refuse_by_layer(artifact: Artifact, target: Target, layers: int, has_other_proof: bool) -> None:
+    """Raises UsageError where layers are not proved each by itself."""
+    reason = ""
+    if has_other_proof:
+        reason = "proofs of int8, and of a draft by itself, are made by one machine"
+    elif layers:
+        reason = "--layers compares the first layers on one machine"
+    else:
+        reason = _runs(target).runs_as_a_whole(artifact, target)
+    if reason:
+        raise UsageError(f"{artifact.root}: --ray: {reason}.", "Leave --ray out.")
 
 
 @dataclass(frozen=True)
@@ -171,6 +194,7 @@ class Subject:
     layers: int
     tell: Tell
     max_memory: int | None = None
+    by_layer: ByLayer | None = None
 
     @property
     def steps(self) -> int:
@@ -208,7 +232,7 @@ class Subject:
             "graphs": sorted(g.digest for g in artifact.graphs(self.target.name)),
             "manifest": digest_bytes(msgspec.json.encode(manifest)),
             "source": [str(self.source.resolve()), files],
-            "options": [self.layers, self.steps],
+            "options": [self.layers, self.steps, self.by_layer is not None],
             "versions": [sys.version, *(version(p) for p in VERSIONS)],
             "code": code_digest(),
         }
@@ -217,11 +241,16 @@ class Subject:
         """Against the source's own values."""
         artifact, target, config, layers = self.artifact, self.target, self.config, self.layers
         model = Reference(self.source, artifact.manifest, layers)
-        model.tell, model.kept = self.tell, kept
+        model.tell, model.kept, model.keeps_streams = self.tell, kept, self.by_layer is not None
         runs = _runs(target)
         candidates: dict[str, Callable[[], Candidate]] = runs.candidates(artifact, target, layers)
         held = held_bytes(model, artifact, self._tokens, self.max_memory)
         candidates = {name: partial(limited, make, held) for name, make in candidates.items()}
+        judge = judge_in_layers
+        if self.by_layer is not None:
+            for make in candidates.values():
+                cut(cast(Lockstep, make()))  # before the reference takes its time
+            judge = JudgeByLayer(self.by_layer, artifact, target.name, held)
         first = candidates.pop("")
         most = runs.most_positions(artifact, target) or config.max_positions
         comparison = compare(
@@ -234,6 +263,7 @@ class Subject:
             tell=self.tell,
             further=self._further(model),
             kept=kept,
+            judge_apart=judge,
         )
         proof = self._proof(comparison)
         if proof.ok and not layers and not self.is_large:
@@ -293,8 +323,6 @@ class Subject:
         return partial(compare_drafts, drafting=drafting, tell=self.tell) if drafting else None
 
     def _interpreted(self, variant: str) -> Lockstep:
-        from .lockstep import Lockstep
-
         return Lockstep(self.artifact, self.target.name, layers=self.layers, variant=variant)
 
     def _proof(self, comparison: Comparison) -> Proof:
@@ -306,6 +334,7 @@ def _entry(artifact: Artifact, proof: Proof) -> Verified:
     """What the manifest keeps of a proof."""
     weights, comparison, drift = artifact.weights, proof.comparison, proof.drift
     int8 = {f"int8_{name}": n for name, n in proof.int8.items() if not isinstance(n, str)}
+    own = {DEVIATIONS: comparison.deviation_sum} if comparison.own_errors else {}
     rounded = f", weights rounded to {weights.dtype}" if weights.source_dtype != weights.dtype else ""
     return Verified(
         target=proof.target,
@@ -313,13 +342,13 @@ def _entry(artifact: Artifact, proof: Proof) -> Verified:
         graph_digests=sorted(g.digest for g in artifact.graphs(proof.target)),
         reference=f"transformers on {artifact.manifest.model.source}{rounded}"
         + (f"; {drift.words}" if drift else ""),
-        mode="float32" if proof.led is None else LED,
+        mode=LED if proof.led else EACH_LAYER if comparison.own_errors else "float32",
         bound=comparison.bound,
         max_abs_logit_error=comparison.max_abs_logit_error,
         argmax_agreement=comparison.argmax_agreement,
         ranks=artifact.tp,
         logits_compared=comparison.rows,
-        settings={**comparison.by_phase, **proof.half_precision, **int8},
+        settings={**comparison.by_phase, **proof.half_precision, **int8, **own},
         norms=comparison.probes,
     )
 
@@ -333,8 +362,6 @@ def _half_precision(
     """
     if target.dtype == "float32":
         return {}
-    from .lockstep import Lockstep
-
     candidate = Lockstep(artifact, target.name, exact=False)
     result = compare(candidate, model, config.vocab, config.max_positions, bound=float("inf"), steps=FEW_STEPS)
     found = {

@@ -43,12 +43,14 @@ KEEP_BYTES = 4 << 30  # a model up to this size stays in memory
 class Trace:
     """One sequence through the reference.  `closest` [T]: how far the router was from choosing other experts.
     `hidden` [T, ...]: the hidden states that the model's graphs give a draft; where there is none, the last norm's
-    output."""
+    output.  `streams`: the residual stream that enters each layer, by the name of its first norm, where layers are
+    proved each by itself."""
 
     logits: Logits
     probes: dict[str, Logits]
     closest: NDArray[np.float32]
     hidden: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    streams: dict[str, Logits] = field(default_factory=dict)
 
     @property
     def decided(self) -> int:
@@ -76,6 +78,7 @@ class Reference:
         self.tell: Tell = quietly
         self.kept = NOTHING  # where what was computed is kept for a run after this one
         self.num_skipped = 0  # leading layers that a pass takes from there
+        self.keeps_streams = False  # what enters each layer too
         transformers_logging.set_verbosity_error()  # our own words say what is compared
         transformers_logging.disable_progress_bar()
         self.layers = layers
@@ -168,6 +171,8 @@ class Reference:
         for distance in passed.closest.values():
             closest = self.torch.minimum(closest, distance.reshape(batch.ids.shape))
         parts = {name: batch.apart(out) for name, out in found.items()}
+        entering = passed.entering.items() if self.keeps_streams else ()
+        entered = {name: batch.apart(value) for name, value in entering}
         logits = self._logits_apart(batch.apart(last))
         self._arena.give_back()
         each = zip(logits, batch.apart(closest), batch.apart(hidden), strict=True)
@@ -177,6 +182,7 @@ class Reference:
                 {name: out[i].numpy() for name, out in parts.items()},
                 of_closest.numpy(),
                 of_hidden.numpy(),
+                {name: value[i].numpy() for name, value in entered.items()},
             )
             for i, (of_last, of_closest, of_hidden) in enumerate(each)
         ]

@@ -155,7 +155,9 @@ def _heard(reference: Reference, passed: Passed, after: Any) -> Iterator[None]:
 
 
 def _captures(reference: Reference, name: str) -> bool:
-    return any(name == f"model.layers.{i}.input_layernorm" for i in reference.captured)
+    """Whether what enters this norm is kept."""
+    is_first = name.endswith("input_layernorm")
+    return is_first and (reference.keeps_streams or int(name.split(".")[2]) in reference.captured)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from typing import Any
 
 from msconv_runtime.errors import EnvironmentProblem, UsageError
 
-from ..task import Task, Unit
-from .cluster import Cluster, Worker, WorkerLost
-from .node import Answer, Look, NodeWorker, Seen
+from ..task import Unit
+from .node import Answer, Job, Look, NodeWorker, Seen
+from .workers import Cluster, Worker, WorkerLost
 
 LOCAL = "local"
 ACTOR_BYTES = 64 << 20  # that Ray takes in a worker's process: measured
@@ -125,7 +125,7 @@ class RayCluster(Cluster):
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._processors: dict[str, float] = {}
-        self._tasks: dict[int, tuple[Task, Any]] = {}  # put once, for all nodes
+        self._jobs: dict[int, tuple[Job, Any]] = {}  # put once, for all nodes
 
     def nodes(self) -> dict[str, str]:
         found = {}
@@ -146,11 +146,11 @@ class RayCluster(Cluster):
         )
         return _Actor(self, made.remote(jobs))
 
-    def share(self, task: Task) -> Any:
-        """A reference to a task, which is sent to each node once."""
-        if id(task) not in self._tasks:
-            self._tasks[id(task)] = task, self._ray.put(task)
-        return self._tasks[id(task)][1]
+    def share(self, job: Job) -> Any:
+        """A reference to a job, which is sent to each node once."""
+        if id(job) not in self._jobs:
+            self._jobs[id(job)] = job, self._ray.put(job)
+        return self._jobs[id(job)][1]
 
 
 class _Actor(Worker):
@@ -160,11 +160,11 @@ class _Actor(Worker):
     def look(self, look: Look) -> Future[Seen]:
         return _answer(self._handle.look.remote(look))
 
-    def begin(self, task: Task) -> Future[None]:
-        return _answer(self._handle.begin.remote(self._cluster.share(task)))
+    def begin(self, job: Job) -> Future[None]:
+        return _answer(self._handle.begin.remote(self._cluster.share(job)))
 
-    def move(self, units: Sequence[Unit]) -> Future[Answer]:
-        return _answer(self._handle.move.remote(list(units)))
+    def work(self, units: Sequence[Unit]) -> Future[Answer]:
+        return _answer(self._handle.work.remote(list(units)))
 
     def end(self) -> None:
         self._cluster._ray.kill(self._handle, no_restart=True)

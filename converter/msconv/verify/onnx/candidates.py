@@ -37,6 +37,11 @@ def most_positions(artifact: Artifact, target: Target) -> int | None:
     return min((g.caches[0].shape[2] or 0 for g in graphs.values()), default=None)
 
 
+def runs_as_a_whole(artifact: Artifact, target: Target) -> str:
+    """Why layers are not run each by itself."""
+    return "an ONNX graph is run as a whole"
+
+
 def candidates(artifact: Artifact, target: Target, layers: int) -> dict[str, Callable[[], Candidate]]:
     """By name: the graph for any shape first, "" by whoever is first.  Raises EnvironmentProblem for weights too
     large for the reference where onnxruntime is not installed."""
