@@ -218,8 +218,8 @@ class Operations(ABC):
         return None
 
     def whole_attention(self, prefix: str, hidden: int, spec: Attention) -> nn.Cell | None:
-        """(h [T, hidden], step, caches of the layer) -> [T, hidden of the model]: heads, cache write, attention and
-        the output projection, this rank's share of its sum, where a target has one operation for it."""
+        """(h [T, hidden], step, caches of the layer) -> [T, hidden of the model]: heads, cache write, attention
+        and the output projection, this rank's share of its sum, where a target has one operation for it."""
         return None
 
     def whole_layer(self, index: int, follower: str) -> nn.Cell | None:

@@ -132,7 +132,7 @@ class CompiledOperations(PlainOperations):
         return AfterAttentionInt8(matrices, (own, follower), hidden, local.config.eps)
 
     def _is_in_one_piece(self, index: int, *norms: str) -> bool:
-        """Whether a layer has no sum over ranks, no experts, and no bias behind its attention or in these norms."""
+        """Whether it has no sum over ranks, no experts, no bias behind its attention or in these norms."""
         local = self.local
         has_biases = any(name.removesuffix("weight") + "bias" in local.types for name in norms)
         parted = local.mesh.tp > 1 or local.config.has_experts(index) or local.attention(index).output_bias

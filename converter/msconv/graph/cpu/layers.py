@@ -1,5 +1,5 @@
-"""A layer, or half of one, as one operation: MindSpore spends some 60 us on each node, and a layer of small ones has
-eleven."""
+"""A layer, or half of one, as one operation: MindSpore spends some 60 us on each node, and a layer of small ones
+has eleven."""
 
 from __future__ import annotations
 
