@@ -148,6 +148,12 @@ def test_mlp_and_experts_of_int8() -> None:
         same(name, *examples[name][0])
 
 
+def test_layers_and_their_halves() -> None:
+    for name, (inputs, _) in check.examples(np.random.default_rng(0)).items():
+        if name.startswith(("Attention", "Layer", "Mlp")) and "Int8" not in name:
+            same(name.partition(" ")[0], *inputs)
+
+
 def test_many_tokens_go_through_the_experts_in_parts() -> None:
     ids = np.random.default_rng(0).integers(0, 3, (2500, 2)).astype(np.int32)
     stored = [normal(1, 3, 20, 30), normal(2, 3, 15, 20)]
@@ -206,12 +212,17 @@ def exchanged(kernel: str, place: int, a: int, b: int) -> Callable[[GraphEdit], 
     return change
 
 
-def weight_of(place: int, other: int) -> Callable[[GraphEdit], None]:
-    def change(edit: GraphEdit) -> None:
-        nodes = kernels(edit, "Product") or edit.all("MatMul")
-        nodes[place].input[1] = nodes[other].input[1]
+def down_proj_of_the_next_layer(edit: GraphEdit) -> None:
+    if nodes := kernels(edit, "Mlp"):
+        nodes[0].input[2] = nodes[1].input[2]
+    else:
+        nodes = edit.all("MatMul")
+        nodes[3].input[1] = nodes[7].input[1]
 
-    return change
+
+def one_cache_for_keys_and_values(edit: GraphEdit) -> None:
+    node = kernels(edit, "Attention")[1]
+    node.input[10] = node.input[9]
 
 
 def bypassed(kernel: str, place: int) -> Callable[[GraphEdit], None]:
@@ -235,22 +246,25 @@ def unsummed(edit: GraphEdit) -> None:
 
 def same_factors_for_keys(edit: GraphEdit) -> None:
     """All layers share the constant."""
-    node = kernels(edit, "SplitHeads")[1]
-    tensor = edit.made(node.input[5]).attribute[0].tensors[0]
+    node = kernels(edit, "Attention")[1]
+    tensor = edit.made(node.input[7]).attribute[0].tensors[0]
     factors = np.frombuffer(tensor.raw_data, np.float32).copy()
     factors[:] = factors[0]
     tensor.raw_data = factors.tobytes()
 
 
 FAULTS: dict[str, tuple[Callable[[GraphEdit], None], str]] = {
-    "cos and sin exchanged": (exchanged("SplitHeads", 0, 3, 4), attention(0)),
-    "norms of queries and keys exchanged": (exchanged("SplitHeads", 1, 1, 2), attention(1)),
+    "cos and sin exchanged": (exchanged("Attention", 0, 5, 6), attention(0)),
+    "norms of queries and keys exchanged": (exchanged("Attention", 1, 3, 4), attention(1)),
     "keys scaled like queries": (same_factors_for_keys, attention(0)),
-    "keys for values": (exchanged("Attend", 1, 1, 2), attention(1)),
-    "another layer's matrix": (weight_of(3, 7), mlp(0)),
+    "one cache for keys and values": (one_cache_for_keys_and_values, attention(1)),
+    "another layer's matrix": (down_proj_of_the_next_layer, mlp(0)),
     "a norm left out": (bypassed("Norm", 0), "input_layernorm|self_attn"),
     "a sum over ranks left out": (unsummed, attention(0)),
-    "the kernels of another version": (renamed("Attend", "msconv-native-0:Attend"), "msconv-native-0:Attend"),
+    "the kernels of another version": (
+        renamed("Attention", "msconv-native-0:Attention"),
+        "msconv-native-0:Attention",
+    ),
     "a kernel of another name": (renamed("Norm", f"{LIBRARY}:Norms"), "not known"),
     "an attribute of no meaning": (attribute("epsilon", 1), "epsilon"),
     "another device": (attribute("cpp_infer_shape", 0), "Norm"),
@@ -279,7 +293,7 @@ def test_a_fault_in_the_compiled_graph_is_caught(
 @pytest.mark.parametrize("name", ["verify", "verify_compiled"])
 def test_a_fault_in_the_graph_of_all_logits_is_caught_there(sound: Path, tmp_path: Path, name: str) -> None:
     root = Path(shutil.copytree(sound, tmp_path / "own"))
-    edit_graphs(root, "cpu", (name,), weight_of(3, 7))
+    edit_graphs(root, "cpu", (name,), down_proj_of_the_next_layer)
     proof = prove(root, "cpu", None)
     assert not proof.ok
     phase = "all tokens" if name == "verify" else "compiled all tokens"

@@ -51,16 +51,24 @@ class HeadsAttention(nn.Cell):
     ) -> None:
         super().__init__()
         hidden = local.config.hidden
-        whole = ops.whole_heads(prefix, inner or hidden, spec)
-        self.heads = whole or ProjectedHeads(ops, inner or hidden, prefix, spec)
+        self.projects = projects
+        whole = ops.whole_attention(prefix, inner or hidden, spec) if projects else None
+        self.has_parts = whole is None
+        if whole is not None:
+            self.whole = whole
+            self.reduce = ops.all_reduce(prefix + "o_proj.bias" if spec.output_bias else "", hidden)
+            return
+        heads = ops.whole_heads(prefix, inner or hidden, spec)
+        self.heads = heads or ProjectedHeads(ops, inner or hidden, prefix, spec)
         self.write = ops.write_kv()
         self.attend = ops.attend(spec)
-        self.projects = projects
         if projects:
             self.o_proj = ops.linear(prefix + "o_proj", hidden, spec.heads * spec.head_dim, False)
             self.reduce = ops.all_reduce(prefix + "o_proj.bias" if spec.output_bias else "", hidden)
 
     def construct(self, h: Any, step: Any, caches: Any) -> Any:
+        if not self.has_parts:
+            return self.reduce(self.whole(h, step, caches))
         q, k, v = self.heads(h, step)
         k_cache, v_cache = self.write(k, v, caches[0], caches[1], step)
         mixed = self.attend(q, k, v, k_cache, v_cache, step)
@@ -157,6 +165,11 @@ class Layer(nn.Cell):
         if index >= c.layers:  # a draft
             follower = prefix + "shared_head.norm"
         spec = local.attention(index)
+        whole = ops.whole_layer(index, follower + ".weight") if spec.kind == "heads" else None
+        self.is_whole = whole is not None
+        if whole is not None:
+            self.whole = whole
+            return
         rest = ops.whole_rest(index, follower + ".weight") if spec.kind == "heads" else None
         if spec.kind == "heads":
             self.attention = HeadsAttention(ops, local, prefix + "self_attn.", spec, rest is None)
@@ -171,6 +184,8 @@ class Layer(nn.Cell):
         self.after_mlp = add_norm(ops, follower + ".weight", c.hidden)
 
     def construct(self, h: Any, x: Any, step: Any, caches: Any) -> Any:
+        if self.is_whole:
+            return self.whole(h, x, step, caches)
         if not self.has_parts:
             return self.rest(self.attention(h, step, caches), x)
         h, x = self.after_attention(self.attention(h, step, caches), x)

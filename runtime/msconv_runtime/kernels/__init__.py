@@ -25,8 +25,11 @@ from .variants import CHOICE, Variant, usable
 
 logger = logging.getLogger(__name__)
 LIBRARY = allowed.LIBRARY
-UNITS = ("kernels.cc", "int8.cc")
-SOURCES = (*UNITS, "bytes.h", "codes.h", "experts.h", "norms.h", "operation.h", "pool.h", "vector.h")
+UNITS = ("kernels.cc", "layers.cc", "products.cc", "attention.cc", "int8.cc")
+HEADERS = (
+    "activation.h attention.h bytes.h codes.h dots.h experts.h norms.h operation.h pool.h products.h vector.h"
+)
+SOURCES = (*UNITS, *HEADERS.split())
 FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++17", "-pthread", "-shared", "-fPIC", "-Wno-psabi")
 SWITCHES = ("MSCONV_COMPILED", "MSCONV_NATIVE")  # 0: do without; the second is its name before
 CGROUP = Path("/sys/fs/cgroup")

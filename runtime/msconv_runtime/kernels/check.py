@@ -105,12 +105,42 @@ def examples(rng: np.random.Generator) -> Examples:
         caches = [normal(170, 1, kv_heads, dim) for _ in range(2)]
         expected = attend(q / 2, caches, tables, contexts, counts)
         found[f"Attend of {dim}"] = ([q / 2, *caches, tables, contexts, counts], [expected])
+    found |= examples_of_layers(rng, tables, contexts, counts)
     chosen, start = rng.integers(0, 7, (tokens, top_k)).astype(np.int32), ints(2)
     gate_up, down, shares = normal(3, width, 2 * ffn) / 8, normal(3, ffn, width) / 8, normal(tokens, top_k)
     for name, stored in (("Experts", [gate_up, down]), ("Experts in bfloat16", [narrow(gate_up), narrow(down)])):
         expected = experts(x, shares, chosen - start, *(upcast(a) for a in stored))
         found[name] = ([x, shares, chosen, start, *stored], [expected])
     return found | examples_of_int8(rng)
+
+
+def examples_of_layers(rng: np.random.Generator, tables: Array, contexts: Array, counts: Array) -> Examples:
+    """Of operations that are a layer, or half of one: for a batch, and for the one token of its first sequence."""
+    heads, kv_heads, dim, width, ffn = 4, 2, 20, 75, 53
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape, np.float32)
+
+    qkv, o = normal((heads + 2 * kv_heads) * dim, width) / 8, normal(width, heads * dim) / 8
+    mlp, bias = [normal(2 * ffn, width) / 8, normal(width, ffn) / 8], normal(len(qkv))
+    factors = np.repeat(np.array([0.25, 1.0], np.float32), (heads, kv_heads))
+    slots = np.concatenate([row[n - new : n] for row, n, new in zip(tables, contexts, counts, strict=True)])
+    norms, eps = [normal(width), normal(width)], np.full(1, 1e-6, np.float32)
+    found: Examples = {}
+    for title, sequences, stored in (("", 3, False), (" of one token in bfloat16", 1, True)):
+        tokens = int(counts[:sequences].sum())
+        of_batch = [slots[:tokens], tables[:sequences], contexts[:sequences], counts[:sequences]]
+        matrices = [narrow(m) if stored else m for m in (qkv, o, *mlp)]
+        h, x, angles = normal(tokens, width), normal(tokens, width), [normal(tokens, dim), normal(tokens, dim)]
+        shift = bias if sequences > 1 else np.zeros(1, np.float32)
+        caches = [normal(170, 1, kv_heads, dim) for _ in range(2)]  # each run writes the same to them
+        of_heads = [h, matrices[0], shift, normal(dim), normal(dim), *angles, factors, eps]
+        inputs = [*of_heads, *caches, *of_batch, matrices[1]]
+        whole = [*inputs, x, norms[0], *matrices[2:], norms[1]]
+        found["Attention" + title] = (inputs, [attention(*inputs)])
+        found["Layer" + title] = (whole, list(layer(*whole)))
+        found["Mlp" + title] = ([h, *matrices[2:]], [mlp_of_values(h, *matrices[2:])])
+    return found
 
 
 def examples_of_int8(rng: np.random.Generator) -> Examples:
@@ -224,6 +254,30 @@ def attend(q: Array, caches: list[Array], tables: Array, contexts: Array, counts
             out[token] = np.einsum("hs,shd->hd", scores / scores.sum(-1, keepdims=True), v)
             token += 1
     return out.reshape(len(q), -1)
+
+
+def mlp_of_values(x: Array, gate_up: Array, down: Array) -> Array:
+    y: Array = swiglu(x @ upcast(gate_up).T) @ upcast(down).T
+    return y
+
+
+def attention(h: Array, qkv: Array, bias: Array, *rest: Array) -> Array:
+    """[T, width].  Leaves the caches as they are."""
+    *of_heads, k_cache, v_cache, slots, tables, contexts, counts, o = rest
+    q, k, v = split_heads(h @ upcast(qkv).T + bias, *of_heads)
+    caches = [k_cache.copy(), v_cache.copy()]
+    caches[0][slots], caches[1][slots] = k, v
+    mixed: Array = attend(q, caches, tables, contexts, counts) @ upcast(o).T
+    return mixed
+
+
+def layer(*inputs: Array) -> tuple[Array, Array]:
+    """h and total, [T, width]: as the kernel promises."""
+    *of_attention, x, weight, gate_up, down, next_weight = inputs
+    eps = of_attention[8]
+    total = attention(*of_attention) + x
+    total = mlp_of_values(norm(total, eps) * weight, gate_up, down) + total
+    return norm(total, eps) * next_weight, total
 
 
 def experts(x: Array, shares: Array, ids: Array, gate_up: Array, down: Array) -> Array:

@@ -49,14 +49,4 @@ INLINE void sum_up(const Routing& routing, const float* weights, int64_t top_k, 
   });
 }
 
-INLINE void swiglu(const float* x, float* y, int64_t width) {
-  const float* up = x + width;
-  int64_t i = 0;
-  for (; i + LANES <= width; i += LANES) {
-    vf32 g = load(x + i);
-    store(y + i, g / (exponential(-g) + 1.0f) * load(up + i));
-  }
-  for (; i < width; i++) y[i] = x[i] / (std::exp(-x[i]) + 1.0f) * up[i];
-}
-
 }  // namespace

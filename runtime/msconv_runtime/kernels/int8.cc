@@ -2,6 +2,7 @@
 // In this order, and rounded after each: y = (float(sum) * scale of the column) * scale of the row.
 #include <vector>
 
+#include "activation.h"
 #include "codes.h"
 #include "experts.h"
 #include "norms.h"

@@ -3,9 +3,10 @@
 //
 // Shape legend: T tokens, B sequences, S positions a row of the block table, H heads, K kv heads, D head_dim.
 // Activations and caches are float32; weights of products are float32 or bfloat16.
-#include <cmath>
 #include <vector>
 
+#include "activation.h"
+#include "attention.h"
 #include "experts.h"
 #include "norms.h"
 #include "operation.h"
@@ -14,183 +15,8 @@
 
 namespace {
 
-constexpr int64_t FEW_ROWS = 10;         // up to here a weight is multiplied as it lies in memory
-constexpr int64_t DEPTH = 512;           // of a packed panel: 128 KB, which a second-level cache keeps
-constexpr int64_t QUERIES = 96;          // rows of queries that share one pass over keys and values
-constexpr int64_t FEW_QUERIES = 8;       // up to here keys and values are read where they lie
-constexpr int64_t BLOCK = 512;           // columns of an expert's matrix at once: long runs of memory
-constexpr int64_t STEP = 32;             // rows of it
-
-// y[r * width + j] = x[r * ldx] . w[j] for `R` rows of x and `N` of w.  `ahead`: what follows the rows of w, in elements.
-template <int R, int N, class W>
-INLINE void dots(const float* x, int64_t ldx, const W* const* w, int64_t ahead, float* y, int64_t depth,
-                 int64_t width) {
-  if constexpr (R * N + N + 1 > REGISTERS) {
-    dots<R, N / 2>(x, ldx, w, ahead, y, depth, width);
-    dots<R, N / 2>(x, ldx, w + N / 2, ahead, y + N / 2, depth, width);
-    return;
-  }
-  vf32 s[R][N] = {};
-  int64_t k = 0;
-  for (; k + LANES <= depth; k += LANES) {
-    vf32 v[N];
-    for (int j = 0; j < N; j++) {
-      if (ahead) __builtin_prefetch(w[j] + ahead + k, 0, 2);  // to the second-level cache: the first waits for few
-      v[j] = load(w[j] + k);
-    }
-    for (int r = 0; r < R; r++) {
-      vf32 u = load(x + r * ldx + k);
-      for (int j = 0; j < N; j++) s[r][j] += u * v[j];
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int j = 0; j < N; j++) {
-      float total = sum(s[r][j]);
-      for (int64_t i = k; i < depth; i++) total += x[r * ldx + i] * single(w[j] + i);
-      y[r * width + j] = total;
-    }
-}
-
-template <int N, class W>
-INLINE void dots_of(int64_t rows, const float* x, int64_t ldx, const W* const* w, int64_t ahead, float* y,
-                    int64_t depth, int64_t width) {
-  while (rows > 0) {
-    int64_t tiles = (rows + 4) / 5, r = (rows + tiles - 1) / tiles;  // 8 rows: two times four
-    switch (r) {
-      case 1: dots<1, N>(x, ldx, w, ahead, y, depth, width); break;
-      case 2: dots<2, N>(x, ldx, w, ahead, y, depth, width); break;
-      case 3: dots<3, N>(x, ldx, w, ahead, y, depth, width); break;
-      case 4: dots<4, N>(x, ldx, w, ahead, y, depth, width); break;
-      default: dots<5, N>(x, ldx, w, ahead, y, depth, width); break;
-    }
-    rows -= r, x += r * ldx, y += r * width;
-  }
-}
-
-template <class W>
-void few_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
-  parallel_for(width / 4, SERIAL / depth, [&](int64_t begin, int64_t end) {
-    for (int64_t n = 4 * begin; n < 4 * end; n += 4) {
-      const W* some[4] = {w + n * depth, w + (n + 1) * depth, w + (n + 2) * depth, w + (n + 3) * depth};
-      dots_of<4>(rows, x, depth, some, 4 * depth, y + n, depth, width);
-    }
-  });
-  for (int64_t n = width / 4 * 4; n < width; n++) {
-    const W* one = w + n * depth;
-    dots_of<1>(rows, x, depth, &one, 0, y + n, depth, width);
-  }
-}
-
-// to[k][64] = rows[64][k] for `depth` of k: rows become columns.
-template <class W>
-void columns_of(const W* const* rows, int64_t depth, float* to) {
-  for (int64_t j = 0; j < COLUMNS; j += LANES) {
-    int64_t k = 0;
-    for (; k + LANES <= depth; k += LANES) {
-      const W* some[LANES];
-      for (int i = 0; i < LANES; i++) some[i] = rows[j + i] + k;
-      transpose(some, to + k * COLUMNS + j, COLUMNS);
-    }
-    for (; k < depth; k++)
-      for (int i = 0; i < LANES; i++) to[k * COLUMNS + j + i] = single(rows[j + i] + k);
-  }
-}
-
-template <class W>
-void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
-  const int64_t tiles = (rows + TILE - 1) / TILE;
-  Floats shared(tiles * TILE * depth);
-  float* tiled = shared.reserve(0);  // [parts of depth][tiles][part][TILE]: read in order
-  parallel_for(tiles, SERIAL / depth / TILE, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++)
-      for (int64_t k = 0; k < depth; k += DEPTH) {
-        const int64_t deep = std::min(DEPTH, depth - k), count = std::min(TILE, rows - i * TILE);
-        float* to = tiled + (k * tiles + i * deep) * TILE;
-        for (int64_t r = 0; r < count; r++)
-          for (int64_t d = 0; d < deep; d++) to[d * TILE + r] = x[(i * TILE + r) * depth + k + d];
-      }
-  });
-  Pool::one().run((width + COLUMNS - 1) / COLUMNS, [&](int64_t part) {
-    static thread_local Floats memory;
-    const int64_t n = part * COLUMNS, count = std::min(COLUMNS, width - n);
-    float* packed = memory.reserve((DEPTH + rows) * COLUMNS);
-    float* out = count == COLUMNS ? y + n : packed + DEPTH * COLUMNS;
-    const int64_t stride = count == COLUMNS ? width : COLUMNS;
-    for (int64_t k = 0; k < depth; k += DEPTH) {
-      const int64_t deep = std::min(DEPTH, depth - k);
-      const W* columns[COLUMNS];  // past the last: that one again, to be left out
-      for (int64_t j = 0; j < COLUMNS; j++) columns[j] = w + (n + std::min(j, count - 1)) * depth + k;
-      columns_of(columns, deep, packed);
-      for (int64_t i = 0; i < tiles; i++) {
-        const float *from = tiled + (k * tiles + i * deep) * TILE, *a[TILE];
-        for (int64_t r = 0; r < TILE; r++) a[r] = from + r;
-        tile_of(rows - i * TILE, a, TILE, Even{packed, COLUMNS}, deep, out + i * TILE * stride, stride, k > 0);
-      }
-    }
-    if (count < COLUMNS)
-      for (int64_t t = 0; t < rows; t++) memcpy(y + t * width + n, out + t * COLUMNS, count * sizeof(float));
-  });
-}
-
-template <class W>
-void multiply(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
-  rows <= FEW_ROWS ? few_rows(x, w, y, rows, depth, width) : many_rows(x, w, y, rows, depth, width);
-}
-
-// Rows of queries of one sequence and one kv head, and what they have seen so far.
-struct Queries {
-  int64_t rows, dim;                // dim: padded
-  std::vector<const float*> q, at;  // [rows] of [dim]; [rows] of `scores`
-  std::vector<int64_t> sees;        // [rows]: how many positions
-  float *out, *scores, *best, *sums;  // [rows][dim], [rows][64], [rows], [rows]
-};
-
-// Scores of 64 positions to shares of them all; what was seen before shrinks where a higher score appears.
-void take_shares(Queries& a, int64_t first) {
-  for (int64_t r = 0; r < a.rows; r++) {
-    float* s = a.scores + r * COLUMNS;
-    const int64_t seen = std::clamp(a.sees[r] - first, int64_t(0), COLUMNS);
-    std::fill(s + seen, s + COLUMNS, -INFINITY);
-    vf32 most = load(s);
-    for (int j = LANES; j < COLUMNS; j += LANES) most = most > load(s + j) ? most : load(s + j);
-    float best = a.best[r];
-    for (int i = 0; i < LANES; i++) best = std::max(best, most[i]);
-    const float shrink = std::exp(a.best[r] - best);
-    vf32 total = {};
-    for (int j = 0; j < COLUMNS; j += LANES) {
-      vf32 x = load(s + j);
-      vf32 e = x == -INFINITY ? vf32{} : exponential(x - best);
-      store(s + j, e);
-      total += e;
-    }
-    a.best[r] = best;
-    a.sums[r] = a.sums[r] * shrink + sum(total);
-    if (shrink != 1.0f)
-      for (int64_t i = 0; i < a.dim; i++) a.out[r * a.dim + i] *= shrink;
-  }
-}
-
-// 64 positions, their keys and values copied: keys as columns, so that sums need no adding up across lanes.
-void attend_copied(Queries& a, const float* const* keys, const float* const* values, int64_t dim, int64_t first,
-                   float* columns, float* rows) {
-  columns_of(keys, dim, columns);
-  for (int64_t s = 0; s < COLUMNS; s++) memcpy(rows + s * a.dim, values[s], dim * sizeof(float));
-  tiles_of(a.rows, a.q.data(), 1, Even{columns, COLUMNS}, a.dim, a.scores, COLUMNS, false);
-  take_shares(a, first);
-  for (int64_t d = 0; d < a.dim; d += COLUMNS)
-    tiles_of(a.rows, a.at.data(), 1, Even{rows + d, a.dim}, COLUMNS, a.out + d, a.dim, true);
-}
-
-// The same for few queries, from where keys and values lie.
-void attend_in_place(Queries& a, const float* const* keys, const float* const* values, int64_t first) {
-  for (int64_t s = 0; s < COLUMNS; s += 4)
-    dots_of<4>(a.rows, a.q[0], a.dim, keys + s, a.dim, a.scores + s, a.dim, COLUMNS);
-  for (int64_t s = 0; s < COLUMNS; s++)
-    for (int64_t d = 0; d < a.dim; d += LANES) __builtin_prefetch(values[s] + d);
-  take_shares(a, first);
-  for (int64_t d = 0; d < a.dim; d += COLUMNS)
-    tiles_of(a.rows, a.at.data(), 1, Scattered{values, d}, COLUMNS, a.out + d, a.dim, true);
-}
+constexpr int64_t BLOCK = 512;  // columns of an expert's matrix at once: long runs of memory
+constexpr int64_t STEP = 32;    // rows of it
 
 // y[n][width] = x[n] b[depth][width] for rows of x anywhere, columns [begin, end) of b, which is read in order.
 template <class W>
@@ -263,15 +89,10 @@ extern "C" void Threads(int64_t threads) { Pool::one().grow(threads); }
 
 // rows [T, depth] float32, weight [width, depth] -> [T, width]
 OPERATION(Product) {
-  if (!a.has(0, "float32", {ANY, ANY}) || !a.has(1, "", {ANY, a.size(0, 1)})) return WRONG_SHAPE;
-  int64_t rows = a.size(0, 0), depth = a.size(0, 1), width = a.size(1, 0);
-  if (depth < 1 || !a.has(2, "float32", {rows, width})) return WRONG_SHAPE;
-  if (a.is(1, "float32"))
-    multiply(a.at<float>(0), a.at<float>(1), a.at<float>(2), rows, depth, width);
-  else if (a.is(1, "bfloat16"))
-    multiply(a.at<float>(0), a.at<bf16>(1), a.at<float>(2), rows, depth, width);
-  else
-    return UNKNOWN_TYPE;
+  const Weights weight(a, 1);
+  if (!a.has(0, "float32", {ANY, ANY}) || !weight.fits(a.size(0, 1))) return WRONG_SHAPE;
+  if (!a.has(2, "float32", {a.size(0, 0), weight.width})) return WRONG_SHAPE;
+  multiply(a.at<float>(0), weight, a.at<float>(2), a.size(0, 0));
   return 0;
 }
 SHAPE(Product) { return {SIZE(0, 0), SIZE(1, 0)}; }
@@ -348,93 +169,13 @@ SHAPES(SplitHeads, 3) { return shapes_of_heads(SIZE(0, 0), SIZE(0, 1), SIZE(1, 0
 // q [T, H, D], k_cache, v_cache [slots, 1, K, D], tables [B, S], context_lens [B], q_lens [B] -> [T, H*D]: each token
 // attends to its sequence's slots up to its own.
 OPERATION(Attend) {
-  if (!a.has(0, "float32", {ANY, ANY, ANY}) || !a.has(3, "int32", {ANY, ANY})) return WRONG_SHAPE;
-  for (int i : {1, 2})
-    if (!a.has(i, "float32", {ANY, 1, ANY, a.size(0, 2)})) return WRONG_SHAPE;
-  for (int i : {4, 5})
-    if (!a.has(i, "int32", {a.size(3, 0)})) return WRONG_SHAPE;
-  if (!a.has(6, "float32", {a.size(0, 0), a.size(0, 1) * a.size(0, 2)})) return WRONG_SHAPE;
-  const float *q = a.at<float>(0), *k_cache = a.at<float>(1), *v_cache = a.at<float>(2);
-  const int32_t *tables = a.at<int32_t>(3), *contexts = a.at<int32_t>(4), *counts = a.at<int32_t>(5);
-  const int64_t tokens = a.size(0, 0), heads = a.size(0, 1), dim = a.size(0, 2), wide = padded(dim);
-  const int64_t slots = a.size(1, 0), kv_heads = a.size(1, 2), batch = a.size(3, 0), positions = a.size(3, 1);
-  if (dim < 1 || heads < 1 || kv_heads < 1 || heads % kv_heads) return WRONG_SHAPE;
-  if (a.size(2, 0) != slots || a.size(2, 2) != kv_heads) return WRONG_SHAPE;
-  const int64_t group = heads / kv_heads;
-  const int64_t at_once = std::max(int64_t(1), QUERIES / group);  // tokens whose heads share one pass over the cache
-
-  struct Task {
-    int64_t first, count, before;  // tokens of the step, all of one sequence, and what is cached before them
-    const int32_t* table;
-  };
-  std::vector<Task> tasks;
-  int64_t token = 0;
-  for (int64_t b = 0; b < batch; token += counts[b++]) {
-    const int32_t* table = tables + b * positions;
-    if (counts[b] < 0 || contexts[b] < counts[b] || contexts[b] > positions) return OUT_OF_RANGE;
-    for (int64_t s = 0; s < contexts[b]; s++)
-      if (table[s] < 0 || table[s] >= slots) return OUT_OF_RANGE;
-    for (int64_t i = 0; i < counts[b]; i += at_once)
-      tasks.push_back({token + i, std::min(at_once, counts[b] - i), contexts[b] - counts[b] + i, table});
-  }
-  if (token != tokens) return OUT_OF_RANGE;
-
-  // A token's heads lie side by side in the cache: a thread takes as many of them as leave work for all threads.
-  const int64_t enough = 2 * Pool::one().size();
-  int64_t together = kv_heads;
-  while (together > 1 && int64_t(tasks.size()) * (kv_heads / together) < enough) together = (together + 1) / 2;
-  const int64_t parts = (kv_heads + together - 1) / together;
-
-  Pool::one().run(tasks.size() * parts, [&](int64_t index) {
-    const Task& task = tasks[index / parts];
-    const int64_t first_head = index % parts * together, heads_here = std::min(together, kv_heads - first_head);
-    const int64_t most = task.count * group;
-    static thread_local Floats memory;
-    float* next = memory.reserve((2 * COLUMNS + 2 * together * most) * wide + most * (COLUMNS + 2 * together));
-    auto take = [&next](int64_t n) { return (next += n) - n; };
-    float *columns = take(wide * COLUMNS), *rows = take(COLUMNS * wide), *scores = take(most * COLUMNS);
-    if (wide > dim) std::fill(columns, columns + 2 * COLUMNS * wide, 0.0f);
-    std::vector<Queries> of_head(heads_here);
-    for (int64_t k = 0; k < heads_here; k++) {
-      Queries& some = of_head[k];
-      some = {most, wide, {}, {}, {}, take(most * wide), scores, nullptr, nullptr};
-      for (int64_t r = 0; r < most; r++) {
-        const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;
-        float* one = take(wide);
-        std::copy(q + row * dim, q + (row + 1) * dim, one);
-        std::fill(one + dim, one + wide, 0.0f);
-        some.q.push_back(one);
-        some.at.push_back(scores + r * COLUMNS);
-        some.sees.push_back(task.before + r / group + 1);
-      }
-      std::fill(some.out, some.out + most * wide, 0.0f);
-    }
-    for (Queries& some : of_head) {
-      some.best = take(most), some.sums = take(most);
-      std::fill(some.best, some.best + most, -1e30f);
-      std::fill(some.sums, some.sums + most, 0.0f);
-    }
-    const int64_t end = task.before + task.count;
-    for (int64_t first = 0; first < end; first += COLUMNS)
-      for (int64_t k = 0; k < heads_here; k++) {
-        const float *keys[COLUMNS], *values[COLUMNS];
-        for (int64_t s = 0; s < COLUMNS; s++) {  // past the end: the last row again, which no query sees
-          const int64_t slot = task.table[std::min(first + s, end - 1)];
-          keys[s] = k_cache + (slot * kv_heads + first_head + k) * dim;
-          values[s] = v_cache + (slot * kv_heads + first_head + k) * dim;
-        }
-        if (most <= FEW_QUERIES && dim == wide)
-          attend_in_place(of_head[k], keys, values, first);
-        else
-          attend_copied(of_head[k], keys, values, dim, first, columns, rows);
-      }
-    for (int64_t k = 0; k < heads_here; k++)
-      for (int64_t r = 0; r < most; r++) {
-        const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;
-        for (int64_t d = 0; d < dim; d++)
-          a.at<float>(6)[row * dim + d] = of_head[k].out[r * wide + d] / of_head[k].sums[r];
-      }
-  });
+  if (!a.has(0, "float32", {ANY, ANY, ANY}) || !Cached::fit(a, 1, 3)) return WRONG_SHAPE;
+  const Cached cached(a, 1, 3);
+  const int64_t tokens = a.size(0, 0), heads = a.size(0, 1);
+  if (cached.dim != a.size(0, 2) || heads < 1 || heads % cached.kv_heads) return WRONG_SHAPE;
+  if (!a.has(6, "float32", {tokens, heads * cached.dim})) return WRONG_SHAPE;
+  if (!cached.has(tokens)) return OUT_OF_RANGE;
+  attend(a.at<float>(0), heads, cached, a.at<float>(6));
   return 0;
 }
 SHAPE(Attend) { return {SIZE(0, 0), SIZE(0, 1) < 0 || SIZE(0, 2) < 0 ? -1 : SIZE(0, 1) * SIZE(0, 2)}; }

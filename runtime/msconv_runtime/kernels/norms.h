@@ -53,6 +53,7 @@ struct Heads {
   const float *q_norm, *k_norm, *cos, *sin, *factors;
   float eps, *q, *k, *v;
 
+  Heads() = default;
   // `first`: the argument q_norm; those that follow are k_norm [D], cos, sin [T, D], factors [H+K], eps [1], and
   // `last`, k [T, H, D] and v [T, 1, K, D].
   Heads(const Arguments& a, int first, int last) {

@@ -21,7 +21,7 @@ namespace {
 constexpr int FLOAT32 = 43;        // TypeId of float32
 constexpr int64_t SERIAL = 16384;  // elements below which threads cost more than they bring
 
-enum Failure { UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2, OUT_OF_MEMORY = 3, WRONG_SHAPE = 4 };  // what an operation returns
+enum Failure { NONE = 0, UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2, OUT_OF_MEMORY = 3, WRONG_SHAPE = 4 };  // what an operation returns
 constexpr int64_t MOST = int64_t(1) << 48;  // elements of one tensor: their bytes can still be counted
 constexpr int64_t ANY = -1;
 
@@ -96,7 +96,7 @@ typedef Room<float> Floats;
   extern "C" int name##InferType(Types, mindspore::AotExtra*) { return FLOAT32; } \
   extern "C" Shape name##InferShape(int* ranks, int64_t** shapes, mindspore::AotExtra*)
 // A dimension of what a graph gives, -1 where it gives none.
-static int64_t size_of(const int* ranks, int64_t** shapes, int i, int axis) {
+static inline int64_t size_of(const int* ranks, int64_t** shapes, int i, int axis) {
   return axis < ranks[i] ? std::max(shapes[i][axis], int64_t(-1)) : -1;
 }
 #define SIZE(i, axis) size_of(ranks, shapes, i, axis)

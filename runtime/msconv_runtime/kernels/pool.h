@@ -111,6 +111,25 @@ class Pool {
   std::atomic<const void*> work_{nullptr};
 };
 
+// body(begin, end) over [0, count) in parts that become shorter, down to `least`: all threads end nearly together, and
+// none stops often in what it reads.
+template <class F>
+void guided_for(int64_t count, int64_t least, const F& body) {
+  Pool& pool = Pool::one();
+  const int64_t threads = pool.size();
+  if (threads == 1 || count < 2 * least) return body(int64_t(0), count);
+  std::atomic<int64_t> next{0};
+  pool.run(threads, [&](int64_t) {
+    for (int64_t begin = next.load(); begin < count;) {
+      const int64_t part = std::max(least, std::min((count - begin) / (2 * threads), count / (8 * threads)));
+      const int64_t end = std::min(count, begin + part);
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      body(begin, end);
+      begin = next.load();
+    }
+  });
+}
+
 // body(begin, end) over parts of [0, count), each at least `least` long.
 template <class F>
 void parallel_for(int64_t count, int64_t least, const F& body) {

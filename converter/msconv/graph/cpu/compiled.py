@@ -6,38 +6,25 @@ shape of its result: exporting needs no compiler.  Routing, rotations and the wr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
-from mindspore.ops import CustomRegOp, DataType
-
-from msconv_runtime.kernels import LIBRARY
 
 from ...families.attention import Attention
+from ...quant.record import MATRIX
 from ...quant.w8a8 import W8A8Dynamic
 from ..matrix import Matrix
 from ..parameters import DTYPES, parameter
 from ..spec import CannotCompute, Local
 from .attention import Angles, Rotation
+from .kernel import kernel
 from .latent import Absorbed
+from .layers import AttentionHalf, Mlp, WholeLayer
 from .plain import PlainOperations
 from .steps import CompiledStep
 
 STORED = ("float32", "bfloat16")  # what kernels multiply with as it is stored; all else is read as float32
-
-
-def kernel(name: str, shape: Callable[..., Any], inputs: int, outputs: int = 1) -> Any:
-    """The primitive of a compiled kernel.  `shape` takes the inputs' shapes, with -1 where they are dynamic."""
-    info = CustomRegOp(name)
-    for i in range(inputs):
-        info = info.input(i, f"x{i}", "required")
-    for i in range(outputs):
-        info = info.output(i, f"y{i}", "required")
-    info = info.dtype_format(*[DataType.None_None] * (inputs + outputs)).target("CPU")
-    dtype = ms.float32 if outputs == 1 else (ms.float32,) * outputs
-    return ops.Custom(f"{LIBRARY}:{name}", shape, dtype, "aot", reg_info=info.get_op_info())
 
 
 class CompiledOperations(PlainOperations):
@@ -92,9 +79,38 @@ class CompiledOperations(PlainOperations):
 
     def whole_mlp(self, prefix: str, hidden: int, ffn: int) -> nn.Cell | None:
         gate_up, down = (prefix + name for name in ("gate_up_proj.weight", "down_proj.weight"))
-        if not self._are_codes(gate_up, down):
+        if self._are_values(gate_up, down):
+            kind: type[Mlp | MlpInt8] = Mlp
+        elif self._are_codes(gate_up, down):
+            kind = MlpInt8
+        else:
             return None
-        return MlpInt8(self.matrix(gate_up, (2 * ffn, hidden)), self.matrix(down, (hidden, ffn)))
+        return kind(self.matrix(gate_up, (2 * ffn, hidden)), self.matrix(down, (hidden, ffn)))
+
+    def whole_attention(self, prefix: str, hidden: int, spec: Attention) -> nn.Cell | None:
+        qkv, o = prefix + "qkv_proj.weight", prefix + "o_proj.weight"
+        if not self._are_values(qkv, o):
+            return None
+        inner = spec.heads * spec.head_dim
+        qkv_matrix = self.matrix(qkv, (inner + 2 * spec.kv_heads * spec.head_dim, hidden))
+        o_matrix = self.matrix(o, (self.local.config.hidden, inner))
+        return AttentionHalf(qkv_matrix, o_matrix, prefix, spec, self.local.config.eps)
+
+    def whole_layer(self, index: int, follower: str) -> nn.Cell | None:
+        """Of one rank's layers without experts: between several ranks, sums are taken in the middle."""
+        local, prefix = self.local, f"model.layers.{index}."
+        own = prefix + "post_attention_layernorm.weight"
+        if not self._is_in_one_piece(index, own, follower):
+            return None
+        spec, hidden, ffn = local.attention(index), local.config.hidden, local.ffn
+        gate_up, down = prefix + "mlp.gate_up_proj.weight", prefix + "mlp.down_proj.weight"
+        if not self._are_values(gate_up, down):
+            return None
+        attention = self.whole_attention(prefix + "self_attn.", hidden, spec)
+        if attention is None:
+            return None
+        matrices = self.matrix(gate_up, (2 * ffn, hidden)), self.matrix(down, (hidden, ffn))
+        return WholeLayer(attention, matrices, (own, follower), hidden)
 
     def whole_heads(self, prefix: str, hidden: int, spec: Attention) -> nn.Cell | None:
         qkv = prefix + "qkv_proj.weight"
@@ -109,14 +125,23 @@ class CompiledOperations(PlainOperations):
         spec, hidden, ffn = local.attention(index), local.config.hidden, local.ffn
         own = prefix + "post_attention_layernorm.weight"
         o, gate_up, down = (f"{prefix}{name}_proj.weight" for name in ("self_attn.o", "mlp.gate_up", "mlp.down"))
-        has_biases = any(name.removesuffix("weight") + "bias" in local.types for name in (own, follower))
-        if local.mesh.tp > 1 or local.config.has_experts(index) or spec.output_bias or has_biases:
-            return None
-        if not self._are_codes(o, gate_up, down):
+        if not self._is_in_one_piece(index, own, follower) or not self._are_codes(o, gate_up, down):
             return None
         shapes = {o: (hidden, spec.heads * spec.head_dim), gate_up: (2 * ffn, hidden), down: (hidden, ffn)}
         matrices = [self.matrix(name, shape) for name, shape in shapes.items()]
         return AfterAttentionInt8(matrices, (own, follower), hidden, local.config.eps)
+
+    def _is_in_one_piece(self, index: int, *norms: str) -> bool:
+        """Whether it has no sum over ranks, no experts, no bias behind its attention or in these norms."""
+        local = self.local
+        has_biases = any(name.removesuffix("weight") + "bias" in local.types for name in norms)
+        parted = local.mesh.tp > 1 or local.config.has_experts(index) or local.attention(index).output_bias
+        return not parted and not has_biases
+
+    def _are_values(self, *matrices: str) -> bool:
+        """Whether each is kept as values, one tensor."""
+        kept = [self.local.kept(name) for name in matrices]
+        return all(k.stored == (MATRIX,) and k.values(self) is None for k in kept)
 
     def _are_codes(self, *matrices: str) -> bool:
         """Whether each is kept as codes whose activations get a scale a token."""

@@ -1,4 +1,4 @@
-"""Compiled kernels of CPU graphs, by what they promise: msconv_runtime/kernels/kernels.cc."""
+"""Compiled kernels of CPU graphs, by what they promise: msconv_runtime/kernels/*.cc."""
 
 from __future__ import annotations
 
@@ -94,6 +94,47 @@ def attend(
         out[first : first + count] = torch.einsum("hts,shd->thd", shares, v)
         first += count
     return out.reshape(len(q), -1)
+
+
+@compiled("Mlp")
+def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return product(swiglu(product(x, gate_up)), down)
+
+
+@compiled("Attention")
+def attention(
+    h: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    factors: Tensor,
+    eps: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    counts: Tensor,
+    o: Tensor,
+) -> Tensor:
+    """Writes this step's keys and values to the caches, in place."""
+    q, k, v = split_heads(product(h, qkv) + bias, q_norm, k_norm, cos, sin, factors, eps)
+    place = slots.long()
+    if place.numel() and (int(place.min()) < 0 or int(place.max()) >= len(k_cache)):
+        raise IndexError(f"slots from {int(place.min())} to {int(place.max())} of {len(k_cache)}")
+    k_cache[place], v_cache[place] = k.to(k_cache.dtype), v.to(v_cache.dtype)
+    return product(attend(q, k_cache, v_cache, tables, contexts, counts), o)
+
+
+@compiled("Layer")
+def layer(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    *of_attention, x, weight, gate_up, down, next_weight = inputs
+    eps = of_attention[8]
+    h, total = add_norm(attention(*of_attention), x, weight, eps)
+    return add_norm(mlp(h, gate_up, down), total, next_weight, eps)
 
 
 @compiled("Experts")

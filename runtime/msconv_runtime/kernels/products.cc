@@ -1,0 +1,128 @@
+// Products of a few rows, bound by memory, and of many, bound by arithmetic.
+#include "products.h"
+
+#include <vector>
+
+#include "activation.h"
+#include "dots.h"
+#include "pool.h"
+
+namespace {
+
+constexpr int64_t FEW_ROWS = 10;  // up to here a weight is multiplied as it lies in memory
+constexpr int64_t DEPTH = 512;    // of a packed panel: 128 KB, which a second-level cache keeps
+constexpr int64_t AT_LEAST = 16;  // columns that a thread takes: as many as a vector has lanes, or a multiple
+
+// How many times 16 columns are worth a thread's while.
+INLINE int64_t least(int64_t depth) { return std::max(int64_t(1), SERIAL / 4 / depth / AT_LEAST); }
+
+template <class W>
+void few_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
+  const auto columns = [&](int64_t begin, int64_t end) {
+    int64_t n = begin;
+    for (; n + 4 <= end; n += 4) {
+      const W* some[4] = {w + n * depth, w + (n + 1) * depth, w + (n + 2) * depth, w + (n + 3) * depth};
+      dots_of<4>(rows, x, depth, some, 4 * depth, y + n, depth, width);
+    }
+    for (; n < end; n++) {
+      const W* one = w + n * depth;
+      dots_of<1>(rows, x, depth, &one, 0, y + n, depth, width);
+    }
+  };
+  guided_for((width + AT_LEAST - 1) / AT_LEAST, least(depth),
+             [&](int64_t begin, int64_t end) { columns(begin * AT_LEAST, std::min(width, end * AT_LEAST)); });
+}
+
+// Gates and ups of the same columns by the same thread, which then has both at hand.
+template <class W>
+void few_rows_swiglu(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t ffn) {
+  const W* ups = w + ffn * depth;
+  const auto columns = [&](int64_t begin, int64_t end) {
+    static thread_local Floats memory;
+    const int64_t count = end - begin;
+    float *gate = memory.reserve(2 * rows * count), *up = gate + rows * count, four[FEW_ROWS * 4];
+    int64_t n = begin;
+    for (; n + 2 <= end; n += 2) {
+      const W* some[4] = {w + n * depth, w + (n + 1) * depth, ups + n * depth, ups + (n + 1) * depth};
+      dots_of<4>(rows, x, depth, some, 2 * depth, four, depth, 4);
+      for (int64_t r = 0; r < rows; r++) {
+        memcpy(gate + r * count + n - begin, four + r * 4, 2 * sizeof(float));
+        memcpy(up + r * count + n - begin, four + r * 4 + 2, 2 * sizeof(float));
+      }
+    }
+    if (n < end) {
+      const W *one = w + n * depth, *other = ups + n * depth;
+      dots_of<1>(rows, x, depth, &one, 0, gate + n - begin, depth, count);
+      dots_of<1>(rows, x, depth, &other, 0, up + n - begin, depth, count);
+    }
+    for (int64_t r = 0; r < rows; r++) swiglu_of(gate + r * count, up + r * count, y + r * ffn + begin, count);
+  };
+  guided_for((ffn + AT_LEAST - 1) / AT_LEAST, least(2 * depth),
+             [&](int64_t begin, int64_t end) { columns(begin * AT_LEAST, std::min(ffn, end * AT_LEAST)); });
+}
+
+template <class W>
+void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
+  const int64_t tiles = (rows + TILE - 1) / TILE;
+  Floats shared(tiles * TILE * depth);
+  float* tiled = shared.reserve(0);  // [parts of depth][tiles][part][TILE]: read in order
+  parallel_for(tiles, SERIAL / depth / TILE, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      for (int64_t k = 0; k < depth; k += DEPTH) {
+        const int64_t deep = std::min(DEPTH, depth - k), count = std::min(TILE, rows - i * TILE);
+        float* to = tiled + (k * tiles + i * deep) * TILE;
+        for (int64_t r = 0; r < count; r++)
+          for (int64_t d = 0; d < deep; d++) to[d * TILE + r] = x[(i * TILE + r) * depth + k + d];
+      }
+  });
+  Pool::one().run((width + COLUMNS - 1) / COLUMNS, [&](int64_t part) {
+    static thread_local Floats memory;
+    const int64_t n = part * COLUMNS, count = std::min(COLUMNS, width - n);
+    float* packed = memory.reserve((DEPTH + rows) * COLUMNS);
+    float* out = count == COLUMNS ? y + n : packed + DEPTH * COLUMNS;
+    const int64_t stride = count == COLUMNS ? width : COLUMNS;
+    for (int64_t k = 0; k < depth; k += DEPTH) {
+      const int64_t deep = std::min(DEPTH, depth - k);
+      const W* columns[COLUMNS];  // past the last: that one again, to be left out
+      for (int64_t j = 0; j < COLUMNS; j++) columns[j] = w + (n + std::min(j, count - 1)) * depth + k;
+      columns_of(columns, deep, packed);
+      for (int64_t i = 0; i < tiles; i++) {
+        const float *from = tiled + (k * tiles + i * deep) * TILE, *a[TILE];
+        for (int64_t r = 0; r < TILE; r++) a[r] = from + r;
+        tile_of(rows - i * TILE, a, TILE, Even{packed, COLUMNS}, deep, out + i * TILE * stride, stride, k > 0);
+      }
+    }
+    if (count < COLUMNS)
+      for (int64_t t = 0; t < rows; t++) memcpy(y + t * width + n, out + t * COLUMNS, count * sizeof(float));
+  });
+}
+
+template <class W>
+void multiply_by(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
+  rows <= FEW_ROWS ? few_rows(x, w, y, rows, depth, width) : many_rows(x, w, y, rows, depth, width);
+}
+
+}  // namespace
+
+void multiply(const float* x, const Weights& w, float* y, int64_t rows) {
+  if (w.is_narrow)
+    multiply_by(x, static_cast<const bf16*>(w.data), y, rows, w.depth, w.width);
+  else
+    multiply_by(x, static_cast<const float*>(w.data), y, rows, w.depth, w.width);
+}
+
+void multiply_swiglu(const float* x, const Weights& w, float* y, int64_t rows) {
+  const int64_t ffn = w.width / 2;
+  if (rows > FEW_ROWS) {
+    Floats memory(rows * w.width);
+    const float* both = memory.reserve(0);
+    multiply(x, w, memory.reserve(0), rows);
+    parallel_for(rows, SERIAL / ffn, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) swiglu(both + r * w.width, y + r * ffn, ffn);
+    });
+  } else if (w.is_narrow) {
+    few_rows_swiglu(x, static_cast<const bf16*>(w.data), y, rows, w.depth, ffn);
+  } else {
+    few_rows_swiglu(x, static_cast<const float*>(w.data), y, rows, w.depth, ffn);
+  }
+}
