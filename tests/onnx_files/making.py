@@ -9,7 +9,8 @@ from typing import Any
 
 from msconv.graph.spec import Fixed
 from msconv.steps.compile import compile_graphs
-from msconv.verify.prove import Proof, prove
+from msconv.verify.prove import prove
+from msconv.verify.result import Proof
 from tests.checkpoints import make_qwen3
 from tests.conversions import convert
 from tests.every import one_of_many

@@ -29,7 +29,7 @@ TARGET, LAYERS = "ascend910b", 6
 # `msconv` as it is, but every model counts as large: what is done is kept
 DRIVER = """
 import sys
-import msconv.verify.prove as proofs
+import msconv.verify.subject as proofs
 proofs.LARGE_BYTES = 0
 from msconv.cli import main
 main()

@@ -15,7 +15,8 @@ from msconv.graph.spec import Local
 from msconv.layout.cuts import Mesh
 from msconv.steps.compile import compile_graphs
 from msconv.steps.conversion import run
-from msconv.verify.prove import Proof, prove
+from msconv.verify.prove import prove
+from msconv.verify.result import Proof
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.roles import DECODE
 from msconv_runtime.targets import target_named

@@ -16,11 +16,12 @@ from msconv.mindir.program import Node, Program
 from msconv.steps.compile import compile_graphs
 from msconv.steps.conversion import run
 from msconv.stream.movers.workers import Done, Handing
-from msconv.verify import prove as proofs
+from msconv.verify import subject as proofs
 from msconv.verify.by_layer.driver import WORK, ByLayer
 from msconv.verify.by_layer.segments import Carried, keep_caches_apart, segments_of
 from msconv.verify.compare import Comparison
-from msconv.verify.prove import DEVIATIONS, EACH_LAYER, Proof, prove
+from msconv.verify.prove import prove
+from msconv.verify.result import DEVIATIONS, EACH_LAYER, Proof
 from msconv_runtime.artifact import STATE_DIR, read_manifest
 from msconv_runtime.errors import ResourceError, UsageError
 from tests.checkpoints import make_qwen3

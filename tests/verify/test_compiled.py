@@ -276,7 +276,7 @@ def test_a_fault_in_the_compiled_graph_is_caught(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     change, place = FAULTS[name]
-    monkeypatch.setattr("msconv.verify.prove.compare", lambda *a, **k: compare(*a, **{**k, "steps": 2}))
+    monkeypatch.setattr("msconv.verify.subject.compare", lambda *a, **k: compare(*a, **{**k, "steps": 2}))
     root = Path(shutil.copytree(sound, tmp_path / "own"))
     edit_graphs(root, "cpu", ("mixed_compiled",), change)
     try:

@@ -20,7 +20,8 @@ from msconv.layout.model import Output, Sizes
 from msconv.layout.rules import Rule
 from msconv.steps.compile import compile_graphs
 from msconv.steps.exporting import entry, made
-from msconv.verify.prove import Proof, prove
+from msconv.verify.prove import prove
+from msconv.verify.result import Proof
 from msconv_runtime import Session
 from msconv_runtime.artifact import Artifact, replace_file
 from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, ROLES

@@ -206,7 +206,7 @@ def verify(root: Path, *options: str) -> dict[str, Any]:
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DECODE_STEPS", "FEW_STEPS"):
-        monkeypatch.setattr(f"msconv.verify.prove.{name}", 1)
+        monkeypatch.setattr(f"msconv.verify.subject.{name}", 1)
 
 
 def test_a_proof_says_what_was_compared_and_how_far_int8_drifts(

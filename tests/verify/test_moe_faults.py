@@ -85,12 +85,12 @@ def own(models: dict[str, Sound], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     import torch
 
     torch.set_num_threads(1)
-    monkeypatch.setattr("msconv.verify.prove.compare", lambda *a, **k: compare(*a, **{**k, "steps": 2}))
+    monkeypatch.setattr("msconv.verify.subject.compare", lambda *a, **k: compare(*a, **{**k, "steps": 2}))
 
     def copy(family: str) -> Path:
         reference = models[family].reference
         monkeypatch.setattr(
-            "msconv.verify.prove.Reference", lambda *a: reference if not a[2] else type(reference.reference)(*a)
+            "msconv.verify.subject.Reference", lambda *a: reference if not a[2] else type(reference.reference)(*a)
         )
         return Path(shutil.copytree(models[family].root, tmp_path / "own"))
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from msconv.steps.compile import compile_graphs
-from msconv.verify import prove as proving
+from msconv.verify import subject as proving
 from msconv.verify.compare import compare
-from msconv.verify.prove import Proof, prove
+from msconv.verify.prove import prove
 from msconv.verify.reference import Reference
+from msconv.verify.result import Proof
 from msconv.verify.scenario import EVERY
 from msconv_runtime import Session
 from msconv_runtime.artifact import read_manifest, write_manifest

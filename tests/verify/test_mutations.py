@@ -77,8 +77,8 @@ def own(sound: Path, reference: Remembered, tmp_path: Path, monkeypatch: pytest.
     import torch
 
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-    monkeypatch.setattr("msconv.verify.prove.Reference", lambda *_: reference)
-    monkeypatch.setattr("msconv.verify.prove.compare", lambda *a, **k: compare(*a, **{**k, "steps": 2}))
+    monkeypatch.setattr("msconv.verify.subject.Reference", lambda *_: reference)
+    monkeypatch.setattr("msconv.verify.subject.compare", lambda *a, **k: compare(*a, **{**k, "steps": 2}))
     return lambda: Path(shutil.copytree(sound, tmp_path / "own"))
 
 

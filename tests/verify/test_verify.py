@@ -13,8 +13,9 @@ import pytest
 
 from msconv.steps.compile import compile_graphs
 from msconv.steps.conversion import run
-from msconv.verify.prove import Proof, prove
+from msconv.verify.prove import prove
 from msconv.verify.reference import source_of
+from msconv.verify.result import Proof
 from msconv_runtime.artifact import digest_bytes, digest_of, read_manifest, write_manifest
 from msconv_runtime.errors import ArtifactError, UsageError, VerificationFailed
 from tests.checkpoints import Bits, read_safetensors, read_tree

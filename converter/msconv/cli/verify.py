@@ -26,7 +26,7 @@ from .result import Result, json_option, show
 
 if TYPE_CHECKING:
     from ..verify.by_layer.driver import ByLayer
-    from ..verify.prove import Proof
+    from ..verify.result import Proof
 
 
 @click.command("verify", cls=Command)

@@ -13,8 +13,8 @@ from msconv_runtime.artifact import Manifest
 
 from ..verify.int8.drift import divergence
 from ..verify.int8.reference import QuantisedReference
-from ..verify.prove import is_int8
 from ..verify.reference import Reference
+from ..verify.subject import is_int8
 from .replay import Row, Rows
 from .scenario import Conversation
 
