@@ -15,7 +15,7 @@ from msconv.cli.command import Command
 from msconv.cli.options import grouped
 from msconv.cli.result import Result, json_option, show
 from msconv.cli.verify import _proven
-from msconv.verify.compare import Comparison
+from msconv.verify.comparison import Comparison
 from msconv.verify.result import Proof
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.units import human_bytes

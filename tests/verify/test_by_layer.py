@@ -19,7 +19,7 @@ from msconv.stream.movers.workers import Done, Handing
 from msconv.verify import subject as proofs
 from msconv.verify.by_layer.driver import WORK, ByLayer
 from msconv.verify.by_layer.segments import Carried, keep_caches_apart, segments_of
-from msconv.verify.compare import Comparison
+from msconv.verify.comparison import Comparison
 from msconv.verify.prove import prove
 from msconv.verify.result import DEVIATIONS, EACH_LAYER, Proof
 from msconv_runtime.artifact import STATE_DIR, read_manifest

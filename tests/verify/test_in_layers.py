@@ -15,7 +15,8 @@ from msconv.mindir.program import Node, Program
 from msconv.steps.compile import compile_graphs
 from msconv.steps.conversion import run
 from msconv.verify import lockstep, prove
-from msconv.verify.compare import Comparison, compare
+from msconv.verify.compare import compare
+from msconv.verify.comparison import Comparison
 from msconv.verify.kept import JOURNAL, Kept, keeping
 from msconv.verify.lockstep import Lockstep
 from msconv.verify.reference import Reference

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msconv.families.config import Moe
-from msconv.verify.compare import Comparison, compare
+from msconv.verify.compare import compare
+from msconv.verify.comparison import Comparison
 from msconv.verify.reference import ROUTER_TIE, Logits, Trace
 from msconv.verify.routing import closeness
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from msconv_runtime.errors import VerificationFailed
 
-from ..verify.compare import FLOAT32_BOUND, half_precision_bound
+from ..verify.comparison import FLOAT32_BOUND, half_precision_bound
 from ..verify.int8.run import free_kl
 from .answers import Answers, Expected, make_reference
 from .loading import device_problems, loading_problems

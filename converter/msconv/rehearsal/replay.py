@@ -14,7 +14,7 @@ from msconv_runtime.artifact import Artifact
 from msconv_runtime.roles import ROLES
 from msconv_runtime.targets import Target
 
-from ..verify.compare import culprit, largest_error
+from ..verify.comparison import culprit, largest_error
 from .calls import batch_of, call_problems
 from .protocol import HIDDEN
 from .records import Call, Rank

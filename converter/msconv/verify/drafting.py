@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Role
 
-from .compare import REDRAWS, Comparison
+from .compare import REDRAWS
+from .comparison import Comparison
 from .draft_reference import DraftReference, DraftTrace
 from .scenario import Lengths
 from .telling import Tell, quietly

@@ -21,7 +21,7 @@ from msconv_runtime.paging import Batch, Sequences
 from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Role
 
 from ..families import DecoderConfig
-from .compare import FLOAT32_BOUND, Comparison, largest_error
+from .comparison import FLOAT32_BOUND, Comparison, largest_error
 from .eagle3 import Eagle3Reference, States
 from .scenario import Lengths
 from .telling import Tell, quietly

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,13 +12,11 @@ import torch
 from msconv_runtime.roles import HIDDEN, LOGITS
 
 from ..mindir.interpreter import Execution
+from .comparison import Comparison
 from .kept import Kept
+from .reference import Trace
 from .scenario import Call, Seen
 from .together import Piece
-
-if TYPE_CHECKING:
-    from .compare import Comparison
-    from .reference import Trace
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from msconv_runtime.artifact import Artifact, Verified
 from msconv_runtime.targets import Target
 
 from ..workspace.lock import exclusive
-from .compare import Comparison
+from .comparison import Comparison
 
 if TYPE_CHECKING:
     from .int8.drift import Drift

@@ -25,7 +25,8 @@ from ..quant import formats_named
 from .by_layer.driver import ByLayer, JudgeByLayer
 from .by_layer.prover import cut
 from .candidates import candidate_of, drafting_of, runs_here
-from .compare import Comparison, Further, compare, half_precision_bound
+from .compare import Further, compare
+from .comparison import Comparison, half_precision_bound
 from .drafting import compare_drafts
 from .kept import NOTHING, Kept, code_digest, keeping
 from .layers import judge_in_layers

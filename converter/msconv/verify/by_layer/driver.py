@@ -20,7 +20,7 @@ from ...stream.movers.workers import Batch, Cluster, Crew, Handing, Words
 from ...stream.source import FileState
 from ...workspace.disk import disk_error
 from ...workspace.lock import exclusive
-from ..compare import Comparison
+from ..comparison import Comparison
 from ..kept import Kept
 from ..layers import InLayers
 from ..lockstep import Lockstep

@@ -22,7 +22,7 @@ from msconv_runtime.roles import ROLES
 from ...mindir.interpreter import Execution
 from ...stream.movers.node import Doing, Job
 from ...stream.task import Unit
-from ..compare import Comparison, culprit
+from ..comparison import Comparison, culprit
 from ..layers import add_piece
 from ..lockstep import Lockstep
 from ..reference import Trace

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..compare import Comparison
+from ..comparison import Comparison
 from ..draft_reference import DraftReference
 from ..drafting import Case, judge, run
 from ..lockstep import Lockstep

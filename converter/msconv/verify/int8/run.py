@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..compare import FLOAT32_BOUND, Comparison, closest_judged, draw, largest_error
+from ..compare import closest_judged, draw
+from ..comparison import FLOAT32_BOUND, Comparison, largest_error
 from ..drafting import Drafting, case_of, diverging
 from ..lockstep import Lockstep
 from ..reference import Trace
