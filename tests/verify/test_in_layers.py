@@ -14,11 +14,12 @@ import pytest
 from msconv.mindir.program import Node, Program
 from msconv.steps.compile import compile_graphs
 from msconv.steps.conversion import run
-from msconv.verify import lockstep, prove
+from msconv.verify import lockstep, subject
 from msconv.verify.compare import compare
 from msconv.verify.comparison import Comparison
 from msconv.verify.kept import JOURNAL, Kept, keeping
 from msconv.verify.lockstep import Lockstep
+from msconv.verify.prove import prove
 from msconv.verify.reference import Reference
 from msconv.verify.scenario import Lengths, calls_of, play
 from msconv.verify.together import keep_caches_apart, layer_ends
@@ -191,24 +192,24 @@ def test_a_large_proof_keeps_what_it_does_and_says_that_it_resumed(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("msconv.verify.kept.INTERVAL_S", 0.0)
-    monkeypatch.setattr(prove, "LARGE_BYTES", 0)
+    monkeypatch.setattr(subject, "LARGE_BYTES", 0)
     monkeypatch.setattr(lockstep, "KEEP_BYTES", 0)
     monkeypatch.setattr(lockstep, "Lockstep", EndsAt)
     with pytest.raises(Killed):
-        prove.prove(root, TARGET, None)
+        prove(root, TARGET, None)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(prove, "LARGE_BYTES", 0)
-    proof = prove.prove(root, TARGET, None)
+    monkeypatch.setattr(subject, "LARGE_BYTES", 0)
+    proof = prove(root, TARGET, None)
     assert proof.ok and proof.is_resumed and proof.seconds_per_gb is None
     assert not list(tmp_path.rglob("*.safetensors"))
-    again = prove.prove(root, TARGET, None, max_memory=4 << 30)
+    again = prove(root, TARGET, None, max_memory=4 << 30)
     assert again.ok and not again.is_resumed and again.seconds_per_gb
     assert numbers(again.comparison) == numbers(proof.comparison)
 
 
 def test_a_ceiling_that_cannot_hold_is_refused_with_numbers(root: Path) -> None:
     with pytest.raises(ResourceError, match=r"--max-memory 1,000,000 bytes is too little: .*KiB") as caught:
-        prove.prove(root, TARGET, None, max_memory=1_000_000)
+        prove(root, TARGET, None, max_memory=1_000_000)
     assert caught.value.hint.startswith("Try --max-memory ")
-    assert prove.prove(root, TARGET, None, max_memory=int(re.findall(r"(\d+)M", caught.value.hint)[0]) << 20).ok
+    assert prove(root, TARGET, None, max_memory=int(re.findall(r"(\d+)M", caught.value.hint)[0]) << 20).ok
