@@ -30,7 +30,7 @@ BOUND = 1e-3  # of a log likelihood: a sum of some tokens', each of which may di
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.e2e,
-    pytest.mark.timeout(400),  # 60 s where nothing else runs; a server may take 240 s to start
+    pytest.mark.timeout(600),  # 80 s where nothing else runs; a server may take 240 s to start
     pytest.mark.skipif(not PYTHON.exists(), reason="needs a third environment: `make eval` makes it"),
 ]
 
