@@ -77,6 +77,8 @@ def server(
     kind, tp = layout
     artifact = artifacts(tp)
     flags = ["--chunked-prefill-size", str(CHUNK)]
+    if tp > 1:  # else SGLang takes what both ranks have imported for weights, where little memory is free
+        flags += ["--mem-fraction-static", "0.8"]
     if kind in TOPK:
         draft = make_artifact(request.getfixturevalue("draft_checkpoint"), artifact.with_name("draft"), tp)
         flags += ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path", str(draft)]
