@@ -35,6 +35,7 @@ NOT_IN_THE_BASE = {  # by package: the extra that has it, or what else brings it
     "model_signing": "sign",
     "OpenSSL": "sign",
     "fsspec": "storage",
+    "onnx": "onnx",
     "sglang": "installed apart",
 }
 HUB = {"huggingface_hub"}
