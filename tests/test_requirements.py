@@ -25,7 +25,7 @@ def program() -> ModuleType:
 def test_every_package_has_a_version_and_hashes(path: Path) -> None:
     text = path.read_text()
     found = program().pins(text)
-    assert found and [pin for pin, hashes in found.items() if not hashes] == []
+    assert found and [pin for pin, hashes in found.items() if not hashes] == [], "`make hashes` writes them"
     packages = [line for line in text.splitlines() if re.match(r"[A-Za-z0-9]", line)]
     assert len(packages) == len(found), "a package without a version, or one that is there twice"
 

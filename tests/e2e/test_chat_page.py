@@ -183,6 +183,9 @@ def test_the_page_can_be_read_in_any_light_on_any_screen(
     until(lambda: "tokens in" in speed(browser))
     (tmp_path / "page.png").write_bytes(browser.screenshot())
     assert browser.run("return document.documentElement.scrollWidth") <= width
+    top = "document.getElementById('{}').getBoundingClientRect().top"
+    apart = browser.run(f"return {top.format('model')} - {top.format('anew')}")
+    assert abs(apart) < 20, "the name and the button share a line"
     texts = browser.texts()
     assert len(texts) > 8
     assert [(t, contrast(ink, paper)) for t, ink, paper in texts if contrast(ink, paper) < 4.5] == []

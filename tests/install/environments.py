@@ -18,6 +18,22 @@ HERE = Path(__file__).parent
 PIP = ("-m", "pip", "--disable-pip-version-check")
 WHEEL = (*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation")
 
+NOT_IN_THE_BASE = {  # by package: the extra that has it, or what else brings it
+    "mindspore": "compile",
+    "google": "compile",
+    "numba": "fast",
+    "torch": "verify",
+    "transformers": "verify",
+    "safetensors": "verify",
+    "cryptography": "sign",
+    "model_signing": "sign",
+    "OpenSSL": "sign",
+    "fsspec": "storage",
+    "onnx": "onnx",
+    "sglang": "installed apart",
+    "vllm": "installed apart",
+}
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -86,17 +102,7 @@ def build_wheel(directory: Path) -> Path:
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=unwanted)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [
-        sys.executable,
-        *PIP,
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        directory,
-        source,
-    ]
+    command = [sys.executable, *WHEEL, "-w", directory, source]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (wheel,) = directory.glob("*.whl")

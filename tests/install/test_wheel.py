@@ -15,7 +15,7 @@ import pytest
 from msconv_runtime.sglang.environment import TRIED
 from tests.checkpoints import make_qwen3
 from tests.hub.server import Hub
-from tests.install.environments import HERE, Environment, build_wheel, environment, interpreter
+from tests.install.environments import HERE, NOT_IN_THE_BASE, Environment, build_wheel, environment, interpreter
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,19 +24,6 @@ pytestmark = [
     pytest.mark.skipif(not os.environ.get("MSCONV_INSTALL"), reason="makes environments: `make test-install`"),
 ]
 
-NOT_IN_THE_BASE = {  # by package: the extra that has it, or what else brings it
-    "mindspore": "compile",
-    "google": "compile",
-    "numba": "fast",
-    "torch": "verify",
-    "transformers": "verify",
-    "safetensors": "verify",
-    "cryptography": "sign",
-    "model_signing": "sign",
-    "OpenSSL": "sign",
-    "fsspec": "storage",
-    "sglang": "installed apart",
-}
 HUB = {"huggingface_hub"}
 
 

@@ -18,6 +18,11 @@ function element(tag, className, text) {
   return made;
 }
 
+// 2.3e-5 with a hyphen at which no line breaks.
+function power(value, digits) {
+  return value.toExponential(digits).replace('-', '\u2011');
+}
+
 // What the server is, and what has been proved of it.
 async function introduce() {
   const proof = await fetch('msconv/proof', {headers: headers()}).then(r => r.ok ? r.json() : null).catch(() => null);
@@ -32,7 +37,7 @@ async function introduce() {
   const device = proof.run_on_device ? '' : '; never run on a device before';
   at('proof').textContent = found
     ? `${proof.target}: proven against transformers${who}, largest logit error ` +
-      `${found.max_abs_logit_error.toExponential(1)} (bound ${found.bound.toExponential(0)})${device}`
+      `${power(found.max_abs_logit_error, 1)} (bound ${power(found.bound, 0)})${device}`
     : `${proof.target}: UNPROVEN${device}`;
 }
 
