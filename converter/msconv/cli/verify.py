@@ -175,9 +175,10 @@ def _failure(root: Path, proof: Proof) -> VerificationFailed:
         )
     if c.deviation_sum >= c.bound and not proof.place and c.max_abs_logit_error < c.bound:
         return VerificationFailed(
-            f"{root}: not proven for {proof.target} layer by layer: each of {len(c.own_deviations)} layers agrees, "
-            f"but their deviations add up to {c.deviation_sum:.1e} (bound {c.bound:.0e}).",
-            "In a very deep model rounding alone may do that: verify without --ray, which sees what errors come to.",
+            f"{root}: not proven for {proof.target} layer by layer: each of {len(c.own_deviations)} layers "
+            f"agrees, but their deviations add up to {c.deviation_sum:.1e} (bound {c.bound:.0e}).",
+            "In a very deep model rounding alone may do that: verify without --ray, which sees what errors come "
+            "to.",
         )
     names = ", ".join((proof.missing + proof.unused)[:5])
     return VerificationFailed(
