@@ -130,8 +130,8 @@ class Nodes:
         deadline = time.monotonic() + 600
         while True:
             self.working = [node for node in self.working if node.poll() is None]  # Ray gives up on a busy machine
-            while len(self.working) < count:
-                self.add()
+            if len(self.working) < count:
+                self.add()  # one at a time: a busy machine starts few within Ray's patience
             if (found := self.count()) == count:
                 return
             assert time.monotonic() < deadline, f"{found} nodes instead of {count}"

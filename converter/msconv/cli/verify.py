@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,12 +175,18 @@ def _failure(root: Path, proof: Proof) -> VerificationFailed:
             "A router whose scores tie so often is most likely damaged: two of its rows may be the same.",
         )
     names = ", ".join((proof.missing + proof.unused)[:5])
+    if not names and c.deviation_sum >= c.bound and replace(c, own_deviations={}).ok:
+        return VerificationFailed(
+            f"{root}: not proven for {proof.target} layer by layer: each of {len(c.own_deviations)} layers "
+            f"agrees, but their deviations add up to {c.deviation_sum:.1e} (bound {c.bound:.0e}).",
+            "In a very deep model rounding alone may do that: verify without --ray, which sees what errors come "
+            "to.",
+        )
     return VerificationFailed(
         f"{root}: not proven for {proof.target}: largest logit error {c.max_abs_logit_error:.3e} "
         f"(bound {c.bound:.0e}) at {c.worst or 'no row'}; argmax agrees in {c.argmax_agreement:.2%}"
         + (f"; first apart: {proof.place}" if proof.place else "")
         + _of_int8(proof)
-        + (f"; the layers' own deviations add up to {c.deviation_sum:.1e}" if c.deviation_sum >= c.bound else "")
         + (f"; ranks differ by {c.apart:.1e} where they must agree" if c.apart >= c.bound else "")
         + (f"; tensors missing or unused: {names}" if names else "")
         + ".",
