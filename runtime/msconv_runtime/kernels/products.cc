@@ -13,8 +13,14 @@ constexpr int64_t FEW_ROWS = 10;  // up to here a weight is multiplied as it lie
 constexpr int64_t DEPTH = 512;    // of a packed panel: 128 KB, which a second-level cache keeps
 constexpr int64_t AT_LEAST = 16;  // columns that a thread takes: as many as a vector has lanes, or a multiple
 
-// How many times 16 columns are worth a thread's while.
-INLINE int64_t least(int64_t depth) { return std::max(int64_t(1), SERIAL / 4 / depth / AT_LEAST); }
+// columns(begin, end) over [0, width), by all threads where there is enough to read: `depth` elements a column.
+template <class F>
+void share_columns(int64_t width, int64_t depth, const F& columns) {
+  if (width * depth < 8 * SERIAL) return columns(int64_t(0), width);
+  const int64_t least = std::max(int64_t(1), SERIAL / 4 / depth / AT_LEAST);
+  guided_for((width + AT_LEAST - 1) / AT_LEAST, least,
+             [&](int64_t begin, int64_t end) { columns(begin * AT_LEAST, std::min(width, end * AT_LEAST)); });
+}
 
 template <class W>
 void few_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
@@ -29,8 +35,7 @@ void few_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth,
       dots_of<1>(rows, x, depth, &one, 0, y + n, depth, width);
     }
   };
-  guided_for((width + AT_LEAST - 1) / AT_LEAST, least(depth),
-             [&](int64_t begin, int64_t end) { columns(begin * AT_LEAST, std::min(width, end * AT_LEAST)); });
+  share_columns(width, depth, columns);
 }
 
 // Gates and ups of the same columns by the same thread, which then has both at hand.
@@ -57,8 +62,7 @@ void few_rows_swiglu(const float* x, const W* w, float* y, int64_t rows, int64_t
     }
     for (int64_t r = 0; r < rows; r++) swiglu_of(gate + r * count, up + r * count, y + r * ffn + begin, count);
   };
-  guided_for((ffn + AT_LEAST - 1) / AT_LEAST, least(2 * depth),
-             [&](int64_t begin, int64_t end) { columns(begin * AT_LEAST, std::min(ffn, end * AT_LEAST)); });
+  share_columns(ffn, 2 * depth, columns);
 }
 
 template <class W>
