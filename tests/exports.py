@@ -61,6 +61,7 @@ INT8 = {  # how matrices are kept, and whether norms have biases
     "qwen3 int8": ("static", True),
     "qwen3 unshifted int8": ("dynamic", False),
     "qwen3_moe int8": ("dynamic", True),
+    "deepseek_v3 dynamic int8": ("dynamic", True),
     "deepseek_v3 int8": ("mixed", True),
 }
 MODELS |= {name: MODELS[name.partition(" ")[0]] for name in INT8}

@@ -17,7 +17,14 @@ from msgspec.structs import replace
 from msconv_runtime.artifact import Graph, digest_bytes
 from msconv_runtime.errors import ArtifactError
 from msconv_runtime.mindir_check import check_mindir, kind_of, refusal
-from msconv_runtime.mindir_check.allowed import ALLOWED, GRAPH_ATTRIBUTES, KERNELS, LIBRARY, OF_MINDSPORE_28
+from msconv_runtime.mindir_check.allowed import (
+    ALLOWED,
+    GRAPH_ATTRIBUTES,
+    KERNELS,
+    LIBRARY,
+    OF_EARLIER_VERSIONS,
+    OF_MINDSPORE_28,
+)
 from msconv_runtime.targets import MINDIR, TARGETS
 from tests.every import EVERY
 from tests.exports import INT8, MODELS, exported
@@ -28,7 +35,8 @@ SEED = 20261128
 FORGED, DAMAGED = 1400, 1000
 SECONDS = 30
 UNSHIFTED = "qwen3 unshifted int8"
-AT_ONCE = ("qwen3", UNSHIFTED)  # on one rank, kernels compute all or most of a layer at once
+AT_ONCE = ("qwen3", UNSHIFTED)  # on one rank, kernels compute all of a layer at once
+FOR_KERNELS = (UNSHIFTED, "deepseek_v3 dynamic int8")  # other graphs have nothing in them that others do not
 REFUSED = "is not a graph that msconv makes, and was not loaded: "
 
 
@@ -39,7 +47,7 @@ def graphs(every: bool) -> Iterator[tuple[bytes, Graph, int]]:
     targets = [t for t in TARGETS.values() if t.form is MINDIR]
     for name, target in itertools.product(MODELS, targets):
         for role, variant in target.graphs:
-            if name == UNSHIFTED and variant != "compiled":
+            if name in FOR_KERNELS and variant != "compiled":
                 continue
             tp, ep = next(layouts) if name != UNSHIFTED else (1, 1)
             tp, ep = (1, 1) if name in AT_ONCE and variant == "compiled" else (tp, ep)
@@ -67,10 +75,21 @@ def test_every_exported_graph_passes_and_the_list_holds_nothing_else() -> None:
             sets.add((title, names))
         named |= {a.name for a in found.graph.attribute}
     older = {(kind, name) for kind, names in OF_MINDSPORE_28.items() for name in names.split()}
+    older |= {("compiled", f"{LIBRARY}:{name}") for name in OF_EARLIER_VERSIONS}
     assert used == {(kind, name) for kind, table in ALLOWED.items() for name in table} - older
     assert named == set(GRAPH_ATTRIBUTES)
     everything = {name: p for table in ALLOWED.values() for name, p in table.items()}
-    assert sets == {(n, tuple(sorted(a))) for n, p in everything.items() for a in p.attributes}
+    written = {n: p for n, p in everything.items() if n.rpartition(":")[2] not in OF_EARLIER_VERSIONS}
+    assert sets == {(n, tuple(sorted(a))) for n, p in written.items() for a in p.attributes}
+
+
+def test_a_deep_models_graph_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a layer is one node, all weights are loaded before the first."""
+    for name in AT_ONCE:
+        monkeypatch.setitem(MODELS, f"{name} deep", MODELS[name] | {"num_hidden_layers": 48})
+        if name in INT8:
+            monkeypatch.setitem(INT8, f"{name} deep", INT8[name])
+        assert refusal(*exported(f"{name} deep", "cpu", "mixed", "compiled"), 1) == ""
 
 
 def test_the_kernels_are_those_of_the_library() -> None:

@@ -144,7 +144,7 @@ def test_products_of_int8_bit_for_bit(rows: int, depth: int, width: int) -> None
 def test_mlp_and_experts_of_int8() -> None:
     """Gates are so large that silu of one is itself, in whatever way it is computed: codes are the same."""
     examples = check.examples(np.random.default_rng(0))
-    for name in ("AfterAttentionInt8", "ExpertsInt8", "HeadsInt8", "MlpInt8"):
+    for name in ("AfterAttentionInt8", "AttentionInt8", "ExpertsInt8", "HeadsInt8", "LayerInt8", "MlpInt8"):
         same(name, *examples[name][0])
 
 

@@ -43,36 +43,29 @@ class ProjectedHeads(nn.Cell):
 
 
 class HeadsAttention(nn.Cell):
-    """Heads, cache write, attention; the output projection too if it `projects`.  `inner`: the width of what goes
-    in, 0 for that of what comes out."""
+    """Heads, cache write, attention, output projection.  `inner`: the width of what goes in, 0 for that of what
+    comes out."""
 
-    def __init__(
-        self, ops: Operations, local: Local, prefix: str, spec: Attention, projects: bool, inner: int = 0
-    ) -> None:
+    def __init__(self, ops: Operations, local: Local, prefix: str, spec: Attention, inner: int = 0) -> None:
         super().__init__()
         hidden = local.config.hidden
-        self.projects = projects
-        whole = ops.whole_attention(prefix, inner or hidden, spec) if projects else None
+        self.reduce = ops.all_reduce(prefix + "o_proj.bias" if spec.output_bias else "", hidden)
+        whole = ops.whole_attention(prefix, inner or hidden, spec)
         self.has_parts = whole is None
         if whole is not None:
             self.whole = whole
-            self.reduce = ops.all_reduce(prefix + "o_proj.bias" if spec.output_bias else "", hidden)
             return
-        heads = ops.whole_heads(prefix, inner or hidden, spec)
-        self.heads = heads or ProjectedHeads(ops, inner or hidden, prefix, spec)
+        self.heads = ProjectedHeads(ops, inner or hidden, prefix, spec)
         self.write = ops.write_kv()
         self.attend = ops.attend(spec)
-        if projects:
-            self.o_proj = ops.linear(prefix + "o_proj", hidden, spec.heads * spec.head_dim, False)
-            self.reduce = ops.all_reduce(prefix + "o_proj.bias" if spec.output_bias else "", hidden)
+        self.o_proj = ops.linear(prefix + "o_proj", hidden, spec.heads * spec.head_dim, False)
 
     def construct(self, h: Any, step: Any, caches: Any) -> Any:
         if not self.has_parts:
             return self.reduce(self.whole(h, step, caches))
         q, k, v = self.heads(h, step)
         k_cache, v_cache = self.write(k, v, caches[0], caches[1], step)
-        mixed = self.attend(q, k, v, k_cache, v_cache, step)
-        return self.reduce(self.o_proj(mixed)) if self.projects else mixed
+        return self.reduce(self.o_proj(self.attend(q, k, v, k_cache, v_cache, step)))
 
 
 class LatentAttention(nn.Cell):
@@ -170,15 +163,10 @@ class Layer(nn.Cell):
         if whole is not None:
             self.whole = whole
             return
-        rest = ops.whole_rest(index, follower + ".weight") if spec.kind == "heads" else None
         if spec.kind == "heads":
-            self.attention = HeadsAttention(ops, local, prefix + "self_attn.", spec, rest is None)
+            self.attention = HeadsAttention(ops, local, prefix + "self_attn.", spec)
         else:
             self.attention = LatentAttention(ops, local, prefix + "self_attn.", spec)
-        self.has_parts = rest is None
-        if rest is not None:
-            self.rest = rest
-            return
         self.after_attention = add_norm(ops, prefix + "post_attention_layernorm.weight", c.hidden)
         self.mlp = (MoeMlp if c.has_experts(index) else DenseMlp)(ops, local, prefix + "mlp.")
         self.after_mlp = add_norm(ops, follower + ".weight", c.hidden)
@@ -186,8 +174,6 @@ class Layer(nn.Cell):
     def construct(self, h: Any, x: Any, step: Any, caches: Any) -> Any:
         if self.is_whole:
             return self.whole(h, x, step, caches)
-        if not self.has_parts:
-            return self.rest(self.attention(h, step, caches), x)
         h, x = self.after_attention(self.attention(h, step, caches), x)
         return self.after_mlp(self.mlp(h), x)
 

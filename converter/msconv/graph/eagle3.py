@@ -70,7 +70,7 @@ class Eagle3(nn.Cell):
         self.streams = Streams(ops, local)
         self.input_norm = norm(ops, LAYER + "input_layernorm.weight", c.hidden, c.eps)
         self.hidden_norm = norm(ops, LAYER + "hidden_norm.weight", c.hidden, c.eps)
-        self.attention = HeadsAttention(ops, local, LAYER + "self_attn.", spec, True, inner=2 * c.hidden)
+        self.attention = HeadsAttention(ops, local, LAYER + "self_attn.", spec, inner=2 * c.hidden)
         self.after_attention = add_norm(ops, LAYER + "post_attention_layernorm.weight", c.hidden)
         self.mlp = mlp(ops, c.hidden, local.ffn, LAYER + "mlp.")
         self.reduce = ops.all_reduce("", c.hidden)

@@ -213,10 +213,6 @@ class Operations(ABC):
         kept as these are; None: it is made of its parts."""
         return None
 
-    def whole_heads(self, prefix: str, hidden: int, spec: Attention) -> nn.Cell | None:
-        """(h [T, hidden], step) -> what `split_heads` makes of qkv(h), where a target has one operation for it."""
-        return None
-
     def whole_attention(self, prefix: str, hidden: int, spec: Attention) -> nn.Cell | None:
         """(h [T, hidden], step, caches of the layer) -> [T, hidden of the model]: heads, cache write, attention
         and the output projection, this rank's share of its sum, where a target has one operation for it."""
@@ -225,11 +221,6 @@ class Operations(ABC):
     def whole_layer(self, index: int, follower: str) -> nn.Cell | None:
         """(h, x, step, caches of the layer) -> (h, x): a layer, and the norm named `follower`, where a target has
         one operation for it."""
-        return None
-
-    def whole_rest(self, index: int, follower: str) -> nn.Cell | None:
-        """(mixed [T, H*D], x) -> (h, x): all of a layer behind its attention, and the norm named `follower`, where
-        a target has one operation for it."""
         return None
 
     @abstractmethod

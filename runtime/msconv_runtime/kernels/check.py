@@ -16,7 +16,14 @@ Array = NDArray[Any]
 Examples = dict[str, tuple[list[Array], list[Array]]]
 TOLERANCE = 1e-4
 TYPES = {"float32": b"float32", "int32": b"int32", "int8": b"int8", "uint16": b"bfloat16"}
-EXACT = ("ProductInt8", "ProductInt8Static", "MlpInt8", "AfterAttentionInt8")  # the same bits on every machine
+EXACT = (
+    "ProductInt8",
+    "ProductInt8Static",
+    "MlpInt8",
+    "AfterAttentionInt8",
+    "AttentionInt8",
+    "LayerInt8",
+)  # the same bits on every machine
 
 
 def call(library: Path, name: str, inputs: Sequence[Array], *shapes: tuple[int, ...]) -> list[Array]:
@@ -204,7 +211,18 @@ def examples_of_whole_layers(rng: np.random.Generator, x: Array, mlp: list[Array
     gate_up, scale, *down = mlp
     inputs = [normal(tokens, depth), x, *o, rng.uniform(0.5, 1, width).astype(np.float32)]
     inputs += [gate_up, scale * np.float32(2.0**22), *down, normal(width), eps]
-    return found | {"AfterAttentionInt8": (inputs, list(after_attention_int8(*inputs)))}
+    found["AfterAttentionInt8"] = (inputs, list(after_attention_int8(*inputs)))
+    # a token that sees itself alone mixes nothing, to the last bit
+    heads, slots, one = 4, rng.permutation(tokens).astype(np.int32), np.ones(tokens, np.int32)
+    qkv, o = matrix((heads + 2 * kv_heads) * dim, width), matrix(width, heads * dim)
+    o[1] /= np.float32(64)
+    of_heads = [x, *qkv, normal(len(qkv[0])), normal(dim), normal(dim), normal(tokens, dim), normal(tokens, dim)]
+    of_heads += [normal(heads + kv_heads), eps, *(normal(tokens, 1, kv_heads, dim) for _ in range(2))]
+    of_attention = [*of_heads, slots, slots[:, None], one, one, *o]
+    norms = [rng.uniform(0.5, 1, width).astype(np.float32), normal(width)]
+    whole = [*of_attention, x, norms[0], gate_up, scale * np.float32(2.0**22), *down, norms[1]]
+    found["AttentionInt8"] = (of_attention, [attention_int8(*of_attention)])
+    return found | {"LayerInt8": (whole, list(layer_int8(*whole)))}
 
 
 def narrow(x: Array) -> Array:
@@ -263,12 +281,32 @@ def mlp_of_values(x: Array, gate_up: Array, down: Array) -> Array:
 
 def attention(h: Array, qkv: Array, bias: Array, *rest: Array) -> Array:
     """[T, width].  Leaves the caches as they are."""
-    *of_heads, k_cache, v_cache, slots, tables, contexts, counts, o = rest
-    q, k, v = split_heads(h @ upcast(qkv).T + bias, *of_heads)
+    *of_mixed, o = rest
+    y: Array = mixed_heads(h @ upcast(qkv).T + bias, *of_mixed) @ upcast(o).T
+    return y
+
+
+def mixed_heads(qkv: Array, *rest: Array) -> Array:
+    """[T, H*D].  Leaves the caches as they are."""
+    *of_heads, k_cache, v_cache, slots, tables, contexts, counts = rest
+    q, k, v = split_heads(qkv, *of_heads)
     caches = [k_cache.copy(), v_cache.copy()]
     caches[0][slots], caches[1][slots] = k, v
-    mixed: Array = attend(q, caches, tables, contexts, counts) @ upcast(o).T
-    return mixed
+    return attend(q, caches, tables, contexts, counts)
+
+
+def attention_int8(h: Array, qkv: Array, scale: Array, bias: Array, *rest: Array) -> Array:
+    *of_mixed, o, o_scale = rest
+    return product_int8(mixed_heads(product_int8(h, qkv, scale) + bias, *of_mixed), o, o_scale)
+
+
+def layer_int8(*inputs: Array) -> tuple[Array, Array]:
+    """h and total, [T, width]."""
+    *of_attention, x, weight, gate_up, gate_up_scale, down, down_scale, next_weight = inputs
+    eps = of_attention[9]
+    total = attention_int8(*of_attention) + x
+    total = mlp_int8(norm(total, eps) * weight, gate_up, gate_up_scale, down, down_scale) + total
+    return norm(total, eps) * next_weight, total
 
 
 def layer(*inputs: Array) -> tuple[Array, Array]:

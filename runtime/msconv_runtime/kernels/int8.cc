@@ -5,6 +5,7 @@
 #include "activation.h"
 #include "codes.h"
 #include "experts.h"
+#include "halves.h"
 #include "norms.h"
 #include "operation.h"
 #include "pool.h"
@@ -272,6 +273,7 @@ bool is_depth(int64_t depth) { return 1 <= depth && depth <= MOST_DEPTH; }
 
 // Arguments `at`, codes [width, depth], and at + 1, scales [width, 1].
 struct Matrix {
+  static constexpr int COUNT = 2;
   int64_t width = 0, depth = 0;
   const int8_t* codes = nullptr;
   const float* scale = nullptr;
@@ -289,23 +291,19 @@ void multiply_tokens(const float* x, Codes& to, const Matrix& by, float* y) {
   multiply_codes(to, by.codes, by.width, ByToken{to, by.scale, y, by.width});
 }
 
-// Arguments from `at` on: gate_up and its scales, down and its scales.
-struct Mlp {
-  Matrix gate_up, down;
+void multiply(const float* x, const Matrix& by, float* y, int64_t rows) {
+  Codes codes(rows, by.depth);
+  multiply_tokens(x, codes, by, y);
+}
 
-  Mlp(const Arguments& a, int at) : gate_up(a, at), down(a, at + 2) {}
-  bool fits(int64_t depth) const {
-    return gate_up.fits(depth) && gate_up.width % 2 == 0 && down.fits(gate_up.width / 2);
-  }
-  void run(const float* x, int64_t rows, float* y) const {
-    Codes in(rows, gate_up.depth), act(rows, down.depth);
-    Floats memory(rows * gate_up.width);
-    float* mid = memory.reserve(0);
-    multiply_tokens(x, in, gate_up, mid);
-    encode_activations(mid, gate_up.width, act);
-    multiply_codes(act, down.codes, down.width, ByToken{act, down.scale, y, down.width});
-  }
-};
+void multiply_twice(const float* x, const Matrix& gate_up, const Matrix& down, float* y, int64_t rows) {
+  Codes in(rows, gate_up.depth), act(rows, down.depth);
+  Floats memory(rows * gate_up.width);
+  float* mid = memory.reserve(0);
+  multiply_tokens(x, in, gate_up, mid);
+  encode_activations(mid, gate_up.width, act);
+  multiply_codes(act, down.codes, down.width, ByToken{act, down.scale, y, down.width});
+}
 
 }  // namespace
 
@@ -341,7 +339,7 @@ SHAPE(ProductInt8Static) { return {SIZE(0, 0), SIZE(1, 0)}; }
 // x [T, depth], gate_up [2*ffn, depth] int8, gate_up_scale [2*ffn, 1], down [width, ffn] int8, down_scale [width, 1]
 // -> [T, width]: both products and what is between them, for one node of a graph costs more than its little work.
 OPERATION(MlpInt8) {
-  const Mlp mlp(a, 1);
+  const MlpHalf<Matrix> mlp(a, 1);
   if (!a.has(0, "float32", {ANY, ANY}) || !mlp.fits(a.size(0, 1))) return WRONG_SHAPE;
   if (!a.has(5, "float32", {a.size(0, 0), mlp.down.width})) return WRONG_SHAPE;
   mlp.run(a.at<float>(0), a.size(0, 0), a.at<float>(5));
@@ -370,7 +368,7 @@ SHAPES(HeadsInt8, 3) { return shapes_of_heads(SIZE(0, 0), SIZE(1, 0), SIZE(3, 0)
 // norm of the sum of all.
 OPERATION(AfterAttentionInt8) {
   const Matrix o(a, 2);
-  const Mlp mlp(a, 5);
+  const MlpHalf<Matrix> mlp(a, 5);
   if (!a.has(0, "float32", {ANY, ANY}) || !o.fits(a.size(0, 1)) || !mlp.fits(o.width)) return WRONG_SHAPE;
   const int64_t rows = a.size(0, 0), width = o.width;
   if (mlp.down.width != width || !a.has(4, "float32", {width}) || !a.has(9, "float32", {width})) return WRONG_SHAPE;
@@ -389,6 +387,12 @@ OPERATION(AfterAttentionInt8) {
   return 0;
 }
 SHAPES(AfterAttentionInt8, 2) { return {{SIZE(0, 0), SIZE(2, 0)}, {SIZE(0, 0), SIZE(2, 0)}}; }
+
+// As Attention and Layer, but that each matrix is int8, [width, depth], and its scales [width, 1] follow it.
+OPERATION(AttentionInt8) { return run_attention<Matrix>(a); }
+SHAPE(AttentionInt8) { return {SIZE(0, 0), SIZE(AttentionHalf<Matrix>::O, 0)}; }
+OPERATION(LayerInt8) { return run_layer<Matrix>(a); }
+SHAPES(LayerInt8, 2) { return {{SIZE(0, 0), SIZE(0, 1)}, {SIZE(0, 0), SIZE(0, 1)}}; }
 
 // h [T, hidden], weights [T, k], ids [T, k] of all experts, start [1] of this rank's, gate_up [E, hidden, 2*ffn] int8,
 // gate_up_scale [E, 1, 2*ffn], down [E, ffn, hidden] int8, down_scale [E, 1, hidden] -> [T, hidden], as of Experts.

@@ -7,6 +7,7 @@
 
 // An argument that is a matrix [width, depth]; of no width if it is something else.
 struct Weights {
+  static constexpr int COUNT = 1;
   int64_t width = 0, depth = 0;
   const void* data = nullptr;
   bool is_narrow = false;  // bfloat16

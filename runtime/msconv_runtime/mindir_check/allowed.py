@@ -68,10 +68,12 @@ KERNELS = {  # functions of the library: how many inputs and outputs
     "AfterAttentionInt8": (11, 2),
     "Attend": (6, 1),
     "Attention": (16, 1),
+    "AttentionInt8": (18, 1),
     "Experts": (6, 1),
     "ExpertsInt8": (8, 1),
     "HeadsInt8": (9, 3),
     "Layer": (21, 2),
+    "LayerInt8": (25, 2),
     "Mlp": (3, 1),
     "MlpInt8": (5, 1),
     "Norm": (3, 1),
@@ -83,6 +85,7 @@ KERNELS = {  # functions of the library: how many inputs and outputs
     "Swiglu": (1, 1),
 }
 MOST_ITEMS = 256  # of a tuple
+MOST_WAITED_FOR = 4096  # at one point of a graph: all weights, where layers are one node each
 COLLECTIVE: dict[str, Value] = {"fusion": 0, "group": GROUP, "index": 0, "no_eliminate": True}
 FROM_SCALAR = names("input_scalar dtype", "output_data")
 FROM_TENSOR = names("input_tensor", "output_data")
@@ -122,7 +125,7 @@ PRIMITIVES = {
     "LessScalar": function(2),
     "Load": builtin(2),
     "LogicalAnd": function(2),
-    "MakeTuple": Primitive((1, MOST_ITEMS), ("tuple",), False),
+    "MakeTuple": Primitive((1, MOST_WAITED_FOR), ("tuple",), False),
     "MatMul": function(4),
     "Maximum": function(2),
     "Minimum": function(2),
@@ -188,6 +191,7 @@ KINDS = {  # of graphs: what they may have besides
         ReshapeAndCache RmsNorm ScalarToTensor SiLU TensorToScalar TensorToTuple Tile TopkExt
     """,
 }
+OF_EARLIER_VERSIONS = "AfterAttentionInt8", "HeadsInt8"  # kernels that this one loads and writes no more
 OF_MINDSPORE_28 = {"cpu": " Less", "compiled": " Less", "ascend": ""}  # what only that version writes
 ALLOWED = {
     kind: {name: PRIMITIVES[name] for name in (EVERYWHERE + own + OF_MINDSPORE_28[kind]).split()}

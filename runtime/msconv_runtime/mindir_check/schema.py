@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .allowed import MOST_ITEMS, Value
+from .allowed import MOST_ITEMS, MOST_WAITED_FOR, Value
 from .wire import Field, Malformed, Message, read
 
 MODEL: Message = {
@@ -119,7 +119,7 @@ def result(data: bytes, what: str) -> str:
     if kind == UMONAD:
         _only(found, what, "name")
         return "monad"
-    if kind != TUPLE or len(found["values"]) > MOST_ITEMS:
+    if kind != TUPLE or len(found["values"]) > MOST_WAITED_FOR:
         raise Malformed(f"{what}: gives a value of kind {kind}")
     _only(found, what, "name", "values", "seq_info")
     _sequence(found.get("seq_info"), what)
@@ -139,7 +139,7 @@ def tuple_of_tensors(data: bytes, what: str) -> list[dict[str, Any]]:
     """Types and shapes of a tuple of fixed length.  Raises Malformed for any other value."""
     found = read(data, ATTRIBUTE, what)
     _only(found, what, "values", "seq_info")
-    if found.get("type") != TUPLE or len(found["values"]) > MOST_ITEMS:
+    if found.get("type") != TUPLE or len(found["values"]) > MOST_WAITED_FOR:
         raise Malformed(f"{what}: is no tuple of tensors")
     _sequence(found.get("seq_info"), what)
     held = []

@@ -78,18 +78,14 @@ class CompiledOperations(PlainOperations):
         return AttendLatent(self.local, spec, self.latent_matrices(prefix))
 
     def whole_mlp(self, prefix: str, hidden: int, ffn: int) -> nn.Cell | None:
-        gate_up, down = (prefix + name for name in ("gate_up_proj.weight", "down_proj.weight"))
-        if self._are_values(gate_up, down):
-            kind: type[Mlp | MlpInt8] = Mlp
-        elif self._are_codes(gate_up, down):
-            kind = MlpInt8
-        else:
+        gate_up, down = prefix + "gate_up_proj.weight", prefix + "down_proj.weight"
+        if not self._are_alike(gate_up, down):
             return None
-        return kind(self.matrix(gate_up, (2 * ffn, hidden)), self.matrix(down, (hidden, ffn)))
+        return Mlp(self.matrix(gate_up, (2 * ffn, hidden)), self.matrix(down, (hidden, ffn)))
 
     def whole_attention(self, prefix: str, hidden: int, spec: Attention) -> nn.Cell | None:
         qkv, o = prefix + "qkv_proj.weight", prefix + "o_proj.weight"
-        if not self._are_values(qkv, o):
+        if not self._are_alike(qkv, o):
             return None
         inner = spec.heads * spec.head_dim
         qkv_matrix = self.matrix(qkv, (inner + 2 * spec.kv_heads * spec.head_dim, hidden))
@@ -100,36 +96,15 @@ class CompiledOperations(PlainOperations):
         """Of one rank's layers without experts: between several ranks, sums are taken in the middle."""
         local, prefix = self.local, f"model.layers.{index}."
         own = prefix + "post_attention_layernorm.weight"
-        if not self._is_in_one_piece(index, own, follower):
-            return None
         spec, hidden, ffn = local.attention(index), local.config.hidden, local.ffn
         gate_up, down = prefix + "mlp.gate_up_proj.weight", prefix + "mlp.down_proj.weight"
-        if not self._are_values(gate_up, down):
+        of_attention = (f"{prefix}self_attn.{name}_proj.weight" for name in ("qkv", "o"))
+        if not self._is_in_one_piece(index, own, follower) or not self._are_alike(*of_attention, gate_up, down):
             return None
         attention = self.whole_attention(prefix + "self_attn.", hidden, spec)
-        if attention is None:
-            return None
+        assert isinstance(attention, AttentionHalf)
         matrices = self.matrix(gate_up, (2 * ffn, hidden)), self.matrix(down, (hidden, ffn))
         return WholeLayer(attention, matrices, (own, follower), hidden)
-
-    def whole_heads(self, prefix: str, hidden: int, spec: Attention) -> nn.Cell | None:
-        qkv = prefix + "qkv_proj.weight"
-        if spec.bias or not self._are_codes(qkv):
-            return None
-        width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
-        return HeadsInt8(self.matrix(qkv, (width, hidden)), prefix, spec, self.local.config.eps)
-
-    def whole_rest(self, index: int, follower: str) -> nn.Cell | None:
-        """Of one rank's layers without experts: between several ranks, sums are taken in the middle."""
-        local, prefix = self.local, f"model.layers.{index}."
-        spec, hidden, ffn = local.attention(index), local.config.hidden, local.ffn
-        own = prefix + "post_attention_layernorm.weight"
-        o, gate_up, down = (f"{prefix}{name}_proj.weight" for name in ("self_attn.o", "mlp.gate_up", "mlp.down"))
-        if not self._is_in_one_piece(index, own, follower) or not self._are_codes(o, gate_up, down):
-            return None
-        shapes = {o: (hidden, spec.heads * spec.head_dim), gate_up: (2 * ffn, hidden), down: (hidden, ffn)}
-        matrices = [self.matrix(name, shape) for name, shape in shapes.items()]
-        return AfterAttentionInt8(matrices, (own, follower), hidden, local.config.eps)
 
     def _is_in_one_piece(self, index: int, *norms: str) -> bool:
         """Whether it has no sum over ranks, no experts, no bias behind its attention or in these norms."""
@@ -137,6 +112,10 @@ class CompiledOperations(PlainOperations):
         has_biases = any(name.removesuffix("weight") + "bias" in local.types for name in norms)
         parted = local.mesh.tp > 1 or local.config.has_experts(index) or local.attention(index).output_bias
         return not parted and not has_biases
+
+    def _are_alike(self, *matrices: str) -> bool:
+        """Whether all are kept as values, or all as codes whose activations get a scale a token."""
+        return self._are_values(*matrices) or self._are_codes(*matrices)
 
     def _are_values(self, *matrices: str) -> bool:
         """Whether each is kept as values, one tensor."""
@@ -206,33 +185,6 @@ class Swiglu(nn.Cell):
         return self.run(x)
 
 
-class MlpInt8(nn.Cell):
-    """Both products and what is between them: MindSpore spends some 60 us on each node."""
-
-    def __init__(self, gate_up: Matrix, down: Matrix) -> None:
-        super().__init__()
-        self.gate_up, self.down = gate_up, down
-        self.run = kernel("MlpInt8", lambda x, gate_up, gate_up_scale, down, *_: [x[0], down[0]], 5)
-
-    def construct(self, h: Any) -> Any:
-        return self.run(h, *self.gate_up.operands(), *self.down.operands())
-
-
-class AfterAttentionInt8(nn.Cell):
-    """All of a layer behind its attention.  `matrices`: o, gate_up, down; `norms`: its own, the next layer's."""
-
-    def __init__(self, matrices: list[Matrix], norms: tuple[str, str], width: int, eps: float) -> None:
-        super().__init__()
-        self.o, self.gate_up, self.down = matrices
-        self.own, self.following = (parameter(name, (width,), ms.float32) for name in norms)
-        self.eps = Tensor([eps], ms.float32)
-        self.run = kernel("AfterAttentionInt8", lambda mixed, x, *_: (x, x), 11, 2)
-
-    def construct(self, mixed: Any, x: Any) -> Any:
-        o, gate_up, down = self.o.operands(), self.gate_up.operands(), self.down.operands()
-        return self.run(mixed, x, *o, self.own, *gate_up, *down, self.following, self.eps)
-
-
 class SplitHeads(nn.Cell):
     """q [T, H, D], scaled for the softmax; k and v as rows of the cache, [T, 1, K, D]."""
 
@@ -257,19 +209,6 @@ class SplitHeads(nn.Cell):
 
     def construct(self, qkv: Any, step: Any) -> Any:
         return self.run(qkv, *self.operands(step))
-
-
-class HeadsInt8(SplitHeads):
-    """The same of the product with qkv."""
-
-    KERNEL, INPUTS = "HeadsInt8", 9
-
-    def __init__(self, qkv: Matrix, prefix: str, spec: Attention, eps: float) -> None:
-        super().__init__(prefix, spec, eps)
-        self.qkv = qkv
-
-    def construct(self, h: Any, step: Any) -> Any:
-        return self.run(h, *self.qkv.operands(), *self.operands(step))
 
 
 class Attend(nn.Cell):

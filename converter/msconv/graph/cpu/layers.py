@@ -15,13 +15,19 @@ from .kernel import kernel
 from .steps import CompiledStep
 
 
+def named(operation: str, matrix: Matrix) -> str:
+    """The operation for matrices that are kept as this one: as values, or as codes with a scale a row."""
+    return operation if len(matrix.operands()) == 1 else f"{operation}Int8"
+
+
 class Mlp(nn.Cell):
     """Both products and what is between them."""
 
     def __init__(self, gate_up: Matrix, down: Matrix) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
-        self.run = kernel("Mlp", lambda x, gate_up, down: [x[0], down[0]], 3)
+        inputs = len(gate_up.operands()) + len(down.operands())
+        self.run = kernel(named("Mlp", gate_up), lambda x, *others: [x[0], others[inputs // 2][0]], 1 + inputs)
 
     def construct(self, h: Any) -> Any:
         return self.run(h, *self.gate_up.operands(), *self.down.operands())
@@ -42,7 +48,9 @@ class AttentionHalf(nn.Cell):
         self.k_norm = parameter(prefix + "k_norm.weight", (spec.head_dim,), ms.float32)
         self.factors = Tensor([spec.scale] * spec.heads + [1.0] * spec.kv_heads, ms.float32)
         self.eps = Tensor([eps], ms.float32)
-        self.run = kernel("Attention", lambda h, *others: [h[0], others[-1][0]], 16)
+        matrices = len(qkv.operands()) + len(o.operands())
+        first = 13 + len(qkv.operands())  # of o's operands, behind h
+        self.run = kernel(named("Attention", qkv), lambda h, *others: [h[0], others[first][0]], 14 + matrices)
 
     def operands(self, h: Any, step: Any, caches: Any) -> Any:
         """Of the kernel: what makes heads, the caches and the batch, the output projection."""
@@ -65,7 +73,8 @@ class WholeLayer(nn.Cell):
         self.attention = attention
         self.gate_up, self.down = matrices
         self.own, self.following = (parameter(name, (width,), ms.float32) for name in norms)
-        self.run = kernel("Layer", lambda h, *_: (h, h), 21, 2)
+        inputs = 17 + 4 * len(self.gate_up.operands())
+        self.run = kernel(named("Layer", self.gate_up), lambda h, *_: (h, h), inputs, 2)
 
     def construct(self, h: Any, x: Any, step: Any, caches: Any) -> Any:
         mlp = (*self.gate_up.operands(), *self.down.operands())

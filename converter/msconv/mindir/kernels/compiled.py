@@ -121,12 +121,29 @@ def attention(
     o: Tensor,
 ) -> Tensor:
     """Writes this step's keys and values to the caches, in place."""
-    q, k, v = split_heads(product(h, qkv) + bias, q_norm, k_norm, cos, sin, factors, eps)
+    of_heads = (q_norm, k_norm, cos, sin, factors, eps)
+    return product(
+        mixed_heads(product(h, qkv) + bias, of_heads, k_cache, v_cache, slots, tables, contexts, counts), o
+    )
+
+
+def mixed_heads(
+    qkv: Tensor,
+    of_heads: tuple[Tensor, ...],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    tables: Tensor,
+    contexts: Tensor,
+    counts: Tensor,
+) -> Tensor:
+    """[T, H*D]; writes keys and values."""
+    q, k, v = split_heads(qkv, *of_heads)
     place = slots.long()
     if place.numel() and (int(place.min()) < 0 or int(place.max()) >= len(k_cache)):
         raise IndexError(f"slots from {int(place.min())} to {int(place.max())} of {len(k_cache)}")
     k_cache[place], v_cache[place] = k.to(k_cache.dtype), v.to(v_cache.dtype)
-    return product(attend(q, k_cache, v_cache, tables, contexts, counts), o)
+    return attend(q, k_cache, v_cache, tables, contexts, counts)
 
 
 @compiled("Layer")
@@ -221,6 +238,37 @@ def after_attention_int8(mixed: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     *matrices, next_weight, eps = rest[4:]
     h, total = _normed(mixed, *rest)
     return add_norm(mlp_int8(h, *matrices), total, next_weight, eps)
+
+
+def _mixed(h: Tensor, qkv: Tensor, scale: Tensor, bias: Tensor, *rest: Any) -> Tensor:
+    """What goes into the output projection: [T, H*D].  `rest`: what follows, up to it."""
+    return mixed_heads(dynamic_product(h, qkv.T, scale.reshape(-1)) + bias, rest[:6], *rest[6:12])
+
+
+def _half(h: Tensor, *rest: Tensor) -> list[tuple[int, Tensor, Tensor | None]]:
+    return [(1, row_codes(h)[0], None), (16, row_codes(_mixed(h, *rest[:15]))[0], None)]
+
+
+@compiled("AttentionInt8", _half)
+def attention_int8(h: Tensor, *rest: Tensor) -> Tensor:
+    *before, o, o_scale = rest
+    return dynamic_product(_mixed(h, *before), o.T, o_scale.reshape(-1))
+
+
+def _whole(h: Tensor, *rest: Tensor) -> list[tuple[int, Tensor, Tensor | None]]:
+    eps, o, o_scale, x, weight, gate_up, scale = rest[8], *rest[15:21]
+    mixed = _mixed(h, *rest[:15])
+    normed, _ = add_norm(dynamic_product(mixed, o.T, o_scale.reshape(-1)), x, weight, eps)
+    found = [(1, h), (16, mixed), (20, normed), (22, _within(normed, gate_up, scale))]
+    return [(at, row_codes(value)[0], None) for at, value in found]
+
+
+@compiled("LayerInt8", _whole)
+def layer_int8(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    *of_attention, x, weight, gate_up, scale, down, down_scale, next_weight = inputs
+    eps = of_attention[9]
+    h, total = add_norm(attention_int8(*of_attention), x, weight, eps)
+    return add_norm(mlp_int8(h, gate_up, scale, down, down_scale), total, next_weight, eps)
 
 
 @compiled("ExpertsInt8", _experts)
