@@ -10,9 +10,10 @@ import os
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -68,10 +69,11 @@ def connected(address: str, jobs: int) -> Iterator[RayCluster]:
             raise KeyboardInterrupt from None
         except Exception as e:  # ConnectionError, RuntimeError, ValueError: as the reason may be
             raise _no_cluster(address, e) from None
-    try:
-        yield RayCluster(ray)
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # Ray would say there, amid an answer, what becomes of its workers
+        try:
+            yield RayCluster(ray)
+        finally:
+            ray.shutdown()
 
 
 def _no_cluster(address: str, error: Exception) -> EnvironmentProblem:
