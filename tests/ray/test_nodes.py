@@ -220,7 +220,7 @@ def test_a_signal_ends_all_and_can_be_resumed(
     driver = started(*run, "--ray", "local", batch_kilobytes=60)
     while driver.poll() is None and not movers(driver.pid):
         time.sleep(0.05)
-    time.sleep(0.7)
+    time.sleep(0.3)
     there = below(driver.pid)
     driver.send_signal(number)
     said, _ = driver.communicate(timeout=60)

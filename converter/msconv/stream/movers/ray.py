@@ -73,7 +73,7 @@ def connected(address: str, jobs: int) -> Iterator[RayCluster]:
         try:
             yield RayCluster(ray)
         finally:
-            ray.shutdown()
+            _shut_down(ray)
 
 
 def _no_cluster(address: str, error: Exception) -> EnvironmentProblem:
@@ -107,6 +107,19 @@ def _refuse_silent(address: str) -> None:
             f"--ray {address}: nothing answers there: {e.strerror or e}.",
             "`ray start --head` on one machine prints the address; --ray local needs none.",
         ) from None
+
+
+def _shut_down(ray: Any) -> None:
+    """A signal that comes meanwhile is obeyed afterwards: in the middle of it Ray would end this process its own way,
+    with another exit code.  (For a moment Ray has SIGTERM end the process at once; nothing is lost by that.)"""
+    came: list[int] = []
+    with _own_signals():
+        with suppress(ValueError):  # not in the main thread, to which signals come
+            for number in SIGNALS:
+                signal.signal(number, lambda number, frame: came.append(number))
+        ray.shutdown()
+    if came:
+        raise KeyboardInterrupt
 
 
 @contextmanager
