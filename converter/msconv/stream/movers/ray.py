@@ -110,8 +110,8 @@ def _refuse_silent(address: str) -> None:
 
 
 def _shut_down(ray: Any) -> None:
-    """A signal that comes meanwhile is obeyed afterwards: in the middle Ray would end this process its own way, with
-    another exit code.  (For a moment Ray has SIGTERM end the process at once; nothing is lost by that.)"""
+    """A signal that comes meanwhile is obeyed afterwards: Ray, in the middle of this, would end the process in its
+    own way, with another exit code.  (For a moment it has SIGTERM end it at once; nothing is lost by that.)"""
     came: list[int] = []
     with _own_signals():
         with suppress(ValueError):  # not in the main thread, to which signals come
