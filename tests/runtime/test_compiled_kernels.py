@@ -82,9 +82,9 @@ def artifact(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) 
 
 def sources(to: Path, old: str, new: str) -> Path:
     """The kernels' sources with something changed."""
-    for name in kernels.SOURCES:
-        text = (Path(kernels.__file__).parent / name).read_text()
-        assert name != "kernels.cc" or old in text
+    texts = {name: (Path(kernels.__file__).parent / name).read_text() for name in kernels.SOURCES}
+    assert any(old in text for text in texts.values())
+    for name, text in texts.items():
         (to / name).write_text(text.replace(old, new))
     return to
 
