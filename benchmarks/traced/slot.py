@@ -48,6 +48,8 @@ class TracedGraphs(Graphs):
         graphs = of_variant(artifact.graphs(CPU.name), "")
         self.entries = {role.name: graphs[role.name] for role in (PREFILL, DECODE)}
         self._compiles_at_ready = 0
+        self._known_caches: list[Any] = []
+        self._ran_with_them: set[str] = set()
         self.seconds = {}
         ms.set_context(mode=ms.GRAPH_MODE)
         config = configure(json.loads((checkpoint / "config.json").read_text()), "config.json")[1]

