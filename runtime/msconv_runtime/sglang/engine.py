@@ -17,7 +17,7 @@ from ..serving.nodes import Nodes
 from ..targets import Target
 from . import flags, halves
 from .accepted import untried
-from .environment import TRIED, server_environment
+from .environment import VERSIONS, server_environment
 from .keys import hide_words
 from .served import PACKAGE
 from .speculation import drafts, speculation_notes
@@ -28,7 +28,7 @@ NEEDS = Needs(
         "msconv": Package(
             (__version__,), SERVE, "`pip install --no-deps .`: by its package SGLang finds the plug-in"
         ),
-        "sglang": Package(TRIED, SERVE),
+        "sglang": Package(VERSIONS, SERVE),
         "torch_npu": Package((), NPU, "for an NPU only: install the torch_npu made for this torch"),
     },
     variables={

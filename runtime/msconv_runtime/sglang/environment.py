@@ -17,7 +17,7 @@ from ..serving.settings import TARGET
 from ..targets import CPU, Target
 from .meeting import one_machine_environment
 
-TRIED = ("0.5.23",)  # versions of SGLang: the plug-in changes functions of this very one
+VERSIONS = ("0.5.23",)  # versions of SGLang: the plug-in changes functions of this very one
 STANDINS = Path(__file__).with_name("standins")
 NO_COREDUMP = {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}  # else a server that lost a process waits 60 s for CUDA
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import draft_attention, keys, refusals, requests, server, starting, transfer
-from .environment import TRIED
+from .environment import VERSIONS
 from .served import PACKAGE
 
 MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -35,7 +35,7 @@ def activate() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     changes = _changes(HookType)
-    lacking = [] if sglang.__version__ in TRIED else [place for place, _, _ in changes if not _is_there(place)]
+    lacking = [] if sglang.__version__ in VERSIONS else [place for place, _, _ in changes if not _is_there(place)]
     if lacking:
         logger.warning(
             "msconv: SGLang %s has no %s%s: artifacts cannot be served by it, other models are served as without "
@@ -43,7 +43,7 @@ def activate() -> None:
             sglang.__version__,
             lacking[0],
             f" (and lacks {len(lacking) - 1} more)" if lacking[1:] else "",
-            " and ".join(TRIED),
+            " and ".join(VERSIONS),
         )
         return
     found = os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", PACKAGE)

