@@ -102,10 +102,14 @@ def mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 @compiled("Attention")
-def attention(
-    h: Tensor,
+def attention(h: Tensor, qkv: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+    """Writes this step's keys and values to the caches, in place.  `rest`: as of `mixed_heads`, then o."""
+    *others, o = rest
+    return product(mixed_heads(product(h, qkv) + bias, *others), o)
+
+
+def mixed_heads(
     qkv: Tensor,
-    bias: Tensor,
     q_norm: Tensor,
     k_norm: Tensor,
     cos: Tensor,
@@ -118,27 +122,9 @@ def attention(
     tables: Tensor,
     contexts: Tensor,
     counts: Tensor,
-    o: Tensor,
-) -> Tensor:
-    """Writes this step's keys and values to the caches, in place."""
-    of_heads = (q_norm, k_norm, cos, sin, factors, eps)
-    return product(
-        mixed_heads(product(h, qkv) + bias, of_heads, k_cache, v_cache, slots, tables, contexts, counts), o
-    )
-
-
-def mixed_heads(
-    qkv: Tensor,
-    of_heads: tuple[Tensor, ...],
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    tables: Tensor,
-    contexts: Tensor,
-    counts: Tensor,
 ) -> Tensor:
     """[T, H*D]; writes keys and values."""
-    q, k, v = split_heads(qkv, *of_heads)
+    q, k, v = split_heads(qkv, q_norm, k_norm, cos, sin, factors, eps)
     place = slots.long()
     if place.numel() and (int(place.min()) < 0 or int(place.max()) >= len(k_cache)):
         raise IndexError(f"slots from {int(place.min())} to {int(place.max())} of {len(k_cache)}")
@@ -242,7 +228,7 @@ def after_attention_int8(mixed: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mixed(h: Tensor, qkv: Tensor, scale: Tensor, bias: Tensor, *rest: Any) -> Tensor:
     """What goes into the output projection: [T, H*D].  `rest`: what follows, up to it."""
-    return mixed_heads(dynamic_product(h, qkv.T, scale.reshape(-1)) + bias, rest[:6], *rest[6:12])
+    return mixed_heads(dynamic_product(h, qkv.T, scale.reshape(-1)) + bias, *rest)
 
 
 def _half(h: Tensor, *rest: Tensor) -> list[tuple[int, Tensor, Tensor | None]]:
