@@ -132,10 +132,23 @@ def run_again(cell: Any, inputs: Sequence[Any]) -> Any:
     return _cell_graph_executor._exec_pip(cell, *inputs, phase=phase) if phase else cell(*inputs)
 
 
+def compile_only(cell: Any, inputs: Sequence[Any]) -> None:
+    """What calling a GraphCell does before it runs.  For `run_again`."""
+    cell.phase = "graph_load_from_mindir"
+    cell._add_attr(cell.phase, cell.graph)
+    cell.compile(*inputs)
+
+
 def bind(
-    artifact: Artifact, graph: Graph, tensors: dict[str, Any], kernels: Library, groups: Mapping[str, str]
+    artifact: Artifact,
+    graph: Graph,
+    tensors: dict[str, Any],
+    kernels: Library,
+    groups: Mapping[str, str],
+    is_dynamic: bool = True,
 ) -> Any:
-    """A GraphCell with its weights, compiled once for all shapes."""
+    """A GraphCell with its weights, compiled once for all shapes; without `is_dynamic` for those of its first
+    call."""
     from mindspore import Tensor, nn
 
     root = artifact.root
@@ -157,6 +170,6 @@ def bind(
         if list(param.shape) != wanted[name].shape:
             raise ArtifactError(f"{path}: {name} has shape {list(param.shape)}, not {wanted[name].shape}.")
         param.assign_value(as_nz(tensors[name]) if name in graph.nz else tensors[name])
-    # without this every new block-table width compiles again
-    cell.set_inputs(*(Tensor(shape=list(i.shape), dtype=element_type(i.dtype)) for i in graph.inputs))
+    if is_dynamic:  # else every new block-table width compiles again
+        cell.set_inputs(*(Tensor(shape=list(i.shape), dtype=element_type(i.dtype)) for i in graph.inputs))
     return cell

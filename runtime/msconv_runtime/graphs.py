@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .artifact import OF_TARGET, Artifact, Graph, GraphInput, GraphParameter
 from .artifact.weights import LoadMode, RankWeights
-from .binding import bind, element_type, load_weights, run_again, tensor
+from .binding import bind, compile_only, element_type, load_weights, run_again, tensor
 from .errors import ArtifactError, EnvironmentProblem
 from .kernels import Library, library, use_threads
 from .paging import CHUNK_TOKENS, RAGGED_TOKENS, Batch, Sequences, attention_mask, chunks
@@ -33,6 +33,7 @@ from .roles import (
     of_model,
     of_variant,
 )
+from .single import SingleRequest
 from .targets import target_named
 from .versions import MINDSPORE, named
 
@@ -100,6 +101,7 @@ class Graphs:
         self._compiles_at_ready = 0
         self._known_caches: list[Any] = []  # of the last call
         self._ran_with_them: set[str] = set()  # roles of the graphs that did
+        self._single: SingleRequest | None = None
         started = time.monotonic()
         graphs = list(self.entries.values())
         self.tensors: dict[str, Any] = load_weights(artifact, graphs, place.rank, mode, check, self._lent(model))
@@ -205,7 +207,24 @@ class Graphs:
 
     def run(self, asked: Role, batch: Batch, caches: Sequence[Any], hidden: Any = None) -> Outputs:
         """The outputs, by name, of the graph that answers `asked` for this batch, in one call."""
-        return self._call(graph_for(self.entries, asked, batch), batch, caches, hidden)
+        graph = graph_for(self.entries, asked, batch)
+        if self._single is not None and asked is DECODE and self._single.takes(batch, caches):
+            return self._outputs(graph, run_again(self._single.cell, self._single.inputs(batch)))
+        return self._call(graph, batch, caches, hidden)
+
+    def keep_caches(self, caches: Sequence[Any]) -> None:
+        """These caches are those of all later calls: what decodes one request is bound for them once more, if
+        compiled kernels do it, and not yet.  To be called before a request waits for it."""
+        if not self.is_compiled or self.is_draft or (self._single is not None and self._single.is_for(caches)):
+            return
+        started = time.monotonic()
+        batch = Sequences(1, self.page).advance([[0]])
+        graph = graph_for(self.entries, DECODE, batch)
+        cell = bind(self.artifact, graph, self.tensors, self.library, self.place.groups, is_dynamic=False)
+        single = SingleRequest(cell, caches)
+        compile_only(cell, single.arguments)
+        self._single = single
+        self.seconds["bind for one request"] = time.monotonic() - started
 
     def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any], hidden: Any) -> Outputs:
         cell, inputs = self.cells[graph.role], [*self._inputs(graph, batch, hidden), *caches]
@@ -214,6 +233,9 @@ class Graphs:
         else:
             found = cell(*inputs)
             self._ran_with_them.add(graph.role)
+        return self._outputs(graph, found)
+
+    def _outputs(self, graph: Graph, found: Any) -> Outputs:
         outputs = found if isinstance(found, tuple) else (found,)
         names = [o.name for o in graph.outputs]
         return {name: _on_host(out) for name, out in zip(names, outputs, strict=True)}

@@ -128,6 +128,8 @@ class Session:
         nobody has trained.  [B, V]."""
         with _turn:
             new = self._tokens("decode", [[t] for t in _listed("decode", tokens)], self._sequences)
+            if len(new) == 1 and self._caches:
+                self.graphs.keep_caches(self._caches)
             return self._logits(DECODE, self._sequences, new)
 
     def run(self, role: str, prompts: list[list[int]]) -> dict[str, NDArray[np.float32]]:

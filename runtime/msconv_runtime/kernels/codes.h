@@ -231,12 +231,14 @@ void multiply_codes(const Codes& x, const int8_t* w, int64_t width, const F& fin
   const bool has_few = x.rows * x.stride <= NEAR;
   const int64_t tiles = (x.rows + ROWS - 1) / ROWS, each = tiles ? (x.rows + tiles - 1) / tiles : 1;
   const int64_t part = has_few ? 1 : std::max(int64_t(1), NEAR / (4 * x.depth));
-  parallel_for(width / 4, SERIAL / x.depth, [&](int64_t begin, int64_t end) {
+  const auto columns = [&](int64_t begin, int64_t end) {
     for (int64_t from = begin; from < end; from += part)
       for (int64_t r = 0; r < x.rows; r += each)
         for (int64_t n = from; n < std::min(end, from + part); n++)
           code_tiles<4>(x, r, std::min(each, x.rows - r), w, 4 * n, finish);
-  });
+  };
+  const int64_t least = std::max(int64_t(1), SERIAL / x.depth);
+  has_few ? guided_for(width / 4, least, columns) : parallel_for(width / 4, least, columns);
   const auto one = [&](int64_t row, int64_t column, const int32_t* sums) { finish.one(row, column, sums[0]); };
   for (int64_t n = width / 4 * 4; n < width; n++)
     for (int64_t r = 0; r < x.rows; r += each) code_tiles<1>(x, r, std::min(each, x.rows - r), w, n, one);

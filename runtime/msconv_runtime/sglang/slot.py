@@ -134,6 +134,7 @@ class ArtifactModel(nn.Cell):
             self.graphs = self._finish()
         if not self.caches:
             self.caches = self._map_pool(self.graphs)
+            self.graphs.keep_caches(self.caches)
         batch = batch_of(input_ids, positions, forward_batch, self.graphs.page)
         with pool.at_work():
             run = hidden.of_draft if self.graphs.is_draft else self._output
