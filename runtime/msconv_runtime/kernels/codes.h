@@ -237,7 +237,7 @@ void multiply_codes(const Codes& x, const int8_t* w, int64_t width, const F& fin
         for (int64_t n = from; n < std::min(end, from + part); n++)
           code_tiles<4>(x, r, std::min(each, x.rows - r), w, 4 * n, finish);
   };
-  const int64_t least = std::max(int64_t(1), SERIAL / x.depth);
+  const int64_t least = std::max(int64_t(1), SERIAL / 4 / x.depth);
   has_few ? guided_for(width / 4, least, columns) : parallel_for(width / 4, least, columns);
   const auto one = [&](int64_t row, int64_t column, const int32_t* sums) { finish.one(row, column, sums[0]); };
   for (int64_t n = width / 4 * 4; n < width; n++)

@@ -121,7 +121,7 @@ void guided_for(int64_t count, int64_t least, const F& body) {
   std::atomic<int64_t> next{0};
   pool.run(threads, [&](int64_t) {
     for (int64_t begin = next.load(); begin < count;) {
-      const int64_t part = std::max(least, std::min((count - begin) / (2 * threads), count / (8 * threads)));
+      const int64_t part = std::max(least, std::min((count - begin) / (2 * threads), count / (4 * threads)));
       const int64_t end = std::min(count, begin + part);
       if (!next.compare_exchange_weak(begin, end)) continue;
       body(begin, end);
