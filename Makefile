@@ -72,7 +72,7 @@ test-servers: setup compiler
 # Commands that are ended at each of their steps; `make test` takes one in some.
 test-crashes: setup
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/stream/test_crash.py tests/stream/test_crash_int8.py \
-	  tests/stream/test_reshard.py
+	  tests/stream/test_reshard.py tests/stream/test_lost_writes.py
 
 # The bytes of weights and graphs in all layouts, against those of before; `make test` takes some of them.
 test-digests: setup
