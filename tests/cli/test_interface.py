@@ -11,8 +11,8 @@ import pytest
 from msconv.cli import COMMANDS, cli
 from tests.checkpoints import edit_json
 from tests.cli.interface import fields, flags
-from tests.commands import run_msconv
 from tests.conftest import Checkpoints
+from tests.warm import run_warm
 
 HERE = Path(__file__).parent
 FLAGS = HERE / "interface.txt"  # python -m tests.cli.interface > tests/cli/interface.txt
@@ -47,7 +47,7 @@ def test_every_command_has_its_fields_written_down() -> None:
 
 
 def check(key: str, *args: object, code: int = 0) -> None:
-    done = run_msconv(*args, "--json")
+    done = run_warm(*args, "--json")
     assert done.code == code, done.stderr
     assert sorted(fields(done.json)) == sorted(frozen_fields()[key])
 

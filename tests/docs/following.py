@@ -7,16 +7,15 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.docs.pages import ROOT, blocks
+from tests.warm import first
 
 FILE = re.compile(r"(?:[Ww]rite|[Ss]ave as) `([\w./-]+)`(?: and run it)?:$")
 EDIT = re.compile(r"[Ii]n `([\w./-]+)`, this line becomes the (?:one|ones) below it:$")
 VARIABLE = re.compile(r"[A-Z_]+=")
-PROGRAMS = {"python": [sys.executable], "msconv": [sys.executable, "-m", "msconv"]}
+PROGRAMS = {"python": [], "msconv": ["msconv"]}  # what stands before the arguments
 
 
 def follow(page: Path, directory: Path) -> tuple[list[str], list[str], list[str]]:
@@ -63,15 +62,8 @@ def run(line: str, directory: Path) -> None:
     program, *arguments = words[len(variables) :]
     path = f"{directory / 'converter'}:{directory / 'runtime'}"
     environment = {**os.environ, "PYTHONPATH": path, **variables}
-    done = subprocess.run(
-        [*PROGRAMS[program], *arguments],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    done = first().run([*PROGRAMS[program], *arguments], directory, environment, 300)
+    assert done.code == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
 def text_of(page: Path, name: str) -> str:

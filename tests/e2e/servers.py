@@ -21,6 +21,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.warm import run_warm
+
 START_TIMEOUT_S = 240
 NEW_TOKENS = 20
 
@@ -170,5 +172,5 @@ def make_artifact(checkpoint: Path, root: Path, tp: int = 1, ep: int = 1) -> Pat
 
 def run(*args: object) -> None:
     """A msconv command that must succeed."""
-    done = subprocess.run([sys.executable, "-m", "msconv", *map(str, args)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_warm(*args, timeout=600)
+    assert done.code == 0, done.stderr

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run_msconv
 from tests.e2e.servers import Server, make_artifact, serving
 from tests.report.browser import Browser, contrast, open_browser
 from tests.served_models import random_qwen3
+from tests.warm import run_warm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -45,7 +45,7 @@ def make_checkpoint(directory: Path) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("chat")
     artifact = make_artifact(make_checkpoint(root / "random-qwen3"), root / "artifact")
-    assert run_msconv("verify", artifact).code == 0
+    assert run_warm("verify", artifact).code == 0
     with serving(artifact, root / "server.log", "--api-key", KEY, options=("--ui",)) as s:
         until(lambda: "msconv: ready at" in s.log)
         yield s

@@ -24,6 +24,7 @@ from tests.hub.conftest import HASTY
 from tests.hub.server import Fault, Hub, sha256
 from tests.hub.test_failures import refused
 from tests.synthetic import digests
+from tests.warm import run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -332,7 +333,7 @@ def test_what_lies_in_the_output_is_not_overwritten(share: Hub, own: Path, expec
     assert digests(own) == digests(expected)
     done(run_msconv("pull", NAME))
     out = tmp_path / "artifacts" / "Qwen3-8B-tp4"
-    done(run_msconv("compile", out, "--target", "cpu"))
+    done(run_warm("compile", out, "--target", "cpu"))
     refused(run_msconv("pull", NAME, "--output", out), 2, "changed since it was pulled")
     assert read_manifest(out).graphs
 

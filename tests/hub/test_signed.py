@@ -12,6 +12,7 @@ from tests.commands import run_msconv
 from tests.hub.server import Hub
 from tests.hub.test_share import NAME, done, own, push, share
 from tests.signing import Keys, make_keys
+from tests.warm import run_warm
 
 pytestmark = pytest.mark.slow
 __all__ = ["own", "share"]  # fixtures
@@ -88,7 +89,7 @@ def test_what_only_the_signature_defends_leaves_no_artifact(share: Hub, own: Pat
 
 def test_a_pushed_signature_that_is_stale_is_refused(share: Hub, own: Path, keys: Keys) -> None:
     done(run_msconv("sign", own, "--key", keys.private))
-    done(run_msconv("compile", own, "--target", "ascend910b"))
+    done(run_warm("compile", own, "--target", "ascend910b"))
     refused = push(own)
     assert refused.code == 1
     assert "Sign it again with --sign KEY" in refused.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_qwen3
-from tests.commands import run_msconv
 from tests.moe_checkpoints import make_deepseek_v3, make_qwen3_moe
+from tests.warm import run_warm
 
 Artifacts = Callable[..., Path]
 MAKERS = {"qwen3": make_qwen3, "qwen3_moe": make_qwen3_moe, "deepseek_v3": make_deepseek_v3}
@@ -31,7 +31,7 @@ def npu_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
                 ("convert", "--model", model, "--tp", tp, "--ep", ep, "--output", out, *quantised),
                 ("compile", out, "--target", target),
             ):
-                done = run_msconv(*line)
+                done = run_warm(*line)
                 assert done.code == 0, done.stderr
         return out
 

@@ -20,6 +20,7 @@ from tests.commands import run_msconv
 from tests.eagle3_checkpoints import make_eagle3
 from tests.moe_checkpoints import add_mtp, make_deepseek_v3
 from tests.rehearsal.rehearsing import BOUND, PROMPTS, every_layout
+from tests.warm import run_warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -93,7 +94,7 @@ def test_the_kernels_do_what_those_for_other_devices_do(tmp_path: Path) -> None:
 
 
 def run(*line: object) -> None:
-    done = run_msconv(*line, timeout=600)
+    done = run_warm(*line, timeout=600)
     assert done.code == 0, done.stderr
 
 

@@ -22,6 +22,7 @@ from msconv_runtime.artifact import Rehearsed, read_manifest, write_manifest
 from msconv_runtime.errors import ArtifactError, EnvironmentProblem, ResourceError, UsageError
 from tests.commands import run_command, run_msconv, run_python
 from tests.conftest import Checkpoints
+from tests.warm import run_warm
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def ascend(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact with graphs for a CPU and for a 910B.  To be read."""
     root = tmp_path_factory.mktemp("ascend") / "artifact"
     shutil.copytree(compiled, root)
-    assert run_msconv("compile", root, "--target", "ascend910b").code == 0
+    assert run_warm("compile", root, "--target", "ascend910b").code == 0
     return root
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run_msconv
 from tests.moe_checkpoints import make_qwen3_moe
+from tests.warm import run_warm
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "verify": ("verify", artifact, "--target", "cpu"),
         "verify all": ("verify", artifact, "--target", "ascend910b"),
     }.items():
-        done = run_msconv(*command)
+        done = run_warm(*command)
         assert done.code == 0, done.stderr
         assert "Warning" not in done.stderr
         found[name] = Path(shutil.copytree(artifact, root / name))

@@ -18,6 +18,7 @@ from msconv_runtime.targets import CPU, TARGETS, Target, usual_target
 from tests.commands import Result
 from tests.conftest import Checkpoints
 from tests.moe_checkpoints import make_deepseek_v3
+from tests.warm import run_warm
 
 
 def with_caches(root: Path, change: Callable[[GraphInput], GraphInput]) -> Artifact:
@@ -41,7 +42,7 @@ def test_graphs_take_what_a_plan_says_before_there_are_graphs(
     """Two ways to the bytes of a token: from a model's sizes, and from the inputs of its graphs."""
     model = make_deepseek_v3(tmp_path / "model", dtype="float16") if latent else checkpoint("untied")
     root = tmp_path / "graphs"
-    done = msconv("compile", "--model", model, "--tp", tp, "--target", target, "--output", root)
+    done = run_warm("compile", "--model", model, "--tp", tp, "--target", target, "--output", root)
     assert done.code == 0, done.stderr
     artifact = Artifact(root)
     caches = artifact.graphs(target)[0].caches

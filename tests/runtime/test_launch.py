@@ -17,13 +17,13 @@ from msconv_runtime.serving.nodes import Nodes
 from msconv_runtime.serving.ports import refuse_taken
 from msconv_runtime.serving.settings import Settings
 from msconv_runtime.sglang.flags import node_flags
-from tests.commands import run_msconv
+from tests.warm import run_warm
 
 
 @pytest.fixture
 def own_ascend(own_artifact: Path) -> Path:
     """An artifact with graphs for a 910B beside those for a CPU."""
-    assert run_msconv("compile", own_artifact, "--target", "ascend910b").code == 0
+    assert run_warm("compile", own_artifact, "--target", "ascend910b").code == 0
     return own_artifact
 
 

@@ -19,8 +19,8 @@ from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.sglang.flags import pool_problems
 from msconv_runtime.sglang.groups import find_groups
 from msconv_runtime.targets.ascend import ASCEND910B
-from tests.commands import run_msconv
 from tests.conftest import Checkpoints
+from tests.warm import run_warm
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def ascend(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) ->
         ("convert", "--model", checkpoint("untied"), "--tp", 2, "--output", root),
         ("compile", root, "--target", "ascend910b"),
     ):
-        done = run_msconv(*line)
+        done = run_warm(*line)
         assert done.code == 0, done.stderr
     return root
 

@@ -17,6 +17,7 @@ from msconv_runtime.errors import ArtifactError
 from tests.commands import run_msconv
 from tests.conftest import Checkpoints
 from tests.conversions import convert
+from tests.warm import run_warm
 
 NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json")
 
@@ -119,7 +120,7 @@ def test_an_edited_configuration_is_refused_by_doctor_and_inspect(own: Path, key
 
 
 def test_what_is_served_is_checked_by_serve_and_doctor(own: Path) -> None:
-    assert run_msconv("compile", own, "--target", "cpu").code == 0
+    assert run_warm("compile", own, "--target", "cpu").code == 0
     (own / "chat_template.jinja").write_text("{{ evil }}")
     done = run_msconv("serve", own, "--print-command")
     assert done.code == 1

@@ -25,6 +25,7 @@ from tests.commands import run_msconv, run_python
 from tests.conftest import Checkpoints
 from tests.conversions import prepare
 from tests.synthetic import qwen3_config
+from tests.warm import run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -58,9 +59,9 @@ def attributes(model: Any, kind: str) -> list[dict[str, Any]]:
 def by_command(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`untied` at tp 4 with graphs for all targets, made by the commands.  To be read, and proven."""
     root = tmp_path_factory.mktemp("ascend") / "untied-tp4"
-    done = run_msconv("convert", "--model", checkpoint("untied"), "--tp", 4, "--output", root)
+    done = run_warm("convert", "--model", checkpoint("untied"), "--tp", 4, "--output", root)
     assert done.code == 0, done.stderr
-    done = run_msconv("compile", root, *(word for t in TARGETS for word in ("--target", t)))
+    done = run_warm("compile", root, *(word for t in TARGETS for word in ("--target", t)))
     assert done.code == 0, done.stderr
     return root
 
@@ -84,7 +85,7 @@ def test_one_compilation_serves_every_target(by_command: Path, target: str) -> N
 
 
 def test_verify_exits_0_and_its_proof_is_kept(by_command: Path) -> None:
-    done = run_msconv("verify", by_command, "--target", "ascend910b", "--json")
+    done = run_warm("verify", by_command, "--target", "ascend910b", "--json")
     assert done.code == 0, done.stderr
     assert done.json["max_abs_logit_error"] < 1e-4
     assert done.json["argmax_agreement"] == 1.0
@@ -266,7 +267,7 @@ def test_a_proof_does_not_outlive_its_graphs_or_reach_another_target(
     compile_graphs(root, "ascend310p")  # the same bytes again: nothing is lost
     assert {t: read_manifest(root).proof_for(t) is not None for t in TARGETS} == whole
     file.write_bytes(file.read_bytes() + b"\0")
-    done = run_msconv("verify", root, "--target", "ascend910b")
+    done = run_warm("verify", root, "--target", "ascend910b")
     assert done.code == 3
     assert "graphs/ascend910b/decode.mindir" in done.stderr
     assert read_manifest(root).proof_for("ascend910b") is None

@@ -17,10 +17,10 @@ from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
 from tests.checkpoints import make_qwen3
-from tests.commands import run_msconv
 from tests.conversions import prepare
 from tests.verify.faults import FAULTS, attention
 from tests.verify.planting import Fault, edit_graphs, edit_weights
+from tests.warm import run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -201,7 +201,7 @@ def test_a_wrong_mask_fails_in_the_first_attention(
 def test_verify_exits_3_and_says_where(own: Callable[[], Path], name: str, place: str) -> None:
     root = own()
     BY_NAME[name].plant(root)
-    done = run_msconv("verify", root, "--target", "ascend910b")
+    done = run_warm("verify", root, "--target", "ascend910b")
     assert done.code == 3
     assert place in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import Stored, make_qwen3, read_safetensors, write_safetensors
-from tests.commands import run_msconv, run_python
+from tests.commands import run_python
 from tests.every import EVERY
 from tests.moe_checkpoints import add_mtp, make_deepseek_v3, make_qwen3_moe, quantise_fp8
 from tests.stream.test_stored_names import renamed, stack
+from tests.warm import run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -171,7 +172,7 @@ def prove(model: Path, root: Path) -> None:
         ("compile", str(root), "--target", "cpu"),
         ("verify", str(root), "--target", "cpu"),
     ):
-        done = run_msconv(*arguments)
+        done = run_warm(*arguments)
         assert done.code == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
 
 

@@ -22,6 +22,7 @@ from tests.checkpoints import Bits, read_safetensors, read_tree
 from tests.commands import run_msconv
 from tests.conftest import Checkpoints
 from tests.conversions import prepare
+from tests.warm import run_warm
 
 RANK_0 = "weights/model-rank-0-part-0.safetensors"
 
@@ -187,7 +188,7 @@ def test_a_changed_config_is_refused(own_artifact: Path) -> None:
     config.write_text(config.read_text().replace("1e-06", "1e-05"))
     with pytest.raises(ArtifactError, match=r"config\.json"):
         prove(own_artifact, "cpu", None)
-    assert run_msconv("verify", own_artifact).code == 1
+    assert run_warm("verify", own_artifact).code == 1
 
 
 def test_a_directory_that_happens_to_be_here_is_no_reference(
@@ -238,7 +239,7 @@ def test_values_in_the_wrong_place_are_refused_even_if_the_manifest_agrees(
 
 @pytest.mark.slow
 def test_weights_of_another_seed_exit_3(own_artifact: Path, checkpoint: Checkpoints) -> None:
-    done = run_msconv("verify", own_artifact, "--reference", checkpoint("other_seed"))
+    done = run_warm("verify", own_artifact, "--reference", checkpoint("other_seed"))
     assert done.code == 3
     assert "not proven" in done.stderr
     assert "Traceback" not in done.stderr
@@ -246,7 +247,7 @@ def test_weights_of_another_seed_exit_3(own_artifact: Path, checkpoint: Checkpoi
 
 @pytest.mark.slow
 def test_another_model_exits_3(own_artifact: Path, checkpoint: Checkpoints) -> None:
-    done = run_msconv("verify", own_artifact, "--reference", checkpoint("tied"), "--json")
+    done = run_warm("verify", own_artifact, "--reference", checkpoint("tied"), "--json")
     assert done.code == 3
     assert done.json["error"]["code"] == "verification"
 
