@@ -65,9 +65,9 @@ compiler:
 test-rehearsal: setup compiler
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/rehearsal
 
-# SGLang's server with every family, layout and draft; `make test` takes some of them.
+# SGLang's server with every family, layout and draft, and old artifacts; `make test` takes some of them.
 test-servers: setup compiler
-	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/e2e
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/e2e tests/format1
 
 # Commands that are ended at each of their steps; `make test` takes one in some.
 test-crashes: setup

@@ -22,6 +22,7 @@ from msconv_runtime.serving.launch import plan_launch
 from msconv_runtime.sglang.environment import cores_by_rank, cpu_environment
 from tests.e2e import logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, left_after, make_artifact, serving
+from tests.every import one_of_many
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -122,6 +123,7 @@ def test_a_rank_killed_in_mid_request_ends_the_server(server: Server) -> None:
     assert "SIGQUIT received" in server.log  # from SGLang's watchdog, or from a rank that missed the other first
 
 
+@one_of_many("test-servers")
 def test_the_same_artifact_starts_again_and_sigterm_leaves_no_process(artifact: Path) -> None:
     with serving(artifact, artifact.with_name("again.log"), "--skip-tokenizer-init") as server:
         processes = server.processes()

@@ -17,6 +17,7 @@ from tests.checkpoints import read_rank, read_tree
 from tests.commands import Result, run_msconv
 from tests.digests.table import msconv
 from tests.e2e.servers import expected, serving
+from tests.every import one_of_many
 from tests.format1.make import MADE
 
 HERE = Path(__file__).parent
@@ -109,6 +110,7 @@ def test_a_session_gives_transformers_tokens(name: str, is_compiled: bool) -> No
     assert [session.generate([prompt], NEW_TOKENS)[0] for prompt in PROMPTS] == wanted
 
 
+@one_of_many("test-servers")
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_a_server_of_two_ranks_gives_transformers_tokens(old: Old, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tests.rehearsal.rehearsing import every_layout, rehearse, rehearse_with
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
+@every_layout
 def test_experts_of_two_ranks(npu_artifact: Artifacts) -> None:
     root = npu_artifact("qwen3_moe", "ascend910c", 2, 2)
     found = rehearse(root)
