@@ -23,6 +23,7 @@ from msconv_runtime import Session
 from msconv_runtime.artifact import read_manifest, write_manifest
 from tests.checkpoints import Bits, read_safetensors, write_safetensors
 from tests.conversions import convert
+from tests.every import one_of_many
 from tests.moe_checkpoints import add_mtp, make_deepseek_v3, make_qwen3_moe, quantise_fp8
 
 pytestmark = pytest.mark.slow
@@ -140,6 +141,16 @@ CASES = {
 }
 
 
+SLOW = (  # each part of them is in another case too, in test_other_names.py or in test_ascend.py
+    "qwen, first layer dense",
+    "qwen, all experts",
+    "qwen, more ranks than key heads",
+    "deepseek, no q_lora, wide values, one group",
+    "deepseek, fp8 to float32",
+)
+PROVED = [pytest.param(name, marks=one_of_many("test-names") if name in SLOW else ()) for name in CASES]
+
+
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer steps of decode, and one thread: tiny matrices only wait for more."""
@@ -173,7 +184,7 @@ def test_the_cases_cover_all_layouts_on_both_targets() -> None:
             assert any(c.ep > 1 for c in CASES.values() if c.family == family and target in c.targets)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PROVED)
 def test_experts_are_proven(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     root = tmp_path / "artifact"
