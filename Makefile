@@ -87,10 +87,11 @@ test-drafts: setup compiler
 test-roofline: setup
 	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/roofline
 
-# Every published name of a supported model, as a small random one, and models with experts in every layout; `make
-# test` takes one of each kind.
+# Every published name of a supported model, as a small random one, models with experts in every layout, and dense
+# ones in every element type; `make test` takes one of each kind.
 test-names: setup
-	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_other_names.py tests/verify/test_moe_verify.py
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_other_names.py tests/verify/test_moe_verify.py \
+	  tests/verify/test_verify.py
 
 # ONNX files of every kind of model, by onnxruntime too and through onnxruntime-genai: an environment that has them.
 test-onnx: .venv-onnx/.installed

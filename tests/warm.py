@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from tests.commands import Result
 
+NUMPY = {"MSCONV_NUMBA": "0"}  # numba's loops give the same bytes, and would be compiled anew in each process
 START_S = 240  # of the first one, on a machine that is busy
 FIRST = """
 import json, os, runpy, sys, traceback
@@ -114,5 +115,5 @@ def first() -> Warm:
 
 def run_warm(*args: object, cwd: Path | None = None, timeout: float = 120) -> Result:
     """`msconv ARGS`, in a copy."""
-    environment = {**os.environ, "PYTHONFAULTHANDLER": "1", "NO_COLOR": "1"}
+    environment = {**NUMPY, **os.environ, "PYTHONFAULTHANDLER": "1", "NO_COLOR": "1"}
     return first().run(["msconv", *map(str, args)], cwd or Path.cwd(), environment, timeout)

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from tests.docs.pages import ROOT, blocks
-from tests.warm import first
+from tests.warm import NUMPY, first
 
 FILE = re.compile(r"(?:[Ww]rite|[Ss]ave as) `([\w./-]+)`(?: and run it)?:$")
 EDIT = re.compile(r"[Ii]n `([\w./-]+)`, this line becomes the (?:one|ones) below it:$")
@@ -61,7 +61,7 @@ def run(line: str, directory: Path) -> None:
     variables = dict(word.split("=", 1) for word in itertools.takewhile(VARIABLE.match, words))
     program, *arguments = words[len(variables) :]
     path = f"{directory / 'converter'}:{directory / 'runtime'}"
-    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    environment = {**NUMPY, **os.environ, "PYTHONPATH": path, **variables}
     done = first().run([*PROGRAMS[program], *arguments], directory, environment, 300)
     assert done.code == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 

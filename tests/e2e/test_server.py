@@ -23,6 +23,7 @@ from msconv_runtime.sglang.environment import cpu_environment
 from tests.commands import run_msconv
 from tests.e2e import logprobs
 from tests.e2e.servers import NEW_TOKENS, Server, expected, make_artifact, run, serving
+from tests.every import one_of_many
 from tests.signing import Keys, make_keys
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -49,12 +50,18 @@ GRAPHS = {
 }  # MSCONV_COMPILED: with compiled kernels, and without
 
 
-@pytest.fixture(scope="module", params=GRAPHS)
+@pytest.fixture(scope="module", params=["1", pytest.param("0", marks=one_of_many("test-servers"))])
 def server(artifact: Path, keys: Keys, request: pytest.FixtureRequest) -> Iterator[Server]:
-    log = artifact.with_name(f"server-{request.param}.log")
+    with serving_with(request.param, artifact, keys) as s:
+        yield s
+
+
+@contextlib.contextmanager
+def serving_with(compiled: str, artifact: Path, keys: Keys) -> Iterator[Server]:
+    log = artifact.with_name(f"server-{compiled}.log")
     with contextlib.ExitStack() as running:
         with pytest.MonkeyPatch.context() as environment:  # of this server alone
-            environment.setenv("MSCONV_COMPILED", request.param)
+            environment.setenv("MSCONV_COMPILED", compiled)
             environment.setenv(REQUIRE_SIGNATURE, str(keys.public))
             s = running.enter_context(serving(artifact, log, "--chunked-prefill-size", str(CHUNK)))
         yield s
@@ -189,6 +196,17 @@ def test_chat_completions_follow_the_chat_template(server: Server, model: Any, r
     text = tokenizer.decode(expected(model, list(ids), 12), skip_special_tokens=True)
     assert reply["choices"][0]["message"]["content"] == text
     assert reply["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_without_compiled_kernels_the_tokens_are_the_same(
+    artifact: Path, keys: Keys, model: Any, prompts: list[list[int]]
+) -> None:
+    """All that the other server is asked, this one is too by `make test-servers`."""
+    with serving_with("0", artifact, keys) as server:
+        assert server.state()["graphs"] == GRAPHS["0"]
+        assert server.answers(prompts, NEW_TOKENS, at_once=True) == [expected(model, ids) for ids in prompts]
+        logprobs.check(model, prompts[7], 0, logprobs.ask(server, prompts[7], 0))
+        assert server.state()["compiles_since_ready"] == 0
 
 
 def test_a_printed_command_checks_the_signature_itself(artifact: Path, keys: Keys, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.checkpoints import Bits, read_safetensors, read_tree
 from tests.commands import run_msconv
 from tests.conftest import Checkpoints
 from tests.conversions import prepare
+from tests.every import one_of_many
 from tests.warm import run_warm
 
 RANK_0 = "weights/model-rank-0-part-0.safetensors"
@@ -202,6 +203,9 @@ def test_a_directory_that_happens_to_be_here_is_no_reference(
     assert "--reference" in caught.value.hint
 
 
+CASTS = (("untied", "float16"), ("bfloat16_shards", "float32"))  # types that graphs of other variants take too
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "dtype"),
@@ -215,8 +219,7 @@ def test_a_directory_that_happens_to_be_here_is_no_reference(
         ("sixteen_heads", None),
         ("short_context", None),
         ("untied", "bfloat16"),
-        ("untied", "float16"),
-        ("bfloat16_shards", "float32"),
+        *(pytest.param(*cast, marks=one_of_many("test-names")) for cast in CASTS),
     ],
 )
 def test_every_variant_is_proven(checkpoint: Checkpoints, tmp_path: Path, variant: str, dtype: str | None) -> None:
