@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,12 +89,8 @@ def estimate(
     def memory(p: Plan) -> DeviceMemory:
         return DeviceMemory(p.rank_bytes, kv_bytes_per_token(sizes, p.mesh, p.dtype), context, batch)
 
-    def fits(choice: int) -> bool:
-        try:
-            tried = lay_out(found, sizes, sources, Mesh(choice), dtype, quant=made)
-        except PlanError:
-            return False
-        return memory(tried).fits(device_bytes or 0)
+    def laid_out(choice: int) -> Plan:
+        return lay_out(found, sizes, sources, Mesh(choice), dtype, quant=made)
 
     target = output or default_output(checkpoint.name, tp, ep)
     download_bytes = plan.read_bytes if assumed else bytes_to_download(model, plan)
@@ -110,10 +106,29 @@ def estimate(
         free_bytes=_free(target),
         lacking_bytes=_lacking(target, plan.output_bytes, download_bytes),
         lacking_without_source=_lacking(target, plan.output_bytes, 0),
-        smallest_tp=next(filter(fits, TP_CHOICES), None) if device_bytes else None,
+        smallest_tp=_smallest_tp(laid_out, memory, device_bytes) if device_bytes else None,
         assumed=assumed,
         calibration=measured,
     )
+
+
+def _smallest_tp(
+    laid_out: Callable[[int], Plan], memory: Callable[[Plan], DeviceMemory], device_bytes: int
+) -> int | None:
+    """The fewest ranks on whose devices the model fits.  More ranks hold no less together than fewer: a number
+    whose share of that is too large already is not laid out, which takes seconds for a large model."""
+    together = 0
+    for choice in TP_CHOICES:
+        if together > choice * device_bytes:
+            continue
+        try:
+            plan = laid_out(choice)
+        except PlanError:
+            continue
+        if memory(plan).fits(device_bytes):
+            return choice
+        together = plan.output_bytes
+    return None
 
 
 def _there(path: Path) -> Path:
