@@ -236,6 +236,7 @@ print(model.get_arch(config))
     assert done.stdout.strip().endswith("upstream's NoSuchForCausalLM"), done.stderr[-2000:]
 
 
+@one_of_many("test-servers")
 def test_the_served_demonstration_continues_the_text(
     zen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
