@@ -50,6 +50,16 @@ class Location(Protocol):
         """Bytes of these files that are not on this machine yet."""
 
     @property
+    def is_kept(self) -> bool:
+        """Whether what comes from elsewhere stays on this machine."""
+        return True
+
+    def try_coming(self, shards: Iterable[str]) -> float:
+        """How many bytes of these files, that are not on this machine, come in a second: some are asked for and
+        thrown away.  0 if none has to come.  Raises MsconvError."""
+        return 0.0
+
+    @property
     def buffered_bytes(self) -> int:
         """Memory that reading takes besides a worker's buffers."""
         return 0
@@ -139,6 +149,11 @@ class HubRepository(Location):
     def missing_bytes(self, shards: Iterable[str]) -> int:
         return self.repository.missing_bytes(shards)
 
+    def try_coming(self, shards: Iterable[str]) -> float:
+        from .checkpoint.downloads import try_downloads
+
+        return try_downloads(self.repository, shards)
+
     def origin(self) -> str:
         return self.repository.reference
 
@@ -182,6 +197,15 @@ class StoreDirectory(Location):
 
     def missing_bytes(self, shards: Iterable[str]) -> int:
         return 0  # none will be kept here
+
+    @property
+    def is_kept(self) -> bool:
+        return False
+
+    def try_coming(self, shards: Iterable[str]) -> float:
+        from .checkpoint import store
+
+        return store.try_reading(self.store, shards)
 
     @property
     def buffered_bytes(self) -> int:

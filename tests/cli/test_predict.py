@@ -10,6 +10,7 @@ import pytest
 
 from msconv.location import LocalDirectory
 from msconv.published import published
+from msconv.steps.costs import Cost, Tried
 from msconv.steps.estimate import Estimate, estimate
 from msconv.steps.predict import ROUND_BYTES, SCRATCH_BYTES, calibrate, sample
 from msconv_runtime.errors import ResourceError
@@ -21,6 +22,15 @@ from tests.synthetic import qwen3_config
 pytestmark = pytest.mark.slow
 
 FEW: dict[str, Any] = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 1}
+
+
+def test_seconds_are_work_over_speed_and_what_was_not_tried_costs_what_others_of_its_unit_do() -> None:
+    read, few = Tried("read", 3e9, 1e9), Tried("rare", 1e9, 0.0)
+    products = Tried("a layer", 36, 4.0, "layers")
+    cost = Cost(2.0, (read, few, products), 4_000_000_000, 1 << 30)
+    assert cost.seconds == pytest.approx(2.0 + 4.0 + 9.0)
+    assert (read.seconds, few.seconds, products.seconds) == (3.0, 0.0, 9.0)
+    assert Cost(2.0, (), 0, 0).seconds == 2.0
 
 
 def planned(tmp_path: Path, quant: str | None, predict: bool = False) -> Estimate:
@@ -44,11 +54,11 @@ def test_each_kind_of_work_is_tried_and_nothing_is_left(tmp_path: Path, quant: s
     assert calibration is not None
     assert found.seconds == calibration.seconds > calibration.startup > 0
     stored = "int8" if quant else "bfloat16"
-    kinds = {(t.kind.source, t.kind.stored, t.kind.is_transposed) for t in calibration.tried if t.bytes_per_s}
+    kinds = {(t.kind.source, t.kind.stored, t.kind.is_transposed) for t in calibration.tried if t.per_s}
     assert {("float8_e4m3fn", stored, True), ("float8_e4m3fn", stored, False)} <= kinds
-    assert sum(t.nbytes for t in calibration.tried) == pytest.approx(found.plan.read_bytes, rel=0.01)
+    assert sum(t.amount for t in calibration.tried) == pytest.approx(found.plan.read_bytes, rel=0.01)
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
-    moved = sum(t.nbytes / t.bytes_per_s for t in calibration.tried if t.bytes_per_s)
+    moved = sum(t.amount / t.per_s for t in calibration.tried if t.per_s)
     assert calibration.seconds == pytest.approx(calibration.startup + moved, rel=0.05)
 
 
@@ -58,6 +68,44 @@ def test_what_was_tried_is_said_with_its_fields(tmp_path: Path) -> None:
     assert done.code == 0, done.stderr
     assert sorted(fields(done.json)) == sorted(frozen_fields()["msconv plan --predict"])
     assert "Traceback" not in done.stderr
+
+
+def test_a_proof_that_is_not_predicted_says_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(qwen3_config()))
+    asked = ("plan", tmp_path, "--output", tmp_path / "out", "--predict", "--json")
+    done = run_msconv(*asked, "--tp", 1, "--target", "cpu", "--target", "onnx")
+    assert done.code == 0, done.stderr
+    cpu, onnx = done.json["verify"]
+    assert (cpu["target"], onnx["target"]) == ("cpu", "onnx")
+    assert cpu["seconds"] is onnx["seconds"] is None
+    assert "MindSpore" in cpu["why_not"]
+    assert "onnx" in onnx["why_not"]
+    assert done.json["download"] is None
+    done = run_msconv("plan", tmp_path, "--tp", 1, "--target", "cpu")
+    assert done.code == 2
+    assert "Add --predict" in done.stderr
+
+
+def test_the_proof_of_a_target_is_tried_and_its_work_is_counted(tmp_path: Path) -> None:
+    config = qwen3_config(hidden_size=256, head_dim=64, num_hidden_layers=3, vocab_size=6000)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = ("plan", tmp_path, "--output", tmp_path / "out", "--predict", "--json", "--target", "ascend910b")
+    done = run_msconv(*asked, "--tp", 2)
+    assert done.code == 0, done.stderr
+    (proof,) = done.json["verify"]
+    assert proof["why_not"] is None
+    assert proof["read_bytes"] == done.json["source_bytes"] + 2 * done.json["output_bytes"]
+    of = {k["kind"]: k for k in proof["kinds"]}
+    assert all(k["per_s"] > 0 for k in proof["kinds"])
+    layers = {name: k["amount"] for name, k in of.items() if k["unit"] == "layers"}
+    assert layers["ascend910b: layers like 0 on 2 ranks"] == 2 * layers["transformers: layers like 0"] >= 2 * 3
+    seconds = proof["startup_s"] + sum(k["amount"] / k["per_s"] for k in proof["kinds"])
+    assert proof["seconds"] == pytest.approx(seconds, rel=0.1)
+    assert proof["peak_memory_bytes"] > 4 * done.json["parameters"]
+    assert {f for f in fields(done.json) if f.startswith("verify")} <= frozen_fields()[
+        "msconv plan --predict --target"
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_place_without_room_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

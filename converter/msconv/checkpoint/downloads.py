@@ -6,16 +6,37 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from msconv_runtime.errors import ResourceError
 
 from .hub import Repository
-from .hub_errors import RESUMES
+from .hub_errors import RESUMES, explain
 from .remote import Cancelled, Progress
+from .transfer import try_range
 
 AT_ONCE = 4
+TRIED_S = 1.0  # in which a download is tried
 KEPT = 6  # of files that are deleted after use: how many may be here, whole or in part
+
+
+def try_downloads(repository: Repository, names: Iterable[str]) -> float:
+    """Bytes a second, of the beginnings of files that are not here, as many at a time as a download takes.  0 if
+    all are here.  Raises HubError."""
+    chosen = [n for n in names if not repository.is_here(n)][:AT_ONCE]
+    if not chosen:
+        return 0.0
+    repository.cache.mkdir(parents=True, exist_ok=True)
+
+    def one(name: str) -> float:
+        try:
+            return try_range(repository.url(name), repository.files[name], repository.cache, TRIED_S)
+        except Exception as e:
+            raise explain(e, repository.reference, name) from e
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return sum(pool.map(one, chosen))
 
 
 class Downloads:

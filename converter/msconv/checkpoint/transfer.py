@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ FIRST_WAIT_S = 0.5  # then doubled
 LONGEST_WAIT_S = 120.0  # that a server may ask for
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 CHUNK_BYTES = 1 << 20
+MOST_TRIED = 256 << 20  # of a file whose download is tried
 
 
 class Patience:
@@ -137,6 +139,23 @@ def fetch(url: str, file: RemoteFile, partial: Path, progress: Progress, cancell
         if not isinstance(e, http.HTTPError):
             e.filename = str(partial)
         raise
+
+
+def try_range(url: str, file: RemoteFile, place: Path, seconds: float) -> float:
+    """Take the beginning of a file for so long, hash and write it as `fetch` does, and throw it away: how many
+    bytes came in a second, once they came.  Raises what the network or the directory `place` raised."""
+    with (
+        tempfile.NamedTemporaryFile(dir=place, prefix=".msconv-sample-") as scratch,
+        _Landing(file, Path(scratch.name), lambda n: None) as landing,
+        opened(url, 0, min(file.size, MOST_TRIED)) as response,
+    ):
+        begun = now = time.monotonic()
+        for piece in paced(response):
+            landing.add(piece)
+            now = time.monotonic()
+            if now > begun + seconds:
+                break
+        return landing.have / max(now - begun, 1e-9)
 
 
 class _Landing:

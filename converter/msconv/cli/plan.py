@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msconv_runtime.artifact import is_artifact
-from msconv_runtime.errors import MsconvError
+from msconv_runtime.errors import MsconvError, UsageError
+from msconv_runtime.targets import target_named
 from msconv_runtime.units import human_bytes
 
 from ..layout.memory import RESERVED
@@ -19,8 +20,9 @@ from ..published import published
 from .command import Command
 from .console import say, visible
 from .conversion import LayoutOptions, kept_groups_of, kept_lines, layout_options
-from .options import Size, grouped
+from .options import Size, complete_targets, grouped
 from .phases import in_words
+from .prediction import Foreseen, foresee, prediction_lines
 from .references import convert_command
 from .result import Result, json_option, show
 from .roofline import RooflineOptions, bound_artifact, bound_layout, roofline_options
@@ -28,8 +30,8 @@ from .roofline import data as roofline_data
 from .roofline import lines as roofline_lines
 
 if TYPE_CHECKING:
+    from ..steps.costs import Cost
     from ..steps.estimate import Estimate
-    from ..steps.predict import Calibration
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,25 @@ device_options = grouped(
     "Where it would be written: that disk is tried.",
 )
 @device_options
-@click.option("--predict", is_flag=True, help="Find the time by trying the conversion for some seconds.")
+@click.option(
+    "--predict", is_flag=True, help="Find the time by trying the conversion, and a download, for some seconds."
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    shell_complete=complete_targets,
+    help="With --predict: try the proof of graphs for this target too.  May be given several times.",
+)
 @roofline_options
 @json_option
-def command(layout: LayoutOptions, device: DeviceOptions, predict: bool, bounds: RooflineOptions) -> None:
+def command(
+    layout: LayoutOptions,
+    device: DeviceOptions,
+    predict: bool,
+    targets: tuple[str, ...],
+    bounds: RooflineOptions,
+) -> None:
     """Say what a conversion would cost, and what the model needs on a device.
 
     Reads headers only, and config.json alone if the weights are not there yet.
@@ -74,17 +91,22 @@ def command(layout: LayoutOptions, device: DeviceOptions, predict: bool, bounds:
     msconv plan Qwen3-32B                            the recipe, against its devices
     msconv plan models/Qwen3-32B --tp 8
     msconv plan --model models/Qwen3-32B --tp 4 --context 32768 --batch 8 --device-memory 64G
+    msconv plan models/Qwen3-32B --tp 8 --predict --target ascend910b     seconds of conversion and proof
     msconv plan Qwen3-32B --roofline 910B3           the least time that a token could take there
     msconv plan artifacts/Qwen3-8B-tp4 --tp 4 --roofline 910B3       of the artifact's own graphs
     """
     from ..steps.estimate import estimate
 
+    if targets and not predict:
+        raise UsageError("--target: it is the proof that is predicted for a target.", "Add --predict.")
+    chosen = [target_named(name) for name in targets]
     asked = bounds.asked(device.context, device.batch)
     if asked is not None and is_artifact(Path(layout.model)):
         show(bound_artifact(Path(layout.model), layout.tp, layout.ep, asked))
         return
+    location = _location(layout)
     planned = estimate(
-        _location(layout),
+        location,
         layout.tp,
         layout.ep,
         layout.dtype,
@@ -101,7 +123,10 @@ def command(layout: LayoutOptions, device: DeviceOptions, predict: bool, bounds:
     )
     for note in planned.checkpoint.notes:
         say(note)
-    data, lines = _data(planned, device), [*_costs(planned, layout.num_jobs), *_needs(planned, device)]
+    foreseen = foresee(location, planned, chosen) if predict else None
+    data, lines = _data(planned, device), _costs(planned, layout.num_jobs, foreseen)
+    data |= foreseen.data if foreseen else {}
+    lines += _needs(planned, device)
     if asked is not None:
         found = bound_layout(planned, asked)
         data["roofline"] = roofline_data(found, asked)
@@ -184,13 +209,13 @@ def _data(e: Estimate, device: DeviceOptions) -> dict[str, Any]:
     }
 
 
-def _calibration(c: Calibration) -> dict[str, Any]:
-    kinds = [{"kind": str(t.kind), "bytes": t.nbytes, "bytes_per_s": round(t.bytes_per_s)} for t in c.tried]
+def _calibration(c: Cost) -> dict[str, Any]:
+    kinds = [{"kind": str(t.kind), "bytes": t.amount, "bytes_per_s": round(t.per_s)} for t in c.tried]
     return {"startup_s": round(c.startup, 2), "took_s": round(c.took, 2), "kinds": kinds}
 
 
-def _costs(e: Estimate, num_jobs: int) -> list[str]:
-    """Lines about the conversion."""
+def _costs(e: Estimate, num_jobs: int, foreseen: Foreseen | None) -> list[str]:
+    """Lines about the conversion, and what else is foreseen."""
     plan = e.plan
     kinds = f"{plan.quant} and {plan.dtype}" if plan.quant else plan.dtype
     rank_bytes, expert_bytes = human_bytes(plan.rank_bytes), human_bytes(plan.expert_bytes)
@@ -221,10 +246,8 @@ def _costs(e: Estimate, num_jobs: int) -> list[str]:
         if e.calibration is not None:
             how = f"by {e.calibration.took:.1f} s of it, tried here"
         lines.append(f"time        about {in_words(max(1, e.seconds))}, {how}")
-    for t in e.calibration.tried if e.calibration else ():
-        rate = f"{human_bytes(t.bytes_per_s)}/s" if t.bytes_per_s else "not tried, too few"
-        lines.append(f"            {t.kind}: {human_bytes(t.nbytes)} at {rate}")
-    return lines
+    lines += prediction_lines(e.calibration.tried) if e.calibration else []
+    return lines + (foreseen.lines if foreseen else [])
 
 
 def _needs(e: Estimate, device: DeviceOptions) -> list[str]:

@@ -25,7 +25,8 @@ from ..process import since_start
 from ..quant import format_asked
 from ..stream.execute import plan_memory
 from ..workspace.names import default_output
-from .predict import Calibration, calibrate
+from .costs import Cost
+from .predict import calibrate
 
 PROBE_BYTES, PROBE_STEP, PROBE_S = 64 << 20, 8 << 20, 1.0
 
@@ -36,7 +37,8 @@ class Estimate:
     `lacking_bytes`: more than is free that output and download need, and `lacking_without_source` if the download
     is deleted as it is read.  `smallest_tp` None: no device size was given, or
     nothing fits.  `assumed`: there are no weights yet, shapes come from the configuration.
-    `calibration`: what `seconds` are from, where the conversion was tried.
+    `calibration`: what `seconds` are from, where the conversion was tried.  `place`: the nearest directory to the
+    output's that is there.  `startup`: seconds of this process until the plan was made.
     `model_kv_bytes_per_token`: without a draft's."""
 
     checkpoint: Checkpoint
@@ -48,10 +50,12 @@ class Estimate:
     smallest_tp: int | None
     assumed: bool
     model_kv_bytes_per_token: int = 0
+    place: Path = Path()
+    startup: float = 0.0
     free_bytes: int | None = None
     lacking_bytes: int = 0
     lacking_without_source: int = 0
-    calibration: Calibration | None = None
+    calibration: Cost | None = None
 
 
 def estimate(
@@ -94,7 +98,8 @@ def estimate(
 
     target = output or default_output(checkpoint.name, tp, ep)
     download_bytes = plan.read_bytes if assumed else bytes_to_download(model, plan)
-    measured = calibrate(plan, _there(target), jobs, max_memory, since_start()) if predict else None
+    startup = since_start()
+    measured = calibrate(plan, existing(target), jobs, max_memory, startup) if predict else None
     return Estimate(
         checkpoint=checkpoint,
         plan=plan,
@@ -103,6 +108,8 @@ def estimate(
         download_bytes=download_bytes,
         seconds=measured.seconds if measured else _seconds(plan, target),
         model_kv_bytes_per_token=kv_bytes_per_token(replace(sizes, drafts=0), mesh, plan.dtype),
+        place=existing(target),
+        startup=startup,
         free_bytes=_free(target),
         lacking_bytes=_lacking(target, plan.output_bytes, download_bytes),
         lacking_without_source=_lacking(target, plan.output_bytes, 0),
@@ -131,14 +138,14 @@ def _smallest_tp(
     return None
 
 
-def _there(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The nearest directory that exists already."""
     return next((p for p in (path, *path.parents) if p.is_dir()), Path())
 
 
 def _free(path: Path) -> int | None:
     try:
-        return shutil.disk_usage(_there(path)).free
+        return shutil.disk_usage(existing(path)).free
     except OSError:
         return None
 
@@ -148,7 +155,7 @@ def _lacking(target: Path, output_bytes: int, download_bytes: int) -> int:
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
     try:
-        together = _there(target).stat().st_dev == _there(cache).stat().st_dev
+        together = existing(target).stat().st_dev == existing(cache).stat().st_dev
     except OSError:
         together = False
     wanted = [(target, output_bytes + download_bytes * together), (cache, download_bytes * (not together))]
@@ -159,7 +166,7 @@ def _lacking(target: Path, output_bytes: int, download_bytes: int) -> int:
 def _seconds(plan: Plan, target: Path) -> float | None:
     """Reading and writing at the rate that a probe of some megabytes, or a second, reaches where the output would
     be."""
-    place = _there(target)
+    place = existing(target)
     block, size = os.urandom(1 << 20) * (PROBE_STEP >> 20), 0
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".msconv-probe-") as f:

@@ -27,6 +27,7 @@ from ..stream.movers.threads import LocalThreads
 from ..stream.outputs import Outputs, RankFiles
 from ..stream.source import DirectoryShards, Progress, Source, read_exactly
 from ..stream.task import Opened, Task, Unit
+from .costs import Cost, Tried
 
 SAMPLE_BYTES, SCRATCH_BYTES = 192 << 20, 512 << 20
 ROUND_BYTES = 96 << 20  # of source bytes that are moved before the clock is looked at
@@ -52,36 +53,16 @@ class Kind:
         return ", ".join(words)
 
 
-@dataclass(frozen=True)
-class Tried:
-    """One kind: bytes of it that the plan reads, and how many a second were moved here.  0: it was not tried."""
-
-    kind: Kind
-    nbytes: int
-    bytes_per_s: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """`seconds`: what a conversion of the whole plan takes.  `startup`: of them before the first byte is moved.
-    `took`: what this took."""
-
-    seconds: float
-    startup: float
-    tried: tuple[Tried, ...]
-    took: float
-
-
-def calibrate(plan: Plan, place: Path, jobs: int, max_memory: int | None, startup: float) -> Calibration:
-    """Try a plan's kinds of units in the directory `place`.  `startup`: seconds until a plan is made.
-    Raises ResourceError if there is no room for a sample."""
+def calibrate(plan: Plan, place: Path, jobs: int, max_memory: int | None, startup: float) -> Cost:
+    """Try a plan's kinds of units in the directory `place`: bytes that the plan reads.  `startup`: seconds until a
+    plan is made.  Raises ResourceError if there is no room for a sample."""
     begun = time.perf_counter()
     of_kind: dict[Kind, list[Unit]] = {}
     for unit in plan.units:
         of_kind.setdefault(kind_of(plan, unit), []).append(unit)
     sizes = {kind: sum(plan.unit_bytes(u) for u in units) for kind, units in of_kind.items()}
     whole = sum(sizes.values())
-    buffers, _ = plan_memory(plan, jobs, max_memory)
+    buffers, most = plan_memory(plan, jobs, max_memory)
     tried: list[Tried] = []
     with sample(place) as (source, outputs):
         task = Task(plan, DirectoryShards({}), RankFiles(place, 1, 1), buffers)
@@ -92,12 +73,9 @@ def calibrate(plan: Plan, place: Path, jobs: int, max_memory: int | None, startu
                 rate, warm = _rate(task, opened, LocalThreads(jobs), of_kind[kind])
             startup += warm
             tried.append(Tried(kind, sizes[kind], rate))
-    known = [t for t in tried if t.bytes_per_s]
-    if not known:
+    if not any(t.per_s for t in tried):
         raise ResourceError(f"{place}: no part of this plan could be tried there.", "Leave --predict out.")
-    moved = sum(t.nbytes / t.bytes_per_s for t in known)
-    others = sum(t.nbytes for t in tried) / max(1, sum(t.nbytes for t in known))
-    return Calibration(startup + moved * others, startup, tuple(tried), time.perf_counter() - begun)
+    return Cost(startup, tuple(tried), plan.read_bytes, most, time.perf_counter() - begun)
 
 
 def kind_of(plan: Plan, unit: Unit) -> Kind:

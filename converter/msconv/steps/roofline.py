@@ -207,7 +207,7 @@ def _made(local: Local) -> Outline:
 def repeated(config: DecoderConfig, types: Mapping[str, str]) -> dict[int, int]:
     """The layers to make, from the first on, and how many of the model's each stands for.  The first one never
     stands for another: its first norm is alone, others' are fused with a sum."""
-    kinds = [_kind(config, types, i) for i in range(config.layers)]
+    kinds = [layer_kind(config, types, i) for i in range(config.layers)]
     last = {kind: i for i, kind in reversed(list(enumerate(kinds[1:], 1)))}  # the first place of each, but 0
     short = max(last.values(), default=0) + 1
     times = Counter(range(short))
@@ -216,7 +216,7 @@ def repeated(config: DecoderConfig, types: Mapping[str, str]) -> dict[int, int]:
     return dict(times)
 
 
-def _kind(config: DecoderConfig, types: Mapping[str, str], layer: int) -> tuple[object, ...]:
+def layer_kind(config: DecoderConfig, types: Mapping[str, str], layer: int) -> tuple[object, ...]:
     """What makes one layer's nodes differ from another's."""
     prefix = f"model.layers.{layer}."
     stored = tuple((n.removeprefix(prefix), t) for n, t in types.items() if n.startswith(prefix))

@@ -64,25 +64,29 @@ class Lockstep:
         self.target, self.tp, self.layers, self.variant = target_named(target), artifact.tp, layers, variant
         self.graphs = of_variant((of_draft if draft else of_model)(artifact.graphs(target)), variant)
         self.programs = {role: parse(artifact.root / g.path) for role, g in self.graphs.items()}
-        for role, program in self.programs.items():
-            check_declared(artifact, self.graphs[role], program)
         self.context = Context(exact, next(iter(self.programs.values())).dtype)
-        size = sum(t.nbytes for t in artifact.weights.tensors) * self.tp
-        if size < SMALL_BYTES:
-            torch.set_num_threads(1)  # handing small work to threads costs more than the work
         self.held = Held(held_bytes)
-        as_stored = read_as_stored(self.programs.values())
-        self.ranks = [
-            RankFiles(artifact, r, self.context, size <= KEEP_BYTES, held=self.held, as_stored=as_stored)
-            for r in range(self.tp)
-        ]
-        self.interpreter = Interpreter(self.context, self.ranks, in_lockstep)
+        self.interpreter = self._interpreter(artifact)
         self.caches: list[list[torch.Tensor]] = []
         self.probes: dict[str, NDArray[np.float32]] = {}
         self.hidden: NDArray[np.float32] | None = None
         self.apart = 0.0
         self.page = self._cache_inputs[0].shape[1] or PAGE
         self.sequences = Sequences(0, self.page)
+
+    def _interpreter(self, artifact: Artifact) -> Interpreter:
+        """For all ranks, with the weights in their files.  Raises VerificationFailed if graphs read others."""
+        for role, program in self.programs.items():
+            check_declared(artifact, self.graphs[role], program)
+        size = sum(t.nbytes for t in artifact.weights.tensors) * self.tp
+        if size < SMALL_BYTES:
+            torch.set_num_threads(1)  # handing small work to threads costs more than the work
+        as_stored = read_as_stored(self.programs.values())
+        ranks = [
+            RankFiles(artifact, r, self.context, size <= KEEP_BYTES, held=self.held, as_stored=as_stored)
+            for r in range(self.tp)
+        ]
+        return Interpreter(self.context, ranks, in_lockstep)
 
     @property
     def _cache_inputs(self) -> list[GraphInput]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import NoReturn
@@ -12,12 +12,14 @@ from msconv_runtime.errors import ResourceError, UsageError
 from msconv_runtime.units import human_bytes
 
 from .lockstep import HELD_BYTES, KEEP_BYTES, Lockstep
+from .reference import KEEP_BYTES as REFERENCE_BYTES
 from .reference import Reference, parts_bytes
 from .scenario import Candidate
 
 FLOAT32 = 4
 LIBRARIES_BYTES = 1 << 30  # torch, transformers and MindSpore with what they allocate; measured 0.8 GiB
 WIDTHS = 24  # values a token and unit of hidden size that a layer's activations take, scores included
+RANK_WIDTHS = 12  # the same of each rank; four of Qwen3-8B took some 7 beyond all else
 
 
 def held_bytes(reference: Reference, artifact: Artifact, tokens: int, max_memory: int | None) -> int:
@@ -27,11 +29,9 @@ def held_bytes(reference: Reference, artifact: Artifact, tokens: int, max_memory
         return HELD_BYTES
     part, largest = _largest_part(reference)
     config = reference.model.config
-    rows = tokens * (WIDTHS * config.hidden_size + 2 * config.vocab_size) * FLOAT32
-    a_layer = 3 if reference.keeps_streams else 2
-    norms = tokens * config.hidden_size * a_layer * config.num_hidden_layers * FLOAT32
-    norms = 0 if reference.kept.is_there else norms
-    fixed = LIBRARIES_BYTES + rows + norms
+    a_layer = 0 if reference.kept.is_there else 3 if reference.keeps_streams else 2
+    norms = a_layer * config.num_hidden_layers
+    fixed = besides_bytes(tokens, config.hidden_size, config.vocab_size, norms)
     widest = max(FLOAT32 * prod(t.shape) for t in artifact.weights.tensors)
     size = FLOAT32 * sum(prod(t.shape) for t in artifact.weights.tensors) * artifact.tp
     ranks = size if size <= 2 * KEEP_BYTES else widest
@@ -43,6 +43,24 @@ def held_bytes(reference: Reference, artifact: Artifact, tokens: int, max_memory
             f"Try --max-memory {-(-need >> 20)}M.",
         )
     return min(HELD_BYTES, max_memory - fixed - widest)
+
+
+def besides_bytes(tokens: int, hidden: int, vocab: int, norms: int) -> int:
+    """What a proof takes besides weights.  `norms`: outputs of that many are held for all tokens."""
+    return LIBRARIES_BYTES + tokens * FLOAT32 * ((WIDTHS + norms) * hidden + 2 * vocab)
+
+
+def ranks_bytes(tokens: int, hidden: int, tp: int, cached: int) -> int:
+    """What ranks take besides weights.  `cached`: values a token of one rank's caches, all layers."""
+    return tp * tokens * FLOAT32 * (RANK_WIDTHS * hidden + cached)
+
+
+def most_bytes(parts: Sequence[int], ranks: Sequence[int], besides: int) -> int:
+    """At most, without a ceiling.  Bytes in float32 of the embedding, each layer and the head: `parts` of
+    transformers' model, `ranks` of all ranks' weights together.  `besides`: what `besides_bytes` gives."""
+    reference = sum(parts) if sum(parts) <= REFERENCE_BYTES else max(parts)
+    held = sum(ranks) if sum(ranks) <= 2 * KEEP_BYTES else min(HELD_BYTES, max(ranks))
+    return besides + (reference + held if reference == sum(parts) else max(reference, held))
 
 
 def limited(make: Callable[[], Candidate], held: int) -> Candidate:

@@ -69,8 +69,7 @@ class Reference:
         """`bound`: the manifest with the types in which a server binds the weights, if that rounds once more."""
         try:
             import torch
-            from transformers import AutoModelForCausalLM
-            from transformers.utils import logging as transformers_logging
+            import transformers  # noqa: F401
         except ImportError as e:
             raise EnvironmentProblem(
                 f"verify needs torch and transformers ({e}).", 'Install them: pip install "msconv[verify]".'
@@ -79,8 +78,6 @@ class Reference:
         self.kept = NOTHING  # where what was computed is kept for a run after this one
         self.num_skipped = 0  # leading layers that a pass takes from there
         self.keeps_streams = False  # what enters each layer too
-        transformers_logging.set_verbosity_error()  # our own words say what is compared
-        transformers_logging.disable_progress_bar()
         self.layers = layers
         self.captured = manifest.draft.layers if manifest.draft else []
         checkpoint = open_checkpoint(root, harmless=manifest.model.harmless)
@@ -94,23 +91,11 @@ class Reference:
         self.torch = torch
         self.weights = self._weights(checkpoint, [manifest, *([bound] if bound else [])])
         self.moe = checkpoint.config.moe
-        config = _configuration(root, checkpoint.family)
-        if getattr(config, "quantization_config", None):
-            del config.quantization_config  # codes are dequantised by SourceWeights
-        if layers:
-            config.num_hidden_layers = layers
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:layers]
-        config._experts_implementation = "eager"
+        model = model_without_weights(root, checkpoint.family, layers)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
-            )
             if manifest.draft and manifest.draft.kind == "mtp" and not layers:  # is not run with the others
-                index = config.num_hidden_layers
-                model.model.layers.append(type(model.model.layers[-1])(config, index))
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-        with torch.device("meta"):
+                index = model.config.num_hidden_layers
+                model.model.layers.append(type(model.model.layers[-1])(model.config, index))
             self._prepare(model)
         self.model = model.eval()
         self.keeps_all = sum(t.nbytes for t in model.state_dict().values()) <= KEEP_BYTES
@@ -210,6 +195,30 @@ class Reference:
         weight = self.weights.get(f"model.layers.{self.layers}.input_layernorm.weight")
         scale = self.torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.model.model.norm.variance_epsilon)
         return x * scale * weight
+
+
+def model_without_weights(root: Path, family: Family, layers: int = 0) -> Any:
+    """transformers' model in float32, its weights nowhere; of the first `layers` only, if that is not 0."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # our own words say what is compared
+    transformers_logging.disable_progress_bar()
+    config = _configuration(root, family)
+    if getattr(config, "quantization_config", None):
+        del config.quantization_config  # codes are dequantised by SourceWeights
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    config._experts_implementation = "eager"
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
 
 
 def parts_bytes(model: Any) -> dict[str, int]:

@@ -60,11 +60,15 @@ class Subject:
 
     @property
     def steps(self) -> int:
-        return FEW_STEPS if self.is_large else DECODE_STEPS
+        return steps_of(self._weights_bytes)
 
     @property
     def is_large(self) -> bool:
-        return sum(f.size for f in self.artifact.weights.files) > LARGE_BYTES
+        return is_large(self._weights_bytes)
+
+    @property
+    def _weights_bytes(self) -> int:
+        return sum(f.size for f in self.artifact.weights.files)
 
     @property
     def _tokens(self) -> int:
@@ -190,6 +194,16 @@ class Subject:
     def _proof(self, comparison: Comparison) -> Proof:
         missing, unused = _coverage(self.artifact, self.target)
         return Proof(self.target.name, self.artifact.tp, comparison, missing, unused, 0.0, self.layers)
+
+
+def is_large(weights_bytes: int) -> bool:
+    """Whether weights of so many bytes, of all ranks, are read anew at each pass: little else is run then."""
+    return weights_bytes > LARGE_BYTES
+
+
+def steps_of(weights_bytes: int) -> int:
+    """Decode steps that are compared."""
+    return FEW_STEPS if is_large(weights_bytes) else DECODE_STEPS
 
 
 def is_int8(weights: Weights) -> bool:
