@@ -14,7 +14,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 INSTALL = -m pip install --no-deps --require-hashes --progress-bar off
 TORCH = $(INSTALL) --retries 1 --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-onnx test-processors test-roofline test-servers test-crashes test-vllm browser compiler hashes check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-fused test-onnx test-processors test-roofline test-servers test-crashes test-vllm browser compiler hashes check format clean
 
 setup: $(INSTALLED)
 
@@ -100,6 +100,10 @@ test-onnx: .venv-onnx/.installed
 # vLLM's server and its offline engine with artifacts of every family: an environment that has vLLM for a CPU.
 test-vllm: compiler .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/vllm_engine
+
+# Graphs of every family with operations fused that are not by default; `make test` takes one.
+test-fused: setup
+	MSCONV_EVERY_LAYOUT=1 $(BIN)/python -m pytest tests/verify/test_fused.py
 
 # Int8 graphs of every family, kind and target; `make test` takes some of each.
 test-int8: setup compiler

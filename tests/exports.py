@@ -81,7 +81,7 @@ def config_named(model: str) -> DecoderConfig:
 
 @functools.cache
 def exported(
-    model: str, target: str, role: str, variant: str = "", tp: int = 1, ep: int = 1
+    model: str, target: str, role: str, variant: str = "", tp: int = 1, ep: int = 1, fused: tuple[str, ...] = ()
 ) -> tuple[bytes, Graph]:
     """The graph's bytes, and its entry."""
     from msconv.graph.export import export
@@ -90,7 +90,7 @@ def exported(
     config, types = config_named(model), AllInBfloat16()
     if model in INT8:
         config, types = quantised(config), Int8Types(*INT8[model])
-    made = export(Local(config, make_mesh(tp, ep), TARGETS[target], ROLES[role], variant, types))
+    made = export(Local(config, make_mesh(tp, ep), TARGETS[target], ROLES[role], variant, types, fused=fused))
     entry = Graph(
         target=target,
         role=role,
@@ -106,5 +106,6 @@ def exported(
         groups=made.groups,
         nz=made.nz,
         kinds=made.kinds,
+        fused=list(fused),
     )
     return made.proto, entry

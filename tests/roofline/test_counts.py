@@ -16,6 +16,7 @@ from tests.roofline.counting import Expected, decode, every_layout, prefill
 pytestmark = pytest.mark.slow
 
 SEQUENCES, CONTEXT, PROMPT = 3, 50, 70
+FUSED = ("swiglu",)
 LAYOUTS = [
     ("qwen3", 2, 1),
     ("qwen3_moe", 2, 2),
@@ -87,6 +88,18 @@ def test_int8_matrices_are_a_byte_an_element_and_a_scale_a_row() -> None:
     assert plain.kv_bytes == int8.kv_bytes
 
 
+def test_an_activation_that_is_fused_reads_and_writes_a_third_and_weights_stay() -> None:
+    config, batch = config_of("qwen3"), Batch(SEQUENCES, 1, CONTEXT)
+    plain = counted("qwen3", "decode", 2, 1, batch)
+    data, _ = exported("qwen3", "ascend910b", "decode", tp=2, fused=FUSED)
+    fused = total([(work, 1) for work in works(outline(data, "fused"), batch, 0)])
+    layers, row = config["num_hidden_layers"], 2 * SEQUENCES * config["intermediate_size"] // 2
+    assert plain.launches - fused.launches == 2 * layers
+    assert plain.activation_bytes - fused.activation_bytes == (9 - 3) * layers * row
+    assert (fused.weight_bytes, fused.kv_bytes) == (plain.weight_bytes, plain.kv_bytes)
+    assert (fused.half_operations, fused.collectives) == (plain.half_operations, plain.collectives)
+
+
 LAYERS = [  # of the page's table: the model, its layout, and which layer
     ("Qwen3", "qwen3", 2, 1, 0),
     ("Qwen3, int8 (dynamic)", "qwen3 unshifted int8", 2, 1, 0),
@@ -103,4 +116,7 @@ def test_a_layer_has_as_many_nodes_as_the_page_says(row: str, model: str, tp: in
     data, _ = exported(model, "ascend910b", "decode", tp=tp, ep=ep)
     done = works(outline(data, model), Batch(SEQUENCES, 1, CONTEXT), 16)
     launched = sum(work.launches for work in done if work.layer == layer)
-    assert f"| {row} | {launched} |" in (ROOT / "docs" / "roofline.md").read_text()
+    data, _ = exported(model, "ascend910b", "decode", tp=tp, ep=ep, fused=FUSED)
+    done = works(outline(data, model), Batch(SEQUENCES, 1, CONTEXT), 16)
+    fused = sum(work.launches for work in done if work.layer == layer)
+    assert f"| {row} | {launched} | {fused} |" in (ROOT / "docs" / "roofline.md").read_text()

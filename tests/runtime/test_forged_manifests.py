@@ -176,6 +176,17 @@ def test_a_proof_that_contradicts_itself(compiled: Path, changes: dict[str, Any]
     assert told in contradiction(forged)
 
 
+def test_what_is_fused_is_the_targets_and_named_once(compiled: Path) -> None:
+    manifest = read_manifest(compiled)
+    graph = next(g for g in manifest.graphs if g.role == "decode")
+    npu = msgspec.structs.replace(graph, target="ascend910b", path="graphs/ascend910b/decode.mindir")
+    for own, fused, told in ((graph, ["swiglu"], "has 'swiglu' fused"), (npu, ["swiglu"] * 2, "or twice")):
+        forged = msgspec.structs.replace(own, fused=fused)
+        assert told in contradiction(msgspec.structs.replace(manifest, graphs=[forged]))
+    sound = msgspec.structs.replace(npu, fused=["swiglu"])
+    assert contradiction(msgspec.structs.replace(manifest, graphs=[sound], verified=[])) == ""
+
+
 def test_a_proof_of_other_graphs_is_none(own_artifact: Path) -> None:
     raw = json.loads((own_artifact / "msconv.json").read_text())
     raw["verified"] = [msgspec.to_builtins(proof(own_artifact, graph_digests=["xxh3:0"]))]

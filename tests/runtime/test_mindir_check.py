@@ -19,13 +19,14 @@ from msconv_runtime.errors import ArtifactError
 from msconv_runtime.mindir_check import check_mindir, kind_of, refusal
 from msconv_runtime.mindir_check.allowed import (
     ALLOWED,
+    FUSED,
     GRAPH_ATTRIBUTES,
     KERNELS,
     LIBRARY,
     OF_EARLIER_VERSIONS,
     OF_MINDSPORE_28,
 )
-from msconv_runtime.targets import MINDIR, TARGETS
+from msconv_runtime.targets import FUSIONS, MINDIR, SWIGLU, TARGETS
 from tests.every import EVERY
 from tests.exports import INT8, MODELS, exported
 from tests.mindirs import LOAD, MUL, UMONAD, encode, entry, field, model, node, primitive, shape, small, varint
@@ -81,6 +82,17 @@ def test_every_exported_graph_passes_and_the_list_holds_nothing_else() -> None:
     everything = {name: p for table in ALLOWED.values() for name, p in table.items()}
     written = {n: p for n, p in everything.items() if n.rpartition(":")[2] not in OF_EARLIER_VERSIONS}
     assert sets == {(n, tuple(sorted(a))) for n, p in written.items() for a in p.attributes}
+
+
+def test_a_fused_graph_passes_only_if_its_entry_says_so() -> None:
+    data, graph = exported("qwen3", "ascend910b", "decode", fused=(SWIGLU,))
+    assert refusal(data, graph, 1) == ""
+    assert refusal(data, replace(graph, target="ascend910c"), 1) == ""
+    found = {p.op_type for p in pb.ModelProto.FromString(data).primitives}
+    assert found - set(ALLOWED["ascend"]) == set(FUSED[SWIGLU])
+    assert FUSED.keys() == set(FUSIONS)
+    for odd in (replace(graph, fused=[]), replace(graph, fused=["another"])):
+        assert "no graph for ascend910b has a Swiglu" in refusal(data, odd, 1)
 
 
 def test_a_deep_models_graph_passes(monkeypatch: pytest.MonkeyPatch) -> None:

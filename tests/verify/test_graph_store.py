@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def test_another_version_takes_none(kept: tuple[Path, Path], monkeypatch: pytest
     with monkeypatch.context() as changed:
         changed.setattr("msconv.graph.store.code_digest", lambda: real_code_digest()[::-1])
         assert key_of(local) != before
+    assert key_of(replace(local, fused=("swiglu",))) != before
     assert key_of(local) == before
 
 
@@ -116,6 +118,11 @@ def files(store: Path, role: str) -> tuple[Path, Path]:
         if msgspec.json.decode(path.read_bytes(), type=Graph).role == role:
             return path, path.with_suffix(".mindir")
     raise AssertionError(role)
+
+
+def fused_by_its_entry(entry: Path, proto: Path) -> None:
+    graph = msgspec.json.decode(entry.read_bytes(), type=Graph)
+    entry.write_bytes(msgspec.json.encode(msgspec.structs.replace(graph, fused=["swiglu"])))
 
 
 def truncated(entry: Path, proto: Path) -> None:
@@ -149,6 +156,7 @@ def forged(entry: Path, proto: Path) -> None:
         (truncated, "its size or digest differs"),
         (no_json, "is no entry of a graph"),
         (of_another_role, "describes another graph than ascend310p decode"),
+        (fused_by_its_entry, "describes another graph than ascend310p decode"),
         (forged, "is not a graph that msconv makes"),
     ],
 )

@@ -67,6 +67,30 @@ def test_add_rms_norm_norms_the_rounded_sum() -> None:
     assert normed.tolist() == [[1.0, 1.0]]
 
 
+def test_swiglu_takes_silu_of_the_first_half() -> None:
+    x = random(3, 10) * 4
+    found = call("Swiglu", x, -1)
+    for row, of_row in enumerate(x.double().tolist()):
+        close(found[row], [g / (1 + math.exp(-g)) * up for g, up in zip(of_row[:5], of_row[5:], strict=True)])
+
+
+def test_swiglu_rounds_once_and_its_parts_twice() -> None:
+    x = (random(40, 64) * 4).bfloat16()
+    found = call("Swiglu", x, 1, context=ROUNDED)
+    gate, up = x.double().chunk(2, -1)
+    once = (gate / (1 + (-gate).exp()) * up).bfloat16()
+    assert found.dtype == torch.bfloat16
+    assert float((found != once).float().mean()) < 0.002  # float32 inside: ties only
+    twice = call("Mul", call("SiLU", x[:, :32], context=ROUNDED), x[:, 32:], context=ROUNDED)
+    assert float((twice != once).float().mean()) > 0.1
+
+
+@pytest.mark.parametrize(("width", "dim"), [(8, 0), (7, -1), (8, -2)])
+def test_swiglu_takes_halves_of_the_last_dimension_only(width: int, dim: int) -> None:
+    with pytest.raises(ValueError, match="Swiglu: dim"):
+        call("Swiglu", random(4, width), dim)
+
+
 def test_rotation_turns_the_two_halves_of_each_head() -> None:
     tokens, dim = 5, 6
     q, k = random(tokens, 3 * dim), random(tokens, dim, seed=1)

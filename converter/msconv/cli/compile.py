@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msconv_runtime.artifact import Artifact
-from msconv_runtime.targets import ONNX, TARGETS, target_named
+from msconv_runtime.targets import FUSIONS, ONNX, TARGETS, target_named
 from msconv_runtime.units import human_bytes
 
 from ..checkpoint.reference import Hub, configuration
@@ -37,19 +37,32 @@ if TYPE_CHECKING:
     from ..steps.compile import Compiled
 
 
+def _fusing(between: str) -> str:
+    """Names of the targets that fuse something."""
+    return between.join(t.name for t in TARGETS.values() if t.fusions)
+
+
 @dataclass(frozen=True)
 class Asked:
     """How graphs are to be made.  `kept`: where they are kept.  `shapes`: None for no graphs of fixed shapes, ""
-    for the usual ones."""
+    for the usual ones.  `fused`: what graphs of the targets that were named shall have as one operation."""
 
     kept: Path | None
     shapes: str | None
+    fused: tuple[str, ...]
 
     @classmethod
-    def of(cls, kept: Path | None, onnx_static: bool, onnx_shapes: str | None) -> Asked:
+    def of(cls, kept: Path | None, onnx_static: bool, onnx_shapes: str | None, fused: tuple[str, ...]) -> Asked:
         if onnx_shapes is not None and not onnx_static:
             raise click.UsageError("--onnx-shapes goes with --onnx-static.")
-        return cls(kept, (onnx_shapes or "") if onnx_static else None)
+        return cls(kept, (onnx_shapes or "") if onnx_static else None, tuple(sorted(set(fused))))
+
+    def check(self, targets: tuple[str, ...]) -> None:
+        """Raises click.UsageError for what needs a target that was not named."""
+        if self.fused and not targets:
+            raise click.UsageError(f"--fuse goes with --target {_fusing(' or ')}.")
+        if self.shapes is not None and ONNX.name not in targets:
+            raise click.UsageError(f"--onnx-static goes with --target {ONNX.name}.")
 
     def fixed(self, root: Path) -> Fixed | None:
         """The shapes for the artifact's model."""
@@ -79,6 +92,14 @@ asked_options = grouped(
         metavar="BATCHxTOKENSxCONTEXT",
         help="Those shapes: sequences, new tokens of a prefill, places in the cache.  [default: 1x128x1024, or "
         "what the model takes]",
+    ),
+    click.option(
+        "--fuse",
+        "fused",
+        multiple=True,
+        type=click.Choice(FUSIONS),
+        help=f"With --target {_fusing(' or ')}: one operation where graphs have several; swiglu is an MLP's "
+        "activation.  No device has run such graphs.  Repeatable.",
     ),
 )
 layout_options = grouped(
@@ -140,16 +161,15 @@ def command(
     msconv compile                                   the newest artifact in artifacts/
     msconv compile artifacts/Qwen3-8B-tp4 --recipe Qwen3-8B
     msconv compile artifacts/Qwen3-8B-tp4 --target ascend910b --target cpu
+    msconv compile artifacts/Qwen3-8B-tp4 --target ascend910b --fuse swiglu
     msconv compile --model models/Qwen3-32B --tp 8 --target ascend910b --output graphs-only
     """
     from ..graph.store import GraphStore
     from ..steps import compile as compiler
 
     (tp, ep), (draft, no_drafts) = layout, drafts
-    for name in targets:
-        target_named(name)  # before anything is made
-    if asked.shapes is not None and ONNX.name not in targets:
-        raise click.UsageError(f"--onnx-static goes with --target {ONNX.name}.")
+    compiler.refuse_fusions([target_named(name) for name in targets], asked.fused)
+    asked.check(targets)  # before anything is made
     if model is not None:
         _refuse_without_weights(targets)
         if artifact is not None or tp is None or output is None:
@@ -166,12 +186,14 @@ def command(
         compare_layout(Artifact(root).manifest)
     made: list[Compiled] = []
     before = _expect(root, draft, hub) if draft else []
+    fusing = set(targets)  # no others, which --draft makes anew
     targets = (*targets, *before) or (usual_target(Artifact(root)),)
     store = None if asked.kept is None else GraphStore(asked.kept)
     fixed, made_of = asked.fixed(root), quant if model is not None else None
     for target in dict.fromkeys(targets):
         with phases(f"compiling for {target}") as tell, leaving_at_once():
-            done = compiler.compile_graphs(root, target, say, tell, made_of, store, fixed)
+            fused = asked.fused if target in fusing else ()
+            done = compiler.compile_graphs(root, target, say, tell, made_of, store, fixed, fused)
         for compiled in done:
             say(_line(compiled))
         made += done
@@ -204,6 +226,7 @@ def _data(root: Path, compiled: Compiled) -> dict[str, Any]:
         "variant": graph.variant,
         "path": str(root / graph.path),
         "nodes": graph.nodes,
+        "fused": graph.fused,
         "seconds": round(compiled.seconds, 3),
         "peak_rss_bytes": compiled.peak_rss_bytes,
         "taken": compiled.taken,
@@ -215,5 +238,6 @@ def _line(compiled: Compiled) -> str:
     made = f"peak memory {human_bytes(compiled.peak_rss_bytes)}"
     return (
         f"{graph.path}: {graph.nodes} nodes, {human_bytes(graph.size)}, {compiled.seconds:.1f} s, "
-        f"{'taken from --graphs' if compiled.taken else made}"
+        + (f"{', '.join(graph.fused)} fused, " if graph.fused else "")
+        + f"{'taken from --graphs' if compiled.taken else made}"
     )

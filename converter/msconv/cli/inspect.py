@@ -144,6 +144,7 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
                 "role": g.role,
                 "variant": g.variant,
                 "nodes": g.nodes,
+                "fused": g.fused,
                 "bytes": g.size,
                 "mindspore": g.mindspore,
                 "onnx": g.onnx,
@@ -262,6 +263,7 @@ def describe(data: dict[str, Any]) -> str:
         casts = f", binding casts {g['casts']}" if g["casts"] else ""
         lines.append(
             f"graph: {g['target']} {_named(g)}: {g['nodes']} nodes, {human_bytes(g['bytes'])}, "
+            + (f"{', '.join(g['fused'])} fused, " if g["fused"] else "")
             + (f"onnx {g['onnx']}" if g["onnx"] else f"mindspore {g['mindspore']}")
             + casts
         )

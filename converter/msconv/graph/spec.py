@@ -71,7 +71,8 @@ class Local:
 
     `variant`: of the target's operations, "" or "compiled".  `types`: the stored element type of each weight, {}
     where none are stored yet.  `draft`: what the graph gives hidden states for, if anything.  `weights`: where
-    each is stored, for graphs that point there.  `fixed`: for graphs of fixed shapes.
+    each is stored, for graphs that point there.  `fixed`: for graphs of fixed shapes.  `fused`: which of the
+    target's fusions the graph shall have.
     """
 
     config: DecoderConfig
@@ -83,6 +84,7 @@ class Local:
     draft: Draft | None = None
     weights: Weights | None = None
     fixed: Fixed | None = None
+    fused: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:

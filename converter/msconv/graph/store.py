@@ -1,7 +1,8 @@
 """Graphs kept beside artifacts, in a directory that many may share: what was compiled once is taken again.
 
-A graph is found by all that it depends on: configuration, layout, target, role, the stored type of each weight,
-the version of MindSpore and msconv's own code.  It holds no weights: artifacts of one configuration share it.
+A graph is found by all that it depends on: configuration, layout, target, role, what is fused, the stored type of
+each weight, the version of MindSpore and msconv's own code.  It holds no weights: artifacts of one configuration
+share it.
 
 What is taken is checked like a stranger's artifact: damage is found by its digest, and a graph that msconv would
 not make is refused.  Whether it computes the model is for `msconv verify` to find, as with every graph.
@@ -58,8 +59,8 @@ class GraphStore:
             graph = msgspec.json.decode(described, type=Graph)
         except (msgspec.DecodeError, UnicodeDecodeError) as e:
             raise _unfit(entry, f"is no entry of a graph: {e}") from None
-        wanted = (local.target.name, local.role.name, local.variant)
-        if (graph.target, graph.role, graph.variant) != wanted:
+        wanted = (local.target.name, local.role.name, local.variant, list(local.fused))
+        if (graph.target, graph.role, graph.variant, graph.fused) != wanted:
             raise _unfit(entry, f"describes another graph than {local.title}")
         if (graph.size, graph.digest) != (len(data), digest_bytes(data)):
             raise _unfit(proto, "is not as it was written: its size or digest differs")

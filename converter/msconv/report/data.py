@@ -186,7 +186,7 @@ def _commands(manifest: Manifest, config: DecoderConfig, targets: list[str]) -> 
     model = f"{m.source}@{m.commit}" if m.commit else m.source
     layout = ["--tp", str(p.tp)] + (["--ep", str(p.ep)] if p.ep > 1 else [])
     layout += ["--no-drafts"] if config.mtp_layers and manifest.draft is None else []
-    flags = [flag for t in targets for flag in ("--target", t)]
+    compiling = _compile_flags(manifest, targets)
     lines: list[tuple[str, list[str]]] = []
     if w is not None:
         dtype = ["--dtype", w.dtype] if w.dtype != w.source_dtype else []
@@ -195,13 +195,23 @@ def _commands(manifest: Manifest, config: DecoderConfig, targets: list[str]) -> 
         lines.append(
             ("convert", ["convert", "--model", model, *layout, *dtype, *quant, *harmless, "--output", output])
         )
-        if targets:
-            lines.append(("compile", ["compile", output, *flags]))
+        lines += [("compile", ["compile", output, *flags]) for flags in compiling]
         lines += [(f"verify {t}", ["verify", output, "--target", t]) for t in targets]
-    elif targets:
-        lines.append(("compile", ["compile", "--model", model, *layout, *flags, "--output", output]))
+    else:
+        lines += [
+            ("compile", ["compile", "--model", model, *layout, *flags, "--output", output]) for flags in compiling
+        ]
     lines.append(("check every byte", ["inspect", output, "--check"]))
     return [{"what": what, "line": shlex.join(["msconv", *line])} for what, line in lines]
+
+
+def _compile_flags(manifest: Manifest, targets: list[str]) -> list[list[str]]:
+    """Of each command that compiles: targets whose graphs have the same fused are one's."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for target in targets:
+        fused = tuple(sorted({f for g in manifest.graphs_for(target) for f in g.fused}))
+        found.setdefault(fused, []).extend(("--target", target))
+    return [flags + [word for f in fused for word in ("--fuse", f)] for fused, flags in found.items()]
 
 
 def _ranks(manifest: Manifest, config: DecoderConfig, mesh: Mesh) -> list[Data]:
@@ -259,6 +269,7 @@ def _phase(g: Graph, timing: Timing | None) -> Data:
         "path": g.path,
         "bytes": g.size,
         "nodes": g.nodes,
+        "fused": g.fused,
         "inputs": len(g.inputs),
         "parameters": len(g.reads),
         "nz": len(g.nz),

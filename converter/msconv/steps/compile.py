@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from msconv_runtime.artifact.served import describe_file
 from msconv_runtime.artifact.weights import RankWeights
 from msconv_runtime.errors import ArtifactError, UsageError
 from msconv_runtime.roles import ROLES
-from msconv_runtime.targets import Target, target_named
+from msconv_runtime.targets import TARGETS, Target, target_named
 
 from ..checkpoint.drafts import draft_of, with_draft
 from ..checkpoint.reference import configuration
@@ -94,17 +94,19 @@ def compile_graphs(
     quant: str | None = None,
     kept: GraphStore | None = None,
     fixed: Fixed | None = None,
+    fused: tuple[str, ...] = (),
 ) -> list[Compiled]:
     """Make all graphs of a target, replacing what is there.  Proofs of other targets stay valid.  `quant`: what
     weights will be quantised to, where there are none yet.  `kept`: where graphs are taken from that were compiled
     for the same before, and left for who comes next.  `fixed`: shapes of variants that have fixed ones, which are
-    made only then.
+    made only then.  `fused`: what graphs shall have as one operation, of the target's fusions.
 
     A graph of compiled kernels that cannot compute this model is left out, and `tell` hears why: the target's
     other graphs serve in its place.  `progress`: hears which graph begins, how many are done, and of how many.
     Raises CannotCompute for any other graph, and for that one if nobody listens.
     """
     target = target_named(target_name)
+    refuse_fusions([target], fused)
     config, types = _stored(Artifact(root), quant)
     _check_heads(config, target)
     kept = None if target.form.points_at_weights else kept  # those are of one artifact's files
@@ -112,7 +114,7 @@ def compile_graphs(
         artifact = Artifact(root)
         made: list[Compiled] = []
         exports: list[bytes] = []
-        wanted = list(_wanted(artifact, target, config, types, fixed))
+        wanted = [replace(w, fused=fused) for w in _wanted(artifact, target, config, types, fixed)]
         for number, local in enumerate(wanted):
             started = time.monotonic()
             progress(local.role.name, number, len(wanted))
@@ -138,6 +140,19 @@ def compile_graphs(
         add_timings(root, ((m.graph, m.seconds) for m in made if not m.taken))
         _remove_others(artifact, target, graphs)
     return made
+
+
+def refuse_fusions(targets: Iterable[Target], fused: Iterable[str]) -> None:
+    """Raises UsageError for a target whose graphs cannot have all of these as one operation."""
+    for target in targets:
+        if unknown := next((f for f in fused if f not in target.fusions), ""):
+            having = ", ".join(t.name for t in TARGETS.values() if unknown in t.fusions)
+            raise UsageError(
+                f"{target.name}: its graphs cannot have {unknown[:40]} fused.",
+                f"Targets that can: {having}.  Compile others by a command without --fuse."
+                if having
+                else "No target can.",
+            )
 
 
 def graphs_of(config: DecoderConfig, target: Target) -> tuple[tuple[str, str], ...]:

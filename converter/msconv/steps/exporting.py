@@ -56,6 +56,7 @@ def entry(local: Local, made: Made) -> Graph:
         min_sequences=local.target.decode_min_sequences if is_decode and is_dense else 0,
         groups=exported.groups,
         nz=exported.nz,
+        fused=list(local.fused),
     )
     form = local.target.form
     return msgspec.structs.replace(graph, path=form.path(graph.target, graph.name), **{form.package: made.version})

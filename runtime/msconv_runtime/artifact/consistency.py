@@ -115,8 +115,10 @@ def _graph(g: Graph, has_draft: bool) -> str:
         return f"{named} gives {[o.name[:40] for o in g.outputs][:5]}"
     if set(g.groups) - {GROUP} or set(g.nz) - {p.name for p in g.reads}:
         return f"{named} names a group or a weight that it has not"
-    if g.nz and not TARGETS[g.target].nz:
+    if g.nz and not target.nz:
         return f"{named} wants weights in a format that its target has not"
+    if odd_one := next((f for f in g.fused if f not in target.fusions or g.fused.count(f) > 1), ""):
+        return f"{named} has {odd_one[:40]!r} fused, which its target has not, or twice"
     return ""
 
 

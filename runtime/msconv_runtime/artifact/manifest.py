@@ -134,7 +134,8 @@ class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
     operations are compiled kernels, "" if they are MindSpore's own.  `inputs`, `outputs` in order.  `reads`: the
     weights it takes, in the types it takes them in.  `min_sequences`: fewer run faster in the prefill graph.
     `kinds`: how many nodes of each primitive; empty in artifacts of before it was recorded.  `mindspore`, `onnx`:
-    the version that wrote it, "" if the other did."""
+    the version that wrote it, "" if the other did.  `fused`: what it has as one operation because somebody asked
+    for it."""
 
     target: str
     role: str
@@ -152,6 +153,7 @@ class Graph(msgspec.Struct, frozen=True, omit_defaults=True):
     nz: list[str] = []
     kinds: dict[str, int] = {}
     onnx: str = ""
+    fused: list[str] = []
 
     @property
     def name(self) -> str:

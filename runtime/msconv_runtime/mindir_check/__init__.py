@@ -17,6 +17,7 @@ from ..targets import TARGETS
 from . import schema
 from .allowed import (
     ALLOWED,
+    FUSED,
     GRAPH_ATTRIBUTES,
     GROUP,
     KERNELS,
@@ -81,7 +82,9 @@ class _Check:
 
     def __init__(self, graph: Graph, ranks: int) -> None:
         self.graph, self.ranks = graph, ranks
-        self.allowed = ALLOWED[kind_of(graph.target, graph.variant)]
+        self.allowed = dict(ALLOWED[kind_of(graph.target, graph.variant)])
+        for fusion in graph.fused:
+            self.allowed |= FUSED.get(fusion, {})
         self.primitives: dict[bytes, tuple[Primitive, str]] = {}
         self.results: dict[bytes, str] = {}  # attributes that were read: the same come again and again
         self.constants: set[bytes] = set()

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from ..targets import SWIGLU
+
 LIBRARY = "msconv-native-1"  # what graphs call the compiled kernels: another number for another set of them
 GROUP = "<the group of all ranks>"
 RANKS = "<how many ranks there are>"
@@ -161,6 +163,7 @@ PRIMITIVES = {
     "StridedSlice": function(9, names(SLICED, "output", "TUPLE"), {}),
     "Sub": function(2, names("x y", "output")),
     "SumExt": function(4),
+    "Swiglu": function(2),
     "TensorToScalar": builtin(1, FROM_TENSOR, result="scalar"),
     "TensorToTuple": builtin(1, FROM_TENSOR, result="tuple"),
     "Tile": function(2),
@@ -197,6 +200,7 @@ ALLOWED = {
     kind: {name: PRIMITIVES[name] for name in (EVERYWHERE + own + OF_MINDSPORE_28[kind]).split()}
     for kind, own in KINDS.items()
 }
+FUSED = {SWIGLU: {"Swiglu": PRIMITIVES["Swiglu"]}}  # what a graph has besides if it was asked for
 GRAPH_ATTRIBUTES: Attributes = {
     "FIAS_SP_RUN_ONCE_ONLY": True,
     "FLASH_SP_RUN_ONCE_ONLY": True,

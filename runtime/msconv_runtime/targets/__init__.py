@@ -13,7 +13,19 @@ from pkgutil import iter_modules
 from ..errors import UsageError
 from .cpu import CPU
 from .onnx import GENAI_CONFIG, ONNX, ONNX_FILE, STATIC
-from .record import ALL_DEVICES, DEVICES, MINDIR, Device, DeviceModel, Figures, Form, Kind, Paging, Target
+from .record import (
+    ALL_DEVICES,
+    DEVICES,
+    MINDIR,
+    SWIGLU,
+    Device,
+    DeviceModel,
+    Figures,
+    Form,
+    Kind,
+    Paging,
+    Target,
+)
 
 TARGETS: dict[str, Target] = {
     value.name: value
@@ -21,6 +33,7 @@ TARGETS: dict[str, Target] = {
     for value in vars(import_module(f"{__name__}.{name}")).values()
     if isinstance(value, Target)
 }
+FUSIONS = tuple(dict.fromkeys(fusion for target in TARGETS.values() for fusion in target.fusions))
 
 
 def target_named(name: str) -> Target:
@@ -78,11 +91,13 @@ __all__ = [
     "ALL_DEVICES",
     "CPU",
     "DEVICES",
+    "FUSIONS",
     "GENAI_CONFIG",
     "MINDIR",
     "ONNX",
     "ONNX_FILE",
     "STATIC",
+    "SWIGLU",
     "TARGETS",
     "Device",
     "DeviceModel",

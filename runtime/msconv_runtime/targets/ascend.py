@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .ascend_figures import OF_310P, OF_910B, OF_910C
-from .record import DeviceModel, Paging, Target
+from .record import SWIGLU, DeviceModel, Paging, Target
 
 GIB = 1 << 30
 
@@ -26,6 +26,7 @@ ASCEND910B = Target(
     chip=("Ascend910B2", 2201),
     devices=(DeviceModel("910B, 32 GB", 32 * GIB), DeviceModel("910B, 64 GB", 64 * GIB)),
     figures=OF_910B,
+    fusions=(SWIGLU,),
 )
 ASCEND910C = Target(
     name="ascend910c",
@@ -40,6 +41,7 @@ ASCEND910C = Target(
     chip=("Ascend910_9391", 2201),
     devices=(DeviceModel("910C, one of its two dies", 64 * GIB),),
     figures=OF_910C,
+    fusions=(SWIGLU,),
 )
 ASCEND310P = Target(
     name="ascend310p",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal["cpu", "npu", "onnx"]
+SWIGLU = "swiglu"  # a fusion: an MLP's activation, silu(gate) * up, as one operation
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,9 @@ class Paging:
 class Target:
     """`kind`: the device, in SGLang's words.  `dtype`: of activations and caches.  `graphs`: (role, variant) of
     each; `draft_graphs`: those that an artifact with a draft has besides; `asked`: variants that are made only if
-    somebody asks for them.  `form`: what graphs are written as.  `operations`: the package of msconv.graph that
-    has a target's operations.
+    somebody asks for them.  `fusions`: what its graphs have as one operation only if somebody asks for it, while
+    no device has shown that operation to be right.  `form`: what graphs are written as.  `operations`: the package
+    of msconv.graph that has a target's operations.
 
     `mask`: what a prefill mask holds where it hides, None for graphs without a mask input.  `nz`: matrices are
     cast to the NZ format at load.  `rounds_weights`: stored values may be rounded to the graphs' type.
@@ -165,6 +167,7 @@ class Target:
     figures: tuple[Figures, ...] = ()
     form: Form = MINDIR
     asked: tuple[str, ...] = ()
+    fusions: tuple[str, ...] = ()
 
     @property
     def device(self) -> Device:

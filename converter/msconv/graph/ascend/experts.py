@@ -98,10 +98,16 @@ class GroupedProduct(nn.Cell):
 
 
 class Experts(nn.Cell):
-    """Sort tokens by expert, two grouped products, unsort and sum."""
+    """Sort tokens by expert, two grouped products, unsort and sum.  `act`: [N, 2*ffn] -> [N, ffn], if that is one
+    operation; row by row, so rows that no group reaches stay what they are."""
 
-    def __init__(self, local: Local, matrices: tuple[Matrix, Matrix], start: Any | None) -> None:
+    def __init__(
+        self, local: Local, matrices: tuple[Matrix, Matrix], start: Any | None, act: nn.Cell | None
+    ) -> None:
         super().__init__()
+        self.has_act = act is not None
+        if act is not None:
+            self.act = act
         self.count, self.ffn, self.all = local.experts, local.expert_ffn, local.moe.experts
         self.gate_up, self.down = matrices
         self.has_ep = start is not None
@@ -131,8 +137,11 @@ class Experts(nn.Cell):
         if self.has_ep:
             groups = groups[: self.count]
         groups = ops.cast(groups, ms.int64)
-        gate, up = ops.split(self.gate_up(x, groups), self.ffn, -1)
-        y = self.down(ops.silu(gate) * up, groups)
+        if self.has_act:
+            y = self.down(self.act(self.gate_up(x, groups)), groups)
+        else:
+            gate, up = ops.split(self.gate_up(x, groups), self.ffn, -1)
+            y = self.down(ops.silu(gate) * up, groups)
         if self.has_ep:
             y = self.without_rest(y, groups)
         return self.unsort(

@@ -16,6 +16,8 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import auto_generate as fused
 from mindspore.ops.operations.nn_ops import PagedAttention, ReshapeAndCache
 
+from msconv_runtime.targets import SWIGLU
+
 from ...families.attention import Attention
 from ...quant.record import Stored
 from ...quant.w8a8 import DEQ_SCALES, SCALES
@@ -37,6 +39,7 @@ class AscendOperations(Operations):
     def __init__(self, local: Local) -> None:
         super().__init__(local)
         self.reads_cache = not local.role.begins or local.target.prefill_reads_cache
+        self.has_swiglu = SWIGLU in local.fused
 
     def begin(self) -> nn.Cell:
         return Begin(self.local, self.dtype)
@@ -102,7 +105,15 @@ class AscendOperations(Operations):
         return route(self.local, name, self.dtype)
 
     def experts(self, prefix: str) -> nn.Cell:
-        return Experts(self.local, self.expert_matrices(prefix), self.expert_start)
+        return Experts(
+            self.local,
+            self.expert_matrices(prefix),
+            self.expert_start,
+            FusedSwiglu() if self.has_swiglu else None,
+        )
+
+    def swiglu(self, width: int) -> nn.Cell:
+        return FusedSwiglu() if self.has_swiglu else super().swiglu(width)
 
     def last_tokens(self) -> nn.Cell:
         return LastTokens()
@@ -148,6 +159,17 @@ class AddNorm(nn.Cell):
     def construct(self, delta: Any, x: Any) -> Any:
         normed, _, total = fused.add_rms_norm(delta, x, self.weight, self.eps)
         return normed, total
+
+
+class FusedSwiglu(nn.Cell):
+    """[.., 2*width] -> [.., width]: silu of the first half times the second, by the one primitive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = fused.Swiglu()
+
+    def construct(self, x: Any) -> Any:
+        return self.run(x, -1)
 
 
 class SplitHeads(nn.Cell):

@@ -36,6 +36,17 @@ def add_rms_norm(c: Context, a: Attributes, x: torch.Tensor, y: torch.Tensor, we
     return normed, scale, total
 
 
+@kernel("Swiglu")
+def swiglu(c: Context, a: Attributes, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """silu(first half) * second half of the last dimension, as mindspore.ops.swiglu and CANN's aclnnSwiGlu say.
+    Their kernel for bfloat16 (cann-ops, swi_glu_bf16.hpp) computes in float32 and rounds once, half to even: silu
+    is not rounded before the product, where SiLU and Mul round each."""
+    if int(dim) not in (-1, x.dim() - 1) or x.shape[-1] % 2:
+        raise ValueError(f"Swiglu: dim {dim} of {tuple(x.shape)} is not known here")
+    gate, up = upcast(x).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
 @kernel("ApplyRotaryPosEmb")
 def apply_rotary(
     c: Context, a: Attributes, q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any, lens: Any, form: int
