@@ -14,7 +14,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 INSTALL = -m pip install --no-deps --require-hashes --progress-bar off
 TORCH = $(INSTALL) --retries 1 --extra-index-url $(TORCH_INDEX) -r requirements/torch.txt
 
-.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-fused test-onnx test-processors test-roofline test-servers test-crashes test-vllm browser compiler hashes check format clean
+.PHONY: setup demo test test-ms28 test-clients test-storage test-pd test-install test-walks test-ray eval test-rehearsal test-names test-digests test-drafts test-int8 test-fused test-onnx test-processors test-roofline test-servers test-crashes test-vllm browser compiler transfer hashes check format clean
 
 setup: $(INSTALLED)
 
@@ -151,9 +151,20 @@ test-clients: compiler .venv-clients/.installed
 test-storage: .venv-storage/.installed
 	.venv-storage/bin/python -m pytest tests/storage
 
+# What mooncake links with: Debian's libraries of RDMA.
+transfer:
+	@if ldconfig -p | grep -q libibverbs.so.1; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    libibverbs1 librdmacm1 libnl-3-200 libnl-route-3-200 libnuma1 >/dev/null; \
+	else \
+	  echo "Moving caches needs, as root, apt-get install libibverbs1 librdmacm1 libnl-3-200 libnl-route-3-200 libnuma1" >&2; \
+	  exit 4; \
+	fi
+
 # Prefill and decode by two servers, keys and values by mooncake over TCP: an environment that has it and SGLang's
 # router.  mooncake needs libraries of the system too; a server that lacks them names them.
-test-pd: compiler .venv-pd/.installed
+test-pd: compiler transfer .venv-pd/.installed
 	.venv-pd/bin/python -m pytest tests/pd
 
 # The wheel in environments of its own, beside SGLang and what it pins; hadolint over docker/, systemd and Kubernetes'
