@@ -69,7 +69,7 @@ device_options = grouped(
 )
 @click.option(
     "--target",
-    "targets",
+    "proved_for",  # not `targets`, which a recipe sets
     multiple=True,
     shell_complete=complete_targets,
     help="With --predict: try the proof of graphs for this target too.  May be given several times.",
@@ -80,7 +80,7 @@ def command(
     layout: LayoutOptions,
     device: DeviceOptions,
     predict: bool,
-    targets: tuple[str, ...],
+    proved_for: tuple[str, ...],
     bounds: RooflineOptions,
 ) -> None:
     """Say what a conversion would cost, and what the model needs on a device.
@@ -97,9 +97,9 @@ def command(
     """
     from ..steps.estimate import estimate
 
-    if targets and not predict:
+    if proved_for and not predict:
         raise UsageError("--target: it is the proof that is predicted for a target.", "Add --predict.")
-    chosen = [target_named(name) for name in targets]
+    chosen = [target_named(name) for name in proved_for]
     asked = bounds.asked(device.context, device.batch)
     if asked is not None and is_artifact(Path(layout.model)):
         show(bound_artifact(Path(layout.model), layout.tp, layout.ep, asked))
