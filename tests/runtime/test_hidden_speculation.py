@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from msconv.steps.compile import compile_graphs
 from msconv.steps.drafts import expect_draft
 from msconv_runtime.artifact import Artifact, Draft, read_manifest
-from msconv_runtime.captured import LAYER_IDS, captured_layers
 from msconv_runtime.doctor import Machine, examine
+from msconv_runtime.draft_kinds import DRAFT_KINDS, LAYER_IDS
 from msconv_runtime.errors import CheckpointError, UsageError
 from msconv_runtime.roles import DRAFT_EXTEND
 from msconv_runtime.sglang.speculation import hidden_problems, speculation_problems
@@ -49,8 +49,8 @@ def problems(artifact: Artifact, algorithm: str, draft: Path | None = None, **mo
 
 
 def test_the_layers_are_those_of_sglang() -> None:
-    assert captured_layers(36, None) == [2, 18, 33]
-    assert captured_layers(36, [1, 17, 32]) == [2, 18, 33]
+    assert DRAFT_KINDS["eagle3"].captured(36, None) == [2, 18, 33]
+    assert DRAFT_KINDS["eagle3"].captured(36, [1, 17, 32]) == [2, 18, 33]
 
 
 def test_a_draft_that_fits(compiled: Path, draft: Path) -> None:

@@ -8,16 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from msconv_runtime.artifact import D2T
-from msconv_runtime.captured import LAYER_IDS
+from msconv_runtime.draft_kinds import LAYER_IDS, OBJECT
+from msconv_runtime.draft_kinds.eagle3 import EAGLE3 as KIND
 
 from ..layout.cuts import COLS, COPY, HEAD_COLS, HEADS, KV_HEADS, ROWS, VOCAB
 from ..layout.model import Table
 from ..layout.rules import Drop, Part, Rule, fuse, keep
-from .config import Eagle, Family, Reader, show
+from .config import DraftFor, Family, Reader, show
 from .keys import COMMON, Off
 
 LAYER = "midlayer."
-OBJECT = "eagle_config"
 
 
 def read(r: Reader, layers: int) -> dict[str, Any]:
@@ -35,10 +35,11 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
             "wide as its target is supported"
         )
     ids = _layer_ids(r)
+    captured = r.whole("num_aux_hidden_states", len(ids) or 3, most=64)
     return {
         "qk_norm": False,
         "vocab": r.whole("draft_vocab_size"),
-        "eagle": Eagle(r.whole("vocab_size"), r.whole("num_aux_hidden_states", len(ids) or 3, most=64), ids),
+        "drafts_for": DraftFor(KIND, r.whole("vocab_size"), captured, ids),
     }
 
 
@@ -106,11 +107,11 @@ VARIANTS = dict.fromkeys(
 )
 
 EAGLE3 = Family(
-    name="eagle3",
+    name=KIND.name,
     architecture="LlamaForCausalLMEagle3",
     table=TABLE,
     read=read,
     keys=KEYS.without(VARIANTS),
     aliases=("llama",),
-    is_draft=True,
+    other_names=(("layers.0.", LAYER),),
 )

@@ -1,4 +1,4 @@
-"""What is run to prove a draft of EAGLE3, and how it is judged.
+"""What is run to prove a draft that is a checkpoint of its own, and how it is judged.
 
 The target is not needed: its embedding and its hidden states are drawn, and both sides get the same.  That the
 target's own graphs give the streams that its draft expects, is proved with the target.
@@ -6,10 +6,11 @@ target's own graphs give the streams that its draft expects, is proved with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Rol
 
 from ..families import DecoderConfig
 from .comparison import FLOAT32_BOUND, Comparison, largest_error
-from .eagle3 import Eagle3Reference, States
+from .reference import Logits
 from .scenario import Lengths
 from .telling import Tell, quietly
 
@@ -30,7 +31,20 @@ TOKENS = 2048  # of the target's, at most so many are drawn: the rows of all oth
 STEPS = 4  # further steps after each call with the target's states
 PAGE = 16  # where the graphs leave it free
 SLOTS = 4096  # of the caches that real graphs get
+States = NDArray[np.float32]
 Run = Callable[[Role, Batch, NDArray[np.float32]], dict[str, NDArray[np.float32]]]
+
+
+class CheckpointReference(Protocol):
+    """A draft in float32: how many tokens its target has, and the widths of its own states and of what it reads of
+    its target.  `run`: a whole sequence, rows of the target's embedding [T, hidden] and T vectors of states, each
+    of the target's or of its own -> logits [T, ..] and own states [T, hidden]."""
+
+    vocab: int
+    hidden: int
+    streams: int
+
+    def run(self, embedded: Any, hidden: Sequence[States]) -> tuple[Logits, States]: ...
 
 
 class Drawn:
@@ -81,7 +95,7 @@ def prove_draft(
 ) -> Comparison:
     """Compare the artifact's graphs and bytes with its checkpoint: one rank on a CPU runs for real, in MindSpore;
     all others in the interpreter."""
-    reference = Eagle3Reference(source, artifact.manifest)
+    reference = import_module(f".{artifact.draft_kind.name}", __package__).build(source, artifact.manifest)
     is_here = target.device.is_host and artifact.tp == 1
     make = _here if is_here else _interpreted
     return compare_draft(
@@ -109,7 +123,7 @@ def _interpreted(artifact: Artifact, target: targets.Target, drawn: Drawn) -> tu
 
 def compare_draft(
     make: Callable[[Drawn], tuple[Run, int]],
-    reference: Eagle3Reference,
+    reference: CheckpointReference,
     artifact: Artifact,
     max_positions: int,
     bound: float = FLOAT32_BOUND,
@@ -131,7 +145,7 @@ def compare_draft(
 
 
 def _draw(
-    i: int, calls: list[Call], target: Drawn, reference: Eagle3Reference, rng: np.random.Generator
+    i: int, calls: list[Call], target: Drawn, reference: CheckpointReference, rng: np.random.Generator
 ) -> tuple[list[int], list[States]]:
     """A sequence's tokens, and the vector beside each."""
     widths = [reference.streams if c.streams else reference.hidden for c in calls for _ in range(c.counts[i])]
