@@ -36,8 +36,8 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def giving(root: Path, layers: list[int] | None) -> Artifact:
-    """The artifact as if its graphs gave hidden states of these layers."""
-    found = None if layers is None else Draft("eagle3", layers)
+    """The artifact as if its graphs gave hidden states of these layers; of none, for a layer of its own."""
+    found = None if layers is None else Draft("eagle3" if layers else "mtp", layers)
     return Artifact(root, replace(read_manifest(root), draft=found))
 
 

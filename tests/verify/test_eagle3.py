@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from msconv.steps.compile import compile_graphs
-from msconv.verify.drafts import SLOTS, Drawn
+from msconv.verify.drafts import Drawn
 from msconv.verify.eagle3 import Eagle3Reference
 from msconv.verify.prove import prove
 from msconv_runtime.artifact import Artifact
@@ -26,6 +26,7 @@ from tests.verify.faults import exchange, exchange_rows
 from tests.verify.planting import Ranks, edit_weights
 
 TARGET = "ascend910b"
+SLOTS = 4096  # of the caches
 WIDTH = 128
 
 

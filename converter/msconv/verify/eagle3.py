@@ -95,6 +95,4 @@ class Eagle3Reference:
         return seen @ self.weights["midlayer.self_attn.o_proj.weight"].T
 
 
-def build(root: Path, manifest: Manifest) -> Eagle3Reference:
-    """The reference of a kind that is a checkpoint of its own."""
-    return Eagle3Reference(root, manifest)
+build = Eagle3Reference  # as kinds of draft are compared

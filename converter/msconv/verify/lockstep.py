@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Artifact, Graph, GraphInput
 from msconv_runtime.errors import VerificationFailed
+from msconv_runtime.graphs import fitting
 from msconv_runtime.paging import Sequences, attention_mask
 from msconv_runtime.roles import (
     DECODE,
@@ -153,7 +154,9 @@ class Lockstep:
             mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(torch.from_numpy(mask).to(self.context.keep(self.context.dtype)))
         if hidden is not None:
-            inputs.append(torch.from_numpy(hidden.copy()).to(self.context.keep(self.context.dtype)))
+            inputs.append(
+                torch.from_numpy(fitting(graph, hidden).copy()).to(self.context.keep(self.context.dtype))
+            )
         return graph, inputs
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .record import LAYER_IDS, OBJECT, DraftKind, layer_ids
+from .record import LAYER_IDS, OBJECT, DraftKind
 
 DRAFT_KINDS: dict[str, DraftKind] = {
     value.name: value
@@ -20,4 +20,4 @@ OF_LAYERS = {name: kind for name, kind in DRAFT_KINDS.items() if kind.is_layer} 
 OF_CHECKPOINTS = {name: kind for name, kind in DRAFT_KINDS.items() if not kind.is_layer}
 TITLES = " or ".join(kind.title for kind in OF_CHECKPOINTS.values())
 
-__all__ = ["DRAFT_KINDS", "LAYER_IDS", "OBJECT", "OF_CHECKPOINTS", "OF_LAYERS", "TITLES", "DraftKind", "layer_ids"]
+__all__ = ["DRAFT_KINDS", "LAYER_IDS", "OBJECT", "OF_CHECKPOINTS", "OF_LAYERS", "TITLES", "DraftKind"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 OBJECT, LAYER_IDS = (
     "eagle_config",
@@ -38,9 +37,3 @@ class DraftKind:
         """The layers whose inputs are read, ascending, of a model of `layers` layers.  `ids`: of the layers whose
         outputs those are, as a draft's config.json has them."""
         return sorted({i + 1 for i in ids} if ids else set(self.usual_layers(layers)))
-
-
-def layer_ids(config: Mapping[str, Any]) -> Sequence[int] | None:
-    """The layers whose outputs a draft reads, as its config.json names them; None if it names none."""
-    found: Sequence[int] | None = (config.get(OBJECT) or {}).get(LAYER_IDS)
-    return found

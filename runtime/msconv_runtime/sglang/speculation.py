@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
-from ..draft_kinds import DRAFT_KINDS, OF_CHECKPOINTS, OF_LAYERS, DraftKind, layer_ids
+from ..draft_kinds import DRAFT_KINDS, LAYER_IDS, OBJECT, OF_CHECKPOINTS, OF_LAYERS, DraftKind
 from ..errors import MsconvError
 from ..kv_pool import usual_pool
 from ..roles import gives_all_logits, of_draft
@@ -213,7 +213,7 @@ def _a_draft(algorithm: str, artifact: Artifact, draft: Artifact, target: Target
             "draft that was made for this model"
         )
         return
-    read = kind.captured(own["num_hidden_layers"], layer_ids(its))
+    read = kind.captured(own["num_hidden_layers"], (its.get(OBJECT) or {}).get(LAYER_IDS))
     given = artifact.manifest.draft
     if given is not None and given.is_layer:
         yield (
