@@ -11,9 +11,10 @@ from msconv_runtime.artifact import D2T
 from msconv_runtime.draft_kinds import LAYER_IDS, OBJECT
 from msconv_runtime.draft_kinds.eagle3 import EAGLE3 as KIND
 
-from ..layout.cuts import COLS, COPY, HEAD_COLS, HEADS, KV_HEADS, ROWS, VOCAB
+from ..layout.cuts import COPY, HEAD_COLS, VOCAB
 from ..layout.model import Table
-from ..layout.rules import Drop, Part, Rule, fuse, keep
+from ..layout.rules import Drop, Part, Rule, keep
+from .blocks import gated_mlp, qkv
 from .config import DraftFor, Family, Reader, show
 from .keys import COMMON, Off
 
@@ -72,20 +73,10 @@ TABLE = Table(
         keep("fc.weight", ("hidden", "streams"), COPY),
         keep(LAYER + "hidden_norm.weight", ("hidden",), COPY),
         keep(LAYER + "input_layernorm.weight", ("hidden",), COPY),
-        fuse(
-            LAYER + "self_attn.qkv_proj.weight",
-            Part(LAYER + "self_attn.q_proj.weight", ("q", "both"), HEADS),
-            Part(LAYER + "self_attn.k_proj.weight", ("kv", "both"), KV_HEADS),
-            Part(LAYER + "self_attn.v_proj.weight", ("kv", "both"), KV_HEADS),
-        ),
+        qkv("weight", "both", prefix=LAYER + "self_attn."),
         keep(LAYER + "self_attn.o_proj.weight", ("hidden", "q"), HEAD_COLS),
         keep(LAYER + "post_attention_layernorm.weight", ("hidden",), COPY),
-        fuse(
-            LAYER + "mlp.gate_up_proj.weight",
-            Part(LAYER + "mlp.gate_proj.weight", ("ffn", "hidden"), ROWS),
-            Part(LAYER + "mlp.up_proj.weight", ("ffn", "hidden"), ROWS),
-        ),
-        keep(LAYER + "mlp.down_proj.weight", ("hidden", "ffn"), COLS),
+        *gated_mlp(LAYER + "mlp.", "ffn"),
         keep("norm.weight", ("hidden",), COPY),
         keep("lm_head.weight", ("vocab", "hidden"), VOCAB, as_values=True),
         Rule(D2T, (Part(D2T, ("vocab",), COPY),), dtype="int32", optional=True),

@@ -119,10 +119,12 @@ def _interpreted(artifact: Artifact, target: Target, drawn: Drawn) -> DraftCandi
     from .lockstep import Lockstep
 
     found = Lockstep(artifact, target.name, draft=True)
+    taken = {p.name: p.shape for g in found.graphs.values() for p in g.reads if p.name.startswith(OF_TARGET)}
     for rank, files in enumerate(found.ranks):
         rows = drawn.rows(rank, artifact.tp)
-        files.lend(OF_TARGET + "model.embed_tokens.weight", torch.from_numpy(rows))
-        files.lend(OF_TARGET + "vocab_start", torch.tensor([rank * len(rows)], dtype=torch.int32))
+        start = torch.tensor([rank * len(rows)], dtype=torch.int32)  # of the vocabulary
+        for name, shape in taken.items():
+            files.lend(name, torch.from_numpy(rows) if len(shape) > 1 else start)
     return found
 
 
