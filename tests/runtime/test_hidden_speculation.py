@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,19 @@ def test_drafts_of_another_kind(compiled: Path, draft: Path) -> None:
     assert "has no graphs that draft" in found[1]
     with pytest.raises(UsageError, match="is a model by itself"):
         expect_draft(compiled, str(compiled), "huggingface")
+
+
+def test_a_kind_may_share_an_algorithm_or_have_one_of_its_own(
+    compiled: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EAGLE without a path is the model's own layer, whoever else drafts by it."""
+    target, kind = giving(compiled, [1, 2, 3]), DRAFT_KINDS["eagle3"]
+    monkeypatch.setitem(DRAFT_KINDS, "eagle3", dataclasses.replace(kind, algorithms=("OTHER",)))
+    (line,) = problems(target, "EAGLE3", draft)
+    assert "is a draft of EAGLE3.  Give --speculative-algorithm OTHER" in line
+    monkeypatch.setitem(DRAFT_KINDS, "eagle3", dataclasses.replace(kind, algorithms=("EAGLE",)))
+    assert problems(target, "EAGLE", draft) == []
+    assert "its layer for multi-token prediction" in problems(target, "EAGLE")[0]
 
 
 def test_a_draft_is_not_served_by_itself(draft: Path) -> None:
