@@ -83,11 +83,11 @@ class Lockstep:
         if size < SMALL_BYTES:
             torch.set_num_threads(1)  # handing small work to threads costs more than the work
         as_stored = read_as_stored(self.programs.values())
-        ranks = [
+        self.ranks = [
             RankFiles(artifact, r, self.context, size <= KEEP_BYTES, held=self.held, as_stored=as_stored)
             for r in range(self.tp)
         ]
-        return Interpreter(self.context, ranks, in_lockstep)
+        return Interpreter(self.context, self.ranks, in_lockstep)
 
     @property
     def _cache_inputs(self) -> list[GraphInput]:
