@@ -86,11 +86,11 @@ def eagle3(directory: Path, target: Any) -> Draft:
 
 def nextn(checkpoint: Path, artifact: Path) -> Draft:
     """A checkpoint's own layer, its weights rounded as the artifact's are."""
-    from msconv.verify.draft_reference import DraftReference
+    from msconv.verify.mtp import MtpReference
     from msconv.verify.reference import Reference
     from msconv_runtime.artifact import Artifact
 
-    reference = DraftReference(Reference(checkpoint, Artifact(artifact).manifest))
+    reference = MtpReference(Reference(checkpoint, Artifact(artifact).manifest))
 
     def run(ids: list[int], given: list[Rows]) -> tuple[dict[int, float], Rows]:
         (trace,) = reference.run([ids], [np.stack(given)])

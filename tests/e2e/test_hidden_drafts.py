@@ -13,7 +13,7 @@ import pytest
 from msconv.graph.decoder import DecoderWithDraft
 from msconv.steps.compile import compile_graphs
 from msconv_runtime.artifact import Artifact, Draft
-from msconv_runtime.captured import LAYER_IDS
+from msconv_runtime.draft_kinds import LAYER_IDS
 from tests.checkpoints import make_qwen3
 from tests.conversions import convert
 from tests.e2e import hidden_drafting, logprobs

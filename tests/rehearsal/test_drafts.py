@@ -14,7 +14,7 @@ import pytest
 from msconv.rehearsal.build import build_device
 from msconv.rehearsal.protocol import Device
 from msconv.rehearsal.server import environment, prepare
-from msconv_runtime.captured import LAYER_IDS
+from msconv_runtime.draft_kinds import LAYER_IDS
 from tests.checkpoints import make_qwen3
 from tests.commands import run_msconv
 from tests.eagle3_checkpoints import make_eagle3

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from msconv_runtime import claims
-from msconv_runtime.artifact import Artifact, Manifest, Verified, digest_bytes, read_manifest
+from msconv_runtime.artifact import Artifact, Draft, Manifest, Verified, digest_bytes, read_manifest
 from msconv_runtime.artifact.consistency import contradiction
 from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import ArtifactError
@@ -140,6 +140,11 @@ def test_any_forged_manifest_is_refused_or_does_no_harm(own_artifact: Path) -> N
     assert refused > ROUNDS / 3
     assert accepted
     assert time.process_time() - started < SECONDS
+
+
+def test_a_draft_of_no_known_kind(compiled: Path) -> None:
+    told = contradiction(msgspec.structs.replace(read_manifest(compiled), draft=Draft("evil")))
+    assert told == "the draft is of the kind 'evil', known are eagle3, mtp; a newer msconv may know it"
 
 
 @pytest.mark.parametrize(

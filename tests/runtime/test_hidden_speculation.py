@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from msgspec.structs import replace
 from msconv.steps.compile import compile_graphs
 from msconv.steps.drafts import expect_draft
 from msconv_runtime.artifact import Artifact, Draft, read_manifest
-from msconv_runtime.captured import LAYER_IDS, captured_layers
 from msconv_runtime.doctor import Machine, examine
+from msconv_runtime.draft_kinds import DRAFT_KINDS, LAYER_IDS
 from msconv_runtime.errors import CheckpointError, UsageError
 from msconv_runtime.roles import DRAFT_EXTEND
 from msconv_runtime.sglang.speculation import hidden_problems, speculation_problems
@@ -36,8 +37,8 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def giving(root: Path, layers: list[int] | None) -> Artifact:
-    """The artifact as if its graphs gave hidden states of these layers."""
-    found = None if layers is None else Draft("eagle3", layers)
+    """The artifact as if its graphs gave hidden states of these layers; of none, for a layer of its own."""
+    found = None if layers is None else Draft("eagle3" if layers else "mtp", layers)
     return Artifact(root, replace(read_manifest(root), draft=found))
 
 
@@ -49,8 +50,8 @@ def problems(artifact: Artifact, algorithm: str, draft: Path | None = None, **mo
 
 
 def test_the_layers_are_those_of_sglang() -> None:
-    assert captured_layers(36, None) == [2, 18, 33]
-    assert captured_layers(36, [1, 17, 32]) == [2, 18, 33]
+    assert DRAFT_KINDS["eagle3"].captured(36, None) == [2, 18, 33]
+    assert DRAFT_KINDS["eagle3"].captured(36, [1, 17, 32]) == [2, 18, 33]
 
 
 def test_a_draft_that_fits(compiled: Path, draft: Path) -> None:
@@ -120,6 +121,19 @@ def test_drafts_of_another_kind(compiled: Path, draft: Path) -> None:
     assert "has no graphs that draft" in found[1]
     with pytest.raises(UsageError, match="is a model by itself"):
         expect_draft(compiled, str(compiled), "huggingface")
+
+
+def test_a_kind_may_share_an_algorithm_or_have_one_of_its_own(
+    compiled: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EAGLE without a path is the model's own layer, whoever else drafts by it."""
+    target, kind = giving(compiled, [1, 2, 3]), DRAFT_KINDS["eagle3"]
+    monkeypatch.setitem(DRAFT_KINDS, "eagle3", dataclasses.replace(kind, algorithms=("OTHER",)))
+    (line,) = problems(target, "EAGLE3", draft)
+    assert "is a draft of EAGLE3.  Give --speculative-algorithm OTHER" in line
+    monkeypatch.setitem(DRAFT_KINDS, "eagle3", dataclasses.replace(kind, algorithms=("EAGLE",)))
+    assert problems(target, "EAGLE", draft) == []
+    assert "its layer for multi-token prediction" in problems(target, "EAGLE")[0]
 
 
 def test_a_draft_is_not_served_by_itself(draft: Path) -> None:

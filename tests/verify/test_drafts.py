@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from msconv.checkpoint.reference import configuration
-from msconv.graph import decoder, draft
+from msconv.graph import decoder, mtp
 from msconv.graph.spec import Local
 from msconv.layout import model as layout
 from msconv.layout.cuts import Mesh
@@ -131,7 +131,7 @@ def test_in_int8(model: Path, tmp_path: Path) -> None:
 def enorm_and_hnorm_exchanged(self: Any, *inputs: Any) -> Any:
     step = self.begin(inputs)
     embedded, before = self.hnorm(self.embed(inputs[0])), self.enorm(inputs[self.num_inputs])
-    x = self.eh_proj(draft.functional.concat((embedded, before), -1))
+    x = self.eh_proj(mtp.functional.concat((embedded, before), -1))
     found = self.layer(self.first_norm(x), x, step, inputs[self.num_inputs + 1 :])
     return self.logits(self.last(found[0], step)), self.hidden(found[0])
 
@@ -139,7 +139,7 @@ def enorm_and_hnorm_exchanged(self: Any, *inputs: Any) -> Any:
 def hidden_states_first(self: Any, *inputs: Any) -> Any:
     step = self.begin(inputs)
     embedded, before = self.enorm(self.embed(inputs[0])), self.hnorm(inputs[self.num_inputs])
-    x = self.eh_proj(draft.functional.concat((before, embedded), -1))
+    x = self.eh_proj(mtp.functional.concat((before, embedded), -1))
     found = self.layer(self.first_norm(x), x, step, inputs[self.num_inputs + 1 :])
     return self.logits(self.last(found[0], step)), self.hidden(found[0])
 
@@ -147,7 +147,7 @@ def hidden_states_first(self: Any, *inputs: Any) -> Any:
 def states_before_the_norm(self: Any, *inputs: Any) -> Any:
     step = self.begin(inputs)
     embedded, before = self.enorm(self.embed(inputs[0])), self.hnorm(inputs[self.num_inputs])
-    x = self.eh_proj(draft.functional.concat((embedded, before), -1))
+    x = self.eh_proj(mtp.functional.concat((embedded, before), -1))
     h, x = self.layer(self.first_norm(x), x, step, inputs[self.num_inputs + 1 :])
     return self.logits(self.last(h, step)), self.hidden(x)
 
@@ -163,9 +163,9 @@ def model_gives_states_before_the_norm(self: Any, *inputs: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[type, Construct, tuple[str, ...], str]] = {
-    "enorm and hnorm exchanged": (draft.NextToken, enorm_and_hnorm_exchanged, DRAFTS, "draft extend"),
-    "concatenated the other way": (draft.NextToken, hidden_states_first, DRAFTS, "draft extend"),
-    "states before the norm": (draft.NextToken, states_before_the_norm, DRAFTS[1:], "draft decode"),
+    "enorm and hnorm exchanged": (mtp.NextToken, enorm_and_hnorm_exchanged, DRAFTS, "draft extend"),
+    "concatenated the other way": (mtp.NextToken, hidden_states_first, DRAFTS, "draft extend"),
+    "states before the norm": (mtp.NextToken, states_before_the_norm, DRAFTS[1:], "draft decode"),
     "the model's states before the norm": (
         decoder.DecoderWithDraft,
         model_gives_states_before_the_norm,

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from msconv.steps.compile import compile_graphs
-from msconv.verify.drafts import SLOTS, Drawn
+from msconv.verify.drafts import Drawn
 from msconv.verify.eagle3 import Eagle3Reference
 from msconv.verify.prove import prove
 from msconv_runtime.artifact import Artifact
+from msconv_runtime.artifact.consistency import contradiction
 from msconv_runtime.graphs import Graphs
 from msconv_runtime.paging import Sequences
 from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Role
@@ -26,6 +28,7 @@ from tests.verify.faults import exchange, exchange_rows
 from tests.verify.planting import Ranks, edit_weights
 
 TARGET = "ascend910b"
+SLOTS = 4096  # of the caches
 WIDTH = 128
 
 
@@ -58,6 +61,8 @@ def test_it_is_proved_and_keeps_what_it_draws_on(artifact: Path, target: str) ->
     }
     found = Artifact(artifact)
     assert found.is_draft
+    model = msgspec.structs.replace(found.manifest.model, family="qwen3")
+    assert "no kind of draft" in contradiction(msgspec.structs.replace(found.manifest, model=model))
     assert {t.name: t.dtype for t in found.weights.tensors}["d2t"] == "int32"
     assert not any("embed_tokens" in t.name for t in found.weights.tensors)
     read = {p.name for g in found.graphs(target) for p in g.reads}

@@ -222,7 +222,7 @@ def open_checkpoint(
     if unsupported:
         raise UnsupportedCheckpoint("\n".join(e.message for e in unsupported[:SOME]), unsupported[0].hint)
     refuse_names(str(root), [n for n in tensors if not n.endswith(companion_endings(base.config.formats))])
-    found = named(tensors, base.config, str(root))
+    found = named(tensors, base.family, base.config, str(root))
     notes = (*found.notes, tokenizer_note(present), unnamed_note(present, names))
     return replace(
         base,

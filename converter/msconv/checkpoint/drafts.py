@@ -26,7 +26,7 @@ def with_draft(checkpoint: Checkpoint, is_wanted: bool) -> Checkpoint:
 
 def draft_of(config: DecoderConfig) -> Draft | None:
     """What an artifact's manifest says of it."""
-    return Draft("mtp") if config.drafts else None
+    return Draft(config.own_draft.name) if config.drafts and config.own_draft else None
 
 
 def _is_whole(checkpoint: Checkpoint, config: DecoderConfig) -> bool:

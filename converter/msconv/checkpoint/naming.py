@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 
 from msconv_runtime.dtypes import DTYPES
 
-from ..families import DecoderConfig
+from ..families import DecoderConfig, Family
 from ..layout.model import TensorInfo
 from ..layout.names import listing, shorten
 from .unsupported import WHOLE, UnsupportedCheckpoint, refuse_untied
 
 EMBEDDING, HEAD, BODY = "embed_tokens.weight", "lm_head.weight", "model."
-MIDLAYER, FIRST = "midlayer.", "layers.0."
 OUTSIDE = re.compile(r"(?:^|\.)layers\.")
 PREFIX = re.compile(r"(?:\w{1,40}\.){0,8}", re.ASCII)
 STACKED = re.compile(r"(?P<experts>model\.layers\.\d+\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
@@ -37,11 +36,11 @@ class Named:
     notes: tuple[str, ...] = ()
 
 
-def named(tensors: dict[str, TensorInfo], config: DecoderConfig, where: str) -> Named:
+def named(tensors: dict[str, TensorInfo], family: Family, config: DecoderConfig, where: str) -> Named:
     """Give tensors the names of the table.  Raises UnsupportedCheckpoint for names of which only some have a
     prefix, and for stacked experts in another form than transformers 5 saves them."""
-    if config.eagle is not None:
-        return _of_draft(tensors)
+    if family.is_draft:
+        return _of_draft(tensors, family)
     body, head = _prefixes(tensors)
     notes: list[str] = []
     stored: dict[str, str] = {}
@@ -58,9 +57,9 @@ def named(tensors: dict[str, TensorInfo], config: DecoderConfig, where: str) -> 
     return Named(split, stored, stacked, tuple(notes))
 
 
-def _of_draft(tensors: dict[str, TensorInfo]) -> Named:
-    """Of EAGLE3: the layer is `midlayer` in most checkpoints, and `layers.0` in others."""
-    stored = {MIDLAYER + n.removeprefix(FIRST): n for n in tensors if n.startswith(FIRST)}
+def _of_draft(tensors: dict[str, TensorInfo], family: Family) -> Named:
+    """Names of a draft begin as the family's table has them, or as some checkpoints have them."""
+    stored = {new + n[len(old) :]: n for old, new in family.other_names for n in tensors if n.startswith(old)}
     names = {old: new for new, old in stored.items() if new not in tensors}
     renamed = {names.get(n, n): replace(info, name=names.get(n, n)) for n, info in tensors.items()}
     return Named(renamed, {new: old for old, new in names.items()})

@@ -26,5 +26,5 @@ def configuration(artifact: Artifact) -> DecoderConfig:
     weights = artifact.manifest.weights
     kept = formats_named(weights.quant) if weights else ()
     draft = artifact.manifest.draft
-    config = config.with_draft() if draft and draft.kind == "mtp" else config
+    config = config.with_draft() if draft and draft.is_layer else config
     return replace(config, formats=(*config.formats, *kept))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from msconv_runtime.artifact import Artifact
+from msconv_runtime.draft_kinds import TITLES
 from msconv_runtime.targets import FUSIONS, ONNX, TARGETS, target_named
 from msconv_runtime.units import human_bytes
 
@@ -116,8 +117,8 @@ drafts_options = grouped(
     click.option(
         "--draft",
         metavar="REF",
-        help="A draft of EAGLE3, as an artifact, a directory or owner/name: graphs shall give the hidden states "
-        "that it reads.",
+        help=f"A draft of {TITLES}, as an artifact, a directory or owner/name: graphs shall give the hidden "
+        "states that it reads.",
     ),
     no_drafts_option,
 )

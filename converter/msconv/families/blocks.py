@@ -9,13 +9,13 @@ LAYER = "model.layers.{layer}."
 ATTN, MLP = LAYER + "self_attn.", LAYER + "mlp."
 
 
-def qkv(kind: str, *inner: str, when: str = "") -> Rule:
+def qkv(kind: str, *inner: str, when: str = "", prefix: str = ATTN) -> Rule:
     """Queries, keys and values of all heads, matrices or biases, as one.  `inner`: the size of the input."""
     return fuse(
-        f"{ATTN}qkv_proj.{kind}",
-        Part(f"{ATTN}q_proj.{kind}", ("q", *inner), HEADS),
-        Part(f"{ATTN}k_proj.{kind}", ("kv", *inner), KV_HEADS),
-        Part(f"{ATTN}v_proj.{kind}", ("kv", *inner), KV_HEADS),
+        f"{prefix}qkv_proj.{kind}",
+        Part(f"{prefix}q_proj.{kind}", ("q", *inner), HEADS),
+        Part(f"{prefix}k_proj.{kind}", ("kv", *inner), KV_HEADS),
+        Part(f"{prefix}v_proj.{kind}", ("kv", *inner), KV_HEADS),
         when=when,
     )
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from msconv_runtime.draft_kinds import OF_CHECKPOINTS, DraftKind
+
 from ..layout.model import Sizes, Table
 from ..layout.names import shorten
 from ..quant import WeightFormat
@@ -71,13 +73,14 @@ class Mla:
 
 
 @dataclass(frozen=True, slots=True)
-class Eagle:
-    """A draft of EAGLE3, which reads `captured` residual streams of its target, side by side.  `vocab`: how many
-    tokens the target has, of which it scores some.  `layers`: those of the target that make the streams, as
-    config.json numbers them; () for the usual ones."""
+class DraftFor:
+    """Of a draft that is a checkpoint of its own: what it says of its target.  `vocab`: how many tokens that has;
+    the draft may score some of them.  It reads `captured` residual streams, side by side.  `layers`: those of the
+    target that make the streams, as config.json numbers them; () for the usual ones."""
 
+    kind: DraftKind
     vocab: int
-    captured: int = 3
+    captured: int = 1
     layers: tuple[int, ...] = ()
 
 
@@ -86,7 +89,7 @@ class DecoderConfig:
     """A decoder-only model.  Counts and widths are those of the whole model, before any cut.
 
     `head_dim`: of queries and keys.  `formats`: in which matrices may be stored besides plain.
-    `mtp_layers`: layers after the last, for multi-token prediction; `drafts`: how many of them are taken.
+    `mtp_layers`: layers after the last, of the kind `own_draft`; `drafts`: how many of them are taken.
     `windows`: of each layer's attention, () for none.  `output_bias`: of attention; None if it is there where
     `attention_bias` is.
     """
@@ -111,12 +114,18 @@ class DecoderConfig:
     qk_norm: bool = True
     windows: tuple[int | None, ...] = ()
     output_bias: bool | None = None
-    eagle: Eagle | None = None
+    own_draft: DraftKind | None = None
+    drafts_for: DraftFor | None = None
     drafts: int = 0
 
     def with_draft(self) -> DecoderConfig:
         """The same with the layer that guesses one token more, if it promises one.  Servers use no further one."""
         return replace(self, drafts=min(self.mtp_layers, 1))
+
+    @property
+    def draft_kind(self) -> DraftKind | None:
+        """Of its graphs that draft: with a layer of its own, or for another model."""
+        return self.drafts_for.kind if self.drafts_for else self.own_draft
 
     @property
     def rope_dim(self) -> int:
@@ -166,8 +175,8 @@ class DecoderConfig:
             traits.add("attention_bias")
         if self.mtp_layers:
             traits.add("mtp")
-        if eagle := self.eagle:
-            dims |= {"streams": eagle.captured * self.hidden, "both": 2 * self.hidden}
+        if self.drafts_for:
+            dims |= {"streams": self.drafts_for.captured * self.hidden, "both": 2 * self.hidden}
         if self.drafts:
             traits.add("draft")
         kinds: tuple[frozenset[str], ...] = ()
@@ -199,8 +208,8 @@ class Family:
 
     `keys`: those of config.json that are known.  `aliases`: other values of `model_type` under which the same
     computation is published; the reference reads them as `name`.  `windows_by_layer`: sliding windows begin at
-    `max_window_layers`, in all layers otherwise.  `is_draft`: it drafts for another model, and its `model_type`
-    alone does not tell it.
+    `max_window_layers`, in all layers otherwise.  `other_names`: beginnings of names as some checkpoints have
+    them, and as the table has them.
     """
 
     name: str
@@ -210,7 +219,12 @@ class Family:
     keys: Keys = COMMON
     aliases: tuple[str, ...] = ()
     windows_by_layer: bool = False
-    is_draft: bool = False
+    other_names: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_draft(self) -> bool:
+        """Whether it drafts for another model; its `model_type` alone does not tell it."""
+        return self.name in OF_CHECKPOINTS
 
 
 class Reader:

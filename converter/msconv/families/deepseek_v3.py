@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from msconv_runtime.draft_kinds.mtp import MTP
+
 from ..layout.cuts import COPY, HEAD_COLS, Cut
 from ..layout.model import Table
 from ..layout.rules import Drop, keep, only, plain, take
@@ -89,6 +91,7 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
         "moe": moe,
         "kv_heads": heads,
         "head_dim": mla.nope + mla.rope,
+        "own_draft": MTP,
         "mtp_layers": r.count("num_nextn_predict_layers", r.count("num_mtp_layers", most=64), most=64),
     }
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 from msconv_runtime.artifact import D2T
-from msconv_runtime.captured import LAYER_IDS
+from msconv_runtime.draft_kinds import LAYER_IDS, OBJECT
+from msconv_runtime.draft_kinds.eagle3 import EAGLE3 as KIND
 
-from ..layout.cuts import COLS, COPY, HEAD_COLS, HEADS, KV_HEADS, ROWS, VOCAB
+from ..layout.cuts import COPY, HEAD_COLS, VOCAB
 from ..layout.model import Table
-from ..layout.rules import Drop, Part, Rule, fuse, keep
-from .config import Eagle, Family, Reader, show
+from ..layout.rules import Drop, Part, Rule, keep
+from .blocks import gated_mlp, qkv
+from .config import DraftFor, Family, Reader, show
 from .keys import COMMON, Off
 
 LAYER = "midlayer."
-OBJECT = "eagle_config"
 
 
 def read(r: Reader, layers: int) -> dict[str, Any]:
@@ -35,10 +36,11 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
             "wide as its target is supported"
         )
     ids = _layer_ids(r)
+    captured = r.whole("num_aux_hidden_states", len(ids) or 3, most=64)
     return {
         "qk_norm": False,
         "vocab": r.whole("draft_vocab_size"),
-        "eagle": Eagle(r.whole("vocab_size"), r.whole("num_aux_hidden_states", len(ids) or 3, most=64), ids),
+        "drafts_for": DraftFor(KIND, r.whole("vocab_size"), captured, ids),
     }
 
 
@@ -71,20 +73,10 @@ TABLE = Table(
         keep("fc.weight", ("hidden", "streams"), COPY),
         keep(LAYER + "hidden_norm.weight", ("hidden",), COPY),
         keep(LAYER + "input_layernorm.weight", ("hidden",), COPY),
-        fuse(
-            LAYER + "self_attn.qkv_proj.weight",
-            Part(LAYER + "self_attn.q_proj.weight", ("q", "both"), HEADS),
-            Part(LAYER + "self_attn.k_proj.weight", ("kv", "both"), KV_HEADS),
-            Part(LAYER + "self_attn.v_proj.weight", ("kv", "both"), KV_HEADS),
-        ),
+        qkv("weight", "both", prefix=LAYER + "self_attn."),
         keep(LAYER + "self_attn.o_proj.weight", ("hidden", "q"), HEAD_COLS),
         keep(LAYER + "post_attention_layernorm.weight", ("hidden",), COPY),
-        fuse(
-            LAYER + "mlp.gate_up_proj.weight",
-            Part(LAYER + "mlp.gate_proj.weight", ("ffn", "hidden"), ROWS),
-            Part(LAYER + "mlp.up_proj.weight", ("ffn", "hidden"), ROWS),
-        ),
-        keep(LAYER + "mlp.down_proj.weight", ("hidden", "ffn"), COLS),
+        *gated_mlp(LAYER + "mlp.", "ffn"),
         keep("norm.weight", ("hidden",), COPY),
         keep("lm_head.weight", ("vocab", "hidden"), VOCAB, as_values=True),
         Rule(D2T, (Part(D2T, ("vocab",), COPY),), dtype="int32", optional=True),
@@ -106,11 +98,11 @@ VARIANTS = dict.fromkeys(
 )
 
 EAGLE3 = Family(
-    name="eagle3",
+    name=KIND.name,
     architecture="LlamaForCausalLMEagle3",
     table=TABLE,
     read=read,
     keys=KEYS.without(VARIANTS),
     aliases=("llama",),
-    is_draft=True,
+    other_names=(("layers.0.", LAYER),),
 )

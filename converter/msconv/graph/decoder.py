@@ -148,15 +148,13 @@ class MoeMlp(nn.Cell):
 
 
 class Layer(nn.Cell):
-    """Attention and MLP.  Takes and gives (normed input, residual): each norm is fused with its addition."""
+    """Attention and MLP.  Takes and gives (normed input, residual): each norm is fused with its addition.
+    `follower`: the norm after it."""
 
-    def __init__(self, ops: Operations, local: Local, index: int) -> None:
+    def __init__(self, ops: Operations, local: Local, index: int, follower: str) -> None:
         super().__init__()
         c = local.config
         prefix = f"model.layers.{index}."
-        follower = f"model.layers.{index + 1}.input_layernorm" if index + 1 < c.layers else "model.norm"
-        if index >= c.layers:  # a draft
-            follower = prefix + "shared_head.norm"
         spec = local.attention(index)
         whole = ops.whole_layer(index, follower + ".weight") if spec.kind == "heads" else None
         self.is_whole = whole is not None
@@ -220,7 +218,8 @@ class Decoder(nn.Cell):
         self.begin = ops.begin()
         self.embed = ops.embed("model.embed_tokens.weight")
         self.first_norm = norm(ops, "model.layers.0.input_layernorm.weight", c.hidden, c.eps)
-        self.layers = nn.CellList([Layer(ops, local, i) for i in range(c.layers)])
+        followers = [*(f"model.layers.{i}.input_layernorm" for i in range(1, c.layers)), "model.norm"]
+        self.layers = nn.CellList([Layer(ops, local, i, follower) for i, follower in enumerate(followers)])
         self.has_all_rows = local.role.rows == "all"
         self.last = ops.last_tokens()
         self.results = nn.CellList([OUTPUTS[name](ops, local, self.embed.weight) for name in local.outputs])

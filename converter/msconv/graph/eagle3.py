@@ -14,7 +14,7 @@ from mindspore import ops as functional
 from msconv_runtime.artifact import OF_TARGET, GraphOutput
 from msconv_runtime.roles import HIDDEN, LOGITS
 
-from ..families.config import Eagle
+from ..families.config import DraftFor
 from ..families.eagle3 import LAYER
 from .decoder import HeadsAttention, add_norm, mlp, norm
 from .operations import Embed, Operations
@@ -25,15 +25,15 @@ from .spec import Local
 def hidden_width(local: Local) -> int:
     """Of the hidden states that a graph takes.  Where one graph runs both first and further steps, streams and own
     states stand side by side, and those that are not there are zeros."""
-    eagle, hidden = eagle_of(local), local.config.hidden
+    captured, hidden = target_of(local).captured, local.config.hidden
     if local.variant or not (local.role.begins or local.target.prefill_reads_cache):
-        return (eagle.captured + 1) * hidden
-    return eagle.captured * hidden if local.role.begins else hidden
+        return (captured + 1) * hidden
+    return captured * hidden if local.role.begins else hidden
 
 
-def eagle_of(local: Local) -> Eagle:
-    assert local.config.eagle is not None
-    return local.config.eagle
+def target_of(local: Local) -> DraftFor:
+    assert local.config.drafts_for is not None
+    return local.config.drafts_for
 
 
 class Streams(nn.Cell):
@@ -41,7 +41,7 @@ class Streams(nn.Cell):
 
     def __init__(self, ops: Operations, local: Local) -> None:
         super().__init__()
-        hidden, streams = local.config.hidden, eagle_of(local).captured * local.config.hidden
+        hidden, streams = local.config.hidden, target_of(local).captured * local.config.hidden
         width = hidden_width(local)
         self.has_streams, self.has_both = width >= streams, width > streams
         self.parts = [streams, hidden]
@@ -93,7 +93,7 @@ class Eagle3(nn.Cell):
 
 def target_embedding(ops: Operations, local: Local) -> nn.Cell:
     """ids [T] -> [T, hidden] of the table that the target has."""
-    rows = -(-eagle_of(local).vocab // local.mesh.tp)
+    rows = -(-target_of(local).vocab // local.mesh.tp)
     weight = parameter(OF_TARGET + "model.embed_tokens.weight", (rows, local.config.hidden), ops.dtype)
     return Embed(local, weight, ops.rows(), ops.dtype, start=OF_TARGET + "vocab_start")
 

@@ -107,7 +107,8 @@ class Local:
     @property
     def network(self) -> str:
         """The module beside this one that builds it."""
-        return "eagle3" if self.config.eagle and self.role.is_draft else self.role.network
+        kind = self.config.draft_kind if self.role.is_draft else None
+        return kind.name if kind else self.role.network
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def check_names(found: Inventory, harmless: Collection[str], findings: Findings)
     except MsconvError as e:
         findings.add("error", "names", e.message, [where])
     try:
-        tensors = named(tensors, base.config, where).tensors
+        tensors = named(tensors, base.family, base.config, where).tensors
     except MsconvError as e:
         findings.add("error", "names", e.message, [where])
     sizes = base.config.sizes()

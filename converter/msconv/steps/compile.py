@@ -158,7 +158,7 @@ def refuse_fusions(targets: Iterable[Target], fused: Iterable[str]) -> None:
 def graphs_of(config: DecoderConfig, target: Target) -> tuple[tuple[str, str], ...]:
     """(role, variant) of each graph of a model.  One that drafts by itself has those of a draft besides; one that
     drafts for another model has nothing else, and a target without such graphs raises UsageError."""
-    if config.eagle is None:
+    if config.drafts_for is None:
         return (*target.graphs, *(target.draft_graphs if config.drafts else ()))
     if not target.draft_graphs:
         raise UsageError(f"{target.name}: there are no graphs of drafts for it.", "Compile for another target.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from msconv_runtime.artifact import Artifact, Draft, is_artifact
-from msconv_runtime.captured import captured_layers
+from msconv_runtime.draft_kinds import TITLES
 from msconv_runtime.errors import UsageError
 
 from ..checkpoint.reference import Hub, configuration
@@ -24,9 +24,9 @@ def expect_draft(root: Path, reference: str, hub: Hub) -> list[str]:
         draft = open_reference(reference, hub, weights=False).open_configuration().config
     with exclusive(root):
         artifact = Artifact(root)
-        wanted = Draft("eagle3", _layers(reference, draft, configuration(artifact)))
+        wanted = _wanted(reference, draft, configuration(artifact))
         found = artifact.manifest.draft
-        if found is not None and found.kind != wanted.kind:
+        if found is not None and found.is_layer:
             raise UsageError(
                 f"{root}: drafts by itself, and its graphs give what its own layer reads.",
                 "Convert the model with --no-drafts for another draft, or leave --draft out.",
@@ -37,16 +37,17 @@ def expect_draft(root: Path, reference: str, hub: Hub) -> list[str]:
     return targets
 
 
-def _layers(reference: str, draft: DecoderConfig, model: DecoderConfig) -> list[int]:
-    if draft.eagle is None:
+def _wanted(reference: str, draft: DecoderConfig, model: DecoderConfig) -> Draft:
+    target = draft.drafts_for
+    if target is None:
         raise UsageError(
-            f"--draft {reference}: is a model by itself, and no draft of EAGLE3.",
+            f"--draft {reference}: is a model by itself, and no draft of {TITLES}.",
             "It drafts as it is: serve with --speculative-algorithm STANDALONE.",
         )
-    if model.eagle is not None:
+    if model.drafts_for is not None:
         raise UsageError(f"--draft {reference}: the artifact is a draft itself.", "Give its target's artifact.")
     sizes = {
-        "vocabulary": (draft.eagle.vocab, model.vocab),
+        "vocabulary": (target.vocab, model.vocab),
         "hidden size": (draft.hidden, model.hidden),
     }
     if wrong := [f"a {what} of {its}, not of {ours}" for what, (its, ours) in sizes.items() if its != ours]:
@@ -54,10 +55,10 @@ def _layers(reference: str, draft: DecoderConfig, model: DecoderConfig) -> list[
             f"--draft {reference}: is made for another model: it has {' and '.join(wrong)}.",
             "Give a draft that was trained for this model.",
         )
-    layers = captured_layers(model.layers, draft.eagle.layers)
-    if len(layers) != draft.eagle.captured or not 0 <= layers[0] <= layers[-1] < model.layers:
+    layers = target.kind.captured(model.layers, target.layers)
+    if len(layers) != target.captured or not all(0 <= layer < model.layers for layer in layers):
         raise UsageError(
-            f"--draft {reference}: reads {draft.eagle.captured} layers, {layers} of a model of {model.layers}.",
+            f"--draft {reference}: reads {target.captured} layers, {layers} of a model of {model.layers}.",
             "Give a draft that was trained for this model.",
         )
-    return layers
+    return Draft(target.kind.name, layers)

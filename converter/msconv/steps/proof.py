@@ -111,7 +111,7 @@ def _refuse(planned: Estimate, target: Target) -> None:
     plan, config = planned.plan, planned.checkpoint.config
     if plan.quant:
         raise NotPredicted("the proof of int8 rounds and leads codes, which is not tried beforehand")
-    if config.eagle is not None:
+    if config.drafts_for is not None:
         raise NotPredicted("a draft of another model is proved by itself")
     if target.form.package != "mindspore":
         raise NotPredicted(f"graphs of {target.name} are run by {target.form.package}")

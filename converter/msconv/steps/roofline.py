@@ -185,7 +185,7 @@ def graphs_of_artifact(artifact: Artifact, target: Target, mesh: Mesh, roles: tu
 def made_graphs(config: DecoderConfig, plan: Plan, target: Target, roles: tuple[Role, ...]) -> Graphs:
     """Graphs of a checkpoint, or of a configuration, in the planned layout: as `compile` makes them, but for
     layers that are the same as one before.  Raises UsageError for a draft."""
-    if config.eagle is not None:
+    if config.drafts_for is not None:
         raise UsageError("A draft of another model has no graphs of its own to bound.", "Give that model.")
     types = {t.name: t.dtype for t in plan.tensors}
     config = replace(config, formats=tuple(dict.fromkeys((*config.formats, *formats_named(plan.quant)))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from msconv_runtime.artifact import Artifact
@@ -11,7 +12,6 @@ from msconv_runtime.kernels import library
 from msconv_runtime.roles import COMPILED, of_draft, of_variant
 from msconv_runtime.targets import Target
 
-from .draft_reference import DraftReference
 from .drafting import DraftCandidate, Drafting
 from .reference import Reference
 from .scenario import Candidate
@@ -79,7 +79,12 @@ def drafting_of(artifact: Artifact, target: Target, model: Reference) -> Draftin
 
         return Lockstep(artifact, target.name, variant=variant, draft=True)
 
-    if not variants:
+    draft = artifact.manifest.draft
+    if not variants or draft is None:
         return None
     own = {v: partial(interpreted, v) for v in variants}
-    return Drafting(DraftReference(model), {v: partial(candidate, v) for v in variants}, own)
+    return Drafting(
+        import_module(f".{draft.kind}", __package__).build(model),
+        {v: partial(candidate, v) for v in variants},
+        own,
+    )

@@ -14,7 +14,7 @@ from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Rol
 
 from .compare import REDRAWS
 from .comparison import Comparison
-from .draft_reference import DraftReference, DraftTrace
+from .reference import ROUTER_TIE, Logits, Reference
 from .scenario import Lengths
 from .telling import Tell, quietly
 
@@ -25,6 +25,31 @@ STEPS = 2
 MOST_APPENDED = 20
 
 Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DraftTrace:
+    """One sequence: logits [T, V], hidden states [T, hidden] after the draft's own norm, and how far the router
+    was from choosing other experts [T]."""
+
+    logits: Logits
+    hidden: NDArray[np.float32]
+    closest: NDArray[np.float32]
+
+    @property
+    def decided(self) -> int:
+        """Positions before the first whose routing hangs on rounding."""
+        tied = np.flatnonzero(self.closest < ROUTER_TIE)
+        return int(tied[0]) if len(tied) else len(self.closest)
+
+
+class LayerReference(Protocol):
+    """A layer that drafts, of a `reference` of its model.  `hidden[i][j]`: of the position before that of
+    `tokens[i][j]`."""
+
+    reference: Reference
+
+    def run(self, tokens: list[list[int]], hidden: list[Rows]) -> list[DraftTrace]: ...
 
 
 class DraftCandidate(Protocol):
@@ -38,7 +63,7 @@ class DraftCandidate(Protocol):
 class Drafting:
     """A layer's reference, and its candidates by variant: whoever runs them here, and the interpreter."""
 
-    reference: DraftReference
+    reference: LayerReference
     candidates: Mapping[str, Callable[[], DraftCandidate]]
     interpreted: Mapping[str, Callable[[], Lockstep]]
 
@@ -100,7 +125,7 @@ def diverging(case: Case, drafting: Drafting) -> dict[str, tuple[Rows, Rows]]:
     return found
 
 
-def case_of(reference: DraftReference, sequences: list[list[int]], hidden: list[Rows], lengths: Lengths) -> Case:
+def case_of(reference: LayerReference, sequences: list[list[int]], hidden: list[Rows], lengths: Lengths) -> Case:
     """What a draft is asked of the model's sequences, with the reference's answers."""
     room = [len(s) - 1 - p for s, p in zip(sequences, lengths.prompts, strict=True)]
     steps = min(STEPS, min(room) // 3)
@@ -119,7 +144,7 @@ def case_of(reference: DraftReference, sequences: list[list[int]], hidden: list[
 
 
 def _settled(
-    reference: DraftReference, tokens: list[list[int]], hidden: list[Rows]
+    reference: LayerReference, tokens: list[list[int]], hidden: list[Rows]
 ) -> tuple[list[list[int]], list[DraftTrace]]:
     """The sequences and their traces; one in which the router's choice hangs on rounding, in another order of its
     tokens: any token may follow any hidden states."""

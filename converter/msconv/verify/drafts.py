@@ -1,4 +1,4 @@
-"""What is run to prove a draft of EAGLE3, and how it is judged.
+"""What is run to prove a draft that is a checkpoint of its own, and how it is judged.
 
 The target is not needed: its embedding and its hidden states are drawn, and both sides get the same.  That the
 target's own graphs give the streams that its draft expects, is proved with the target.
@@ -6,38 +6,50 @@ target's own graphs give the streams that its draft expects, is proved with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msconv_runtime import targets
-from msconv_runtime.artifact import Artifact, GraphParameter
+from msconv_runtime.artifact import OF_TARGET, Artifact, GraphParameter
 from msconv_runtime.graphs import Graphs, Place
-from msconv_runtime.paging import Batch, Sequences
 from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Role
+from msconv_runtime.targets import Target
 
 from ..families import DecoderConfig
 from .comparison import FLOAT32_BOUND, Comparison, largest_error
-from .eagle3 import Eagle3Reference, States
+from .drafting import DraftCandidate
+from .reference import Logits
 from .scenario import Lengths
-from .telling import Tell, quietly
+from .telling import Tell
 
 TOKENS = 2048  # of the target's, at most so many are drawn: the rows of all others stay untouched
 STEPS = 4  # further steps after each call with the target's states
 PAGE = 16  # where the graphs leave it free
-SLOTS = 4096  # of the caches that real graphs get
-Run = Callable[[Role, Batch, NDArray[np.float32]], dict[str, NDArray[np.float32]]]
+States = NDArray[np.float32]
+
+
+class CheckpointReference(Protocol):
+    """A draft in float32: how many tokens its target has, and the widths of its own states and of what it reads of
+    its target.  `run`: a whole sequence, rows of the target's embedding [T, hidden] and T vectors of states, each
+    of the target's or of its own -> logits [T, ..] and own states [T, hidden]."""
+
+    vocab: int
+    hidden: int
+    streams: int
+
+    def run(self, embedded: Any, hidden: Sequence[States]) -> tuple[Logits, States]: ...
 
 
 class Drawn:
     """The model that a draft is made for, as far as it reads it: a table of random rows."""
 
-    def __init__(self, artifact: Artifact, vocab: int, hidden: int, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
+    def __init__(self, artifact: Artifact, vocab: int, hidden: int) -> None:
+        rng = np.random.default_rng(0)
         self.artifact, self.tensors = artifact, dict[str, Any]()
         self.tokens = np.sort(rng.choice(vocab, min(vocab, TOKENS), replace=False))
         self.table = np.zeros((vocab, hidden), np.float32)
@@ -76,62 +88,48 @@ def calls_of(lengths: Lengths) -> Iterator[Call]:
             yield Call(f"{phase}, further steps", DRAFT_DECODE, ones, False)
 
 
-def prove_draft(
-    artifact: Artifact, target: targets.Target, config: DecoderConfig, source: Path, tell: Tell
-) -> Comparison:
-    """Compare the artifact's graphs and bytes with its checkpoint: one rank on a CPU runs for real, in MindSpore;
-    all others in the interpreter."""
-    reference = Eagle3Reference(source, artifact.manifest)
+def prove_draft(artifact: Artifact, target: Target, config: DecoderConfig, source: Path, tell: Tell) -> Comparison:
+    """Compare the artifact's graphs and bytes with its checkpoint: every row of logits and every token's own
+    state, of random tokens beside random hidden states.  One rank on a CPU runs for real, in MindSpore; all others
+    in the interpreter."""
+    built = import_module(f".{artifact.draft_kind.name}", __package__).build
+    reference: CheckpointReference = built(source, artifact.manifest)
+    lengths = Lengths.within(config.max_positions, STEPS, has_all_tokens=False)
+    calls, rng = list(calls_of(lengths)), np.random.default_rng(0)
+    drawn = Drawn(artifact, reference.vocab, reference.hidden)
+    sequences = [_draw(i, calls, drawn, reference, rng) for i in range(len(lengths.prompts))]
+    expected = [reference.run(drawn.table[tokens], hidden) for tokens, hidden in sequences]
     is_here = target.device.is_host and artifact.tp == 1
-    make = _here if is_here else _interpreted
-    return compare_draft(
-        lambda drawn: make(artifact, target, drawn), reference, artifact, config.max_positions, tell=tell
-    )
-
-
-def _here(artifact: Artifact, target: targets.Target, drawn: Drawn) -> tuple[Run, int]:
-    from mindspore import Tensor
-
-    graphs = Graphs(artifact, target.name, Place(page=PAGE), model=drawn)
-    caches = [
-        Tensor(np.zeros((SLOTS // graphs.page, graphs.page, *(n or 1 for n in c.shape[2:])), np.float32))
-        for c in graphs.caches
-    ]
-    return lambda role, batch, hidden: graphs.in_parts(role, batch, caches, hidden=hidden), graphs.page
-
-
-def _interpreted(artifact: Artifact, target: targets.Target, drawn: Drawn) -> tuple[Run, int]:
-    from .draft_lockstep import DraftLockstep
-
-    found = DraftLockstep(artifact, target, (drawn.rows(rank, artifact.tp) for rank in range(artifact.tp)))
-    return found.run, found.page
-
-
-def compare_draft(
-    make: Callable[[Drawn], tuple[Run, int]],
-    reference: Eagle3Reference,
-    artifact: Artifact,
-    max_positions: int,
-    bound: float = FLOAT32_BOUND,
-    steps: int = STEPS,
-    seed: int = 0,
-    tell: Tell = quietly,
-) -> Comparison:
-    """Run random tokens beside random hidden states; compare every row of logits and every token's own state with
-    the reference's.  `make` gives what runs a batch, and the size of a page."""
-    lengths = Lengths.within(max_positions, steps, has_all_tokens=False)
-    calls, rng = list(calls_of(lengths)), np.random.default_rng(seed)
-    target = Drawn(artifact, reference.vocab, reference.hidden, seed)
-    sequences = [_draw(i, calls, target, reference, rng) for i in range(len(lengths.prompts))]
-    expected = [reference.run(target.table[tokens], hidden) for tokens, hidden in sequences]
-    result = Comparison(bound)
-    run, page = make(target)
-    _judge(result, run, page, calls, sequences, expected, tell)
+    candidate = (_here if is_here else _interpreted)(artifact, target, drawn)
+    result = Comparison(FLOAT32_BOUND)
+    _judge(result, candidate, calls, sequences, expected, tell)
+    result.apart = getattr(candidate, "apart", 0.0)
     return result
 
 
+def _here(artifact: Artifact, target: Target, drawn: Drawn) -> DraftCandidate:
+    from msconv_runtime.session import DraftSession
+
+    return DraftSession(Graphs(artifact, target.name, Place(page=PAGE), model=drawn))
+
+
+def _interpreted(artifact: Artifact, target: Target, drawn: Drawn) -> DraftCandidate:
+    import torch
+
+    from .lockstep import Lockstep
+
+    found = Lockstep(artifact, target.name, draft=True)
+    taken = {p.name: p.shape for g in found.graphs.values() for p in g.reads if p.name.startswith(OF_TARGET)}
+    for rank, files in enumerate(found.ranks):
+        rows = drawn.rows(rank, artifact.tp)
+        start = torch.tensor([rank * len(rows)], dtype=torch.int32)  # of the vocabulary
+        for name, shape in taken.items():
+            files.lend(name, torch.from_numpy(rows) if len(shape) > 1 else start)
+    return found
+
+
 def _draw(
-    i: int, calls: list[Call], target: Drawn, reference: Eagle3Reference, rng: np.random.Generator
+    i: int, calls: list[Call], target: Drawn, reference: CheckpointReference, rng: np.random.Generator
 ) -> tuple[list[int], list[States]]:
     """A sequence's tokens, and the vector beside each."""
     widths = [reference.streams if c.streams else reference.hidden for c in calls for _ in range(c.counts[i])]
@@ -141,21 +139,21 @@ def _draw(
 
 def _judge(
     result: Comparison,
-    run: Run,
-    page: int,
+    candidate: DraftCandidate,
     calls: list[Call],
     sequences: list[tuple[list[int], list[States]]],
     expected: list[tuple[NDArray[np.float32], States]],
     tell: Tell,
 ) -> None:
-    paged, done = Sequences(len(sequences), page), [0] * len(sequences)
+    candidate.begin(len(sequences))
+    done = [0] * len(sequences)
     for number, call in enumerate(calls):
         tell("graphs", number, len(calls))
         begins, ends = done, [d + n for d, n in zip(done, call.counts, strict=True)]
         spans = [slice(b, e) for b, e in zip(begins, ends, strict=True)]
-        batch = paged.advance([tokens[span] for (tokens, _), span in zip(sequences, spans, strict=True)])
+        new = [tokens[span] for (tokens, _), span in zip(sequences, spans, strict=True)]
         hidden = np.stack([h for (_, all_), span in zip(sequences, spans, strict=True) for h in all_[span]])
-        found = run(call.role, batch, hidden)
+        found = candidate.run(call.role, new, hidden)
         own = np.concatenate([states[span] for (_, states), span in zip(expected, spans, strict=True)])
         error = largest_error(found[HIDDEN], own) / max(1.0, float(np.abs(own).max()))
         result.probes[HIDDEN] = max(error, result.probes.get(HIDDEN, 0.0))

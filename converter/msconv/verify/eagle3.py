@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import VerificationFailed
 
 from ..checkpoint.directory import open_checkpoint
+from .drafts import States
 from .reference import Logits
 from .source_weights import SourceWeights
-
-States = NDArray[np.float32]
 
 
 class Eagle3Reference:
@@ -95,3 +93,6 @@ class Eagle3Reference:
         scores = (q @ k.transpose(-1, -2) / width**0.5).masked_fill(later, float("-inf"))
         seen = (torch.softmax(scores, -1) @ v).transpose(1, 2).reshape(count, length, -1)
         return seen @ self.weights["midlayer.self_attn.o_proj.weight"].T
+
+
+build = Eagle3Reference  # as kinds of draft are compared

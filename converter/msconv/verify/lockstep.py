@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Artifact, Graph, GraphInput
 from msconv_runtime.errors import VerificationFailed
+from msconv_runtime.graphs import fitting
 from msconv_runtime.paging import Sequences, attention_mask
 from msconv_runtime.roles import (
     DECODE,
@@ -82,11 +83,11 @@ class Lockstep:
         if size < SMALL_BYTES:
             torch.set_num_threads(1)  # handing small work to threads costs more than the work
         as_stored = read_as_stored(self.programs.values())
-        ranks = [
+        self.ranks = [
             RankFiles(artifact, r, self.context, size <= KEEP_BYTES, held=self.held, as_stored=as_stored)
             for r in range(self.tp)
         ]
-        return Interpreter(self.context, ranks, in_lockstep)
+        return Interpreter(self.context, self.ranks, in_lockstep)
 
     @property
     def _cache_inputs(self) -> list[GraphInput]:
@@ -153,7 +154,9 @@ class Lockstep:
             mask = attention_mask(ROLES[graph.role].begins, batch, self.target.mask)
             inputs.append(torch.from_numpy(mask).to(self.context.keep(self.context.dtype)))
         if hidden is not None:
-            inputs.append(torch.from_numpy(hidden.copy()).to(self.context.keep(self.context.dtype)))
+            inputs.append(
+                torch.from_numpy(fitting(graph, hidden).copy()).to(self.context.keep(self.context.dtype))
+            )
         return graph, inputs
 
     @property

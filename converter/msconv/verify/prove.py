@@ -54,10 +54,10 @@ def prove(
         raise UsageError(
             f"{root}: is not quantised: there is no drift to measure.", "Leave --max-kl and --text out."
         )
-    if max_memory is not None and (has_codes or config.eagle is not None):
+    if max_memory is not None and (has_codes or config.drafts_for is not None):
         refuse_ceiling(root, max_memory)
     if by_layer is not None:
-        _refuse_by_layer(artifact, target, layers, has_codes or config.eagle is not None)
+        _refuse_by_layer(artifact, target, layers, has_codes or config.drafts_for is not None)
         by_layer.gather(artifact, target_name)
     source = source_of(root, reference)
     require(target.form)
@@ -69,7 +69,7 @@ def prove(
         record(root, target, None)
         raise
     subject = Subject(artifact, target, config, source, layers, tell, max_memory, by_layer)
-    if config.eagle is not None:
+    if config.drafts_for is not None:
         found = subject.draft()
     else:
         found = subject.led(max_kl, text) if has_codes else subject.resumable()

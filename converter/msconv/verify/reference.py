@@ -93,7 +93,7 @@ class Reference:
         self.moe = checkpoint.config.moe
         model = model_without_weights(root, checkpoint.family, layers)
         with torch.device("meta"):
-            if manifest.draft and manifest.draft.kind == "mtp" and not layers:  # is not run with the others
+            if manifest.draft and manifest.draft.is_layer and not layers:  # is not run with the others
                 index = model.config.num_hidden_layers
                 model.model.layers.append(type(model.model.layers[-1])(model.config, index))
             self._prepare(model)

@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Iterable
 
+from ..draft_kinds import DRAFT_KINDS, OF_CHECKPOINTS
 from ..dtypes import DTYPES
-from ..roles import ROLES
+from ..roles import ROLES, of_draft, of_model
 from ..targets import TARGETS
 from .manifest import (
     Graph,
@@ -28,6 +29,7 @@ MOST_SIZE = 1 << 31  # of a dimension
 MOST_LAYERS = 4096
 MOST_CAPTURED = 16  # whose hidden states a draft reads
 GROUP = "msconv_tp"
+NEWER = "a newer msconv may know it"
 FILE = re.compile(r"[A-Za-z0-9][\w-]{0,90}\.(?:json|jinja|model|txt|tiktoken)", re.ASCII)
 NOT_FILES = {"msconv.json"}
 HALF = "half_precision_"  # settings that a proof reports without a gate
@@ -75,7 +77,10 @@ def _weights(manifest: Manifest) -> str:
 
 
 def _draft(manifest: Manifest) -> str:
-    layers = manifest.draft.layers if manifest.draft else []
+    draft = manifest.draft
+    layers = draft.layers if draft else []
+    if draft and draft.kind not in DRAFT_KINDS:
+        return f"the draft is of the kind {draft.kind[:40]!r}, known are {', '.join(DRAFT_KINDS)}; {NEWER}"
     if len(layers) > MOST_CAPTURED or layers != sorted({n for n in layers if 0 <= n < MOST_LAYERS}):
         return f"the draft reads the layers {layers[:9]}, which are no few in ascending order"
     return ""
@@ -86,6 +91,10 @@ def _graphs(manifest: Manifest) -> str:
     for graph in graphs:
         if problem := _graph(graph, manifest.draft is not None):
             return problem
+    if of_draft(graphs) and of_model(graphs) and not (manifest.draft and manifest.draft.is_layer):
+        return "some graphs are a draft's, and it has no layer that drafts"
+    if graphs and not of_model(graphs) and manifest.model.family not in OF_CHECKPOINTS:
+        return f"all graphs are a draft's, of {manifest.model.family[:40]!r}, which is no kind of draft; {NEWER}"
     if double := _twice(f"{g.target} {g.name}" for g in graphs) or _twice(g.path for g in graphs):
         return f"the graph {double} is there twice"
     return ""
@@ -94,7 +103,7 @@ def _graphs(manifest: Manifest) -> str:
 def _graph(g: Graph, has_draft: bool) -> str:
     named = f"the graph {g.target[:40]!r} {g.name[:40]!r}"
     if g.target not in TARGETS:
-        return f"{named}: no such target, known are {', '.join(TARGETS)}; a newer msconv may know it"
+        return f"{named}: no such target, known are {', '.join(TARGETS)}; {NEWER}"
     if (g.role, g.variant) not in (*TARGETS[g.target].graphs, *TARGETS[g.target].draft_graphs):
         return f"{named}: a target has no such graph"
     if not TARGETS[g.target].form.is_place(g.target, g.path):

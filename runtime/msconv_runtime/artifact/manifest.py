@@ -8,12 +8,13 @@ from typing import Literal
 import msgspec
 import xxhash
 
+from ..draft_kinds import DRAFT_KINDS
+
 FORMAT = 2
 
 OF_TARGET = "target."  # before the name of a weight that a draft's graph takes from its target's artifact
 D2T = "d2t"  # of a draft: what is added to the number of a token that it scores, to make it the target's
 InputKind = Literal["batch", "mask", "hidden", "cache"]
-DraftKind = Literal["mtp", "eagle3"]
 PHASES = {"verify": "decode_all", "mixed_compiled": "native", "verify_compiled": "native_all"}  # by a graph's name
 
 
@@ -42,12 +43,17 @@ class Parallel(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Draft(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What guesses further tokens for this model.  `mtp`: a layer among its own weights; `eagle3`: an artifact of
-    its own.  `layers`: the model's graphs give the residual streams that enter these layers, ascending, side by
-    side, [T, k * hidden]; with none of them, what the head reads, the last norm's output [T, hidden]."""
+    """What guesses further tokens for this model.  `kind`: see draft_kinds.  `layers`: the model's graphs give the
+    residual streams that enter these layers, ascending, side by side, [T, k * hidden]; with none of them, what the
+    head reads, the last norm's output [T, hidden]."""
 
-    kind: DraftKind
+    kind: str
     layers: list[int] = []
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a layer among the model's own weights."""
+        return DRAFT_KINDS[self.kind].is_layer
 
 
 class WeightFile(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from ..draft_kinds import DRAFT_KINDS, DraftKind
 from ..errors import ArtifactError
 from ..roles import can_serve, of_model, of_variant
 from .directory import read_manifest, write_manifest
@@ -53,6 +54,11 @@ class Artifact:
     def is_draft(self) -> bool:
         """Whether it cannot answer by itself: its graphs draft for another artifact's model."""
         return bool(self.manifest.graphs) and not of_model(self.manifest.graphs)
+
+    @property
+    def draft_kind(self) -> DraftKind:
+        """Of an artifact that is a draft."""
+        return DRAFT_KINDS[self.manifest.model.family]
 
     def graphs(self, target: str) -> list[Graph]:
         """Raises ArtifactError unless a batch can be prefilled and decoded on the target, or a draft extended."""

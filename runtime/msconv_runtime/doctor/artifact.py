@@ -8,6 +8,7 @@ from typing import Any
 
 from ..artifact import Artifact, Manifest
 from ..claims import CLAIMED, is_checked_here
+from ..draft_kinds import DRAFT_KINDS
 from ..errors import MsconvError
 from ..roles import can_serve, gives_all_logits, of_model, of_variant
 from ..targets import ALL_DEVICES, DEVICES, TARGETS, device_of, usual_target
@@ -103,7 +104,10 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
     hint = f"`msconv compile {root} --target {target}`"
     if graphs and not of_model(graphs):
         needed = "those of a model: this is a draft, and answers nobody by itself"
-        hint = f"`msconv serve TARGET -- --speculative-algorithm EAGLE3 --speculative-draft-model-path {root}`"
+        algorithm = DRAFT_KINDS[manifest.model.family].algorithms[-1]
+        hint = (
+            f"`msconv serve TARGET -- --speculative-algorithm {algorithm} --speculative-draft-model-path {root}`"
+        )
     yield Finding(f"graphs {target}", state, found, needed, hint, served(device.kind))
     if served(device.kind) and can_serve(of_variant(graphs, "")) and not gives_all_logits(graphs):
         needed = "for drafts (speculative decoding) and log probabilities of prompts"

@@ -15,7 +15,7 @@ class Role:
     new, unless the target's prefill graphs read what earlier calls cached; else they may have any prefix.
 
     `outputs`: their names, in order.  `rows` of them: of each sequence's last token [B, ...], or of all new tokens
-    [T, ...].  `network`: the module of msconv.graph that builds it.
+    [T, ...].  `network`: the module of msconv.graph that builds it; a draft's is its kind's.
 
     `is_draft`: it takes hidden states beside tokens, has caches of its own, and gives logits as `rows` says and
     hidden states of all new tokens.

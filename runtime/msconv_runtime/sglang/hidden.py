@@ -1,9 +1,5 @@
 """Hidden states between a model and what drafts for it: the model gives them, SGLang keeps them, the draft takes
-them.
-
-SGLang's algorithms for such drafts are EAGLE (also called NEXTN: a layer among the model's own weights) and EAGLE3
-(an artifact of its own, which reads residual streams).
-"""
+them."""
 
 from __future__ import annotations
 
@@ -17,19 +13,18 @@ from sglang.srt.runtime_context import get_model
 
 from ..artifact import D2T, Artifact
 from ..artifact.weights import RankWeights
-from ..captured import captured_layers
+from ..draft_kinds import DRAFT_KINDS, OF_LAYERS
+from ..draft_kinds.eagle3 import EAGLE3
 from ..errors import ArtifactError
 from ..graphs import Graphs, Outputs
 from ..paging import Batch
 from ..roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS
 from . import drafts
 
-NEXTN = "NextN"  # how SGLang ends an architecture's name where it means the layer that drafts
-
 
 def find_model(artifact: Artifact, architecture: str) -> Artifact | None:
     """The artifact of the model for which this one drafts, from its hidden states; None if it does not."""
-    if architecture.endswith(NEXTN):
+    if architecture.endswith(tuple(kind.suffix for kind in OF_LAYERS.values())):
         return artifact
     return Artifact(get_model().model_path) if artifact.is_draft else None
 
@@ -54,8 +49,10 @@ def target_tokens(artifact: Artifact) -> torch.Tensor | None:
 def check_captured(artifact: Artifact, layer_ids: list[int] | None) -> None:
     """Raises ArtifactError unless the graphs give the residual streams that SGLang says its draft reads."""
     layers = json.loads(artifact.config_bytes())["num_hidden_layers"]
-    given = artifact.manifest.draft.layers if artifact.manifest.draft else []
-    if given != (wanted := captured_layers(layers, layer_ids)):
+    draft = artifact.manifest.draft
+    given = draft.layers if draft else []
+    kind = DRAFT_KINDS[draft.kind] if draft and given else EAGLE3
+    if given != (wanted := kind.captured(layers, layer_ids)):
         raise ArtifactError(
             f"{artifact.root}: its graphs give hidden states of the layers {given}, the draft reads {wanted}.",
             f"`msconv compile {artifact.root} --draft DRAFT` makes graphs for it.",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, is_artifact
-from ..captured import LAYER_IDS, captured_layers
+from ..draft_kinds import DRAFT_KINDS, LAYER_IDS, OBJECT, OF_CHECKPOINTS, OF_LAYERS, DraftKind
 from ..errors import MsconvError
 from ..kv_pool import usual_pool
 from ..roles import gives_all_logits, of_draft
@@ -22,7 +22,7 @@ ALGORITHM = "--speculative-algorithm"
 DRAFT_PATHS = ("--speculative-draft-model-path", "--speculative-draft-model")
 PAGE, TOKENS = "--page-size", "--max-total-tokens"
 RETURNED = ("--enable-return-hidden-states", "--return-hidden-states-mode")
-NGRAM, STANDALONE, NEXTN, EAGLE3 = "NGRAM", "STANDALONE", "NEXTN", "EAGLE3"
+NGRAM, STANDALONE = "NGRAM", "STANDALONE"
 MOST = 3  # damaged files that are named
 TOKENIZER = "tokenizer.json"
 
@@ -74,7 +74,7 @@ def _no_logits(asked: str, artifact: Artifact, target: Target) -> list[str]:
 
 def gives_hidden(artifact: Artifact, target: Target) -> bool:
     """Whether the model's graphs give what its head reads, of every token: where a layer of its own drafts.  What
-    a draft of EAGLE3 reads is something else."""
+    other drafts read is something else."""
     draft = artifact.manifest.draft
     return draft is not None and not draft.layers and bool(of_draft(artifact.graphs(target.name)))
 
@@ -118,22 +118,31 @@ def _of_standalone(asked: str, artifact: Artifact, target: Target, given: Mappin
     yield from _of_other(asked, given, lambda draft: _a_model(asked, artifact, draft, target))
 
 
-def _of_eagle3(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
+def _of_kinds(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
+    """Of what reads hidden states: checkpoints of their own, where one is named or there is nothing else."""
     yield from _branches(artifact, target, given)
-    yield from _of_other(asked, given, lambda draft: _an_eagle(asked, artifact, draft, target))
+    algorithm = given[ALGORITHM].upper()
+    kinds = [kind for kind in DRAFT_KINDS.values() if algorithm in kind.algorithms]
+    layers = [kind for kind in kinds if kind.is_layer]
+    if not layers or (len(layers) < len(kinds) and draft_path(given)):
+        yield from _of_other(asked, given, lambda draft: _a_draft(algorithm, artifact, draft, target))
+    else:
+        yield from _of_layer(asked, artifact, target, given, layers)
 
 
-def _of_nextn(asked: str, artifact: Artifact, target: Target, given: Mapping[str, str]) -> Iterator[str]:
-    yield from _branches(artifact, target, given)
+def _of_layer(
+    asked: str, artifact: Artifact, target: Target, given: Mapping[str, str], kinds: Sequence[DraftKind]
+) -> Iterator[str]:
     if (path := draft_path(given)) and Path(path).resolve() != artifact.root.resolve():
+        others = dict.fromkeys([kind.algorithms[-1] for kind in OF_CHECKPOINTS.values()])
         yield (
             f"{DRAFT_PATHS[0]} {path}: with {asked} the artifact drafts by itself.  Leave the flag out, or give "
-            f"{EAGLE3} or {STANDALONE}"
+            f"{' or '.join([*others, STANDALONE])}"
         )
     if not of_draft(artifact.graphs(target.name)):
         yield (
             f"{asked}: {artifact.root} has no graphs that draft.  Convert and compile a checkpoint that has its "
-            f"layer for multi-token prediction, or give {NGRAM}"
+            f"layer for {' or '.join(kind.title for kind in kinds)}, or give {NGRAM}"
         )
 
 
@@ -182,16 +191,19 @@ def _of_other(asked: str, given: Mapping[str, str], judge: Callable[[Artifact], 
 def _a_model(asked: str, artifact: Artifact, draft: Artifact, target: Target) -> Iterator[str]:
     draft.graphs(target.name)
     if draft.is_draft:
-        yield f"reads hidden states.  Give {ALGORITHM} {EAGLE3}"
+        yield f"reads hidden states.  Give {ALGORITHM} {draft.draft_kind.algorithms[-1]}"
         return
     yield from _no_logits(asked, draft, target)
     yield from differences(artifact, draft)
 
 
-def _an_eagle(asked: str, artifact: Artifact, draft: Artifact, target: Target) -> Iterator[str]:
+def _a_draft(algorithm: str, artifact: Artifact, draft: Artifact, target: Target) -> Iterator[str]:
     draft.graphs(target.name)
     if not draft.is_draft:
-        yield f"is a model by itself, and no draft of {EAGLE3}.  Give {ALGORITHM} {STANDALONE}"
+        yield f"is a model by itself, and no draft of {algorithm}.  Give {ALGORITHM} {STANDALONE}"
+        return
+    if algorithm not in (kind := draft.draft_kind).algorithms:
+        yield f"is a draft of {kind.title}.  Give {ALGORITHM} {kind.algorithms[-1]}"
         return
     yield from differences(artifact, draft)
     own, its = (json.loads(a.config_bytes()) for a in (artifact, draft))
@@ -201,12 +213,12 @@ def _an_eagle(asked: str, artifact: Artifact, draft: Artifact, target: Target) -
             "draft that was made for this model"
         )
         return
-    read = captured_layers(own["num_hidden_layers"], (its.get("eagle_config") or {}).get(LAYER_IDS))
+    read = kind.captured(own["num_hidden_layers"], (its.get(OBJECT) or {}).get(LAYER_IDS))
     given = artifact.manifest.draft
-    if given is not None and not given.layers:
+    if given is not None and given.is_layer:
         yield (
             f"is another draft than {artifact.root} has: its graphs give what its own layer reads.  Give "
-            f"{ALGORITHM} {NEXTN}, or convert the model with --no-drafts"
+            f"{ALGORITHM} {DRAFT_KINDS[given.kind].algorithms[-1]}, or convert the model with --no-drafts"
         )
     elif given is None or given.layers != read:
         has = f"hidden states of the layers {given.layers}" if given else "no hidden states"
@@ -219,9 +231,7 @@ def _an_eagle(asked: str, artifact: Artifact, draft: Artifact, target: Target) -
 KINDS: dict[str, Callable[[str, Artifact, Target, Mapping[str, str]], Iterator[str]]] = {
     NGRAM: _of_ngram,
     STANDALONE: _of_standalone,
-    "EAGLE": _of_nextn,
-    NEXTN: _of_nextn,
-    EAGLE3: _of_eagle3,
+    **{name: _of_kinds for kind in [*OF_LAYERS.values(), *OF_CHECKPOINTS.values()] for name in kind.algorithms},
 }
 
 

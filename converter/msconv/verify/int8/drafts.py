@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..comparison import Comparison
-from ..draft_reference import DraftReference
-from ..drafting import Case, judge, run
+from ..drafting import Case, LayerReference, judge, run
 from ..lockstep import Lockstep
 from .codes import Record
 from .lead import Verdict
@@ -16,7 +15,7 @@ from .reference import QuantisedReference
 
 
 def compare_led_draft(
-    result: Comparison, case: Case, candidate: Lockstep, name: str, drafting: DraftReference
+    result: Comparison, case: Case, candidate: Lockstep, name: str, drafting: LayerReference
 ) -> tuple[Verdict, str]:
     """Add to `result` what the candidate does; what there was to say of its codes, and where ranks differ.
 

@@ -147,7 +147,7 @@ class Check:
     def __init__(self, artifact: Artifact, weights: QuantisedWeights) -> None:
         self.tp, self.ep = artifact.tp, artifact.manifest.parallel.ep
         self.weights, self.config = weights, weights.checkpoint.config
-        if artifact.manifest.draft and artifact.manifest.draft.kind == "mtp":
+        if artifact.manifest.draft and artifact.manifest.draft.is_layer:
             self.config = self.config.with_draft()
         self.ranks = Ranks(artifact)
         self.found = Stored()

@@ -8,32 +8,16 @@ that follows it; one decoder layer; shared_head.norm; the model's head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .reference import ROUTER_TIE, Logits, Reference
+from .drafting import DraftTrace
+from .reference import Reference
 
 
-@dataclass(frozen=True)
-class DraftTrace:
-    """One sequence: logits [T, V], hidden states [T, hidden] after the draft's own norm, and how far the router
-    was from choosing other experts [T]."""
-
-    logits: Logits
-    hidden: NDArray[np.float32]
-    closest: NDArray[np.float32]
-
-    @property
-    def decided(self) -> int:
-        """Positions before the first whose routing hangs on rounding."""
-        tied = np.flatnonzero(self.closest < ROUTER_TIE)
-        return int(tied[0]) if len(tied) else len(self.closest)
-
-
-class DraftReference:
+class MtpReference:
     """The layer after the last of a reference's checkpoint, in float32, over its embedding and head."""
 
     def __init__(self, reference: Reference) -> None:
@@ -82,3 +66,6 @@ class DraftReference:
     def _norm(self, x: Any, name: str) -> Any:
         scale = self.torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
         return x * scale * self.reference.weights.get(f"{self.prefix}{name}.weight")
+
+
+build = MtpReference  # as kinds of draft are compared

@@ -37,7 +37,7 @@ class NextToken(nn.Cell):
         self.hnorm = norm(ops, prefix + "hnorm.weight", c.hidden, c.eps)
         self.eh_proj = ops.linear(prefix + "eh_proj", c.hidden, 2 * c.hidden, False)
         self.first_norm = norm(ops, prefix + "input_layernorm.weight", c.hidden, c.eps)
-        self.layer = Layer(ops, local, index)
+        self.layer = Layer(ops, local, index, prefix + "shared_head.norm")
         self.last = ops.last_tokens()
         self.logits = Logits(ops, local, self.embed.weight)
         self.hidden = Hidden(ops, local, self.embed.weight)
