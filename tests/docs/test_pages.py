@@ -41,7 +41,7 @@ def shown(find: Callable[[str], list[str]]) -> list[tuple[str, str]]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory with what the pages call a model."""
     monkeypatch.chdir(tmp_path)
-    for name in ("tiny-dots1", "tiny-qwen3", "tiny-int8", "DIR", "REF"):
+    for name in ("tiny-dots1", "tiny-hop", "tiny-qwen3", "tiny-int8", "DIR", "REF"):
         (tmp_path / name).mkdir()
 
 
