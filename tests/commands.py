@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,3 +64,13 @@ def run_command(
         check=False,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def free_port() -> int:
+    """For a server, which takes it some seconds later: none of those that the system gives to connections
+    meanwhile (from 32,768 on, by its default)."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 50):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise OSError("fifty ports of this machine are taken")

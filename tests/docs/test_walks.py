@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -23,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import edit_json, make_qwen3
-from tests.commands import Result, run_msconv
+from tests.commands import Result, free_port, run_msconv
 from tests.conftest import add_tokenizer
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 from tests.docs.test_pages import example
@@ -238,12 +237,6 @@ def test_a_walk(walk: str, stage: Stage) -> None:
             serves_for_a_while(stage, line)
         if line.startswith(("msconv serve", "msconv recipes", "msconv plan", "msconv completion")):
             assert done.stdout, line
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def serves_for_a_while(stage: Stage, line: str) -> None:

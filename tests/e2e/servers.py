@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.commands import free_port
 from tests.warm import run_warm
 
 START_TIMEOUT_S = 240
@@ -112,12 +112,6 @@ def expected(model: Any, ids: list[int], new: int = NEW_TOKENS) -> list[int]:
     )
     found: list[int] = out[0, len(ids) :].tolist()
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextmanager
