@@ -19,7 +19,7 @@ from tests.conftest import Checkpoints
 HEAVY = {"torch", "mindspore", "transformers", "sglang"}
 COMMANDS = ("convert", "compile", "verify", "serve", "inspect")
 CONVERTED = {"artifact", "bytes_read", "bytes_written", "seconds", "peak_rss_bytes", "resumed"}
-COMPILED = {"target", "phase", "role", "variant", "path", "nodes", "seconds", "taken", "peak_rss_bytes"}
+COMPILED = {"target", "phase", "role", "variant", "path", "nodes", "fused", "seconds", "taken", "peak_rss_bytes"}
 
 
 def imported(stderr: str) -> set[str]:

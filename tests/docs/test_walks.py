@@ -113,7 +113,7 @@ DIRECTORIES = (
 WALKS = {"laptop": LAPTOP, "cluster": CLUSTER, "directories": DIRECTORIES}
 ELSEWHERE = {  # by a pattern of lines: why no walk has them
     r"\[OPTIONS\]": "a usage line",
-    r"tiny-dots1|tiny-qwen3|tiny-int8|artifacts/resharded": "the pages about adding something are followed whole",
+    r"tiny-dots1|tiny-hop|tiny-qwen3|tiny-int8|artifacts/resharded": "the pages about adding something are followed whole",
     r"msconv rehearse ": "tests/rehearsal",
     r"--speculative-algorithm": "tests/e2e/test_drafts.py",
     r"--source modelscope": "tests/hub/test_kinds.py",
@@ -124,6 +124,7 @@ ELSEWHERE = {  # by a pattern of lines: why no walk has them
     r"--disaggregation ": "tests/pd",
     r"--roofline ": "tests/roofline",
     r"--predict": "tests/cli/test_predict.py",
+    r"--fuse ": "tests/verify/test_fused.py",
     r"s3://": "tests/storage, on stores on localhost",
     r"--ray ": "tests/ray",
     r"artifacts/(draft|qwen3)\b": "tests/e2e/test_hidden_drafts.py",
