@@ -131,13 +131,7 @@ def command(
         found = bound_layout(planned, asked)
         data["roofline"] = roofline_data(found, asked)
         lines += roofline_lines(found, asked)
-    show(
-        Result(
-            data,
-            "\n".join(lines),
-            next=_following(planned, layout, device),
-        )
-    )
+    show(Result(data, "\n".join(lines), next=_following(planned, layout, device)))
 
 
 def _following(e: Estimate, layout: LayoutOptions, device: DeviceOptions) -> str:

@@ -77,6 +77,18 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
         normalise=r.flag("norm_topk_prob", True),
         scale=r.real("routed_scaling_factor", 1.0),
     )
+    _check_groups(r, moe)
+    return {
+        "mla": mla,
+        "moe": moe,
+        "kv_heads": heads,
+        "head_dim": mla.nope + mla.rope,
+        "own_draft": MTP,
+        "mtp_layers": r.count("num_nextn_predict_layers", r.count("num_mtp_layers", most=64), most=64),
+    }
+
+
+def _check_groups(r: Reader, moe: Moe) -> None:
     size = moe.experts // moe.groups
     if moe.experts % moe.groups:
         r.problems.append(f"n_routed_experts {moe.experts} is not a multiple of n_group {moe.groups}")
@@ -86,14 +98,6 @@ def read(r: Reader, layers: int) -> dict[str, Any]:
         r.problems.append(f"groups of {size} expert: their score is the sum of the best two")
     elif moe.top_k > size * moe.top_groups:
         r.problems.append(f"num_experts_per_tok {moe.top_k} of {moe.top_groups} groups of {size} experts")
-    return {
-        "mla": mla,
-        "moe": moe,
-        "kv_heads": heads,
-        "head_dim": mla.nope + mla.rope,
-        "own_draft": MTP,
-        "mtp_layers": r.count("num_nextn_predict_layers", r.count("num_mtp_layers", most=64), most=64),
-    }
 
 
 def _check_widths(r: Reader, mla: Mla) -> None:
