@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import make_qwen3
-from tests.conftest import add_tokenizer
 from tests.commands import free_port
+from tests.conftest import add_tokenizer
 from tests.e2e.servers import Server, left_after, make_artifact, serving
 from tests.moe_checkpoints import make_deepseek_v3
 
