@@ -113,7 +113,7 @@ DIRECTORIES = (
 WALKS = {"laptop": LAPTOP, "cluster": CLUSTER, "directories": DIRECTORIES}
 ELSEWHERE = {  # by a pattern of lines: why no walk has them
     r"\[OPTIONS\]": "a usage line",
-    r"tiny-dots1|tiny-hop|tiny-qwen3|tiny-int8|artifacts/resharded": "the pages about adding something are followed whole",
+    r"tiny-(dots1|hop|qwen3|int8)|artifacts/resharded": "the pages about adding something are followed whole",
     r"msconv rehearse ": "tests/rehearsal",
     r"--speculative-algorithm": "tests/e2e/test_drafts.py",
     r"--source modelscope": "tests/hub/test_kinds.py",
