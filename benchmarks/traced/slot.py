@@ -50,6 +50,7 @@ class TracedGraphs(Graphs):
         self._compiles_at_ready = 0
         self._known_caches: list[Any] = []
         self._ran_with_them: set[str] = set()
+        self._single = None
         self.seconds = {}
         ms.set_context(mode=ms.GRAPH_MODE)
         config = configure(json.loads((checkpoint / "config.json").read_text()), "config.json")[1]
