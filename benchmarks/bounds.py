@@ -4,8 +4,8 @@
 
 Prompts: products and attention of a layer of Qwen3-0.6B, alternated with torch's in float32 and bfloat16, one
 thread and the processor's own time.  Tokens: a `Session` with an artifact of that shape and random values decodes
-one request; the bytes of its weights a second, as a share of what reading memory alone gives in the same run, by
-all processors.  Without `--layers` only prompts.
+one request; the bytes of its weights a second, and with those of its caches, as a share of what reading memory
+alone gives in the same run, by all processors.  Without `--layers` only prompts.
 """
 
 from __future__ import annotations
@@ -142,10 +142,21 @@ def token(layers: int, context: int, tokens: int, rounds: int) -> dict[str, floa
                 session.decode([i])
             seconds = (time.perf_counter() - started) / tokens
             speeds.append(1 / seconds)
-            shares.append(weights / seconds / bandwidth)
+            shares.append(1 / seconds / bandwidth)
     share, speed = statistics.median(shares), statistics.median(speeds)
-    print(f"one request, context {context}, {layers} layers: {speed:.1f} tokens/s, {share:.2f} of the bandwidth")
-    return {"tokens_per_s": speed, "share_of_bandwidth": share, "weight_bytes": weights}
+    cached = layers * 2 * KV_HEADS * DIM * 4 * (context + (tokens + 1) // 2)  # float32, by half of the tokens
+    by_weights, by_all = share * weights, share * (weights + cached)
+    print(
+        f"one request, context {context}, {layers} layers: {speed:.1f} tokens/s; of the bandwidth {by_weights:.2f} "
+        f"by weights, {by_all:.2f} with the caches"
+    )
+    return {
+        "tokens_per_s": speed,
+        "share_of_bandwidth": by_weights,
+        "share_with_caches": by_all,
+        "weight_bytes": weights,
+        "cache_bytes": cached,
+    }
 
 
 class Reader:
