@@ -147,8 +147,8 @@ def token(layers: int, context: int, tokens: int, rounds: int) -> dict[str, floa
     cached = layers * 2 * KV_HEADS * DIM * 4 * (context + (tokens + 1) // 2)  # float32, by half of the tokens
     by_weights, by_all = share * weights, share * (weights + cached)
     print(
-        f"one request, context {context}, {layers} layers: {speed:.1f} tokens/s; of the bandwidth {by_weights:.2f} "
-        f"by weights, {by_all:.2f} with the caches"
+        f"one request, context {context}, {layers} layers: {speed:.1f} tokens/s; of the bandwidth "
+        f"{by_weights:.2f} by weights, {by_all:.2f} with the caches"
     )
     return {
         "tokens_per_s": speed,
