@@ -59,6 +59,7 @@ MISSING = float("nan")  # what a way did not show
 START_LIMIT_S = 600
 REQUEST_LIMIT_S = 1800
 NEW_TOKENS = 24
+SETTLING_S = 3
 POOL_TOKENS = 20480  # 16 requests of 1,024 tokens and what they generate
 RUNTIME_SHARE = re.compile(r"msconv: start, seconds: (\{.*\})")
 
@@ -245,6 +246,7 @@ def measure(way: str, places: Places, shapes: list[tuple[int, int]], work: Path,
             return found
         found.start_s = time.monotonic() - started
         found.idle_bytes = memory(main)
+        asyncio.run(_settle(port))
         if own := RUNTIME_SHARE.search(log.read_text(errors="replace")):
             found.own_s = json.loads(own[1])
         for requests, context in shapes:
@@ -290,6 +292,14 @@ async def _first_token(port: int, main: psutil.Process, log: Path) -> None:
             if not main.is_running() or main.status() == psutil.STATUS_ZOMBIE or time.monotonic() > deadline:
                 raise NoAnswer(f"the server did not start; the end of its log:\n{log.read_text()[-4000:]}")
             await asyncio.sleep(0.05)
+
+
+async def _settle(port: int) -> None:
+    """Lets a server do what it does once, after its first answers: SGLang's processes search for garbage a last
+    time, in which no token comes for some tenths of a second."""
+    async with aiohttp.ClientSession() as session:
+        await _stream(session, port, list(range(1000, 1008)), 8)
+        await asyncio.sleep(SETTLING_S)
 
 
 async def _load(
