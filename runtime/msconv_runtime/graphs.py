@@ -33,7 +33,7 @@ from .roles import (
     of_model,
     of_variant,
 )
-from .single import SingleRequest
+from .single import SingleRequest, are_the_same
 from .targets import target_named
 from .versions import MINDSPORE, named
 
@@ -212,11 +212,12 @@ class Graphs:
             return self._outputs(graph, run_again(self._single.cell, self._single.inputs(batch)))
         return self._call(graph, batch, caches, hidden)
 
-    def keep_caches(self, caches: Sequence[Any]) -> None:
+    def keep_caches(self, caches: Sequence[Any]) -> float:
         """These caches are those of all later calls: what decodes one request is bound for them once more, if
-        compiled kernels do it, and not yet.  To be called before a request waits for it."""
+        compiled kernels do it, and not yet.  To be called before a request waits for it; gives the seconds that it
+        took."""
         if not self.is_compiled or self.is_draft or (self._single is not None and self._single.is_for(caches)):
-            return
+            return 0.0
         started = time.monotonic()
         batch = Sequences(1, self.page).advance([[0]])
         graph = graph_for(self.entries, DECODE, batch)
@@ -224,7 +225,7 @@ class Graphs:
         single = SingleRequest(cell, caches)
         compile_only(cell, single.arguments)
         self._single = single
-        self.seconds["bind for one request"] = time.monotonic() - started
+        return time.monotonic() - started
 
     def _call(self, graph: Graph, batch: Batch, caches: Sequence[Any], hidden: Any) -> Outputs:
         cell, inputs = self.cells[graph.role], [*self._inputs(graph, batch, hidden), *caches]
@@ -243,8 +244,7 @@ class Graphs:
     def _knows(self, graph: Graph, caches: Sequence[Any]) -> bool:
         """Whether this graph has run with these very caches: all else in a call is made here, of the types that it
         takes."""
-        known = self._known_caches
-        if len(known) != len(caches) or any(a is not b for a, b in zip(known, caches, strict=True)):
+        if not are_the_same(caches, self._known_caches):
             self._known_caches = list(caches)
             self._ran_with_them.clear()
         return self.target.device.is_host and graph.role in self._ran_with_them

@@ -35,7 +35,7 @@ class SingleRequest:
         self.arguments = [*self._tensors(nothing), *self._caches]
 
     def is_for(self, caches: Sequence[Any]) -> bool:
-        return len(caches) == len(self._caches) and all(map(_is, caches, self._caches))
+        return are_the_same(caches, self._caches)
 
     def takes(self, batch: Batch, caches: Sequence[Any]) -> bool:
         """Whether this is one token of one sequence, short enough, with the caches it was compiled for."""
@@ -51,8 +51,9 @@ class SingleRequest:
         return [Tensor.from_numpy(a if a.ndim == 1 else _widened(a)) for a in batch.arrays]
 
 
-def _is(one: Any, other: Any) -> bool:
-    return one is other
+def are_the_same(caches: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether these are the very same tensors."""
+    return len(caches) == len(others) and all(a is b for a, b in zip(caches, others, strict=True))
 
 
 def _widened(table: NDArray[np.int32]) -> NDArray[np.int32]:

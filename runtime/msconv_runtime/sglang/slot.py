@@ -134,7 +134,8 @@ class ArtifactModel(nn.Cell):
             self.graphs = self._finish()
         if not self.caches:
             self.caches = self._map_pool(self.graphs)
-            self.graphs.keep_caches(self.caches)
+            if seconds := self.graphs.keep_caches(self.caches):
+                logger.info("msconv: decoding of one request bound for this pool in %.2f s", seconds)
         batch = batch_of(input_ids, positions, forward_batch, self.graphs.page)
         with pool.at_work():
             run = hidden.of_draft if self.graphs.is_draft else self._output

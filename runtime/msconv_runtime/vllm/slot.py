@@ -85,7 +85,8 @@ class MsconvForCausalLM(nn.Module):
         if not self.inputs:
             self.inputs = [layer.as_input(self.graphs.page) for layer in self.layers]
             logger.info("msconv: KV pool %s shared with the graphs", self.inputs[0].shape)
-            self.graphs.keep_caches(self.inputs)
+            if seconds := self.graphs.keep_caches(self.inputs):
+                logger.info("msconv: decoding of one request bound for this pool in %.2f s", seconds)
         batch = batch_of(input_ids, positions, step, self.block, self.graphs.page)
         self.logits = torch.from_numpy(self._run(self.graphs, batch))
         rows[torch.from_numpy(batch.q_lens).long().cumsum(0) - 1, 0] = torch.arange(len(batch.q_lens))
