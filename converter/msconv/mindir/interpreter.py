@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from msconv_runtime.errors import VerificationFailed
+from msconv_runtime.vector_math import choose_code
 
 from .codes import Listener
 from .kernels import KERNELS, Context
@@ -49,6 +50,7 @@ class Interpreter:
 
     def __init__(self, context: Context, weights: Sequence[Weights], collective: Collective) -> None:
         self.context, self.weights, self._collective = context, weights, collective
+        choose_code()
 
     def run(self, program: Program, inputs: list[list[torch.Tensor]], stop: str = "") -> Step:
         """Execute for all ranks; not further than the norm whose weight is `stop`.  Raises VerificationFailed

@@ -19,6 +19,7 @@ from msconv_runtime.artifact import OF_TARGET, Artifact, GraphParameter
 from msconv_runtime.graphs import Graphs, Place
 from msconv_runtime.roles import DRAFT_DECODE, DRAFT_EXTEND, HIDDEN, LOGITS, Role
 from msconv_runtime.targets import Target
+from msconv_runtime.vector_math import choose_code
 
 from ..families import DecoderConfig
 from .comparison import FLOAT32_BOUND, Comparison, largest_error
@@ -92,6 +93,7 @@ def prove_draft(artifact: Artifact, target: Target, config: DecoderConfig, sourc
     """Compare the artifact's graphs and bytes with its checkpoint: every row of logits and every token's own
     state, of random tokens beside random hidden states.  One rank on a CPU runs for real, in MindSpore; all others
     in the interpreter."""
+    choose_code()
     built = import_module(f".{artifact.draft_kind.name}", __package__).build
     reference: CheckpointReference = built(source, artifact.manifest)
     lengths = Lengths.within(config.max_positions, STEPS, has_all_tokens=False)

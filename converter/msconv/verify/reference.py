@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
+from msconv_runtime.vector_math import choose_code
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
 from ..checkpoint.reference import REPOSITORY
@@ -74,6 +75,7 @@ class Reference:
             raise EnvironmentProblem(
                 f"verify needs torch and transformers ({e}).", 'Install them: pip install "msconv[verify]".'
             ) from None
+        choose_code()
         self.tell: Tell = quietly
         self.kept = NOTHING  # where what was computed is kept for a run after this one
         self.num_skipped = 0  # leading layers that a pass takes from there

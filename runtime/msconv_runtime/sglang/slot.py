@@ -27,6 +27,7 @@ from ..roles import DECODE, LOGITS, PREFILL, VERIFY
 from ..serving import loading
 from ..serving.settings import Settings
 from ..targets import Target, target_named
+from ..vector_math import choose_code
 from . import drafts, hidden, pool, prompt_logprobs
 from .flags import pool_problems
 from .groups import find_groups
@@ -95,6 +96,7 @@ class ArtifactModel(nn.Cell):
         super().__init__()
         import mindspore
 
+        choose_code()  # log probabilities are torch's
         root = _artifact_of(config)
         assert root is not None
         self.artifact = Artifact(root)

@@ -23,6 +23,7 @@ from ..roles import DECODE, LOGITS, PREFILL, of_model
 from ..serving import loading
 from ..serving.settings import Settings
 from ..targets import Target, target_named
+from ..vector_math import choose_code
 from .checks import open_served
 from .pool import CacheLayer, Step, batch_of
 
@@ -35,6 +36,7 @@ class MsconvForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
+        choose_code()  # log probabilities are torch's
         settings = Settings.read()
         self.artifact, target = open_served(vllm_config), target_named(settings.target)
         self.block = int(vllm_config.cache_config.block_size)

@@ -1,0 +1,30 @@
+"""torch's elementwise functions, which must be exact from their first call on.
+
+torch hands exp, sin, cos, sqrt and their like to MKL, whose vector functions choose their code at their first
+call.  MKL 2024.2, which torch 2.13's wheels contain, does so without a lock: where two threads make that first
+call, one of them may run code of low accuracy, for that one call (pytorch issue 188792).  On one machine cos was
+wrong by 1.5e-4 in 4 of 22,000 fresh processes: as a reference's rotary angles, logits that are wrong by 1e-3.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+# What ATen/cpu/vml.h hands to MKL.
+FUNCTIONS = (
+    *("abs", "acos", "asin", "atan", "ceil", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "expm1", "floor"),
+    *("lgamma", "log", "log10", "log1p", "log2", "reciprocal", "round", "rsqrt", "sin", "sinh", "sqrt", "tan"),
+    *("tanh", "trunc"),
+)
+
+
+@cache
+def choose_code() -> None:
+    """Call each function once for one element: one thread makes the choice.  Some microseconds; once a process,
+    before torch computes anything."""
+    import torch
+
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype, device="cpu")
+        for name in FUNCTIONS:
+            getattr(torch, name)(one)
