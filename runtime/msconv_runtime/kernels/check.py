@@ -88,12 +88,16 @@ def examples(rng: np.random.Generator) -> Examples:
 
     eps = np.full(1, 1e-6, np.float32)
     x, delta, weight = normal(tokens, width), normal(tokens, width), normal(width)
-    matrix, both = normal(41, width) / 8, normal(tokens, 2 * ffn)
+    matrix, both, many = normal(41, width) / 8, normal(tokens, 2 * ffn), normal(70, width)
+    deep, long = normal(9, 1100), normal(5, 1100) / 32
     ids = rng.integers(0, 41, tokens).astype(np.int32)
     found: Examples = {
         "Product": ([x, matrix], [x @ matrix.T]),
         "Product of few rows": ([x[:3], matrix], [x[:3] @ matrix.T]),
+        "Product of many rows": ([many, matrix], [many @ matrix.T]),
         "Product with bfloat16": ([x, narrow(matrix)], [x @ upcast(narrow(matrix)).T]),
+        "Product of many rows with bfloat16": ([many, narrow(matrix)], [many @ upcast(narrow(matrix)).T]),
+        "Product of long rows with bfloat16": ([deep, narrow(long)], [deep @ upcast(narrow(long)).T]),
         "Rows": ([matrix, ids], [matrix[ids]]),
         "Norm": ([x, weight, eps], [norm(x, eps) * weight]),
         "AddNorm": ([delta, x, weight, eps], [norm(x + delta, eps) * weight, x + delta]),

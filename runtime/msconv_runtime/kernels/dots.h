@@ -50,6 +50,45 @@ INLINE void dots_of(int64_t rows, const float* x, int64_t ldx, const W* const* w
   }
 }
 
+constexpr int64_t PAIR = 2 * LANES;  // elements that are multiplied at a time
+constexpr int64_t LINE = 64;         // bytes of a cache line
+
+// y[r * width + j] (+)= x[r * depth] . w[j * ldw] for `R` rows of x and `N` of w, `depth` a multiple of PAIR, x placed by
+// `place_pair`.  `next`: `ahead` rows of w that are read later.
+template <int R, int N, class W>
+INLINE void dots_in_pairs(const float* x, const W* w, int64_t ldw, const W* next, int ahead, float* y, int64_t depth,
+                          int64_t width, bool add) {
+  constexpr int SUMS = (R * N + LANES - 1) / LANES * LANES;
+  vf32 s[SUMS] = {};
+  for (int64_t k = 0; k < depth; k += PAIR) {
+    vf32 a[N], b[N];
+    for (int j = 0; j < N; j++) {
+      if (j < ahead)
+        for (int64_t i = 0; i < PAIR; i += LINE / sizeof(W)) __builtin_prefetch(next + j * ldw + k + i, 0, 2);
+      load_pair(w + j * ldw + k, a[j], b[j]);
+    }
+    for (int r = 0; r < R; r++) {
+      vf32 u = load(x + r * depth + k), v = load(x + r * depth + k + LANES);
+      KEEP(u);
+      KEEP(v);
+      for (int j = 0; j < N; j++) s[r * N + j] += u * a[j];
+      for (int j = 0; j < N; j++) s[r * N + j] += v * b[j];
+    }
+  }
+  float found[SUMS];
+  for (int i = 0; i < SUMS; i += LANES) store(found + i, sums(s + i));
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < N; j++) y[r * width + j] = found[r * N + j] + (add ? y[r * width + j] : 0.0f);
+}
+
+// The same for `rows` of x, at most R.
+template <int R, int N, class... A>
+INLINE void dots_in_pairs_of(int64_t rows, const A&... a) {
+  if constexpr (R > 1)
+    if (rows < R) return dots_in_pairs_of<R - 1, N>(rows, a...);
+  dots_in_pairs<R, N>(a...);
+}
+
 // to[k][64] = rows[64][k] for `depth` of k: rows become columns.
 template <class W>
 void columns_of(const W* const* rows, int64_t depth, float* to) {

@@ -9,7 +9,11 @@
 
 namespace {
 
-constexpr int64_t FEW_ROWS = 10;  // up to here a weight is multiplied as it lies in memory
+constexpr int64_t FEW_ROWS = 5;    // up to here a weight is multiplied as it lies in memory, once for all rows
+constexpr int64_t SOME_ROWS = 48;  // and up to here, from a cache, once for each tile of rows
+constexpr int64_t TALL = REGISTERS == 32 ? 8 : 4;  // rows of such a tile
+constexpr int64_t PART = 1024;                     // of their depth: 32 KB, which a first-level cache keeps
+constexpr int64_t CHUNK = 16;                      // rows of w that a second-level cache keeps for all tiles
 constexpr int64_t DEPTH = 512;    // of a packed panel: 128 KB, which a second-level cache keeps
 constexpr int64_t AT_LEAST = 16;  // columns that a thread takes: as many as a vector has lanes, or a multiple
 
@@ -65,6 +69,50 @@ void few_rows_swiglu(const float* x, const W* w, float* y, int64_t rows, int64_t
   share_columns(ffn, 2 * depth, columns);
 }
 
+// x [rows, depth] as [parts of depth][rows][part], in the order of rows of w.
+template <class W>
+void place(const float* x, const W* w, float* placed, int64_t rows, int64_t depth) {
+  parallel_for(rows, SERIAL / depth, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++)
+      for (int64_t k = 0; k + PAIR <= depth; k += PART) {
+        const int64_t deep = std::min(PART, (depth - k) / PAIR * PAIR);
+        const float* from = x + r * depth + k;
+        float* to = placed + k * rows + r * deep;
+        for (int64_t d = 0; d < deep; d += PAIR) place_pair(w, from + d, to + d);
+      }
+  });
+}
+
+// Tiles of rows in the first-level cache, weights in the second for all of them while the next are fetched.
+template <class W>
+void some_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
+  const int64_t paired = depth / PAIR * PAIR, tiles = (rows + TALL - 1) / TALL;
+  Floats memory(rows * paired);
+  float* placed = memory.reserve(0);
+  place(x, w, placed, rows, depth);
+  const auto tile = [&](int64_t t, int64_t begin, int64_t end, int64_t k) {
+    const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first, deep = std::min(PART, paired - k);
+    const float* from = placed + k * rows + first * deep;
+    const int ahead = tiles == 1 ? 2 : t < 2 ? 1 : 0;  // two rows of w by all tiles together
+    for (int64_t n = begin; n < end; n += 2) {
+      const W *some = w + n * depth + k, *next = some + (CHUNK + t) * depth;
+      float* to = y + first * width + n;
+      if (n + 1 < end)
+        dots_in_pairs_of<TALL, 2>(count, from, some, depth, next, ahead, to, deep, width, k > 0);
+      else
+        dots_in_pairs_of<TALL, 1>(count, from, some, depth, next, 0, to, deep, width, k > 0);
+    }
+  };
+  share_columns(width, depth, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n += CHUNK)
+      for (int64_t k = 0; k < paired; k += PART)
+        for (int64_t t = 0; t < tiles; t++) tile(t, n, std::min(end, n + CHUNK), k);
+    for (int64_t k = paired; k < depth; k++)
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t n = begin; n < end; n++) y[r * width + n] += x[r * depth + k] * single(w + n * depth + k);
+  });
+}
+
 template <class W>
 void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
   const int64_t tiles = (rows + TILE - 1) / TILE;
@@ -103,7 +151,12 @@ void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth
 
 template <class W>
 void multiply_by(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
-  rows <= FEW_ROWS ? few_rows(x, w, y, rows, depth, width) : many_rows(x, w, y, rows, depth, width);
+  if (rows <= FEW_ROWS)
+    few_rows(x, w, y, rows, depth, width);
+  else if (rows <= SOME_ROWS && depth >= PAIR)
+    some_rows(x, w, y, rows, depth, width);
+  else
+    many_rows(x, w, y, rows, depth, width);
 }
 
 }  // namespace

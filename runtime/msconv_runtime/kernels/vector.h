@@ -87,12 +87,18 @@ INLINE vf32 exponential(vf32 x) {
 #if MSCONV_LANES == 16
 #define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #elif MSCONV_LANES == 8
 #define LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
 #else
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
 #endif
 // Interleaves row i of the first half with row i of the second.  Of the bits of an element's place, row then lane, this
 // is a rotation by one: as many as a lane's number has bits exchange rows and lanes.
@@ -102,6 +108,33 @@ INLINE void interleave(const vf32* a, vf32* b) {
     b[2 * i] = SHUFFLE(a[i], a[i + half], LOW);
     b[2 * i + 1] = SHUFFLE(a[i], a[i + half], HIGH);
   }
+}
+
+// What was loaded stays in a register: compilers would load it again for each use.
+#if defined(__x86_64__)
+#define KEEP(x) asm("" : "+v"(x))
+#else
+#define KEEP(x) asm("" : "+w"(x))
+#endif
+
+// The sum of each of as many vectors as lanes, in their order.
+INLINE vf32 sums(vf32* s) {
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) s[i] = SHUFFLE(s[i], s[i + half], LOW) + SHUFFLE(s[i], s[i + half], HIGH);
+  return s[0];
+}
+
+// Two vectors of elements that lie together: those of even places and those of odd ones where that is cheaper.
+INLINE void load_pair(const float* p, vf32& a, vf32& b) { a = load(p), b = load(p + LANES); }
+INLINE void load_pair(const bf16* p, vf32& even, vf32& odd) {
+  const vu32 both = *reinterpret_cast<const vu32*>(p);
+  even = (vf32)(both << 16), odd = (vf32)(both & 0xffff0000u);
+}
+// Two vectors of x in the order of those of w.
+INLINE void place_pair(const float*, const float* x, float* to) { store(to, load(x)), store(to + LANES, load(x + LANES)); }
+INLINE void place_pair(const bf16*, const float* x, float* to) {
+  store(to, SHUFFLE(load(x), load(x + LANES), EVEN));
+  store(to + LANES, SHUFFLE(load(x), load(x + LANES), ODD));
 }
 
 // Rows, as many as lanes, become columns: to[k * stride + i] = rows[i][k].
