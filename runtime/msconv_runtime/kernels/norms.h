@@ -26,12 +26,20 @@ INLINE void norm(const float* x, const float* weight, float* y, int64_t width, f
 // x normed and rotated: y * cos + swapped halves of y * sin, whose first half is negative.
 INLINE void norm_rotate(const float* x, const float* weight, const float* cos, const float* sin, float* y, int64_t dim,
                         float eps, float factor) {
-  int64_t half = dim / 2;
-  float scale = scale_of(x, dim, eps) * factor;
-  for (int64_t i = 0; i < half; i++) {
-    float a = x[i] * scale * weight[i], b = x[half + i] * scale * weight[half + i];
+  const int64_t half = dim / 2;
+  const float scale = scale_of(x, dim, eps) * factor;
+  int64_t i = 0;
+  for (; i + LANES <= half; i += LANES) {
+    const int64_t j = half + i;
+    const vf32 a = load(x + i) * scale * load(weight + i), b = load(x + j) * scale * load(weight + j);
+    store(y + i, a * load(cos + i) + b * load(sin + i));
+    store(y + j, b * load(cos + j) + a * load(sin + j));
+  }
+  for (; i < half; i++) {
+    const int64_t j = half + i;
+    const float a = x[i] * scale * weight[i], b = x[j] * scale * weight[j];
     y[i] = a * cos[i] + b * sin[i];
-    y[half + i] = b * cos[half + i] + a * sin[half + i];
+    y[j] = b * cos[j] + a * sin[j];
   }
 }
 
