@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.checkpoints import Bits, Stored, edit_json, read_checkpoint, read_safetensors
+from tests.checkpoints import Bits, Stored, edit_json, read_checkpoint, read_safetensors, write_safetensors
 from tests.published import ITEM, header, shard_name, write_index
 
 Block = tuple[int, int]
@@ -186,6 +186,32 @@ def dequantise(bits: Bits, scales: Bits, block: Block = (128, 128)) -> NDArray[n
     assert scales.shape == (-(-bits.shape[0] // block[0]), -(-bits.shape[1] // block[1]))
     product: NDArray[np.float32] = E4M3[bits] * _spread(scales.view(np.float32), bits.shape, block)
     return product
+
+
+def dequantised(fp8: Path, directory: Path) -> Path:
+    """An FP8 checkpoint as what transformers can load here: bfloat16, to which conversion rounds it too."""
+    directory.mkdir()
+    config = json.loads((fp8 / "config.json").read_text())
+    block = config.pop("quantization_config")["weight_block_size"]
+    (directory / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    tensors = read_checkpoint(fp8)
+    after = f"model.layers.{config['num_hidden_layers']}."
+    plain: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_scale_inv") or name.startswith(after):
+            continue
+        if tensor.code == "F8_E4M3":
+            values = dequantise(tensor.bits, tensors[name + "_scale_inv"].bits, tuple(block))
+            tensor = Stored("F32", round_to_bfloat16(values).view(np.uint32))
+        plain[name] = tensor
+    write_safetensors(directory / "model.safetensors", plain)
+    return directory
+
+
+def round_to_bfloat16(values: Any) -> Any:
+    """float32 values that bfloat16 holds, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 def _e4m3() -> NDArray[np.float32]:

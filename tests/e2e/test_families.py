@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,42 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.checkpoints import Stored, read_checkpoint, write_safetensors
 from tests.e2e import logprobs
 from tests.e2e.servers import expected, left_after, make_artifact, serving
 from tests.every import one_of_many
-from tests.moe_checkpoints import add_mtp, dequantise, make_deepseek_v3, make_qwen3_moe, quantise_fp8
+from tests.moe_checkpoints import add_mtp, dequantised, make_deepseek_v3, make_qwen3_moe, quantise_fp8
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 NEW_TOKENS = 12
 CHUNK = 32
-
-
-def dequantised(fp8: Path, directory: Path) -> Path:
-    """An FP8 checkpoint as bfloat16: what transformers can load here."""
-    directory.mkdir()
-    config = json.loads((fp8 / "config.json").read_text())
-    block = config.pop("quantization_config")["weight_block_size"]
-    (directory / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
-    tensors = read_checkpoint(fp8)
-    after = f"model.layers.{config['num_hidden_layers']}."
-    plain: dict[str, Stored] = {}
-    for name, tensor in tensors.items():
-        if name.endswith("_scale_inv") or name.startswith(after):
-            continue
-        if tensor.code == "F8_E4M3":
-            values = dequantise(tensor.bits, tensors[name + "_scale_inv"].bits, tuple(block))
-            tensor = Stored("F32", round_to_bfloat16(values).view(np.uint32))
-        plain[name] = tensor
-    write_safetensors(directory / "model.safetensors", plain)
-    return directory
-
-
-def round_to_bfloat16(values: Any) -> Any:
-    """float32 values that bfloat16 holds, ties to even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 SERVED = [

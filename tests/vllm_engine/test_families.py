@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.servers import make_artifact
-from tests.moe_checkpoints import make_deepseek_v3, make_qwen3_moe
+from tests.moe_checkpoints import dequantised, make_deepseek_v3, make_qwen3_moe, quantise_fp8
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -23,6 +23,7 @@ LENGTHS = (1, 7, 16, 17, 33, 70)
 SERVED = [
     ("qwen3_moe", 1, 1),
     ("deepseek_v3", 1, 1),
+    ("deepseek_v3 FP8", 1, 1),
     ("qwen3_moe", 2, 2),
     ("deepseek_v3", 2, 1),
 ]
@@ -53,10 +54,15 @@ def test_a_family_gives_transformers_answers(tmp_path: Path, kind: str, tp: int,
     import torch
     from transformers import AutoModelForCausalLM
 
-    make = make_qwen3_moe if kind == "qwen3_moe" else make_deepseek_v3
-    source = make(tmp_path / "source")
+    if kind == "qwen3_moe":
+        source = reference = make_qwen3_moe(tmp_path / "source")
+    elif kind == "deepseek_v3":
+        source = reference = make_deepseek_v3(tmp_path / "source")
+    else:
+        source = quantise_fp8(make_deepseek_v3(tmp_path / "source", "bfloat16"), tmp_path / "fp8", shards=3)
+        reference = dequantised(source, tmp_path / "wide")
     root = make_artifact(source, tmp_path / "artifact", tp, ep)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval()
     rng = np.random.default_rng(2)
     prompts = [rng.integers(0, model.config.vocab_size, n).tolist() for n in LENGTHS]
     wanted = [greedy(model, ids) for ids in prompts]
