@@ -29,7 +29,7 @@ from .result import Result, json_option, show
 @click.command("convert", cls=Command)
 @layout_options(
     "Directory of a checkpoint, owner/name[@revision], an address (s3://, https://), or a recipe's name.",
-    "A directory, or s3://bucket/name.  [default: artifacts/<model>-tp<N>]",
+    "A directory, or s3://bucket/name.  [default: artifacts/<model>-tp<N>[-ep<M>]]",
 )
 @click.option(
     "--delete-source-as-you-go",

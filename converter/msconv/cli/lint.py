@@ -74,9 +74,10 @@ def _summary(done: Linted) -> str:
         if done.digests
         else "no hub's digests to compare with"
     )
+    rate = f" ({done.seconds_per_gb:.2f} s a GB)" if done.bytes_read else ""
     return (
         f"{done.root}: {done.tensors} tensors in {done.shards} shards ({said}), {human_bytes(done.bytes_read)} in "
-        f"{done.seconds:.1f} s ({done.seconds_per_gb:.2f} s a GB), peak memory {human_bytes(done.peak_rss_bytes)}"
+        f"{done.seconds:.1f} s{rate}, peak memory {human_bytes(done.peak_rss_bytes)}"
     )
 
 
@@ -87,7 +88,7 @@ def _failure(done: Linted) -> CheckpointError | None:
     checks = ", ".join(dict.fromkeys(f.check for f in errors))
     return CheckpointError(
         f"{done.root}: {len(errors)} errors ({checks}), listed above.",
-        "What a digest or a shard is wrong of is mended by another download; all else by quantising again.",
+        "Download files again whose digest or length is wrong; all else has to be quantised again.",
     )
 
 

@@ -25,8 +25,8 @@ from .sign import stale
 def command(artifact: Path | None, output: Path | None) -> None:
     """Write report.html: proof, memory, coverage and graphs on one page that works offline.
 
-    convert, compile and verify do so by themselves.  --json prints what the page says as data, and writes a page
-    only where --output says.
+    convert, reshard, compile and verify do so by themselves.  --json prints what the page says as data, and
+    writes a page only where --output says.
 
     \b
     msconv report artifacts/Qwen3-8B-tp4

@@ -29,7 +29,7 @@ from .result import json_option, show
 @click.argument("artifact", type=UserPath(), shell_complete=complete_artifacts)
 @tp_option
 @ep_option
-@output_option("[default: artifacts/<model>-tp<N>]")
+@output_option("[default: artifacts/<model>-tp<N>[-ep<M>]]")
 @jobs_option
 @memory_option
 @ray_option

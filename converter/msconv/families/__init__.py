@@ -65,7 +65,9 @@ def family_of(raw: dict[str, object], where: str) -> Family:
             raise UsageError(
                 f"{where}: {architecture} is not supported: {NEIGHBOURS[architecture]}.", _supported()
             )
-    found = ", ".join(architectures) or str(raw.get("model_type") or "no architecture")
+    found = ", ".join(architectures) or str(raw.get("model_type") or "")
+    if not found:
+        raise UsageError(f"{where}: names no architecture and no model_type.", _supported())
     raise UsageError(f"{where}: {shorten(found)} is not a supported model family.", _supported())
 
 
