@@ -13,7 +13,7 @@ from msconv_runtime.kernels.check import Array, call, narrow, swiglu, upcast
 pytestmark = pytest.mark.skipif(library().path is None, reason=f"no kernels: {library().why}")
 
 # Shared by threads and not, in several parts of the depth, with rests of columns and of the depth, and with none.
-SHAPES = ((150, 1100), (17, 2100), (33, 3), (64, 64), (1, 31), (129, 1024))
+SHAPES = ((150, 1100), (17, 2100), (33, 3), (64, 64), (1, 31), (129, 1024), (40, 287))
 
 
 @pytest.mark.parametrize("store", [np.asarray, narrow], ids=["float32", "bfloat16"])

@@ -89,15 +89,21 @@ def examples(rng: np.random.Generator) -> Examples:
     eps = np.full(1, 1e-6, np.float32)
     x, delta, weight = normal(tokens, width), normal(tokens, width), normal(width)
     matrix, both, many = normal(41, width) / 8, normal(tokens, 2 * ffn), normal(70, width)
-    deep, long = normal(9, 1100), normal(5, 1100) / 32
+    long = normal(49, 1100)
+    wide, tall = normal(150, 1100) / 32, normal(70, 1100) / 32
     ids = rng.integers(0, 41, tokens).astype(np.int32)
     found: Examples = {
         "Product": ([x, matrix], [x @ matrix.T]),
         "Product of few rows": ([x[:3], matrix], [x[:3] @ matrix.T]),
-        "Product of many rows": ([many, matrix], [many @ matrix.T]),
         "Product with bfloat16": ([x, narrow(matrix)], [x @ upcast(narrow(matrix)).T]),
-        "Product of many rows with bfloat16": ([many, narrow(matrix)], [many @ upcast(narrow(matrix)).T]),
-        "Product of long rows with bfloat16": ([deep, narrow(long)], [deep @ upcast(narrow(long)).T]),
+        "Product of many rows": ([many, matrix], [many @ matrix.T]),
+        "Product of some long rows": ([long[:8], wide], [long[:8] @ wide.T]),  # divided among two threads
+        "Product of some long rows with bfloat16": (
+            [long[:19], narrow(wide)],
+            [long[:19] @ upcast(narrow(wide)).T],
+        ),
+        "Product of many long rows": ([long, tall], [long @ tall.T]),
+        "Product of many long rows with bfloat16": ([long, narrow(tall)], [long @ upcast(narrow(tall)).T]),
         "Rows": ([matrix, ids], [matrix[ids]]),
         "Norm": ([x, weight, eps], [norm(x, eps) * weight]),
         "AddNorm": ([delta, x, weight, eps], [norm(x + delta, eps) * weight, x + delta]),
@@ -107,7 +113,7 @@ def examples(rng: np.random.Generator) -> Examples:
     factors = np.repeat(np.array([0.25, 1.0], np.float32), (heads, kv_heads))
     counts, contexts = ints(1, 13, 5), ints(80, 13, 70)
     tables = np.stack([rng.permutation(170)[:80].astype(np.int32) for _ in contexts])
-    for dim in (20, 64):  # 64: the way of few queries
+    for dim in (20, 40, 64):  # 64: the way of few queries
         qkv, q_norm, k_norm = normal(tokens, (heads + 2 * kv_heads) * dim), normal(dim), normal(dim)
         cos, sin = normal(tokens, dim), normal(tokens, dim)
         inputs = [qkv, q_norm, k_norm, cos, sin, factors, eps]

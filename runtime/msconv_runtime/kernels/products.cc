@@ -9,19 +9,20 @@
 
 namespace {
 
-constexpr int64_t FEW_ROWS = 5;    // up to here a weight is multiplied as it lies in memory, once for all rows
-constexpr int64_t SOME_ROWS = 48;  // and up to here, from a cache, once for each tile of rows
-constexpr int64_t TALL = REGISTERS == 32 ? 8 : 4;  // rows of such a tile
-constexpr int64_t PART = 1024;                     // of their depth: 32 KB, which a first-level cache keeps
-constexpr int64_t CHUNK = 16;                      // rows of w that a second-level cache keeps for all tiles
+constexpr int64_t FEW_ROWS = 5;  // up to here a weight is multiplied as it lies in memory, once for all rows
+constexpr int64_t SOME_ROWS = LANES == 4 ? 48 : 32;  // and up to here, from a cache, once for each tile of rows
+constexpr int64_t SOME_DEPTH = 256;                  // if rows are so long that adding up lanes costs little
+constexpr int64_t TALL = REGISTERS == 32 ? 8 : 4;    // rows of such a tile
+constexpr int64_t PART = 1024;                       // of their depth: what a first-level cache keeps, 32 KB or 16
+constexpr int64_t CHUNK = 16;                        // rows of w whose part a second-level cache keeps for all tiles
 constexpr int64_t DEPTH = 512;    // of a packed panel: 128 KB, which a second-level cache keeps
 constexpr int64_t AT_LEAST = 16;  // columns that a thread takes: as many as a vector has lanes, or a multiple
 
-// columns(begin, end) over [0, width), by all threads where there is enough to read: `depth` elements a column.
+// columns(begin, end) over [0, width), by all threads where there is enough to do: `work` elements a column.
 template <class F>
-void share_columns(int64_t width, int64_t depth, const F& columns) {
-  if (width * depth < 8 * SERIAL) return columns(int64_t(0), width);
-  const int64_t least = std::max(int64_t(1), SERIAL / 4 / depth / AT_LEAST);
+void share_columns(int64_t width, int64_t work, const F& columns) {
+  if (width * work < 8 * SERIAL) return columns(int64_t(0), width);
+  const int64_t least = std::max(int64_t(1), SERIAL / 4 / work / AT_LEAST);
   guided_for((width + AT_LEAST - 1) / AT_LEAST, least,
              [&](int64_t begin, int64_t end) { columns(begin * AT_LEAST, std::min(width, end * AT_LEAST)); });
 }
@@ -69,33 +70,50 @@ void few_rows_swiglu(const float* x, const W* w, float* y, int64_t rows, int64_t
   share_columns(ffn, 2 * depth, columns);
 }
 
-// x [rows, depth] as [parts of depth][rows][part], in the order of rows of w.
+// x [rows, depth] as [parts of depth][rows][part], in the order of rows of w, up to a multiple of PAIR; then what is
+// left of each row, filled up with zeros: [rows][PAIR].
 template <class W>
 void place(const float* x, const W* w, float* placed, int64_t rows, int64_t depth) {
+  const int64_t paired = depth / PAIR * PAIR;
   parallel_for(rows, SERIAL / depth, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++)
-      for (int64_t k = 0; k + PAIR <= depth; k += PART) {
-        const int64_t deep = std::min(PART, (depth - k) / PAIR * PAIR);
+    for (int64_t r = begin; r < end; r++) {
+      for (int64_t k = 0; k < paired; k += PART) {
+        const int64_t deep = std::min(PART, paired - k);
         const float* from = x + r * depth + k;
         float* to = placed + k * rows + r * deep;
         for (int64_t d = 0; d < deep; d += PAIR) place_pair(w, from + d, to + d);
       }
+      float* rest = placed + paired * rows + r * PAIR;
+      std::fill(std::copy(x + r * depth + paired, x + (r + 1) * depth, rest), rest + PAIR, 0.0f);
+    }
   });
+}
+
+// y[r * width] += what is left of row r, as `place` gives it, times that of one row of w.
+template <class W>
+void add_rest(const float* rests, const W* w, float* y, int64_t rows, int64_t count, int64_t width) {
+  float tail[PAIR] = {};
+  for (int64_t k = 0; k < count; k++) tail[k] = single(w + k);
+  for (int64_t r = 0; r < rows; r++) {
+    const float* rest = rests + r * PAIR;
+    y[r * width] += sum(load(rest) * load(tail) + load(rest + LANES) * load(tail + LANES));
+  }
 }
 
 // Tiles of rows in the first-level cache, weights in the second for all of them while the next are fetched.
 template <class W>
 void some_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
   const int64_t paired = depth / PAIR * PAIR, tiles = (rows + TALL - 1) / TALL;
-  Floats memory(rows * paired);
+  Floats memory(rows * (paired + PAIR));
   float* placed = memory.reserve(0);
   place(x, w, placed, rows, depth);
   const auto tile = [&](int64_t t, int64_t begin, int64_t end, int64_t k) {
     const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first, deep = std::min(PART, paired - k);
     const float* from = placed + k * rows + first * deep;
     const int ahead = tiles == 1 ? 2 : t < 2 ? 1 : 0;  // two rows of w by all tiles together
+    const int64_t later = k + PART < paired ? PART : CHUNK * depth - k;  // the next part, or chunk
     for (int64_t n = begin; n < end; n += 2) {
-      const W *some = w + n * depth + k, *next = some + (CHUNK + t) * depth;
+      const W *some = w + n * depth + k, *next = some + t * depth + later;
       float* to = y + first * width + n;
       if (n + 1 < end)
         dots_in_pairs_of<TALL, 2>(count, from, some, depth, next, ahead, to, deep, width, k > 0);
@@ -103,13 +121,15 @@ void some_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth
         dots_in_pairs_of<TALL, 1>(count, from, some, depth, next, 0, to, deep, width, k > 0);
     }
   };
-  share_columns(width, depth, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n += CHUNK)
+  share_columns(width, depth * rows / FEW_ROWS, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; chunk += CHUNK) {
+      const int64_t last = std::min(end, chunk + CHUNK);
       for (int64_t k = 0; k < paired; k += PART)
-        for (int64_t t = 0; t < tiles; t++) tile(t, n, std::min(end, n + CHUNK), k);
-    for (int64_t k = paired; k < depth; k++)
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t n = begin; n < end; n++) y[r * width + n] += x[r * depth + k] * single(w + n * depth + k);
+        for (int64_t t = 0; t < tiles; t++) tile(t, chunk, last, k);
+      if (paired < depth)
+        for (int64_t n = chunk; n < last; n++)
+          add_rest(placed + paired * rows, w + n * depth + paired, y + n, rows, depth - paired, width);
+    }
   });
 }
 
@@ -153,7 +173,7 @@ template <class W>
 void multiply_by(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
   if (rows <= FEW_ROWS)
     few_rows(x, w, y, rows, depth, width);
-  else if (rows <= SOME_ROWS && depth >= PAIR)
+  else if (rows <= SOME_ROWS && depth >= SOME_DEPTH)
     some_rows(x, w, y, rows, depth, width);
   else
     many_rows(x, w, y, rows, depth, width);

@@ -127,7 +127,8 @@ INLINE vf32 sums(vf32* s) {
 // Two vectors of elements that lie together: those of even places and those of odd ones where that is cheaper.
 INLINE void load_pair(const float* p, vf32& a, vf32& b) { a = load(p), b = load(p + LANES); }
 INLINE void load_pair(const bf16* p, vf32& even, vf32& odd) {
-  const vu32 both = *reinterpret_cast<const vu32*>(p);
+  vu32 both;
+  memcpy(&both, p, sizeof both);
   even = (vf32)(both << 16), odd = (vf32)(both & 0xffff0000u);
 }
 // Two vectors of x in the order of those of w.
