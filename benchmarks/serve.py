@@ -99,6 +99,7 @@ def main() -> None:
         parser.error(f"--drafts takes {' and '.join(DRAFTS)}")
     ways = args.ways.split(",") + [QUANT] * bool(args.quant) + drafts
     shapes = [(int(r), int(c)) for c in args.contexts.split(",") for r in args.requests.split(",")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the server that is running
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         places = prepare(work, args)
