@@ -9,7 +9,8 @@
 namespace {
 
 constexpr int64_t QUERIES = 96;     // rows of queries that share one pass over keys and values
-constexpr int64_t FEW_QUERIES = 8;  // up to here keys and values are read where they lie
+constexpr int64_t FEW_QUERIES = 16; // up to here keys and values are read where they lie
+constexpr int64_t STRIP = 8;        // positions that are read at once there, while the next ones are fetched
 
 // Rows of queries of one sequence and one kv head, and what they have seen so far.
 struct Queries {
@@ -45,25 +46,42 @@ void take_shares(Queries& a, int64_t first) {
 }
 
 // 64 positions, their keys and values copied: keys as columns, so that sums need no adding up across lanes.
-void attend_copied(Queries& a, const float* const* keys, const float* const* values, int64_t dim, int64_t first,
-                   float* columns, float* rows) {
-  columns_of(keys, dim, columns);
-  for (int64_t s = 0; s < COLUMNS; s++) memcpy(rows + s * a.dim, values[s], dim * sizeof(float));
+void attend_copied(Queries& a, const float* const* rows, int64_t dim, int64_t first, float* columns, float* values) {
+  columns_of(rows, dim, columns);
+  for (int64_t s = 0; s < COLUMNS; s++) memcpy(values + s * a.dim, rows[COLUMNS + s], dim * sizeof(float));
   tiles_of(a.rows, a.q.data(), 1, Even{columns, COLUMNS}, a.dim, a.scores, COLUMNS, false);
   take_shares(a, first);
   for (int64_t d = 0; d < a.dim; d += COLUMNS)
-    tiles_of(a.rows, a.at.data(), 1, Even{rows + d, a.dim}, COLUMNS, a.out + d, a.dim, true);
+    tiles_of(a.rows, a.at.data(), 1, Even{values + d, a.dim}, COLUMNS, a.out + d, a.dim, true);
 }
 
-// The same for few queries, from where keys and values lie.
-void attend_in_place(Queries& a, const float* const* keys, const float* const* values, int64_t first) {
-  for (int64_t s = 0; s < COLUMNS; s += 4)
-    dots_of<4>(a.rows, a.q[0], a.dim, keys + s, a.dim, a.scores + s, a.dim, COLUMNS);
-  for (int64_t s = 0; s < COLUMNS; s++)
-    for (int64_t d = 0; d < a.dim; d += LANES) __builtin_prefetch(values[s] + d);
-  take_shares(a, first);
-  for (int64_t d = 0; d < a.dim; d += COLUMNS)
-    tiles_of(a.rows, a.at.data(), 1, Scattered{values, d}, COLUMNS, a.out + d, a.dim, true);
+void fetch(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += LINE / sizeof(float)) __builtin_prefetch(from + i, 0, 2);
+}
+
+// The same for few queries, from where keys and values lie: all heads of some positions, which lie side by side, before
+// the next.  `rows`: of the first head, those of 64 keys, of their values, and of what comes next.
+void attend_in_place(std::vector<Queries>& heads, const float* const* rows, int64_t first) {
+  const int64_t dim = heads[0].dim;
+  auto each = [&](const float* const* some, auto&& work) {
+    for (int64_t s = 0; s < COLUMNS; s += STRIP)
+      for (int64_t k = 0; k < int64_t(heads.size()); k++) {
+        for (int64_t i = s + STRIP; i < s + 2 * STRIP; i++) fetch(some[i] + k * dim, dim);
+        work(heads[k], s, k * dim);
+      }
+  };
+  each(rows, [&](Queries& a, int64_t s, int64_t offset) {
+    const float* keys[STRIP];
+    for (int64_t i = 0; i < STRIP; i++) keys[i] = rows[s + i] + offset;
+    dots_of<STRIP>(a.rows, a.q[0], dim, keys, 0, a.scores + s, dim, COLUMNS);
+  });
+  for (Queries& a : heads) take_shares(a, first);
+  each(rows + COLUMNS, [&](Queries& a, int64_t s, int64_t offset) {
+    const float* shares[FEW_QUERIES];
+    for (int64_t r = 0; r < a.rows; r++) shares[r] = a.at[r] + s;
+    for (int64_t d = 0; d < dim; d += COLUMNS)
+      tiles_of(a.rows, shares, 1, Scattered{rows + COLUMNS + s, offset + d}, STRIP, a.out + d, dim, true);
+  });
 }
 
 // Tokens of the step, all of one sequence, and what is cached before them.
@@ -122,22 +140,23 @@ void attend(const float* q, int64_t heads, const Cached& cached, float* out) {
     const Task& task = tasks[index / parts];
     const int64_t first_head = index % parts * together, heads_here = std::min(together, kv_heads - first_head);
     const int64_t most = task.count * group;
+    const bool in_place = most <= FEW_QUERIES && dim == wide;
     static thread_local Floats memory;
-    float* next = memory.reserve((2 * COLUMNS + 2 * together * most) * wide + most * (COLUMNS + 2 * together));
+    float* next = memory.reserve((2 * COLUMNS + 2 * together * most) * wide + together * most * (COLUMNS + 2));
     auto take = [&next](int64_t n) { return (next += n) - n; };
-    float *columns = take(wide * COLUMNS), *rows = take(COLUMNS * wide), *scores = take(most * COLUMNS);
+    float *columns = take(wide * COLUMNS), *copied = take(COLUMNS * wide);
     if (wide > dim) std::fill(columns, columns + 2 * COLUMNS * wide, 0.0f);
     std::vector<Queries> of_head(heads_here);
     for (int64_t k = 0; k < heads_here; k++) {
       Queries& some = of_head[k];
-      some = {most, wide, {}, {}, {}, take(most * wide), scores, nullptr, nullptr};
+      some = {most, wide, {}, {}, {}, take(most * wide), take(most * COLUMNS), nullptr, nullptr};
       for (int64_t r = 0; r < most; r++) {
         const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;
         float* one = take(wide);
         std::copy(q + row * dim, q + (row + 1) * dim, one);
         std::fill(one + dim, one + wide, 0.0f);
         some.q.push_back(one);
-        some.at.push_back(scores + r * COLUMNS);
+        some.at.push_back(some.scores + r * COLUMNS);
         some.sees.push_back(task.before + r / group + 1);
       }
       std::fill(some.out, some.out + most * wide, 0.0f);
@@ -148,19 +167,22 @@ void attend(const float* q, int64_t heads, const Cached& cached, float* out) {
       std::fill(some.sums, some.sums + most, 0.0f);
     }
     const int64_t end = task.before + task.count;
-    for (int64_t first = 0; first < end; first += COLUMNS)
-      for (int64_t k = 0; k < heads_here; k++) {
-        const float *keys[COLUMNS], *values[COLUMNS];
-        for (int64_t s = 0; s < COLUMNS; s++) {  // past the end: the last row again, which no query sees
-          const int64_t slot = task.table[std::min(first + s, end - 1)];
-          keys[s] = k_cache + (slot * kv_heads + first_head + k) * dim;
-          values[s] = v_cache + (slot * kv_heads + first_head + k) * dim;
-        }
-        if (most <= FEW_QUERIES && dim == wide)
-          attend_in_place(of_head[k], keys, values, first);
-        else
-          attend_copied(of_head[k], keys, values, dim, first, columns, rows);
+    for (int64_t first = 0; first < end; first += COLUMNS) {
+      const float* rows[2 * COLUMNS + STRIP];
+      for (int64_t i = 0; i < 2 * COLUMNS + STRIP; i++) {
+        const int64_t s = first + i % COLUMNS + i / (2 * COLUMNS) * COLUMNS;
+        const int64_t slot = task.table[std::min(s, end - 1)];  // past the end: the last row again, which no query sees
+        rows[i] = (i / COLUMNS == 1 ? v_cache : k_cache) + (slot * kv_heads + first_head) * dim;
       }
+      if (in_place) {
+        attend_in_place(of_head, rows, first);
+        continue;
+      }
+      for (int64_t k = 0; k < heads_here; k++) {
+        attend_copied(of_head[k], rows, dim, first, columns, copied);
+        for (const float*& row : rows) row += dim;
+      }
+    }
     for (int64_t k = 0; k < heads_here; k++)
       for (int64_t r = 0; r < most; r++) {
         const int64_t row = (task.first + r / group) * heads + (first_head + k) * group + r % group;

@@ -109,11 +109,12 @@ def examples(rng: np.random.Generator) -> Examples:
         "AddNorm": ([delta, x, weight, eps], [norm(x + delta, eps) * weight, x + delta]),
         "Swiglu": ([both], [swiglu(both)]),
     }
-    heads, kv_heads = 6, 2
-    factors = np.repeat(np.array([0.25, 1.0], np.float32), (heads, kv_heads))
     counts, contexts = ints(1, 13, 5), ints(80, 13, 70)
     tables = np.stack([rng.permutation(170)[:80].astype(np.int32) for _ in contexts])
-    for dim in (20, 40, 64):  # 64: the way of few queries
+    # from 64: the way of few queries, a head at a time and three
+    for dim, kv_heads in ((20, 2), (40, 2), (64, 2), (128, 6)):
+        heads = 3 * kv_heads
+        factors = np.repeat(np.array([0.25, 1.0], np.float32), (heads, kv_heads))
         qkv, q_norm, k_norm = normal(tokens, (heads + 2 * kv_heads) * dim), normal(dim), normal(dim)
         cos, sin = normal(tokens, dim), normal(tokens, dim)
         inputs = [qkv, q_norm, k_norm, cos, sin, factors, eps]
