@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 96;     // rows of queries that share one pass over keys and values
-constexpr int64_t FEW_QUERIES = 16; // up to here keys and values are read where they lie
-constexpr int64_t STRIP = 8;        // positions that are read at once there, while the next ones are fetched
+constexpr int64_t QUERIES = 96;      // rows of queries that share one pass over keys and values
+constexpr int64_t FEW_QUERIES = 16;  // up to here keys and values are read where they lie
+constexpr int64_t STRIP = 8;         // positions that are read at once there, while the next ones are fetched
 
 // Rows of queries of one sequence and one kv head, and what they have seen so far.
 struct Queries {
