@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from msconv_runtime.artifact import Graph, digest_bytes
-from msconv_runtime.errors import ResourceError
+from msconv_runtime.errors import MsconvError, ResourceError, UsageError
 from msconv_runtime.roles import DECODE
 from msconv_runtime.targets import Target
 
@@ -20,6 +20,7 @@ from ..graph.toolchain import require
 from ..process import peak_rss_bytes, without_signals
 
 LAYERS_AT_HOME = 16  # deeper models are compiled in processes of their own, one a graph
+ENDING_S = 10  # until a process that has closed its pipe has ended
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,8 @@ def _export_in_a_process(local: Local) -> Made:
     try:
         found = ours.recv()
     except EOFError:
-        raise ResourceError(
-            f"{local.title}: the process that compiled it was ended, most likely for want of memory.",
-            "A model of 61 layers needs 2 GiB.",
-        ) from None
+        process.join(ENDING_S)
+        raise _ended(local, process.exitcode) from None
     finally:
         ours.close()
         process.kill()  # it has nothing more to do
@@ -96,6 +95,19 @@ def _export_in_a_process(local: Local) -> Made:
         raise found
     assert isinstance(found, Made)
     return found
+
+
+def _ended(local: Local, code: int | None) -> MsconvError:
+    """Why the process sent nothing: a signal ended it, or Python could not begin."""
+    if code is None or code < 0:
+        return ResourceError(
+            f"{local.title}: the process that compiled it was ended, most likely for want of memory.",
+            "A model of 61 layers needs 2 GiB.",
+        )
+    return UsageError(
+        f"{local.title}: the process that compiles it ended with {code} before it began.",
+        "It imports the script that calls: in a script, keep the work under `if __name__ == '__main__':`.",
+    )
 
 
 def _export_for(theirs: Connection, local: Local) -> None:
