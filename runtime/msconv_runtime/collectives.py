@@ -8,9 +8,9 @@ from collections.abc import Callable
 from .artifact import Artifact
 from .errors import ArtifactError
 from .mccl import start_communication
+from .mindir_check.allowed import TP_GROUP
 from .targets import Target
 
-TP_GROUP = "msconv_tp"  # the name in every graph with collectives: the ranks that share one model
 logger = logging.getLogger(__name__)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from msconv_runtime.cache_directory import cache
 from msconv_runtime.errors import ResourceError
-from msconv_runtime.kernels.builds import cache, cached_build
+from msconv_runtime.kernels.builds import cached_build
 from tests.commands import run_python
 
 CODE = bytes(range(256)) * 4

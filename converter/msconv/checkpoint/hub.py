@@ -10,15 +10,12 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.file_download import get_hf_file_metadata, repo_folder_name
@@ -27,6 +24,7 @@ from huggingface_hub.utils._runtime import is_xet_available
 from msconv_runtime.errors import CheckpointError
 
 from . import directory
+from .concurrency import each, locked
 from .directory import INDEX, INDEX_NAME, SHARD_NAME, SINGLE, Checkpoint, Shard, ShardFile
 from .headers import PREFIX_BYTES, header_length, parse_header, read_header
 from .http import http
@@ -41,7 +39,6 @@ ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 FIRST_RANGE = 64 << 10  # holds the whole header of most shards
 HEADERS_AT_ONCE = 8
 NAMED = (http.HTTPError, HFValidationError)  # ValueErrors that are explained elsewhere
-LOCK_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -164,21 +161,6 @@ class Repository:
                 return metadata.xet_file_data is not None
             except http.HTTPError as e:
                 patience.wait(e)
-
-
-@contextmanager
-def locked(path: Path, cancelled: threading.Event) -> Iterator[None]:
-    """Hold the lock of a file, which huggingface_hub takes too.  Raises Cancelled."""
-    lock = FileLock(path)
-    while not lock.is_locked:
-        if cancelled.is_set():
-            raise Cancelled
-        with suppress(Timeout):
-            lock.acquire(timeout=LOCK_POLL_S)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def counting_bar(progress: Progress) -> type:
@@ -325,14 +307,8 @@ def open_checkpoint(repository: Repository, harmless: Iterable[str] = ()) -> Che
     open_configuration(repository, harmless)
     names = shards(repository)
     cancelled = threading.Event()
-    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        try:
-            read = pool.map(lambda name: _read_shard(repository, name, cancelled), names)
-            remote = dict(zip(names, read, strict=True))
-        except BaseException:
-            cancelled.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    read = each(names, lambda name: _read_shard(repository, name, cancelled), cancelled.set, HEADERS_AT_ONCE)
+    remote = dict(zip(names, read, strict=True))
     listed = (*repository.files, *repository.others)
     return _named(directory.open_checkpoint(repository.root, remote, harmless, listed), repository)
 

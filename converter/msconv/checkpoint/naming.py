@@ -13,7 +13,7 @@ from msconv_runtime.dtypes import DTYPES
 from ..families import DecoderConfig, Family
 from ..layout.model import TensorInfo
 from ..layout.names import listing, shorten
-from .unsupported import WHOLE, UnsupportedCheckpoint, refuse_untied
+from .unsupported import WHOLE, UnsupportedCheckpoint, untied
 
 EMBEDDING, HEAD, BODY = "embed_tokens.weight", "lm_head.weight", "model."
 OUTSIDE = re.compile(r"(?:^|\.)layers\.")
@@ -48,7 +48,7 @@ def named(tensors: dict[str, TensorInfo], family: Family, config: DecoderConfig,
         tensors, stored = _renamed(tensors, body, head, where)
         notes.append(_say(body, head))
     if not body and not config.tied and HEAD not in tensors:
-        raise refuse_untied(where)
+        raise untied(where)
     split, stacked = _split(tensors, config, where)
     if stacked:
         notes.append(

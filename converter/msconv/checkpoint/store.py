@@ -19,22 +19,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-from filelock import FileLock
 
 from msconv_runtime.artifact import MANIFEST, digest_of
+from msconv_runtime.cache_directory import cache
 from msconv_runtime.errors import CheckpointError, MsconvError, ResourceError, UsageError
 
 from . import directory
+from .concurrency import each, locked
 from .directory import AUXILIARY, INDEX, SINGLE, Checkpoint, Shard, ShardFile
 from .headers import PREFIX_BYTES, header_length, parse_header
 from .remote import CONFIGURATION, Cancelled, Progress, RemoteFile, is_wanted
 from .store_errors import Patience, ShortRead, StoreError, explain
 from .unsupported import UnsupportedCheckpoint, weightless
-from .urls import cache_home, scheme_of
+from .urls import scheme_of
 
 FIRST_RANGE = 64 << 10  # holds the whole header of most shards
 RANGE_BYTES = 8 << 20  # of a download
-AT_ONCE = 8
+AT_ONCE, FILES_AT_ONCE = 8, 4
 TIMEOUT_S = 60
 WITHOUT_LISTS = ("http", "https")  # their files are asked for by name
 DIGESTS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "crc32c")
@@ -81,7 +82,7 @@ class Store:
     def root(self) -> Path:
         """The directory of this machine for what has been copied of this version."""
         version = digest_of([self.url, *(f"{f.name} {f.size} {f.etag}" for f in self.files.values())])
-        return cache_home() / "stores" / version.rpartition(":")[2][:16] / self.name
+        return cache() / "stores" / version.rpartition(":")[2][:16] / self.name
 
     def address(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -104,8 +105,8 @@ class Store:
 
         return patiently(ask, address, cancelled)
 
-    def current(self, name: str, cancelled: threading.Event) -> RemoteFile:
-        """The file as the store has it now.  Raises MsconvError, Cancelled."""
+    def current(self, name: str) -> RemoteFile:
+        """The file as the store has it now.  Raises MsconvError."""
         address = self.address(name)
 
         def ask() -> RemoteFile:
@@ -113,7 +114,7 @@ class Store:
             driver.invalidate_cache()
             return _remote_file(name, driver.info(address))
 
-        return patiently(ask, address, cancelled)
+        return patiently(ask, address, threading.Event())
 
     def download(self, name: str, progress: Progress, cancelled: threading.Event) -> Path:
         """Bring one file here, or what is missing of it.  Raises MsconvError, Cancelled."""
@@ -123,11 +124,13 @@ class Store:
         partial = final.with_name(f"{name}.incomplete")
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(final.with_name(f"{name}.lock")):  # another command may bring the same file
+            with locked(final.with_name(f"{name}.lock"), cancelled):  # another command may bring the same file
                 if self.is_here(name):
                     return final
                 with partial.open("ab") as f:
                     while (begin := f.tell()) < size:
+                        if cancelled.is_set():
+                            raise Cancelled
                         f.write(self.read(name, begin, min(size, begin + RANGE_BYTES), cancelled))
                         progress(f.tell() - begin)
                 partial.replace(final)
@@ -144,14 +147,12 @@ class Store:
             if name in self.files:
                 self.download(name, lambda n: None, threading.Event())
 
-    def check_unchanged(self, names: Iterable[str], cancelled: threading.Event) -> None:
+    def check_unchanged(self, names: Iterable[str]) -> None:
         """Raises CheckpointError if one of these files is another than was listed."""
         listed = None if scheme_of(self.url) in WITHOUT_LISTS else _listed(self.url).files
         for name in names:
             then = self.files[name]
-            now = (
-                self.current(name, cancelled) if listed is None else listed.get(name, RemoteFile(name, 0, "none"))
-            )
+            now = self.current(name) if listed is None else listed.get(name, RemoteFile(name, 0, "none"))
             if now != then:
                 raise CheckpointError(
                     f"{self.address(name)}: changed while it was read (size {then.size} -> {now.size}, version "
@@ -244,7 +245,7 @@ def _probed(url: str) -> Store:
 def _asked(store: Store, names: Iterable[str], optional: bool = False) -> dict[str, RemoteFile]:
     def ask(name: str) -> RemoteFile | None:
         try:
-            return store.current(name, threading.Event())
+            return store.current(name)
         except MsconvError:
             if not optional:  # a server may forbid what it does not have
                 raise
@@ -270,15 +271,8 @@ def open_checkpoint(store: Store, harmless: Iterable[str] = ()) -> Checkpoint:
     open_configuration(store, harmless)
     names = shards(store)
     cancelled = threading.Event()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        try:
-            remote = dict(
-                zip(names, pool.map(lambda name: _read_shard(store, name, cancelled), names), strict=True)
-            )
-        except BaseException:
-            cancelled.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    read = each(names, lambda name: _read_shard(store, name, cancelled), cancelled.set, AT_ONCE)
+    remote = dict(zip(names, read, strict=True))
     listed = (*store.files, *store.others)
     return replace(directory.open_checkpoint(store.root, remote, harmless, listed), name=store.name)
 
@@ -338,10 +332,6 @@ def bring(store: Store) -> Path:
             f"{store.root}: not enough disk: {need:,} bytes of {store.url} are needed, {free:,} are free.",
             "Free that much, or point XDG_CACHE_HOME at a larger disk.",
         )
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda name: store.download(name, lambda n: None, cancelled), names))
-    finally:
-        cancelled.set()
-    store.check_unchanged(names, threading.Event())
+    each(names, lambda name: store.download(name, lambda n: None, cancelled), cancelled.set, FILES_AT_ONCE)
+    store.check_unchanged(names)
     return store.root

@@ -8,7 +8,7 @@ from pathlib import Path
 
 CACHED = re.compile(r"models--(?:[^/]+?--)?(?P<name>[^/]+)")  # as huggingface_hub names a repository's directory
 TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"tokenizer.model"})
-WITH_CODE = re.compile(r"tiktoken\.model|tokenization_\w+\.py|.*\.tiktoken|qwen\.tiktoken")
+WITH_CODE = re.compile(r"tiktoken\.model|tokenization_\w+\.py|.*\.tiktoken")
 
 
 def model_name(root: Path) -> str:

@@ -121,7 +121,7 @@ def refuse_embedding(where: str, files: Collection[str]) -> None:
         )
 
 
-def refuse_untied(where: str) -> UnsupportedCheckpoint:
+def untied(where: str) -> UnsupportedCheckpoint:
     """The error for a body without the head that makes logits."""
     return UnsupportedCheckpoint(
         f"{where}: has no lm_head.weight, names without `model.` before them, and tie_word_embeddings is not "

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 from msconv_runtime.errors import EnvironmentProblem, UsageError
 
@@ -37,11 +35,6 @@ class StoreUrl:
 
     def __str__(self) -> str:
         return self.url
-
-
-def cache_home() -> Path:
-    """The directory for what msconv keeps on this machine of what is elsewhere."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msconv"
 
 
 def is_url(text: str) -> bool:

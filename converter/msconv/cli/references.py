@@ -76,7 +76,7 @@ def compare_layout(manifest: Manifest) -> None:
 
 
 def with_serve_flags(device: str, given: list[str]) -> list[str]:
-    """The recipe's flags for SGLang, if this is the device they are sized for, then `given`, which win."""
+    """The recipe's flags for the engine, if this is the device they are sized for, then `given`, which win."""
     recipe = used_recipe()
     if recipe is None:
         return given

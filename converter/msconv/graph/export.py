@@ -16,12 +16,13 @@ import mindspore as ms
 from mindspore import Tensor
 
 from msconv_runtime.artifact import GraphInput, GraphParameter
+from msconv_runtime.mindir_check.allowed import TP_GROUP
 from msconv_runtime.roles import HIDDEN
 
 from ..mindir.canonical import canonical
 from .operations import Operations, operations_for
 from .parameters import DTYPES, NAMES, restore_names
-from .spec import TP_GROUP, Exported, Local
+from .spec import Exported, Local
 
 
 def export(local: Local) -> Exported:

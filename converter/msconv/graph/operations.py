@@ -14,12 +14,13 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from msconv_runtime.artifact import GraphInput
+from msconv_runtime.mindir_check.allowed import TP_GROUP
 
 from ..families.attention import Attention
 from ..quant.record import Stored
 from .matrix import Decoded, DecodedExperts, Matrix
 from .parameters import DTYPES, parameter
-from .spec import TP_GROUP, CannotCompute, Local
+from .spec import CannotCompute, Local
 
 
 def operations_for(local: Local) -> Operations:

@@ -19,7 +19,6 @@ from ..quant.record import Kept
 
 SHAPES = re.compile(r"[1-9]\d{0,9}x[1-9]\d{0,9}x[1-9]\d{0,9}", re.ASCII)
 USUAL_TOKENS, USUAL_CONTEXT, MOST_BATCH = 128, 1024, 4096  # of graphs of fixed shapes
-TP_GROUP = "msconv_tp"  # the canonical group: whoever loads the graph creates it
 
 
 class CannotCompute(UsageError):

@@ -12,7 +12,6 @@ from .outline import PREFIX, Given, Outline, Step
 
 Shape = tuple[int, ...]
 PASSED_ON = ("Load", "Depend", "UpdateState")  # the value is the first input's
-GIVES_TUPLE = ("MakeTuple", "Split", "Shape", "TensorToTuple")
 ALL_ROWS = {"AllGather": "rank_size"}  # kinds that multiply the rows, and the attribute that says by what
 
 

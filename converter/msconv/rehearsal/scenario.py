@@ -14,6 +14,7 @@ NEW_TOKENS = 16
 ABORTED_AFTER = 4  # tokens
 ABORTABLE = 128  # positions of a model whose answers are long enough to be aborted
 LONGEST = 300
+SEED = 5
 
 
 @dataclass
@@ -68,12 +69,10 @@ class Scenario:
         return len(self.groups) * (NEW_TOKENS + 2)
 
 
-def make_scenario(
-    vocab: int, max_positions: int, page: int, most: int = 0, all_logits: bool = True, seed: int = 5
-) -> Scenario:
+def make_scenario(vocab: int, max_positions: int, page: int, most: int = 0, all_logits: bool = True) -> Scenario:
     """Random tokens; lengths are cut to what the model takes.  `most`: so many prompts, 0 for all.  `all_logits`:
     the graphs give log probabilities of prompts."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     room = max(1, max_positions - NEW_TOKENS - 2)
 
     def draw(length: int) -> list[int]:

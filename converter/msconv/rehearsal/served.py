@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from msconv_runtime.artifact import OF_TARGET, Artifact, Graph, digest_bytes
+from msconv_runtime.mindir_check.allowed import TP_GROUP
 from msconv_runtime.roles import ROLES, of_draft, of_model, of_variant
 from msconv_runtime.targets import Target
 
-from ..graph.spec import TP_GROUP
 from ..mindir.interpreter import Interpreter
 from ..mindir.kernels import Context
 from ..mindir.program import Program, parse

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from msconv_runtime.artifact import Verified
+from msconv_runtime.artifact.consistency import INT8, MOST_LED
 
 from .verification import DECADES, MAX_COLUMNS
 
-PREFIX = "int8_"
 LED_SHARE = "led_share "  # and then model.layers.N.self_attn or .mlp
-MOST_LED = 1e-4  # of all codes: what `verify` allows
 PARTS = {"attention": "self_attn", "mlp": "mlp"}
 
 Data = dict[str, Any]
@@ -22,9 +21,9 @@ def int8_proof(target: str, proof: Verified | None, layers: int) -> Data | None:
     """`codes`, `drift` (None if it was not measured) and the heat map of led codes.  None: nothing was proved of
     int8."""
     found = {
-        name.removeprefix(PREFIX): float(n)
+        name.removeprefix(INT8): float(n)
         for name, n in (proof.settings if proof else {}).items()
-        if name.startswith(PREFIX) and not isinstance(n, str)
+        if name.startswith(INT8) and not isinstance(n, str)
     }
     if not found.get("codes_compared"):
         return None

@@ -9,12 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from msconv_runtime.artifact import Verified
+from msconv_runtime.artifact.consistency import DEVIATIONS, HALF, INT8
 from msconv_runtime.claims import CLAIMED, is_checked_here
 
 MAX_COLUMNS = 96  # of more layers, neighbours share a column that shows the larger error
-HALF = "half_precision_"
-INT8 = "int8_"
-DEVIATIONS = "sum of the layers' own deviations"  # of a proof in which each layer was given the reference's input
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the bound, the upper ends of the scale's steps
 
 

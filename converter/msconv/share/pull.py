@@ -10,8 +10,6 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from msconv_runtime.artifact.directory import MAX_MANIFEST_BYTES
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 from msconv_runtime.signatures import refuse_other_manifest, refuse_unsigned
 
+from ..checkpoint.concurrency import each
 from ..checkpoint.http import http
 from ..checkpoint.hub import Repository, resolve
 from ..checkpoint.hub_errors import explain
@@ -165,7 +164,13 @@ def run(
             need, free = pull.missing_bytes(), shutil.disk_usage(root).free
             if need > free:
                 raise out_of_space(root, need, free)
-            _each(pull.files, lambda file, cancelled: _bring(repository, file, root, came.add, cancelled))
+            cancelled = threading.Event()
+            each(
+                pull.files,
+                lambda file: _bring(repository, file, root, came.add, cancelled),
+                cancelled.set,
+                AT_ONCE,
+            )
             check(Artifact(root, pull.manifest), CHANGED, True, checking)
             if pull.key is not None:
                 _check_signature(root, pull.data, pull.key)
@@ -236,20 +241,6 @@ def _refuse_other(root: Path, name: str, data: bytes) -> None:
         )
 
 
-def _each(files: Iterable[RemoteFile], bring: Callable[[RemoteFile, threading.Event], None]) -> None:
-    """Several at a time; the first error, or an interruption, ends all."""
-    cancelled = threading.Event()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        try:
-            futures = [pool.submit(bring, file, cancelled) for file in files]
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()
-        except BaseException:
-            cancelled.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def _partial(final: Path) -> Path:
     return final.with_name(final.name + ".incomplete")
 
@@ -265,13 +256,11 @@ def _bring(
         final.parent.mkdir(parents=True, exist_ok=True)
         fetch(repository.url(file.name), file, _partial(final), progress, cancelled)
         _partial(final).replace(final)
-    except Cancelled:
+    except (Cancelled, MsconvError):
         raise
     except OSError as e:
         if isinstance(e, http.HTTPError):
             raise explain(e, repository.reference, file.name, "pull") from e
         raise disk_error(e, root, file.size) from e
-    except MsconvError:
-        raise
     except Exception as e:
         raise explain(e, repository.reference, file.name, "pull") from e

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from huggingface_hub.utils._runtime import is_xet_available
 from msconv_runtime.artifact import MANIFEST, READY, SIGNATURE, Manifest, digest_bytes
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 
+from ..checkpoint.concurrency import each
 from ..checkpoint.http import http
 from ..checkpoint.hub import Repository, resolve
 from ..checkpoint.hub_errors import HubError, explain
@@ -167,15 +167,7 @@ class _Upload:
             self._api.preupload_lfs_files(self.repository.name, group, revision=self.branch)
             self.sent.add(sum(op.upload_info.size for op in group))
             return
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            try:
-                futures = [pool.submit(self._send_one, op) for op in group]
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-            except BaseException:
-                self._cancelled.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        each(group, self._send_one, self._cancelled.set, AT_ONCE)
 
     def _send_one(self, op: _Counted) -> None:
         try:

@@ -11,7 +11,6 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from msconv_runtime.artifact import MANIFEST, READY, SIGNATURE, Manifest, digest_bytes
 from msconv_runtime.errors import ArtifactError, MsconvError, UsageError
 
+from ..checkpoint.concurrency import each
 from ..checkpoint.directory import AUXILIARY
 from ..checkpoint.remote import Progress
 from ..checkpoint.store import filesystem, patiently
@@ -167,15 +167,12 @@ def upload(root: Path, manifest: Manifest, url: str, force: bool, progress: Prog
         for name in (READY, MANIFEST):  # first: nothing that is half one, half the other looks whole
             bucket.delete(name)
     sent = 0
-    try:
-        for name in (*large, *small, *LAST):
-            path = root / name
-            found = None if name == READY else objects.get(name)
-            sent += _file(bucket, name, path, found, progress if name in large else lambda n: None)
-    finally:
-        bucket.stop()
+    for name in (*large, *small, *LAST):
+        path = root / name
+        found = None if name == READY else objects.get(name)
+        sent += _file(bucket, name, path, found, progress if name in large else lambda n: None)
     for name in objects.keys() - {*large, *small, *LAST}:
-        Bucket(url).delete(name)  # of the artifact that was replaced
+        bucket.delete(name)  # of the artifact that was replaced
     return Uploaded(url, len(large) + len(small) + len(LAST), sent, time.monotonic() - started)
 
 
@@ -221,14 +218,7 @@ def _in_parts(bucket: Bucket, name: str, path: Path, cut: list[_Part], progress:
         progress(part.nbytes)
         return etag, digest
 
-    with ThreadPoolExecutor(AT_ONCE, "upload") as pool:
-        futures = [pool.submit(send, part) for part in cut]
-        try:
-            answers = [future.result() for future in futures]
-        except BaseException:
-            bucket.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    answers = each(cut, send, bucket.stop, AT_ONCE)
     listed = [{"PartNumber": p.number, "ETag": f'"{etag}"'} for p, (etag, _) in zip(cut, answers, strict=True)]
     expected = _joined([digest for _, digest in answers])
     try:

@@ -152,7 +152,7 @@ def _free(path: Path) -> int | None:
 
 def _lacking(target: Path, output_bytes: int, download_bytes: int) -> int:
     """Bytes that are not free: where the output goes, where downloads go, or for both on one disk."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
     try:
         together = existing(target).stat().st_dev == existing(cache).stat().st_dev

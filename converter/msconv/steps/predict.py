@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..layout.plan import Plan
 from ..stream.execute import plan_memory
 from ..stream.movers.threads import LocalThreads
 from ..stream.outputs import Outputs, RankFiles
-from ..stream.source import DirectoryShards, Progress, Source, read_exactly
+from ..stream.source import DirectoryShards, Source, read_exactly
 from ..stream.task import Opened, Task, Unit
 from .costs import Cost, Tried
 
@@ -188,9 +188,6 @@ class SampleSource(Source):
 
     def elsewhere(self) -> DirectoryShards:
         raise NotImplementedError("a sample is read here only")
-
-    def expect(self, names: Iterable[str], progress: Progress) -> None:
-        """All of it is there."""
 
     def close(self) -> None:
         """Its file is closed by who made it."""

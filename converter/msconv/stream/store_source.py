@@ -71,7 +71,7 @@ class StoreSource(Source):
             self._changed.notify_all()
 
     def check_unchanged(self) -> None:
-        self._store.check_unchanged(self._files, threading.Event())
+        self._store.check_unchanged(self._files)
 
     def elsewhere(self) -> SourceLocation:
         return StoreShards(self._store, self._files)

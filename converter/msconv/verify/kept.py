@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from msconv_runtime.artifact import replace_file
+from msconv_runtime.cache_directory import cache, private
 from msconv_runtime.errors import ResourceError
-from msconv_runtime.kernels.builds import cache, private
 
 JOURNAL = "journal.json"
 INTERVAL_S = 20.0  # between states of the ranks, which replace each other
@@ -91,7 +91,7 @@ NOTHING = Kept()
 def keeping(root: Path, target: str, identity: dict[str, Any]) -> Iterator[Kept]:
     """What was kept of the proof with this identity; of another one of the same artifact and target it is thrown
     away.  All of it goes when the block ends without an exception.  Nothing is kept where there is no private
-    directory, or while another process proves the same."""
+    directory or no room, or while another process proves the same."""
     try:
         name = hashlib.sha256(f"{root.resolve()}\0{target}".encode()).hexdigest()[:16]
         place = private(cache()) / "verify" / name
@@ -101,17 +101,17 @@ def keeping(root: Path, target: str, identity: dict[str, Any]) -> Iterator[Kept]
         yield NOTHING
         return
     try:
+        wanted = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        values = place / "values"
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _journal(values).get("identity") != wanted:
+                shutil.rmtree(values, ignore_errors=True)
+                values.mkdir(0o700)
+                replace_file(values / JOURNAL, json.dumps({"identity": wanted, "files": {}}).encode())
         except OSError:
             yield NOTHING
             return
-        wanted = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        values = place / "values"
-        if _journal(values).get("identity") != wanted:
-            shutil.rmtree(values, ignore_errors=True)
-            values.mkdir(0o700)
-            replace_file(values / JOURNAL, json.dumps({"identity": wanted, "files": {}}).encode())
         yield Kept(values)
         shutil.rmtree(place, ignore_errors=True)
     finally:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from msconv_runtime.artifact import Artifact, Graph, GraphInput
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.graphs import fitting
+from msconv_runtime.mindir_check.allowed import TP_GROUP
 from msconv_runtime.paging import Sequences, attention_mask
 from msconv_runtime.roles import (
     DECODE,
@@ -32,7 +33,6 @@ from msconv_runtime.roles import (
 )
 from msconv_runtime.targets import target_named
 
-from ..graph.spec import TP_GROUP
 from ..mindir.interpreter import Execution, Interpreter, join
 from ..mindir.kernels import Context, Recorder
 from ..mindir.program import Node, Program, parse

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from msconv_runtime import claims
 from msconv_runtime.artifact import Artifact, Verified
+from msconv_runtime.artifact.consistency import DEVIATIONS
 from msconv_runtime.targets import Target
 
 from ..workspace.lock import exclusive
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 LED = "float32, led"  # as `mode`: codes are the candidate's where rounding is a tie
 EACH_LAYER = "float32, each layer from the reference's input"  # as `mode`: errors do not add up
-DEVIATIONS = "sum of the layers' own deviations"  # as a setting, where that is the mode
 
 
 @dataclass(frozen=True)

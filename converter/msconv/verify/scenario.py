@@ -106,7 +106,7 @@ def play(
     """Run a candidate; each of its calls, as soon as it is done.  `name`: before the phase's."""
     calls = calls_of(name, sequences, lengths, getattr(candidate, "has_all_tokens", False))
     for number, call in enumerate(calls):
-        tell(f"{name}graphs", number, 2 + 2 * lengths.steps + bool(lengths.every))
+        tell(f"{name}graphs", number, len(calls))
         logits = _called(candidate, call)
         probes, hidden = dict(getattr(candidate, "probes", {})), getattr(candidate, "hidden", None)
         yield Seen(call.phase, call.places, call.rows, logits, probes, hidden)

@@ -9,7 +9,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import msgspec
 
@@ -36,9 +36,6 @@ from .reference import Reference
 from .result import Proof, record
 from .scenario import DECODE_STEPS, Candidate, Lengths
 from .telling import Tell
-
-if TYPE_CHECKING:
-    pass
 
 LARGE_BYTES = 2 << 30
 FEW_STEPS = 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from msconv_runtime.artifact import STATE_DIR, digest_bytes
+from msconv_runtime.cache_directory import cache
 from msconv_runtime.errors import UsageError
 
 from .. import __version__
-from ..checkpoint.urls import cache_home
 
 TOOL = f"msconv {__version__}"
 REPORT = "report.html"
@@ -29,7 +29,7 @@ def default_output(model: str, tp: int, ep: int = 1) -> Path:
 
 def before_upload(url: str) -> Path:
     """The directory of this machine's cache where an artifact is written that then goes to this address."""
-    return cache_home() / "uploads" / digest_bytes(url.encode()).rpartition(":")[2][:16] / url.rpartition("/")[2]
+    return cache() / "uploads" / digest_bytes(url.encode()).rpartition(":")[2][:16] / url.rpartition("/")[2]
 
 
 def recordable(directory: Path) -> str:

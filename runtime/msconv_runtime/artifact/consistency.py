@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from ..draft_kinds import DRAFT_KINDS, OF_CHECKPOINTS
 from ..dtypes import DTYPES
+from ..mindir_check.allowed import TP_GROUP
 from ..roles import ROLES, of_draft, of_model
 from ..targets import TARGETS
 from .manifest import (
@@ -28,12 +29,12 @@ MOST_GRAPH_BYTES = 256 << 20
 MOST_SIZE = 1 << 31  # of a dimension
 MOST_LAYERS = 4096
 MOST_CAPTURED = 16  # whose hidden states a draft reads
-GROUP = "msconv_tp"
 NEWER = "a newer msconv may know it"
 FILE = re.compile(r"[A-Za-z0-9][\w-]{0,90}\.(?:json|jinja|model|txt|tiktoken)", re.ASCII)
 NOT_FILES = {"msconv.json"}
 HALF = "half_precision_"  # settings that a proof reports without a gate
 INT8 = "int8_"  # settings of a proof of int8: not errors of logits, see _led
+DEVIATIONS = "sum of the layers' own deviations"  # of a proof in which each layer was given the reference's input
 MOST_LED = 1e-4  # share of codes that the reference took from the candidate
 HALVES = {"max_abs_logit_error", "argmax_agreement", "bound"}
 
@@ -122,7 +123,7 @@ def _graph(g: Graph, has_draft: bool) -> str:
     more = len(g.caches) if target.form.returns_caches else 0
     if tuple(o.name for o in g.outputs[: len(wanted)]) != wanted or len(g.outputs) != len(wanted) + more:
         return f"{named} gives {[o.name[:40] for o in g.outputs][:5]}"
-    if set(g.groups) - {GROUP} or set(g.nz) - {p.name for p in g.reads}:
+    if set(g.groups) - {TP_GROUP} or set(g.nz) - {p.name for p in g.reads}:
         return f"{named} names a group or a weight that it has not"
     if g.nz and not target.nz:
         return f"{named} wants weights in a format that its target has not"

@@ -49,7 +49,7 @@ class Report:
 
 
 def served(kind: str) -> tuple[Ability, ...]:
-    """The same, of any kind: none where somebody else serves."""
+    """Serving on devices of this kind: none where somebody else serves."""
     return tuple(ability for ability in SERVE if ability == f"serve_{kind}")
 
 

@@ -5,7 +5,7 @@
 
 #define HIDDEN __attribute__((visibility("hidden")))  // from what loads the library
 
-// An argument that is a matrix [width, depth]; of no width if it is something else.
+// An argument that is a matrix [width, depth]; of no depth if it is something else.
 struct Weights {
   static constexpr int COUNT = 1;
   int64_t width = 0, depth = 0;

@@ -15,7 +15,7 @@ from ..targets import SWIGLU
 LIBRARY = "msconv-native-1"  # what graphs call the compiled kernels: another number for another set of them
 GROUP = "<the group of all ranks>"
 RANKS = "<how many ranks there are>"
-TP_GROUP = "msconv_tp"
+TP_GROUP = "msconv_tp"  # in every graph with collectives: the ranks that share one model; who loads it creates it
 
 Value = bool | int | str | tuple["Value", ...]  # a list begins with LIST or TUPLE
 Attributes = Mapping[str, Value]

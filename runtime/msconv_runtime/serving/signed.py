@@ -23,7 +23,7 @@ def refuse_unsigned_once(root: Path, settings: Settings | None = None) -> None:
         return
     if not (seen := _seen(root, Path(key))) or os.environ.get(CHECKED) != seen:
         refuse_unsigned(root, Path(key))
-        os.environ[CHECKED] = _seen(root, Path(key))
+        os.environ[CHECKED] = seen
 
 
 def _seen(root: Path, key: Path) -> str:

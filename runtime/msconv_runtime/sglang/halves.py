@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from ..doctor import Finding, Machine
 from ..doctor.findings import SERVE
-from ..serving.halves import Half
+from ..serving.halves import BOOTSTRAP_PORT, Half
 from ..serving.ready import EVERYWHERE
 from ..targets import Target
 from .speculation import ALGORITHM, DRAFT_PATHS
@@ -143,8 +143,6 @@ def _other(own: str, port: int, step: int) -> str:
 
 
 def _named(bootstrap_port: int) -> str:
-    from ..serving.halves import BOOTSTRAP_PORT
-
     return "" if bootstrap_port == BOOTSTRAP_PORT else f" --bootstrap-port {bootstrap_port}"
 
 

@@ -2,7 +2,3 @@
 
 Nothing here is shared with what wrote the files but the manifest: values are found by their names.
 """
-
-from .candidates import begin, candidates, most_positions
-
-__all__ = ["begin", "candidates", "most_positions"]
