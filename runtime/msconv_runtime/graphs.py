@@ -151,6 +151,25 @@ class Graphs:
         return self.run(DECODE, batch, caches)[LOGITS]
 
     def prefill(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
+        """Any number of new tokens a sequence, after any cached prefix.  Logits of the last, [B, V] float32."""
+        return self.in_parts(PREFILL, batch, caches)[LOGITS]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that a row of logits is for."""
+        return next(o.shape[-1] or 0 for g in self.entries.values() for o in g.outputs if o.name == LOGITS)
+
+    @property
+    def gives_all_logits(self) -> bool:
+        """Whether there is a graph for `every_token`."""
+        return VERIFY.name in self.entries
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many tokens `every_token` should be asked for at once: their logits are some megabytes."""
+        return min(max(FEWEST_ROWS, LOGITS_BYTES // (4 * self.vocab_size)), CHUNK_TOKENS)
+
+    def every_token(self, batch: Batch, caches: Sequence[Any]) -> NDArray[np.float32]:
         """Any number of new tokens a sequence, after any cached prefix.  Logits of all of them, [T, V] float32, in
         the batch's order.  In calls of `rows_at_once` tokens; what they give together, the caller bounds.  Raises
         ArtifactError if the artifact has no such graph."""

@@ -161,3 +161,8 @@ def test_layers_are_not_looked_at_one_by_one(root: Path) -> None:
     done = run_msconv("verify", root, "--target", "onnx", "--layers", 1, "--reference", root.parent / "source")
     if done.code != 2:
         pytest.fail(done.stdout + done.stderr)
+
+
+def test_its_layers_are_not_divided_among_machines(root: Path) -> None:
+    with pytest.raises(UsageError, match="--ray: an ONNX graph is run as a whole"):
+        prove(root, "onnx", None, by_layer=lambda *_: pytest.fail("was asked"))

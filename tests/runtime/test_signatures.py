@@ -291,6 +291,16 @@ def test_the_slot_checks_once_and_before_it_loads(
     signed.refuse_unsigned_once(own)
     signed.refuse_unsigned_once(own)
     assert reads == [own]
+    monkeypatch.setenv(signed.CHECKED, "")
+    checked = (own / SIGNATURE).read_bytes()
+    monkeypatch.setattr(
+        signed, "refuse_unsigned", lambda root, key: (root / SIGNATURE).write_bytes(checked + b" ")
+    )
+    signed.refuse_unsigned_once(own)  # another signature comes while the one that was there is checked
+    monkeypatch.setattr(signed, "refuse_unsigned", lambda root, key: reads.append(root))
+    signed.refuse_unsigned_once(own)
+    assert reads == [own, own]
+    monkeypatch.setattr(signed, "refuse_unsigned", real)
     flip(own / SIGNATURE, 40)
     monkeypatch.setattr(loading, "Graphs", None)  # would be called after it
     with pytest.raises(ArtifactError):

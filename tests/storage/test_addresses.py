@@ -3,6 +3,7 @@ store is needed."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from msconv.checkpoint.store import Store
 from msconv.checkpoint.store_errors import StoreError
 from msconv.checkpoint.urls import checked_url, is_url
 from msconv.location import open_reference
@@ -134,6 +136,30 @@ def test_a_store_in_memory_is_read_and_its_changes_are_noticed(shards: Path) -> 
     store.pipe_file(f"/models/Qwen3-8B/{name}", (shards / name).read_bytes())
     with pytest.raises(CheckpointError, match=f"{name}: changed while it was read"):
         source.check_unchanged()
+    store.rm("/models", recursive=True)
+
+
+def test_the_first_error_ends_all_downloads(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        store.pipe_file(f"/models/Qwen3-8B/{path.name}", path.read_bytes())
+    real, ranges = Store.read, [0]
+
+    def read(self: Store, name: str, begin: int, end: int, cancelled: threading.Event) -> bytes:
+        if not name.endswith(".safetensors"):
+            return real(self, name, begin, end, cancelled)
+        if "00002" in name:
+            raise StoreError("gone", "")
+        ranges[0] += 1
+        time.sleep(0.01)
+        return bytes(end - begin)
+
+    monkeypatch.setattr(Store, "read", read)
+    monkeypatch.setattr("msconv.checkpoint.store.RANGE_BYTES", 1000)
+    with pytest.raises(StoreError, match="gone"):
+        open_reference("memory://models/Qwen3-8B").bring()
+    assert sum(p.stat().st_size for p in shards.glob("*.safetensors")) > 1000 * 1000
+    assert ranges[0] < 100
     store.rm("/models", recursive=True)
 
 

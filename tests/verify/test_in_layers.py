@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +187,16 @@ def test_what_was_kept_is_bound_to_its_identity_and_goes_with_the_proof(
         assert not kept.is_old and kept.load("x") is None
         kept.save("x", {}, 2)
     assert not list(tmp_path.rglob(JOURNAL)) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_nothing_is_kept_where_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("msconv.verify.kept.replace_file", full)
+    with keeping(tmp_path, TARGET, {"weights": "a"}) as kept:
+        assert not kept.is_there
 
 
 def test_a_large_proof_keeps_what_it_does_and_says_that_it_resumed(
