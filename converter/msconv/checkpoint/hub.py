@@ -30,12 +30,11 @@ from .headers import PREFIX_BYTES, header_length, parse_header, read_header
 from .http import http
 from .hub_errors import HubError, Purpose, explain
 from .reach import unreachable
-from .remote import CONFIGURATION, Cancelled, Progress, RemoteFile, is_wanted
+from .remote import CONFIGURATION, ETAG, Cancelled, Progress, RemoteFile, is_wanted
 from .transfer import Patience, fetch, read_range
 from .unsupported import UnsupportedCheckpoint, weightless
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 FIRST_RANGE = 64 << 10  # holds the whole header of most shards
 HEADERS_AT_ONCE = 8
 NAMED = (http.HTTPError, HFValidationError)  # ValueErrors that are explained elsewhere

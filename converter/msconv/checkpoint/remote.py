@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..quant.modelslim import DESCRIPTION
 from .directory import AUXILIARY, INDEX_NAME, SHARD_NAME
 
 SHA1_DIGITS = 40
+ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's sha1 of a file, or sha256 of its bytes
 CONFIGURATION = ("config.json", "generation_config.json", DESCRIPTION)
 
 Progress = Callable[[int], None]
@@ -34,6 +36,8 @@ def is_wanted(name: str) -> bool:
     return name in (*AUXILIARY, DESCRIPTION) or bool(INDEX_NAME.fullmatch(name) or SHARD_NAME.fullmatch(name))
 
 
-class Digest(Protocol):
-    def update(self, data: bytes | memoryview, /) -> None: ...
-    def hexdigest(self) -> str: ...
+def hasher(etag: str, size: int) -> hashlib._Hash:
+    """What makes the digest of that kind, of a file of `size` bytes."""
+    if len(etag) == SHA1_DIGITS:  # as git hashes a file
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    return hashlib.sha256()

@@ -6,7 +6,6 @@ used, but the bytes go to a `.incomplete` file that a later run goes on with.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 import threading
@@ -22,7 +21,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from msconv_runtime.errors import CheckpointError
 
 from .http import http
-from .remote import SHA1_DIGITS, Cancelled, Digest, Progress, RemoteFile
+from .remote import Cancelled, Progress, RemoteFile, hasher
 
 RETRIES = 5  # in a row that brought less than ENOUGH_BYTES
 ENOUGH_BYTES = 64 << 10
@@ -164,7 +163,7 @@ class _Landing:
     def __init__(self, file: RemoteFile, path: Path, progress: Progress) -> None:
         self.file, self.have, self._came, self._progress = file, 0, 0, progress
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._digest = self._begin()
+        self._digest = hasher(self.file.etag, self.file.size)
 
     def __enter__(self) -> _Landing:
         return self
@@ -201,16 +200,11 @@ class _Landing:
         os.lseek(self.fd, 0, os.SEEK_SET)
         self._progress(-self._came)
         self.have = self._came = 0
-        self._digest = self._begin()
+        self._digest = hasher(self.file.etag, self.file.size)
 
     def _count(self, piece: bytes) -> None:
         self._digest.update(piece)
         self.have += len(piece)
-
-    def _begin(self) -> Digest:
-        if len(self.file.etag) == SHA1_DIGITS:  # as git hashes a file
-            return hashlib.sha1(b"blob %d\0" % self.file.size, usedforsecurity=False)
-        return hashlib.sha256()
 
 
 def _complete(url: str, landing: _Landing, cancelled: threading.Event) -> None:

@@ -53,7 +53,7 @@ def command(artifact: Path | None, check: bool, require_signature: Path | None) 
     data = summary(root, manifest)
     damage = check_graphs(opened)
     if check:
-        total = sum(f.size for f in manifest.weights.files) if manifest.weights else 0
+        total = manifest.weights.nbytes if manifest.weights else 0
         with byte_progress("checking", total) as advance:
             damage = check_artifact(opened, advance)
         data["check"] = {
@@ -130,8 +130,8 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
             "source_dtype": w.source_dtype,
             "quant": w.quant,
             "formats": [asdict(group) for group in _kept(manifest)],
-            "bytes": sum(f.size for f in w.files),
-            "rank_bytes": sum(f.size for f in w.files if f.rank == 0),
+            "bytes": w.nbytes,
+            "rank_bytes": w.rank_bytes,
             "files": len(w.files),
             "digest": w.digest,
             "padded": [{"name": p.name, "size": p.size, "padded": p.padded} for p in w.padded],

@@ -6,8 +6,6 @@ the files otherwise has none, and nothing is compared.
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +21,10 @@ from ..checkpoint.directory import (
     refuse_doubt,
     unindexed,
 )
-from ..checkpoint.remote import Digest
+from ..checkpoint.remote import ETAG
 from ..layout.model import TensorInfo
 from .findings import Findings
 
-ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-SHA1_DIGITS = 40
 RECORDS = Path(".cache", "huggingface", "download")  # of huggingface_hub's `local_dir`
 MOST_RECORD_BYTES = 4096
 
@@ -82,10 +78,3 @@ def known_digest(path: Path) -> str:
         return ""
     etag = lines[1].strip() if len(lines) > 1 else ""
     return etag if ETAG.fullmatch(etag) else ""
-
-
-def hasher(etag: str, size: int) -> Digest:
-    """What makes the digest of that kind, of a file of `size` bytes."""
-    if len(etag) == SHA1_DIGITS:
-        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    return hashlib.sha256()

@@ -13,9 +13,10 @@ import numpy as np
 from msconv_runtime.dtypes import DTYPES
 
 from ..checkpoint.directory import ShardFile
+from ..checkpoint.remote import hasher
 from ..layout.model import TensorInfo
 from ..stream.source import read_exactly
-from .files import Inventory, hasher, known_digest
+from .files import Inventory, known_digest
 from .findings import Findings
 from .values import Array, as_numbers, check_for
 

@@ -50,7 +50,7 @@ def compare(plan: Plan, result: Rehearsal, work: Path, failure: VerificationFail
     """Find every problem.  `failure`: the server did not get to its end; raised again if no call says why."""
     import torch
 
-    if sum(f.size for f in plan.artifact.weights.files) < SMALL_WORK:
+    if plan.artifact.weights.nbytes < SMALL_WORK:
         torch.set_num_threads(1)  # handing small work to threads costs more than the work
     in_order = failure is None and plan.options.end == "term"
     reference = make_reference(plan.source, plan.artifact.manifest, plan.target.name)

@@ -104,7 +104,7 @@ def make_plan(root: Path, options: Options) -> Plan:
     artifact = Artifact(root)
     target = _target_named(options.target) if options.target else target_to_serve(artifact, KIND)
     graphs = artifact.graphs(target.name)
-    weights = sum(f.size for f in artifact.weights.files)
+    weights = artifact.weights.nbytes
     config = configuration(artifact)
     refuse_damage(artifact)
     exact = options.exact if options.exact is not None else weights <= SMALL_BYTES

@@ -157,7 +157,7 @@ def _weights(w: Weights | None) -> Data | None:
         "formats": _formats(w),
         "digest": w.digest,
         "files": len(w.files),
-        "bytes": sum(f.size for f in w.files),
+        "bytes": w.nbytes,
     }
 
 

@@ -11,6 +11,7 @@ from msconv_runtime.artifact import Manifest
 from msconv_runtime.targets import device_of
 
 from ..standing import standings
+from .parts import weight_bytes
 
 MARK = "<!-- Written by `msconv push`. Without this line it will not be written anew. -->"
 HERE = Path(__file__).parent
@@ -40,7 +41,7 @@ def card(repository: str, revision: str, manifest: Manifest) -> str:
         m=manifest,
         tp=manifest.parallel.tp,
         ep=manifest.parallel.ep,
-        weight_bytes=sum(f.size for f in manifest.weights.files) if manifest.weights else 0,
+        weight_bytes=weight_bytes(manifest),
         targets={t: (manifest.graphs_for(t), manifest.proof_for(t)) for t in targets},
         devices=[t for t in targets if not device_of(t).has_run],
         standings=standings(manifest),

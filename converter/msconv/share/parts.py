@@ -15,7 +15,7 @@ from msconv_runtime.targets import TARGETS
 
 from ..checkpoint.directory import AUXILIARY
 from ..checkpoint.reference import REPOSITORY
-from ..checkpoint.remote import SHA1_DIGITS, Progress, RemoteFile
+from ..checkpoint.remote import Progress, RemoteFile, hasher
 
 WEIGHTS = re.compile(r"weights/model-rank-\d+-part-\d+\.safetensors", re.ASCII)
 BESIDE = tuple(dict.fromkeys(name for t in TARGETS.values() for name in t.form.beside))
@@ -24,7 +24,7 @@ CARD = "README.md"
 
 
 def weight_bytes(manifest: Manifest) -> int:
-    return sum(f.size for f in manifest.weights.files) if manifest.weights else 0
+    return manifest.weights.nbytes if manifest.weights else 0
 
 
 def parts(manifest: Manifest) -> dict[str, int]:
@@ -80,10 +80,7 @@ def has_digest(content: Path | bytes, file: RemoteFile) -> bool:
 
 
 def _digest(stream: io.BytesIO | io.BufferedReader, file: RemoteFile) -> str:
-    if len(file.etag) == SHA1_DIGITS:
-        sha1 = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-        return hashlib.file_digest(stream, lambda: sha1).hexdigest()
-    return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.file_digest(stream, lambda: hasher(file.etag, file.size)).hexdigest()
 
 
 class Sum:

@@ -73,7 +73,7 @@ def prove(
         found = subject.draft()
     else:
         found = subject.led(max_kl, text) if has_codes else subject.resumable()
-    size = sum(f.size for f in artifact.weights.files)
+    size = artifact.weights.nbytes
     proof = replace(found, seconds=time.monotonic() - started, weights_bytes=size)
     if not layers:
         record(root, target, entry_of(artifact, proof) if proof.ok else None)

@@ -57,15 +57,11 @@ class Subject:
 
     @property
     def steps(self) -> int:
-        return steps_of(self._weights_bytes)
+        return steps_of(self.artifact.weights.nbytes)
 
     @property
     def is_large(self) -> bool:
-        return is_large(self._weights_bytes)
-
-    @property
-    def _weights_bytes(self) -> int:
-        return sum(f.size for f in self.artifact.weights.files)
+        return is_large(self.artifact.weights.nbytes)
 
     @property
     def _tokens(self) -> int:

@@ -112,6 +112,16 @@ class Weights(msgspec.Struct, frozen=True, omit_defaults=True):
     dropped: list[Dropped] = []
     padded: list[Padding] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Of all ranks' files."""
+        return sum(f.size for f in self.files)
+
+    @property
+    def rank_bytes(self) -> int:
+        """Of one rank's files."""
+        return sum(f.size for f in self.files if f.rank == 0)
+
 
 class GraphInput(msgspec.Struct, frozen=True, omit_defaults=True):
     """`kind`: a batch's integers, the attention mask, a draft's hidden states, or a cache that the graph reads and

@@ -39,7 +39,7 @@ def artifact_findings(
         return short, [Finding("artifact", "wrong", str(e), "READY, and a manifest that fits", hint, SERVE)]
     weights, tp = manifest.weights, manifest.parallel.tp
     short |= {"format": manifest.format, "tp": tp, "ep": manifest.parallel.ep}
-    short["rank_bytes"] = sum(f.size for f in weights.files if f.rank == 0) if weights else None
+    short["rank_bytes"] = weights.rank_bytes if weights else None
     found = [Finding("artifact", "ok", f"format {manifest.format}, READY, tp {tp}, ep {manifest.parallel.ep}")]
     if weights is None:
         hint = f"`msconv convert --model <dir> --tp {tp} --output {root}`"

@@ -46,7 +46,7 @@ def candidates(artifact: Artifact, target: Target, layers: int) -> dict[str, Cal
     """By name: the graph for any shape first, "" by whoever is first.  Raises EnvironmentProblem for weights too
     large for the reference where onnxruntime is not installed."""
     makers = runners()
-    if sum(f.size for f in artifact.weights.files) > REFERENCE_BYTES:
+    if artifact.weights.nbytes > REFERENCE_BYTES:
         makers = {name: make for name, make in makers.items() if name == ONNXRUNTIME}
         if not makers:
             raise EnvironmentProblem(
