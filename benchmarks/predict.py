@@ -119,6 +119,7 @@ def watched(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     """(most bytes that the process had besides pages of files, bytes that it read from disks), at its end."""
     place, most, read = Path(f"/proc/{process.pid}"), 0, 0
     while process.poll() is None:
+        time.sleep(0.1)
         try:
             status = dict(line.split(":", 1) for line in (place / "status").read_text().splitlines())
             counts = dict(line.split(": ") for line in (place / "io").read_text().splitlines())
@@ -126,7 +127,6 @@ def watched(process: subprocess.Popen[bytes]) -> tuple[int, int]:
             continue
         most = max(most, int(status.get("RssAnon", "0 kB").split()[0]) * 1024)
         read = int(counts.get("read_bytes", read))
-        time.sleep(0.1)
     return most, read
 
 

@@ -7,16 +7,11 @@ only.  It holds no answers and no keys: whoever has none gets the page, and no a
 from __future__ import annotations
 
 import json
-import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[Any], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from .asgi import App, Receive, Scope, Send, has_key, path_of
 
 PROOF, CHAT = "/msconv/proof", "/chat"
 FILES = Path(__file__).with_name("ui")
@@ -41,8 +36,8 @@ class Pages:
     keys: tuple[str, ...] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = _path(scope) if scope["type"] == "http" and scope.get("method") in ("GET", "HEAD") else ""
-        if path == PROOF and self._is_known(scope):
+        path = path_of(scope) if scope["type"] == "http" and scope.get("method") in ("GET", "HEAD") else ""
+        if path == PROOF and (not self.keys or has_key(scope, self.keys)):
             await _answer(send, 200, b"application/json", json.dumps(self.proof, indent=1).encode() + b"\n")
         elif path == PROOF:
             await _answer(send, 401, b"application/json", b'{"error": "Unauthorized"}')
@@ -51,18 +46,6 @@ class Pages:
             await _answer(send, 200, TYPES[file.suffix], file.read_bytes())
         else:
             await self.app(scope, receive, send)
-
-    def _is_known(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-        kind, _, token = given.partition(b" ")
-        right = [secrets.compare_digest(token, key.encode()) for key in self.keys]
-        return not self.keys or (kind.lower() == b"bearer" and any(right))
-
-
-def _path(scope: Scope) -> str:
-    """Without the root path that a proxy has added."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 async def _answer(send: Send, status: int, kind: bytes, body: bytes) -> None:

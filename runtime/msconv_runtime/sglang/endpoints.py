@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..serving.asgi import App, Receive, Scope, Send, has_key, path_of
 from . import asked
 
 Access = Literal["open", "own", "admin", "never"]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[Any], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 MAX_ABORT_BYTES = 1 << 16
 ABORT = "/abort_request"
 FREEZE = "/freeze_gc"  # SGLang calls it itself, once, when the server is warm
@@ -115,7 +110,7 @@ class Gate:
     frozen: bool = field(default=False, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = _path(scope) if scope["type"] in ("http", "websocket") else "/"
+        path = path_of(scope) if scope["type"] in ("http", "websocket") else "/"
         asked.path.set(path)
         rule = rule_for(path)
         if rule.access == "never":
@@ -146,10 +141,7 @@ class Gate:
         return first
 
     def _is_admin(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-        kind, _, token = given.partition(b" ")
-        right = self.admin_api_key is not None and secrets.compare_digest(token, self.admin_api_key.encode())
-        return bool(self.admin_api_key) and kind.lower() == b"bearer" and right
+        return has_key(scope, [self.admin_api_key] if self.admin_api_key else [])
 
 
 def _one_request(body: bytes, running: Iterable[str]) -> str:
@@ -165,12 +157,6 @@ def _one_request(body: bytes, running: Iterable[str]) -> str:
     if any(other != rid and other.startswith(rid) for other in running):
         raise ValueError("other requests' ids begin with this `rid`: they would be aborted too")
     return rid
-
-
-def _path(scope: Scope) -> str:
-    """As the router sees it: without the root path that a proxy has added."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    return path[len(root) :] or "/" if root and path.startswith(f"{root}/") else path
 
 
 async def _read(receive: Receive, most: int) -> bytes:

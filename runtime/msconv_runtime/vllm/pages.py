@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact
-from ..serving.pages import App, Pages, Receive, Scope, Send
+from ..serving.asgi import App, Receive, Scope, Send
+from ..serving.pages import Pages
 from ..serving.proof import proof_of
 from ..serving.ready import address, first_request, ready_lines
 from ..serving.settings import Settings
