@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 
 from msconv.mindir.kernels import KERNELS, Context
 from msconv.mindir.kernels.compiled import EXPECTED
+from msconv.steps.compile import compile_graphs
 from msconv.verify.compare import compare
 from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
 from msconv_runtime.errors import VerificationFailed
 from msconv_runtime.kernels import LIBRARY, check, library
 from msconv_runtime.kernels.check import call, narrow, upcast
+from tests.checkpoints import make_qwen3
 from tests.conftest import Checkpoints
 from tests.conversions import convert
 from tests.verify.faults import attention, mlp, name_of
@@ -307,6 +309,20 @@ def test_without_a_fault_all_phases_are_proven(sound: Path, tmp_path: Path) -> N
     assert proof.ok
     phases = ["prefill", "decode", "prefill on a cached prefix", "decode after it", "all tokens"]
     assert list(proof.comparison.by_phase) == [*phases, *(f"compiled {p}" for p in phases)]
+
+
+def test_the_first_layers_are_proven_where_a_layer_is_one_node(tmp_path: Path) -> None:
+    convert(make_qwen3(tmp_path / "model", num_hidden_layers=3), tmp_path / "one")
+    compile_graphs(tmp_path / "one", "cpu")
+    for layers in (1, 2):
+        proof = prove(tmp_path / "one", "cpu", None, layers=layers)
+        assert proof.ok and f"model.layers.{layers}.input_layernorm" in proof.comparison.probes
+        assert f"model.layers.{layers + 1}.input_layernorm" not in proof.comparison.probes
+    edit_graphs(tmp_path / "one", "cpu", ("mixed_compiled",), exchanged("Layer", 1, 5, 6))
+    assert prove(tmp_path / "one", "cpu", None, layers=1).ok
+    proof = prove(tmp_path / "one", "cpu", None, layers=2)
+    place = "model.layers.1, seen at model.layers.2.input_layernorm in compiled prefill"
+    assert not proof.ok and proof.comparison.first == place
 
 
 def test_the_graph_takes_matrices_as_they_are_stored(checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ from .program import Node, Program
 
 COLLECTIVES = {"AllReduce": {"group", "op", "index", "fusion", "no_eliminate"}}
 COLLECTIVES["AllGather"] = {"group", "rank_size", "index", "fusion", "no_eliminate"}
+NORMS = ("RmsNorm", "AddRmsNorm", "Mul", ":Norm", ":AddNorm")
+LAYERS = (":Layer", ":LayerInt8")
+WEIGHTS = ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
+BIASES = ("input_layernorm.bias", "post_attention_layernorm.bias")
 
 
 class Weights(Protocol):
@@ -133,11 +137,11 @@ class Execution:
             for env, result in zip(self.values, results, strict=True):
                 env[node.output] = result
             self._listener.after(self.at, self.values)
-            if is_probe(node):
+            if weight := probed_norm(node):
                 normed = [_first(r).float() for r in results]
-                probes[node.parameter.rpartition(".")[0]] = normed[0].numpy()
+                probes[weight.rpartition(".")[0]] = normed[0].numpy()
                 self.apart = max(self.apart, _apart(normed))
-                self.is_stopped = node.parameter == self.stop
+                self.is_stopped = weight == self.stop
             self._forget(node)
             self.at += 1
         return probes
@@ -184,14 +188,13 @@ def _apart(values: list[torch.Tensor]) -> float:
     return worst if worst == worst else float("inf")
 
 
-def is_probe(node: Node) -> bool:
-    """Norms of the whole residual stream, after each attention and each MLP; and again with their bias."""
-    kind, name = node.kind, node.parameter
-    if kind == "Add":
-        return name.endswith(("input_layernorm.bias", "post_attention_layernorm.bias"))
-    return kind.endswith(("RmsNorm", "AddRmsNorm", "Mul", ":Norm", ":AddNorm")) and name.endswith(
-        ("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight")
-    )
+def probed_norm(node: Node) -> str:
+    """The weight, or the bias, of the norm of the whole residual stream that this node's first result is, or "".
+    There is one after each attention and each MLP; where a layer is one node, the one after it."""
+    if node.kind == "Add":
+        return node.parameter if node.parameter.endswith(BIASES) else ""
+    name = node.last_parameter if node.kind.endswith(LAYERS) else node.parameter
+    return name if node.kind.endswith((*NORMS, *LAYERS)) and name.endswith(WEIGHTS) else ""
 
 
 def _all(value: Any) -> list[torch.Tensor]:

@@ -38,6 +38,7 @@ class Node:
     attributes: dict[str, Any]
     value: Any = None
     parameter: str = ""  # weight that the node multiplies by or looks up, for naming places
+    last_parameter: str = ""  # and the last one that it takes
 
     @property
     def where(self) -> str:
@@ -94,10 +95,10 @@ def parse_bytes(data: bytes, path: str) -> Program:
             op_type = str(attributes.pop("func_name", op_type))
             attributes = {k: v for k, v in attributes.items() if k not in OF_KERNELS}
         inputs = tuple(n.input)
-        weight = next((loaded[i] for i in inputs if i in loaded), "")
-        if op_type == "Load" and weight:
-            loaded[n.output[0]] = weight
-        nodes.append(Node(op_type, inputs, n.output[0], attributes, None, weight))
+        weights = [loaded[i] for i in inputs if i in loaded] or [""]
+        if op_type == "Load" and weights[0]:
+            loaded[n.output[0]] = weights[0]
+        nodes.append(Node(op_type, inputs, n.output[0], attributes, None, weights[0], weights[-1]))
     floats = [DATA_TYPES.get(p.data_type) for p in graph.parameter]
     dtype = next((d for d in floats if d in (torch.bfloat16, torch.float16)), torch.float32)
     nodes = _without_order(_on_demand(nodes, graph.output[0].name))

@@ -59,12 +59,22 @@ def compare(
     if further is not None and (result.ok or result.ok_but_for_ties):
         further(result, sequences, [t.hidden for t in traces], lengths)
     result.closest_routing = closest_judged(traces)
+    result.chosen = chosen_judged(traces)
     return result
 
 
 def closest_judged(traces: list[Trace]) -> float:
     """How close a router came to another choice before any that hung on rounding."""
     return min(float(t.closest[: t.decided].min(initial=np.inf)) for t in traces)
+
+
+def chosen_judged(traces: list[Trace]) -> dict[int, frozenset[int]]:
+    """By layer, the experts that tokens took before any choice that hung on rounding."""
+    found: dict[int, set[int]] = {}
+    for trace in traces:
+        for name, ids in trace.chosen.items():
+            found.setdefault(int(name.split(".")[2]), set()).update(ids[: trace.decided].ravel().tolist())
+    return {layer: frozenset(ids) for layer, ids in found.items()}
 
 
 def draw(

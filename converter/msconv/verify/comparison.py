@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from msconv_runtime.targets import Target
 from .reference import Trace
 from .scenario import Seen
 
+ATTENTION = "post_attention_layernorm"
 FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random models, a fault is 1e-2 and up
 
 
@@ -25,6 +26,9 @@ class Comparison:
     Rows from the first position on where a router's choice hung on rounding are left out too: `undecided`;
     `closest_routing` is the closest that was judged.  `places` counts tokens likewise, for norms.  Sequences are
     drawn so that there are few or none of them.
+
+    `chosen`: by layer, the experts of tokens that were judged.  `looked_at`: by phase, the norms that were
+    compared.
 
     `probes`: largest error of each norm's output, relative to its largest value; `first`: the first that is
     beyond the bound, and so the place where things go apart.  `apart`: between ranks, which must agree.
@@ -52,6 +56,8 @@ class Comparison:
     places_undecided: int = 0
     layers_only: bool = False
     closest_routing: float = float("inf")
+    chosen: dict[int, frozenset[int]] = field(default_factory=dict)
+    looked_at: dict[str, list[str]] = field(default_factory=dict)
     own_errors: dict[str, float] = field(default_factory=dict)
     own_deviations: dict[str, float] = field(default_factory=dict)
 
@@ -118,6 +124,7 @@ class Comparison:
     ) -> None:
         """Compare norms [T, hidden] of a call's tokens, in the graph's order."""
         judged = np.array([p < traces[i].decided for i, p in places])
+        self.looked_at[phase] = list(dict.fromkeys([*self.looked_at.get(phase, ()), *probes]))
         for name, found in probes.items():
             expected = _at(places, [t.probes[name] for t in traces])
             largest = float(np.abs(expected).max())
@@ -125,7 +132,7 @@ class Comparison:
             error = largest_error(found[judged], expected[judged]) / max(1.0, largest) if same else float("inf")
             self.probes[name] = max(error, self.probes.get(name, 0.0))
             if error >= self.bound and not self.first:
-                self.first = f"{culprit(name)}, seen at {name} in {phase}"
+                self.first = f"{culprit(name, self.looked_at[phase])}, seen at {name} in {phase}"
 
     def add_hidden(
         self, phase: str, found: NDArray[np.float32], expected: NDArray[np.float32], judged: NDArray[np.bool_]
@@ -178,12 +185,14 @@ def largest_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> 
     return error if np.isfinite(error) else float("inf")
 
 
-def culprit(probe: str) -> str:
-    """Which tensors stand before a norm and after the one before it."""
+def culprit(probe: str, looked_at: Collection[str] = (ATTENTION,)) -> str:
+    """Which tensors stand before a norm and after the one before it.  `looked_at`: the norms that there are: none
+    after attention where a layer is one node."""
     layer = re.match(r"model\.layers\.(\d+)\.(\w+)", probe)
+    mlp = ".mlp" if any(name.endswith(ATTENTION) for name in looked_at) else ""
     if layer is None:
-        return "the last layer's mlp"
+        return "the last layer's mlp" if mlp else "the last layer"
     index, kind = int(layer[1]), layer[2]
-    if kind == "post_attention_layernorm":
+    if kind == ATTENTION:
         return f"model.layers.{index}.self_attn"
-    return f"model.layers.{index - 1}.mlp" if index else "model.embed_tokens or model.layers.0.input_layernorm"
+    return f"model.layers.{index - 1}{mlp}" if index else "model.embed_tokens or model.layers.0.input_layernorm"

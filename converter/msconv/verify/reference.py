@@ -45,13 +45,14 @@ class Trace:
     """One sequence through the reference.  `closest` [T]: how far the router was from choosing other experts.
     `hidden` [T, ...]: the hidden states that the model's graphs give a draft; where there is none, the last norm's
     output.  `streams`: the residual stream that enters each layer, by the name of its first norm, where layers are
-    proved each by itself."""
+    proved each by itself.  `chosen`: each token's experts [T, k], by module."""
 
     logits: Logits
     probes: dict[str, Logits]
     closest: NDArray[np.float32]
     hidden: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     streams: dict[str, Logits] = field(default_factory=dict)
+    chosen: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def decided(self) -> int:
@@ -160,6 +161,8 @@ class Reference:
         parts = {name: batch.apart(out) for name, out in found.items()}
         entering = passed.entering.items() if self.keeps_streams else ()
         entered = {name: batch.apart(value) for name, value in entering}
+        shape = (*batch.ids.shape, -1)
+        chosen = {name: batch.apart(ids.reshape(shape)) for name, ids in passed.chosen.items()}
         logits = self._logits_apart(batch.apart(last))
         self._arena.give_back()
         each = zip(logits, batch.apart(closest), batch.apart(hidden), strict=True)
@@ -170,6 +173,7 @@ class Reference:
                 of_closest.numpy(),
                 of_hidden.numpy(),
                 {name: value[i].numpy() for name, value in entered.items()},
+                {name: ids[i].numpy() for name, ids in chosen.items()},
             )
             for i, (of_last, of_closest, of_hidden) in enumerate(each)
         ]

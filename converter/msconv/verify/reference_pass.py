@@ -63,18 +63,23 @@ class Packed(Padded):
 
 @dataclass
 class Passed:
-    """By module: the outputs of norms, what entered them, and how close a router came to another choice."""
+    """By module: the outputs of norms, what entered them, how close a router came to another choice, and which
+    experts it chose [T in all, k]."""
 
     norms: dict[str, Any] = field(default_factory=dict)
     entering: dict[str, Any] = field(default_factory=dict)
     closest: dict[str, Any] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        return {"norm": self.norms, "entering": self.entering, "closest": self.closest, "chosen": self.chosen}
 
     def of_layer(self, prefix: str, out: Any) -> dict[str, Any]:
         """What is kept of a layer whose output is `out`."""
-        groups = {"norm": self.norms, "entering": self.entering, "closest": self.closest}
         found = {
             f"{kind}:{name}": value
-            for kind, group in groups.items()
+            for kind, group in self._groups.items()
             for name, value in group.items()
             if name.startswith(prefix)
         }
@@ -82,7 +87,7 @@ class Passed:
 
     def take(self, values: dict[str, Any]) -> None:
         """What `of_layer` gave."""
-        groups = {"norm": self.norms, "entering": self.entering, "closest": self.closest}
+        groups = self._groups
         for key, value in values.items():
             kind, _, name = key.partition(":")
             if kind in groups:
@@ -138,6 +143,12 @@ def _heard(reference: Reference, passed: Passed, after: Any) -> Iterator[None]:
 
         return hear
 
+    def experts(name: str) -> Any:
+        def hear(_module: Any, inputs: Any) -> None:
+            passed.chosen[name] = inputs[1]
+
+        return hear
+
     def end(index: int) -> Any:
         return lambda _module, _inputs, out: after(index, out)
 
@@ -146,6 +157,8 @@ def _heard(reference: Reference, passed: Passed, after: Any) -> Iterator[None]:
             hooks.append(module.register_forward_hook(norm(name)))
         elif name.endswith("mlp.gate"):
             hooks.append(module.register_forward_hook(gate(name)))
+        elif name.endswith("mlp.experts"):
+            hooks.append(module.register_forward_pre_hook(experts(name)))
     hooks += [m.register_forward_hook(end(i)) for i, m in enumerate(reference.model.model.layers)]
     try:
         yield

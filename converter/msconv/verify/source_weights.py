@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import ChainMap
+from functools import partial
 from typing import Any
 
 from msconv_runtime.artifact import Manifest
@@ -46,14 +47,24 @@ class SourceWeights:
         raise VerificationFailed(f"{self.checkpoint.root}: {name} is not in the checkpoint.")
 
     def _one(self, name: str) -> Any:
+        return self.published(name, partial(self._rounded, name))
+
+    def _rounded(self, name: str, value: Any) -> Any:
         import torch
 
-        def rounds(value: Any) -> Any:
-            for by_name, default in self.types:
-                value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
-            return value
+        for by_name, default in self.types:
+            value = value.to(getattr(torch, by_name.get(name, default))).to(torch.float32)
+        return value
 
-        return self.published(name, rounds)
+    def rows(self, name: str, begin: int, end: int) -> Any:
+        """Rows [begin, end) of a matrix that is stored as values."""
+        import torch
+        from safetensors import safe_open
+
+        info = self._require(name)
+        with safe_open(self.checkpoint.files[info.file].path, framework="pt") as opened:
+            stored = opened.get_slice(self.checkpoint.stored.get(name, name))[begin:end]
+        return self._rounded(name, stored.to(torch.float32))
 
     def published(self, name: str, rounds: Any) -> Any:
         """A tensor's values in float32, decoded by its format's published rule, through `rounds`."""

@@ -35,6 +35,7 @@ from .memory import held_bytes, limited
 from .reference import Reference
 from .result import Proof, record
 from .scenario import DECODE_STEPS, Candidate, Lengths
+from .stored import Untouched
 from .telling import Tell
 
 LARGE_BYTES = 2 << 30
@@ -124,6 +125,9 @@ class Subject:
             kept=kept,
             judge_apart=judge,
         )
+        if comparison.ok:
+            self.tell("rows and experts that no token took", 0, 1)
+            comparison.fail(Untouched(artifact, model.weights, config).run(comparison.chosen, layers).place)
         proof = self._proof(comparison)
         if proof.ok and not layers and not self.is_large:
             self.tell("the target's own precision", 0, 1)
@@ -142,11 +146,12 @@ class Subject:
         model.tell = self.tell
         self.tell("int8 tensors against the source's", 0, 1)
         found = stored.Check(artifact, model.weights).run(layers)
-        if found.place:
+        rest = Untouched(artifact, model.weights, config).run({}, layers)
+        if place := found.place or rest.place:
             if not layers:
                 record(artifact.root, target, None)
             raise VerificationFailed(
-                f"{artifact.root}: not proven for {target.name}: {found.place}.",
+                f"{artifact.root}: not proven for {target.name}: {place}.",
                 "Check that --reference is what was converted; then convert again with --force.",
             )
         candidates = {"": lambda: self._interpreted("")}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ...mindir.interpreter import is_probe
+from ...mindir.interpreter import probed_norm
 from ...mindir.program import Program
 from ..together import PASS_ON, SAME_VALUE
 
@@ -97,7 +97,7 @@ def _cuts(program: Program, layers: int) -> list[int] | None:
     """Where segments begin, and the end of the last."""
     ends = dict[int, int]()
     for i, node in enumerate(program.nodes):
-        if is_probe(node) and (found := NORM.match(node.parameter)):
+        if found := NORM.match(probed_norm(node)):
             ends[int(found[1])] = i + 1  # behind its bias, if it has one
     cuts = [0, *(ends.get(layer, -1) for layer in range(1, layers)), len(program.nodes)]
     return cuts if layers and cuts == sorted(set(cuts)) else None

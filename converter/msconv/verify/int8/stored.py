@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from msconv_runtime.artifact import Artifact
 
 from ...families.config import DecoderConfig
+from ..stored import Stored
 from .weights import OF_STATIC, QuantisedWeights
 
 Rows = Callable[[int], torch.Tensor]  # of a rank -> which rows of the source it has, in its order
@@ -29,14 +28,6 @@ class Piece:
     source: str
     rows: Rows
     columns: Callable[[int], slice] | None = None
-
-
-@dataclass
-class Stored:
-    """`tensors`: how many were compared, over all ranks.  `place`: the first difference, "" if there is none."""
-
-    tensors: int = 0
-    place: str = ""
 
 
 class Cuts:
@@ -117,30 +108,6 @@ def halves_apart(width: int, pairs: int) -> torch.Tensor:
     return order
 
 
-class Ranks:
-    """The stored tensors of all ranks."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        self.types = {t.name: t.dtype for t in artifact.weights.tensors}
-        self._where: dict[tuple[int, str], Path] = {}
-        for file in artifact.weights.files:
-            path = artifact.root / file.path
-            with safe_open(path, framework="pt") as opened:
-                names: list[str] = list(opened.keys())
-            self._where |= {(file.rank, name): path for name in names}
-
-    def get(self, rank: int, name: str, item: int | None = None) -> torch.Tensor | None:
-        """A tensor, or the one of its items [1, ...]; None if the rank has none of this name."""
-        path = self._where.get((rank, name))
-        if path is None:
-            return None
-        with safe_open(path, framework="pt") as opened:
-            found: torch.Tensor = (
-                opened.get_tensor(name) if item is None else opened.get_slice(name)[item : item + 1]
-            )
-            return found.clone()
-
-
 class Check:
     """One comparison of an artifact with its source."""
 
@@ -149,8 +116,7 @@ class Check:
         self.weights, self.config = weights, weights.checkpoint.config
         if artifact.manifest.draft and artifact.manifest.draft.is_layer:
             self.config = self.config.with_draft()
-        self.ranks = Ranks(artifact)
-        self.found = Stored()
+        self.found = Stored(artifact)
         self.known: set[str] = set()
 
     def run(self, layers: int = 0) -> Stored:
@@ -163,7 +129,7 @@ class Check:
                 self._experts(f"model.layers.{layer}.mlp.experts.")
             if self.found.place:
                 return self.found
-        odd = sorted(n for n, dtype in self.ranks.types.items() if dtype == "int8" and n not in self.known)
+        odd = sorted(n for n, dtype in self.found.types.items() if dtype == "int8" and n not in self.known)
         if odd and not layers:
             self.found.place = f"{odd[0]}: is int8, and the source's matrix is not to be"
         return self.found
@@ -183,9 +149,9 @@ class Check:
                 source |= {leaf: self.weights.raw(f"{part}.{leaf}") for leaf in OF_STATIC}
             companions = {f"{module}.{leaf}": leaf for leaf in OF_STATIC}
         for rank in range(self.tp):
-            self._same(rank, name, self._join(rank, "codes", pieces, sources), parts)
+            self.found.compare(rank, name, self._join(rank, "codes", pieces, sources), parts)
             for companion, leaf in companions.items():
-                self._same(rank, companion, self._join(rank, leaf, pieces, sources), parts)
+                self.found.compare(rank, companion, self._join(rank, leaf, pieces, sources), parts)
 
     def _join(
         self, rank: int, leaf: str, pieces: list[Piece], sources: list[dict[str, torch.Tensor]]
@@ -237,32 +203,4 @@ class Check:
                 }
                 for name, values in wanted.items():
                     of = [f"{prefix}{expert}"]
-                    self._same(rank, name, values.T.unsqueeze(0), of, expert % local)
-
-    def _same(self, rank: int, name: str, wanted: torch.Tensor, parts: list[str], item: int | None = None) -> None:
-        self.found.tensors += 1
-        if self.found.place:
-            return
-        found = self.ranks.get(rank, name, item)
-        where = f"{name} of rank {rank}" + (f", item {item}" if item is not None else "")
-        of = f"the source's ({', '.join(parts)})"
-        if found is None:
-            self.found.place = f"{where}: is missing"
-        elif found.dtype != wanted.dtype or found.shape != wanted.shape:
-            self.found.place = f"{where}: is {_kind(found)}, and {of} make {_kind(wanted)}"
-        elif (differs := _bits(found) != _bits(wanted)).any():
-            at = tuple(int(i) for i in torch.nonzero(differs)[0])
-            self.found.place = (
-                f"{where}: {int(differs.sum())} of {found.numel()} values differ from {of}; the first at "
-                f"{list(at)}: {found[at].item()!r}, not {wanted[at].item()!r}"
-            )
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Values by their bits: -0.0 is not 0.0, and what is no number is itself."""
-    tensor = tensor.contiguous()
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+                    self.found.compare(rank, name, values.T.unsqueeze(0), of, expert % local)
