@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..quant.record import LeftOut, MadeFormat
+from ..quant.record import LeftOut, MadeFormat, Stored
 from . import constants
 from .constants import Constant
 from .cuts import Box, Cut, Mesh, boxes, row_order
@@ -117,6 +118,18 @@ class Plan:
         """Other sources that are read to decode this one."""
         return self.formats[name].companions(name) if self.is_decoded(name) else ()
 
+    def held_against(self, name: str) -> tuple[str, ...]:
+        """Other sources that codes which stay as they are, are held against: their scales."""
+        if name not in self.formats or self.is_decoded(name):
+            return ()
+        return tuple(s.of(name) for s in self.formats[name].sources[1:] if s.holds == "scales")
+
+    @cached_property
+    def beside_codes(self) -> Mapping[str, Stored]:
+        """Scales and the like that are moved for themselves, by name."""
+        kept = ((name, chosen) for name, chosen in self.formats.items() if chosen.is_kept)
+        return {s.of(name): s for name, chosen in kept for s in chosen.sources[1:] if s.holds}
+
     def read_with(self, name: str) -> tuple[str, ...]:
         """Other sources that are read when this one is moved."""
         return (*self.decoded_with(name), *(entry.name for entry in self.checked.get(name, ())))
@@ -130,9 +143,10 @@ class Plan:
         return (*unit, *(c for name in unit for c in self.read_with(name)))
 
     def shared(self, unit: tuple[str, ...]) -> tuple[str, ...]:
-        """Small sources that other units move and that this one needs too: what something is compared with, and
-        the offset that sums are taken with."""
+        """Small sources that other units move and that this one needs too: what something is compared with,
+        the scales of codes, and the offset that sums are taken with."""
         twins = [entry.twin for name in unit for entry in self.checked.get(name, ()) if entry.twin]
+        twins += [scales for name in unit for scales in self.held_against(name)]
         if any(move.sums_of for name in unit for move in self.moves[name]):
             stored = self.formats[unit[0]].stored
             twins += [s.of(unit[0]) for s in stored if s.along == "input"]

@@ -18,6 +18,7 @@ from msconv_runtime.errors import CheckpointError
 
 from . import kernels
 from .record import MATRIX, Array, Decoder, Stored, WeightFormat, problem
+from .scales import refuse_blocks
 
 CODES = kernels.FP8
 NAN = 0x7F  # without its sign
@@ -67,8 +68,12 @@ class Fp8Block(WeightFormat):
     def sources(self) -> tuple[Stored, ...]:
         return (
             Stored(MATRIX.name, MATRIX.shape, self.element),
-            Stored("{matrix}_scale_inv", self.scale_shape, "float32", "whole"),
+            Stored("{matrix}_scale_inv", self.scale_shape, "float32", "whole", holds="scales"),
         )
+
+    @property
+    def scale_block(self) -> tuple[int, int]:
+        return self.rows, self.columns
 
     @property
     def needs(self) -> str:
@@ -80,12 +85,7 @@ class Fp8Block(WeightFormat):
     def decoder(self, matrix: str, companions: Sequence[Array], dtype: np.dtype[Any]) -> Decoder:
         (scales,) = companions
         values = scales.astype(np.float32)
-        if not np.isfinite(values).all():
-            row, column = (int(i[0]) for i in np.nonzero(~np.isfinite(values)))
-            raise CheckpointError(
-                f"{self.companions(matrix)[0]}: the scale of block [{row}, {column}] is {values[row, column]}.",
-                "Download the file that holds it again.",
-            )
+        refuse_blocks(self.companions(matrix)[0], values)
         return Blocks(values, (self.rows, self.columns), dtype, matrix)
 
     def decoder_bytes(self, shape: tuple[int, ...], chunk: int, is_transposed: bool) -> int:

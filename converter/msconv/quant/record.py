@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Along = Literal["matrix", "rows", "sums", "input", "whole"]
+Holds = Literal["", "scales", "input scale", "input offset"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,15 @@ class Stored:
     `rows`, one entry or row of entries for each row of the matrix, in the same order; `sums`, likewise, but each
     a sum over the matrix's columns, and divided over ranks as they are; `input`, the input of the product, which
     matrices that are joined share; `whole`, all of them on every rank.  `bits`: the element type of whole numbers
-    as which a checkpoint may have it, twice as wide, with its bits in their lower half."""
+    as which a checkpoint may have it, twice as wide, with its bits in their lower half.  `holds`: what its numbers
+    are, and so which of them cannot be right (`scales.RULES`)."""
 
     name: str
     shape: Callable[[int, int], tuple[int, ...]]
     dtype: str = ""
     along: Along = "matrix"
     bits: str = ""
+    holds: Holds = ""
 
     def of(self, matrix: str) -> str:
         """Its name, for the matrix of that name."""
@@ -163,6 +166,11 @@ class WeightFormat(Kept, ABC):
     @abstractmethod
     def sources(self) -> tuple[Stored, ...]:
         """The tensors of a checkpoint; the first has the matrix's own name."""
+
+    @property
+    def scale_block(self) -> tuple[int, int]:
+        """Rows and columns of the codes that one of its scales is of; 0 columns: a whole row."""
+        return (1, 0)
 
     @property
     def needs(self) -> str:

@@ -25,11 +25,15 @@ from . import kernels, modelslim
 from .record import Array, Decoder, Header, LeftOut, MadeFormat, Stored, WeightFormat
 
 CODES = Stored("{matrix}", lambda rows, columns: (rows, columns), "int8")
-SCALES = Stored("{matrix}_scale", lambda rows, columns: (rows, 1), "float32", "rows")
-DEQ_SCALES = Stored("{module}.deq_scale", lambda rows, columns: (rows,), "float32", "rows", bits="int64")
+SCALES = Stored("{matrix}_scale", lambda rows, columns: (rows, 1), "float32", "rows", holds="scales")
+DEQ_SCALES = Stored(
+    "{module}.deq_scale", lambda rows, columns: (rows,), "float32", "rows", bits="int64", holds="scales"
+)
 QUANT_BIAS = Stored("{module}.quant_bias", lambda rows, columns: (rows,), "int32", "sums")
-INPUT_SCALE = Stored("{module}.input_scale", lambda rows, columns: (1,), "float32", "input")
-INPUT_OFFSET = Stored("{module}.input_offset", lambda rows, columns: (1,), "float32", "input")
+INPUT_SCALE = Stored("{module}.input_scale", lambda rows, columns: (1,), "float32", "input", holds="input scale")
+INPUT_OFFSET = Stored(
+    "{module}.input_offset", lambda rows, columns: (1,), "float32", "input", holds="input offset"
+)
 
 LARGEST = 127  # of a code that is made here; ModelSlim's reach -128
 SMALLEST_SCALE = 2.0**-126  # of a row of zeros

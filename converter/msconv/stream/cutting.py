@@ -75,8 +75,12 @@ def cast(values: NDArray[Any], out: NDArray[Any], name: str) -> None:
         raise too_large(name, lost, "float16")
 
 
+def beyond(dtype: str) -> str:
+    return f"values are beyond {dtype}'s range (largest {DTYPES[dtype].largest})"
+
+
 def too_large(name: str, lost: int, dtype: str) -> CheckpointError:
     return CheckpointError(
-        f"{name}: {lost} values are beyond {dtype}'s range (largest {DTYPES[dtype].largest}).",
+        f"{name}: {lost} {beyond(dtype)}.",
         "Convert with --dtype bfloat16 or float32." if dtype == "float16" else "Its scales cannot be right.",
     )

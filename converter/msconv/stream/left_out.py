@@ -41,6 +41,24 @@ def is_lost(plan: Plan, source: Source, entry: LeftOut, seen: Seen = lambda data
     return lost
 
 
+def difference(entry: LeftOut) -> tuple[str, str]:
+    """What is said of one that differs from its twin, and what to do."""
+    if entry.name == HEAD:
+        return (
+            f"the configuration ties it to {entry.twin}, but its values are different",
+            'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.',
+        )
+    if entry.name.endswith(DRAFTS_COPIES):
+        return (
+            f"differs from {entry.twin}, which a server gives its draft too",
+            "`--no-drafts --force` leaves the layer of multi-token prediction out.",
+        )
+    return (
+        f"differs from {shorten(entry.twin)}: they share their input",
+        "Quantise the model again: one product serves both, and it has one input scale.",
+    )
+
+
 def refuse_lost(entries: Sequence[LeftOut]) -> None:
     """Raises CheckpointError that names them all."""
     if not entries:
@@ -51,15 +69,9 @@ def refuse_lost(entries: Sequence[LeftOut]) -> None:
     for entry in entries:
         if not entry.twin:
             zeros.setdefault(entry.reason, []).append(entry.name)
-        elif entry.name == HEAD:
-            lines.append(f"{HEAD}: the configuration ties it to {entry.twin}, but its values are different.")
-            hint = 'Set "tie_word_embeddings": false in config.json if the head is meant to be its own.'
-        elif entry.name.endswith(DRAFTS_COPIES):
-            lines.append(f"{shorten(entry.name)}: differs from {entry.twin}, which a server gives its draft too.")
-            hint = "`--no-drafts --force` leaves the layer of multi-token prediction out."
         else:
-            lines.append(f"{shorten(entry.name)}: differs from {shorten(entry.twin)}: they share their input.")
-            hint = "Quantise the model again: one product serves both, and it has one input scale."
+            words, hint = difference(entry)
+            lines.append(f"{shorten(entry.name)}: {words}.")
     for reason, names in zeros.items():
         lines += [f"{name}: is not zero; it would be left out ({reason})." for name, _ in fold(names)]
     more = [f"... and {len(lines) - SOME} more."] if len(lines) > SOME else []

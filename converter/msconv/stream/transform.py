@@ -17,16 +17,16 @@ from ..layout.model import TensorInfo
 from ..layout.plan import Move, Plan
 from ..quant.kernels import transpose, widen
 from ..quant.record import Decoder, MadeFormat
+from ..quant.scales import refuse_numbers
 from ..quant.w8a8 import INPUT_OFFSET
 from ..quant.w8a8 import shares as shares_of
 from .buffers import ENCODED_BYTES, Buffers, rows_together
+from .companions import VALUES, Beside, beside, check_numbers
 from .cutting import cast, cut_rows, too_large
 from .left_out import is_lost, refuse_lost
 from .outputs import Outputs
 from .rank_parts import RankPart, rank_parts
 from .source import Source
-
-VALUES = "float32"  # from which codes are made
 
 
 class Stopped(Exception):
@@ -66,9 +66,9 @@ def move_unit(work: Work, unit: tuple[str, ...]) -> list[Moved]:
     digests: dict[str, str] = {}
     for name in unit:
         _check_left_out(work, name, digests)
-    decoders = {n: d for n in unit if (d := _decoder(work, n, digests)) is not None}
+    found = {n: _beside(work, n, digests) for n in unit}
     is_transposed = plan.moves[unit[0]][0].is_transposed
-    places = (_transpose if is_transposed else _move_rows)(work, unit, decoders, digests)
+    places = (_transpose if is_transposed else _move_rows)(work, unit, found, digests)
     parts = {place.key: place.digest() for place in places}
     moved = []
     for name in unit:
@@ -89,20 +89,18 @@ def _check_left_out(work: Work, name: str, digests: dict[str, str]) -> None:
         digests[entry.name] = "xxh3:" + hasher.hexdigest()
 
 
-def _decoder(work: Work, name: str, digests: dict[str, str]) -> Decoder | None:
-    """What makes values of this source's codes; its companions are read whole.  None: it is moved as it is."""
-    plan = work.plan
-    if not plan.is_decoded(name):
-        return None
-    companions = []
-    for info in (plan.sources[n] for n in plan.decoded_with(name)):
-        companions.append(_read_whole(work, info, digests))
-    out = VALUES if name in plan.encoded else plan.tensors[plan.moves[name][0].tensor].dtype
-    return plan.formats[name].decoder(name, companions, DTYPES[out].numpy)
+def _beside(work: Work, name: str, digests: dict[str, str]) -> Beside:
+    """What stands beside this source's codes, read whole."""
+    return beside(
+        work.plan,
+        name,
+        lambda info: _read_whole(work, info, digests),
+        lambda info: _read_whole(work, info, {}),
+    )
 
 
 def _move_rows(
-    work: Work, unit: tuple[str, ...], decoders: Mapping[str, Decoder], digests: dict[str, str]
+    work: Work, unit: tuple[str, ...], found: Mapping[str, Beside], digests: dict[str, str]
 ) -> list[RankPart]:
     """A block of rows is read once, cut for every rank, cast, hashed and written."""
     plan, buffers = work.plan, work.buffers
@@ -118,13 +116,15 @@ def _move_rows(
     together = rows_together(plan, name)
     step = max(together, buffers.chunk_bytes // max(1, widest) // together * together)
     hasher = xxhash.xxh3_128()
+    decoder = found[name].decoder
     for row in range(0, rows if pitch else 0, step):
         work.go_on()
         count = min(step, rows - row)
         raw = buffers.raw[: count * pitch]
         work.source.read(info, row * pitch, raw.data)
         hasher.update(raw.data)
-        decoder = decoders.get(name)
+        check_numbers(plan, name, raw, row)
+        found[name].check(raw.reshape(count, pitch), row)
         if encoded:
             behind = len(raw) if decoder is not None else 0
             codes = buffers.raw[behind : behind + count * cols].view(np.int8).reshape(count, cols)
@@ -142,8 +142,8 @@ def _move_rows(
                     place.write(piece, work.outputs)
         work.advance(len(raw))
     digests[name] = "xxh3:" + hasher.hexdigest()
-    found = [place for _, place in places]
-    return found if sums is None else found + sums.write(work, digests)
+    written = [place for _, place in places]
+    return written if sums is None else written + sums.write(work, digests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,9 @@ class ColumnSums:
     def write(self, work: Work, digests: dict[str, str]) -> list[RankPart]:
         plan, info = self.plan, self.plan.sources[self.name]
         total = _read_whole(work, info, digests)
-        offset = _read_whole(work, plan.sources[INPUT_OFFSET.of(self.matrix)], {})
+        offset_name = INPUT_OFFSET.of(self.matrix)
+        offset = _read_whole(work, plan.sources[offset_name], {})
+        refuse_numbers(offset_name, INPUT_OFFSET, offset.astype(np.float32))
         shares = shares_of(total, self.sums, float(offset[0]))
         (move,) = plan.moves[self.name]
         places = rank_parts(plan, self.name, move)
@@ -263,7 +265,7 @@ class _Whole:
 
 
 def _transpose(
-    work: Work, unit: tuple[str, ...], decoders: Mapping[str, Decoder], digests: dict[str, str]
+    work: Work, unit: tuple[str, ...], found: Mapping[str, Beside], digests: dict[str, str]
 ) -> list[RankPart]:
     """One expert's matrices are read, or encoded, whole and written transposed, side by side: [in, out]."""
     plan, buffers = work.plan, work.buffers
@@ -271,27 +273,29 @@ def _transpose(
     others: list[_Whole] = []
     begin = 0
     for name in unit:
-        info, decoder = plan.sources[name], decoders.get(name)
+        info, around = plan.sources[name], found[name]
         raw = buffers.raw[begin : begin + info.nbytes]
         begin += info.nbytes
         if name in plan.encoded:
-            whole, rest = _encoded(work, info, raw, decoder, digests)
+            whole, rest = _encoded(work, info, raw, around, digests)
             others.append(rest)
         else:
             work.source.read(info, 0, raw.data)
             work.advance(len(raw))
             digests[name] = "xxh3:" + xxhash.xxh3_128_hexdigest(raw.data)
             words = raw.view(DTYPES[info.dtype].bits).reshape(matrix(info.shape))
-            if decoder is not None:
-                decoder.check(words)
-            whole = _Whole(name, info.dtype, words, decoder, plan.moves[name][0])
+            check_numbers(plan, name, raw, 0)
+            around.check(words, 0)
+            if around.decoder is not None:
+                around.decoder.check(words)
+            whole = _Whole(name, info.dtype, words, around.decoder, plan.moves[name][0])
         sources.append(whole)
     places = _write_transposed(work, sources)
     return places + (_write_transposed(work, others) if others else [])
 
 
 def _encoded(
-    work: Work, info: TensorInfo, room: NDArray[np.uint8], decoder: Decoder | None, digests: dict[str, str]
+    work: Work, info: TensorInfo, room: NDArray[np.uint8], found: Beside, digests: dict[str, str]
 ) -> tuple[_Whole, _Whole]:
     """A matrix as codes, which begin where `room` does, and what each row has besides, [out, 1].  Rows are encoded
     while they are in the processor's cache."""
@@ -310,7 +314,8 @@ def _encoded(
         data = buffers.cut[: count * pitch]
         work.source.read(info, first * pitch, data.data)
         hasher.update(data.data)
-        block = Block(name, data, info.dtype, first, (count, cols), decoder)
+        found.check(data.reshape(count, pitch), first)
+        block = Block(name, data, info.dtype, first, (count, cols), found.decoder)
         made = encode(block, encoded, codes[first : first + count], buffers)
         rest[first : first + count] = made[1][0].view(rest.dtype).reshape(-1, 1)
         work.advance(len(data))
