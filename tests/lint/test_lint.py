@@ -15,8 +15,10 @@ import pytest
 
 from msconv.lint.findings import Finding
 from msconv.steps.lint import Linted, lint
+from msconv_runtime.errors import CheckpointError
 from tests.checkpoints import Stored, edit_json, read_checkpoint, write_safetensors
 from tests.commands import run_msconv
+from tests.conversions import convert
 from tests.int8_checkpoints import (
     DESCRIPTION,
     Form,
@@ -31,6 +33,8 @@ from tests.int8_checkpoints import (
 from tests.moe_checkpoints import add_mtp, quantise_fp8
 from tests.stream.moe_models import BLOCK, DEEPSEEK, QWEN, random_checkpoint
 from tests.synthetic import qwen3_config, write_synthetic
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of numpy: they would be on people's screens
 
 Made = Callable[[str], Path]
 LAYER = "model.layers.0."
@@ -126,6 +130,7 @@ def set_scale(value: float, row: int = 2) -> Callable[[Tensors], None]:
         (np.nan, "error", "NaN"),
         (np.inf, "error", "infinite"),
         (3e4, "warning", "row 2 of"),
+        (3e38, "warning", "row 2 of"),
     ],
 )
 def test_a_scale_that_cannot_be_is_found(own: Made, value: float, severity: str, words: str) -> None:
@@ -162,7 +167,7 @@ def test_a_weights_offset_is_found(own: Made) -> None:
     only(lint(edit(own("dynamic"), change)), "error", "scales", UP + ".weight_offset", "2 of", "entry 0 is 3.0")
 
 
-@pytest.mark.parametrize("offset", [0.5, 200.0, np.nan])
+@pytest.mark.parametrize("offset", [0.5, 128.0, 200.0, np.nan, np.inf])
 def test_an_inputs_offset_that_is_no_code_is_found(own: Made, offset: float) -> None:
     def change(tensors: Tensors) -> None:
         floats(tensors[LAYER + "self_attn.o_proj.input_offset"])[0] = offset
@@ -319,6 +324,67 @@ def test_a_configuration_that_is_not_supported_hides_nothing(own: Made) -> None:
     directory = edit(own("dynamic"), set_scale(0.0))
     edit_json(directory / "config.json", invented_key=3)
     assert {f.check for f in found(lint(directory))} == {"configuration", "scales"}
+
+
+# What conversion would refuse
+
+
+def as_conversion_says(model: Path, tmp_path: Path, name: str, words: str) -> None:
+    """Both say it, with the same words."""
+    with pytest.raises(CheckpointError) as refused:
+        convert(model, tmp_path / "out")
+    assert refused.value.message.startswith(name)
+    assert words in refused.value.message
+    assert [words in f.problem for f in found(lint(model)) if f.where == name] == [True]
+
+
+def test_an_inputs_scale_that_is_not_shared_is_found(own: Made, tmp_path: Path) -> None:
+    name = LAYER + "self_attn.k_proj.input_scale"
+    directory = edit(own("mixed"), lambda tensors: floats(tensors[name]).__imul__(2))
+    words = f"differs from {Q}.input_scale: they share their input"
+    as_conversion_says(directory, tmp_path, name, words)
+
+
+def test_a_drafts_copy_that_differs_is_found(tmp_path: Path) -> None:
+    model = add_mtp(random_checkpoint(tmp_path / "plain", DEEPSEEK))
+    name = "model.layers.2.shared_head.head.weight"
+    assert lint(model).is_sound
+
+    def change(tensors: Tensors) -> None:
+        tensors[name].bits[5, 1] ^= 1
+
+    words = "differs from lm_head.weight, which a server gives its draft too"
+    as_conversion_says(edit(model, change), tmp_path, name, words)
+
+
+def test_a_head_that_is_tied_and_differs_is_found(tmp_path: Path) -> None:
+    model = write_synthetic(tmp_path / "model", qwen3_config())
+    edit_json(model / "config.json", tie_word_embeddings=True)
+    words = "the configuration ties it to model.embed_tokens.weight, but its values are different"
+    as_conversion_says(model, tmp_path, "lm_head.weight", words)
+
+
+@pytest.mark.parametrize(
+    "name", [LAYER + "self_attn.q_a_proj.weight", "model.layers.1.mlp.experts.5.up_proj.weight"]
+)
+def test_values_of_fp8_beyond_the_range_are_found(tmp_path: Path, name: str) -> None:
+    fp8 = quantise_fp8(random_checkpoint(tmp_path / "plain", DEEPSEEK), tmp_path / "fp8", BLOCK)
+
+    def change(tensors: Tensors) -> None:
+        floats(tensors[name + "_scale_inv"])[0, 0] = 3e38
+
+    as_conversion_says(edit(fp8, change), tmp_path, name, "values are beyond bfloat16's range")
+
+
+def test_a_large_scale_of_small_codes_is_within_the_range(tmp_path: Path) -> None:
+    fp8 = quantise_fp8(random_checkpoint(tmp_path / "plain", DEEPSEEK), tmp_path / "fp8", BLOCK)
+    name = LAYER + "self_attn.q_a_proj.weight"
+
+    def change(tensors: Tensors) -> None:
+        tensors[name].bits[:] &= 0x0F  # at most 2 ** -6 * 1.875
+        floats(tensors[name + "_scale_inv"])[0, 0] = 3e38
+
+    assert lint(edit(fp8, change)).is_sound
 
 
 # Digests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from msconv_runtime.dtypes import VALUE_DTYPES
 from msconv_runtime.errors import MsconvError
@@ -14,8 +15,9 @@ from ..checkpoint.naming import named
 from ..checkpoint.unsupported import refuse_embedding, refuse_names
 from ..layout.model import TensorInfo, is_matrix
 from ..layout.planning import Examined, examine
-from ..quant import PLAIN
+from ..quant import PLAIN, WeightFormat
 from ..quant.modelslim import DESCRIPTION, INT8
+from ..quant.record import LeftOut
 from .files import Inventory
 from .findings import Findings
 
@@ -25,18 +27,30 @@ MAX_DESCRIPTION_BYTES = 16 << 20
 WIDEST = "float32"  # as which any mixture of values could be converted
 
 
-def check_names(found: Inventory, harmless: Collection[str], findings: Findings) -> str:
-    """Compare what is there with what should be.  Returns the family's name, "" if that is not known."""
+@dataclass(frozen=True)
+class Known:
+    """What configuration and headers say, for those who look at numbers.  `family`: "" if that is not known.
+    `dtype`: as which codes are decoded.  `twins`: of each tensor that is left out because another holds the same
+    bytes: why, it, and the other."""
+
+    family: str = ""
+    formats: tuple[WeightFormat, ...] = ()
+    dtype: str = WIDEST
+    twins: tuple[tuple[LeftOut, TensorInfo, TensorInfo], ...] = ()
+
+
+def check_names(found: Inventory, harmless: Collection[str], findings: Findings) -> Known:
+    """Compare what is there with what should be."""
     where = found.root.name
     try:
         refuse_embedding(where, found.present)
         base = open_configuration(found.root, harmless)
     except MsconvError as e:
         _unplanned(found, e, findings)
-        return ""
+        return Known()
     tensors = found.tensors
     if not tensors:
-        return base.family.name
+        return Known(base.family.name)
     try:
         endings = companion_endings(base.config.formats)
         refuse_names(where, [n for n in tensors if not n.endswith(endings)])
@@ -55,7 +69,9 @@ def check_names(found: Inventory, harmless: Collection[str], findings: Findings)
     _check_types(base, tensors, plan, findings)
     _check_experts(found, findings)
     _check_mtp(tensors, sizes.layers, sizes.dims.get("mtp_layers", 0), findings)
-    return base.family.name
+    both = [entry for entry in plan.dropped if {entry.name, entry.twin} <= tensors.keys()]
+    twins = tuple((entry, tensors[entry.name], tensors[entry.twin]) for entry in both)
+    return Known(base.family.name, base.config.formats, plan.source_dtype, twins)
 
 
 def _unplanned(found: Inventory, error: MsconvError, findings: Findings) -> None:

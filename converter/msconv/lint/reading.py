@@ -9,16 +9,20 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from msconv_runtime.dtypes import DTYPES
 
 from ..checkpoint.directory import ShardFile
 from ..checkpoint.remote import hasher
 from ..layout.model import TensorInfo
+from ..stream.left_out import difference
 from ..stream.source import read_exactly
+from .blocks import ELEMENT
 from .files import Inventory, known_digest
 from .findings import Findings
-from .values import Array, as_numbers, check_for
+from .names import Known
+from .values import Array, Surroundings, as_numbers, check_for
 
 BLOCK_BYTES = 2 << 20
 SMALL_BYTES = 64 << 20  # of a tensor that is read whole
@@ -30,11 +34,19 @@ class Stopped(Exception):
     """Another thread failed, or somebody does not want to wait."""
 
 
+def _place(info: TensorInfo) -> tuple[str, int]:
+    """What tells a tensor, whatever it is called."""
+    return info.file, info.offset
+
+
 class Reading:
     """All shards of an inventory.  `digests`: how many had a digest to compare with."""
 
-    def __init__(self, found: Inventory, findings: Findings, progress: Progress) -> None:
-        self.found, self.findings, self.progress = found, findings, progress
+    def __init__(self, found: Inventory, known: Known, findings: Findings, progress: Progress) -> None:
+        self.found, self.known, self.findings, self.progress = found, known, findings, progress
+        block = next((f.scale_block for f in known.formats if f.element == ELEMENT), None)
+        self._surroundings = Surroundings(found.tensors, self._small, block, known.dtype)
+        self._twins = {_place(info): "" for _, *both in known.twins for info in both}
         self.digests = 0
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -56,6 +68,14 @@ class Reading:
                 self._stop.set()
         for future in futures:
             future.result()
+        self._compare_twins()
+
+    def _compare_twins(self) -> None:
+        for entry, left_out, twin in self.known.twins:
+            is_alike = (left_out.dtype, left_out.shape) == (twin.dtype, twin.shape)
+            if not is_alike or self._twins[_place(left_out)] != self._twins[_place(twin)]:
+                words, hint = difference(entry)
+                self.findings.add("error", "twins", f"{words}. {hint}", [entry.name])
 
     def _shard(self, name: str) -> None:
         file = self.found.files[name]
@@ -69,17 +89,22 @@ class Reading:
                 if digest:
                     digest.update(piece.data)
             for info in infos:
-                check = check_for(info, self.found.tensors, self._small, self.findings)
+                check = check_for(info, self._surroundings, self.findings)
+                twin = xxhash.xxh3_128() if _place(info) in self._twins else None
                 item = DTYPES[info.dtype].nbytes
                 for piece in self._pieces(
                     fd, file, info.offset, info.nbytes, item * (check.width if check else 1)
                 ):
                     if digest:
                         digest.update(piece.data)
+                    if twin:
+                        twin.update(piece.data)
                     if check:
                         check.see(piece.view(DTYPES[info.dtype].bits))
                 if check:
                     check.end()
+                if twin:
+                    self._twins[_place(info)] = twin.hexdigest()
                 os.posix_fadvise(fd, info.offset, info.nbytes, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,10 @@ from msconv_runtime.dtypes import DTYPES, VALUE_DTYPES, is_float
 
 from ..layout.cuts import matrix
 from ..layout.model import TensorInfo
+from ..quant.record import Holds
+from ..quant.scales import USED, faults
 from ..quant.w8a8 import DEQ_SCALES, INPUT_OFFSET, INPUT_SCALE, LARGEST, QUANT_BIAS, SCALES
+from .blocks import ELEMENT, ENDING, Blocks, fits_blocks
 from .findings import Findings
 
 Array = NDArray[Any]
@@ -31,7 +35,13 @@ FAR_ABOVE, FAR_BELOW = 1e3, 1e-6  # the median of the rows' largest values
 LARGEST_MEDIAN, LEAST_MEDIAN = 1e3, 1e-9  # what no model's weights are like
 ROUNDING = 2.0**-22  # of sums that a tool made in float32
 
-SCALE_ENDINGS = (".weight_scale", ".deq_scale", ".input_scale", "_scale_inv")
+HOLDS: Mapping[str, Holds] = {
+    ".weight_scale": "scales",
+    ".deq_scale": "scales",
+    ENDING: "scales",
+    ".input_scale": "input scale",
+    ".input_offset": "input offset",
+}
 OFFSET = ".weight_offset"
 NONZERO = "a weight's offset is not zero: no graph has an offset for weights"
 
@@ -91,9 +101,18 @@ class Values(Magnitudes):
 
 @dataclass
 class Fp8Codes(Magnitudes):
-    """e4m3 codes in blocks."""
+    """e4m3 codes in blocks.  `blocks`: their scales, where those have to be held against them."""
+
+    blocks: Blocks | None = None
+
+    def see(self, words: Array) -> None:
+        super().see(words)
+        if self.blocks:
+            self.blocks.see(words)
 
     def end(self) -> None:
+        if self.blocks:
+            self.blocks.end(self.findings)
         if self.bad:
             self.tell_bad("codes", "FP8 codes stand for NaN")
         elif self.largest < LEAST_E4M3:
@@ -139,22 +158,28 @@ class Int8Codes:
             add("warning", "codes", "codes use less than half of their range", [name], first)
         for of in (SCALES, DEQ_SCALES):
             if (scales := self._scales(of.of(name))) is not None and len(scales) == len(reach):
-                self._hold(of.of(name), reach * scales, reach > 0)
+                self._hold(of.of(name), reach, scales)
         if self.is_static:
             self._check_bias()
 
     def _scales(self, name: str) -> Array | None:
         scales = self.read(name)
-        if scales is None or name.endswith(".weight_scale"):
-            return None if scales is None else scales.reshape(-1)
-        of_input = self.read(INPUT_SCALE.of(self.name))
-        if of_input is None or of_input.size != 1 or not float(of_input.reshape(-1)[0]) > 0:
-            return None
-        return scales.reshape(-1) / float(of_input.reshape(-1)[0])
+        return None if scales is None else scales.reshape(-1).astype(np.float64)
 
-    def _hold(self, name: str, largest: Array, used: Array) -> None:
-        """Largest values of the rows against each other, and against what weights are like."""
-        used = used & np.isfinite(largest) & (largest > 0)
+    def _hold(self, name: str, reach: Array, scales: Array) -> None:
+        """Scales against the codes of their rows: none of 0, and the rows' largest values against each other and
+        against what weights are like."""
+        if len(lost := np.flatnonzero((scales == 0) & (reach > 0))):
+            first = f"{len(lost)} of {len(scales)} in {name}, that of row {lost[0]}"
+            self.findings.add("error", "scales", f"{USED.fault}, and their codes are not", [name], first)
+        if name.endswith(".deq_scale"):
+            of_input = self.read(INPUT_SCALE.of(self.name))
+            if of_input is None or of_input.size != 1 or not float(of_input.reshape(-1)[0]) > 0:
+                return
+            scales = scales / float(of_input.reshape(-1)[0])
+        with np.errstate(invalid="ignore"):
+            largest = reach * scales
+        used = (reach > 0) & np.isfinite(largest) & (largest > 0)
         if not used.any():
             return
         middle = float(np.median(largest[used]))
@@ -172,7 +197,9 @@ class Int8Codes:
         bias, offset = self.read(QUANT_BIAS.of(self.name)), self.read(INPUT_OFFSET.of(self.name))
         if self.has_biases or bias is None or offset is None or (bias.size, offset.size) != (len(self.sums), 1):
             return
-        wanted = -round(float(np.nan_to_num(offset.reshape(-1)[0]))) * self.sums
+        if any(faults("input offset", offset.reshape(-1))):
+            return
+        wanted = -round(float(offset.reshape(-1)[0])) * self.sums
         bias = bias.reshape(-1).astype(np.int64)
         bad = np.flatnonzero(np.abs(bias - wanted) > 1 + ROUNDING * np.abs(wanted))
         if len(bad):
@@ -184,12 +211,14 @@ class Int8Codes:
 
 @dataclass
 class Companion:
-    """Scales, offsets and the like: small, so they are looked at whole."""
+    """Scales, offsets and the like: small, so they are looked at whole.  `is_held`: those of 0 are held against
+    codes."""
 
     name: str
     read: Read
     findings: Findings
     of_experts: bool
+    is_held: bool
     width: int = 1
 
     def see(self, words: Array) -> None:
@@ -200,43 +229,66 @@ class Companion:
         if numbers is None or not numbers.size:
             return
         numbers = numbers.reshape(-1)
-        if self.name.endswith(SCALE_ENDINGS):
-            self._check_scales(numbers)
-        elif self.name.endswith(OFFSET):
-            self._say(numbers != 0, numbers, NONZERO)
-        else:
-            bad = (numbers != np.rint(numbers)) | (np.abs(numbers) > LARGEST + 1)
-            self._say(
-                bad | ~np.isfinite(numbers), numbers, "an input's offset is no whole number from -128 to 127"
-            )
-
-    def _check_scales(self, numbers: Array) -> None:
-        self._say(~np.isfinite(numbers), numbers, "scales are NaN or infinite")
-        self._say(numbers == 0, numbers, "scales are zero")
-        self._say(numbers < 0, numbers, "scales are negative")
+        if self.name.endswith(OFFSET):
+            self._say(np.flatnonzero(numbers).tolist(), numbers, NONZERO)
+            return
+        holds = HOLDS[next(ending for ending in HOLDS if self.name.endswith(ending))]
+        for rule, places in faults(holds, numbers):
+            self._say(places, numbers, rule.fault)
+        if holds == "scales" and not self.is_held:
+            self._say(np.flatnonzero(USED.breaks(numbers)).tolist(), numbers, USED.fault)
         is_grouped = self.of_experts and self.name.endswith(".weight_scale")
         if is_grouped and (numbers.view(np.uint32) & np.uint32(0xFFFF)).any():
             text = "scales of experts are no bfloat16 values: Ascend's grouped product rounds them"
             self.findings.add("note", "scales", text, [self.name])
 
-    def _say(self, bad: Array, numbers: Array, text: str) -> None:
-        if places := np.flatnonzero(bad).tolist():
+    def _say(self, places: list[int], numbers: Array, text: str) -> None:
+        if places:
             first = f"{len(places)} of {len(numbers)} in {self.name}, entry {places[0]} is {numbers[places[0]]}"
             self.findings.add("error", "scales", text, [self.name], first)
 
 
-def check_for(info: TensorInfo, tensors: Mapping[str, TensorInfo], read: Read, findings: Findings) -> Check | None:
+@dataclass(frozen=True)
+class Surroundings:
+    """What checks of one tensor have to know of others.  `block`: of FP8 codes with one scale, if that is known;
+    `dtype`: as which they are decoded."""
+
+    tensors: Mapping[str, TensorInfo]
+    read: Read
+    block: tuple[int, int] | None
+    dtype: str
+
+    def holds_zeros(self, name: str) -> bool:
+        """Whether the check of the codes that these scales are of looks at those of 0."""
+        if name.endswith(".deq_scale"):
+            codes = self.tensors.get(name.removesuffix(".deq_scale") + ".weight")
+        else:
+            codes = self.tensors.get(name.removesuffix("_inv").removesuffix("_scale"))
+        if codes is not None and codes.dtype == ELEMENT:
+            return fits_blocks(codes, self.tensors, self.block)
+        return codes is not None and _is_int8(codes) and prod(self.tensors[name].shape) == codes.shape[0]
+
+
+def _is_int8(info: TensorInfo) -> bool:
+    return info.dtype == "int8" and info.name.endswith(".weight") and len(info.shape) > 1
+
+
+def check_for(info: TensorInfo, around: Surroundings, findings: Findings) -> Check | None:
     """What looks at this tensor; None if nothing is known of such."""
-    name = info.name
-    if name.endswith((*SCALE_ENDINGS, OFFSET, ".input_offset")) and (
-        is_float(info.dtype) or info.dtype == "int64"
-    ):
-        return Companion(name, read, findings, ".experts." in name)
+    name, tensors, read = info.name, around.tensors, around.read
+    if name.endswith((*HOLDS, OFFSET)) and (is_float(info.dtype) or info.dtype == "int64"):
+        return Companion(name, read, findings, ".experts." in name, around.holds_zeros(name))
     if info.dtype in VALUE_DTYPES:
         return Values(name, findings, EXPONENT[info.dtype], is_matrix=len(info.shape) > 1)
-    if info.dtype == "float8_e4m3fn":
-        return Fp8Codes(name, findings, NAN_E4M3)
-    if info.dtype == "int8" and name.endswith(".weight") and len(info.shape) > 1:
+    if info.dtype == ELEMENT:
+        codes = Fp8Codes(name, findings, NAN_E4M3)
+        scales = read(name + ENDING) if fits_blocks(info, tensors, around.block) else None
+        if scales is not None and around.block is not None:
+            blocks = Blocks(info, scales, around.block, around.dtype)
+            if blocks.is_needed:
+                codes.blocks, codes.width = blocks, blocks.width
+        return codes
+    if _is_int8(info):
         has_biases = any(n.endswith(".bias") for n in tensors)
         return Int8Codes(name, info, read, has_biases, findings)
     return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoint.directory import require_model
 from ..lint.files import Inventory, inventory
 from ..lint.findings import Finding, Findings
-from ..lint.names import check_names
+from ..lint.names import Known, check_names
 from ..lint.reading import Progress, Reading
 from ..process import peak_rss_bytes
 
@@ -39,9 +39,9 @@ class Linted:
         return self.seconds / max(self.bytes_read / 1e9, 1e-9)
 
 
-def look(root: Path, harmless: Collection[str] = ()) -> tuple[Inventory, str, Findings]:
-    """Headers and small files of a directory: what there is, the family, what is wrong with names.  Raises
-    MsconvError if it is no directory."""
+def look(root: Path, harmless: Collection[str] = ()) -> tuple[Inventory, Known, Findings]:
+    """Headers and small files of a directory: what there is, what is known of it, what is wrong with names.
+    Raises MsconvError if it is no directory."""
     require_model(root)
     findings = Findings()
     found = inventory(root, findings)
@@ -57,12 +57,12 @@ def lint(
     """Read all of a checkpoint.  `progress` gets the bytes that there are, and gives what takes those that were
     read.  Raises MsconvError if there is nothing to read."""
     started = time.monotonic()
-    found, family, findings = look(root, harmless)
-    reading = Reading(found, findings, progress(found.nbytes))
+    found, known, findings = look(root, harmless)
+    reading = Reading(found, known, findings, progress(found.nbytes))
     reading.run(jobs)
     return Linted(
         root,
-        family,
+        known.family,
         findings.listed(),
         len(found.tensors),
         len(found.files),
