@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,37 @@ OLD: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 1003,
 }
+
+
+def directory_instead(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (directory_instead, "a directory"),
+        (os.mkfifo, "a pipe"),
+        (lambda path: path.symlink_to(path.name), "a link that leads to no file"),
+    ],
+)
+def test_weights_that_are_no_file_are_said_to_be_none(
+    own_checkpoint: Checkpoints, make: Callable[[Path], None], words: str
+) -> None:
+    directory = own_checkpoint("untied")
+    (directory / "model.safetensors").unlink()
+    make(directory / "model.safetensors")
+    error = refused(directory)
+    assert f"model.safetensors: is no regular file: it is {words}" in error.message
+    assert error.hint and INDEX not in error.hint
+
+
+@pytest.mark.parametrize("make", [directory_instead, os.mkfifo])
+def test_a_shard_that_is_no_file_is_said_to_be_none(shards: Path, make: Callable[[Path], None]) -> None:
+    name = shard_names(shards)[0]
+    (shards / name).unlink()
+    make(shards / name)
+    assert f"{name}: is no regular file" in refused(shards).message
 
 
 @pytest.fixture
@@ -281,6 +314,11 @@ def test_an_unsupported_family_is_told_the_supported_ones(changes: dict[str, Any
         ({"num_hidden_layers": 2**70}, ["num_hidden_layers"]),
         ({"rms_norm_eps": 0}, ["rms_norm_eps"]),
         ({"rms_norm_eps": "1e-6"}, ["rms_norm_eps"]),
+        ({"rms_norm_eps": 1e300}, ["rms_norm_eps = 1e+300", "float32", "from 1.4e-45 to 3.4e+38"]),
+        ({"rms_norm_eps": 1e-60}, ["rms_norm_eps = 1e-60", "float32", "from 1.4e-45 to 3.4e+38"]),
+        ({"rope_theta": 10**400}, ["rope_theta", "float32"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 3.5e38}}, ["factor = 3.5e+38", "float32"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1e39}}, ["beta_fast", "float32"]),
         ({"tie_word_embeddings": "false"}, ["tie_word_embeddings"]),
         ({"attention_bias": 1}, ["attention_bias"]),
     ],

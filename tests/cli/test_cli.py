@@ -237,6 +237,26 @@ def test_an_output_that_cannot_be_is_refused(checkpoint: Checkpoints, tmp_path: 
     check_error(done, done.code)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("convert", "--model", "{model}", "--tp", 1),
+        ("compile", "--model", "{model}", "--tp", 1, "--target", "cpu"),
+        ("reshard", "{artifact}", "--tp", 1),
+        ("pull", "me/it"),
+        ("report", "{artifact}"),
+    ],
+)
+def test_an_empty_output_is_not_the_current_directory(
+    checkpoint: Checkpoints, compiled: Path, tmp_path: Path, command: tuple[str | int, ...]
+) -> None:
+    places = {"model": checkpoint("untied"), "artifact": compiled}
+    words = [word.format(**places) if isinstance(word, str) else word for word in command]
+    error = check_error(run_msconv(*words, "--output", "", "--json", cwd=tmp_path), 2, "usage")
+    assert "--output" in error["message"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_is_no_artifact(checkpoint: Checkpoints) -> None:
     error = check_error(run_msconv("compile", checkpoint("untied"), "--json"), 1, "artifact")
     assert "not an artifact" in error["message"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from msconv_runtime.errors import MsconvError
-from tests.checkpoints import Stored, edit_json, read_checkpoint, read_rank
+from tests.checkpoints import BITS, Stored, edit_json, read_checkpoint, read_rank
 from tests.commands import run_msconv
 from tests.conversions import convert, prepare
 from tests.int8_checkpoints import (
@@ -231,6 +231,31 @@ def test_static_experts_are_refused(source: Int8, tmp_path: Path) -> None:
 def test_matrices_that_graphs_read_as_values_are_refused(source: Int8, tmp_path: Path) -> None:
     model = modelslim(source("deepseek_v3", "BF16"), tmp_path / "model", lambda name: "W8A8_DYNAMIC")
     refused(model, tmp_path, "model.layers.{0..1}.self_attn.kv_b_proj.weight", "graphs read it as values")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("quant_bias", "F32", "float32 is not what int8 (W8A8, one scale an input) codes need (int32)"),
+        ("quant_bias", "I64", "int64 is not what int8 (W8A8, one scale an input) codes need (int32)"),
+        (
+            "deq_scale",
+            "F64",
+            "float64 is not what int8 (W8A8, one scale an input) codes need (bfloat16 or float16 or",
+        ),
+        ("deq_scale", "I8", "int8 is not what"),
+        ("input_scale", "I64", "int64 is not what"),
+    ],
+)
+def test_what_stands_beside_codes_in_another_type_is_refused_with_the_type_it_needs(
+    own: Int8, tmp_path: Path, name: str, code: str, said: str
+) -> None:
+    def change(tensors: Tensors) -> None:
+        shape = tensors[f"{OUT}.{name}"].bits.shape
+        tensors[f"{OUT}.{name}"] = Stored(code, np.zeros(shape, BITS.get(code, np.uint64)))
+
+    error = refused(edited(own("qwen3", "static"), change), tmp_path, f"{OUT}.{name}: element type {said}")
+    assert "--dtype" not in error.hint
 
 
 def test_a_bias_of_a_norm_that_no_graph_takes_is_refused(own: Int8, tmp_path: Path) -> None:

@@ -113,12 +113,19 @@ def test_a_server_that_loses_a_process_does_not_wait_for_cuda(ascend: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "names", [{"prefill", "mixed_compiled"}, {"mixed_compiled"}, {"verify"}, {"decode"}, set()]
+    ("names", "lacking"),
+    [
+        ({"prefill", "mixed_compiled"}, "no decode"),
+        ({"mixed_compiled"}, "no prefill and no decode"),
+        ({"verify"}, "no prefill and no decode"),
+        ({"decode"}, "no prefill"),
+        (set(), ""),
+    ],
 )
-def test_a_set_of_graphs_that_could_not_serve_is_refused(compiled: Path, names: set[str]) -> None:
+def test_a_set_of_graphs_that_could_not_serve_is_refused(compiled: Path, names: set[str], lacking: str) -> None:
     manifest = Artifact(compiled).manifest
     some = [g for g in manifest.graphs if g.name in names]
-    with pytest.raises(ArtifactError, match="has no graphs for cpu"):
+    with pytest.raises(ArtifactError, match=f"has no graphs for cpu.*{lacking}"):
         Artifact(compiled, msgspec.structs.replace(manifest, graphs=some)).graphs("cpu")
     assert len(Artifact(compiled).graphs("cpu")) == 5
 

@@ -291,10 +291,23 @@ def refuse_doubt(root: Path, index: Mapping[str, str], present: Collection[str])
 
 def _read_shard(path: Path) -> Shard:
     if not path.is_file():
+        if (found := _irregular(path)) and not path.is_symlink():
+            raise CheckpointError(f"{path}: is no regular file: it is {found}.")
         raise CheckpointError(f"{path}: missing, named by {INDEX}.")
     infos, header_digest = read_header(path)
     stat = path.stat()
     return ShardFile(path, stat.st_size, stat.st_mtime_ns, header_digest), infos
+
+
+def _irregular(path: Path) -> str:
+    """What it is, if something is there that is no file."""
+    if path.is_file():
+        return ""
+    if path.is_dir():
+        return "a directory"
+    if path.is_symlink():
+        return "a link that leads to no file"
+    return "a pipe, a socket or a device" if path.exists() else ""
 
 
 def has_weights(root: Path) -> bool:
@@ -350,6 +363,11 @@ def read_index(root: Path) -> dict[str, str]:
 def unindexed(root: Path) -> list[str]:
     if (root / SINGLE).is_file():
         return [SINGLE]
+    if found := _irregular(root / SINGLE):
+        raise CheckpointError(
+            f"{root / SINGLE}: is no regular file: it is {found}.",
+            "Download it again, or copy the file itself here.",
+        )
     shards = sorted(p.name for p in root.glob("*.safetensors"))
     if shards and "adapter_config.json" not in names_in(root):
         raise CheckpointError(

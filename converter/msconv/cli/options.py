@@ -42,7 +42,8 @@ class Size(click.ParamType[int]):
 
 
 class UserPath(click.Path):
-    """A path in which `~` is the user's home, also where no shell has seen it: `--output=~/x`, a variable."""
+    """A path in which `~` is the user's home, also where no shell has seen it: `--output=~/x`, a variable.  One
+    that is empty would be the current directory, and is refused."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -50,6 +51,9 @@ class UserPath(click.Path):
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> Any:
+        if not str(value):
+            option = param.opts[-1] if param and param.opts[-1].startswith("-") else "the path"
+            raise UsageError(f"{option}: is empty: a path is needed.", "For the current directory, write a dot.")
         if is_url(str(value)) and not os.path.lexists(value):
             raise _elsewhere(str(value))
         return super().convert(at_home(value), param, ctx)

@@ -18,6 +18,8 @@ from .keys import COMMON, Keys
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 65536
+ZERO_IN_FLOAT32 = 2.0**-150  # and all below it
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +271,12 @@ class Reader:
         value = self.raw.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             self.problems.append(f"{self.prefix}{key} = {show(value)}: a number above 0 is needed")
+            return default or 1.0
+        if not ZERO_IN_FLOAT32 < value <= LARGEST_FLOAT32:
+            text = "graphs compute in float32, which holds numbers above 0 from 1.4e-45 to 3.4e+38"
+            self.problems.append(f"{self.prefix}{key} = {show(value)}: {text}")
             return default or 1.0
         return float(value)
 

@@ -98,12 +98,14 @@ def common_dtype(
     sources: Mapping[str, TensorInfo],
     formats: Formats,
     dtype: str | None,
+    odd_types: list[str],
     errors: list[str],
 ) -> str:
-    """The element type that most values have.  What is no value or code of its format goes to `errors`, and so
-    does a mixture, unless `dtype` says what all shall become."""
+    """The element type that most values have.  What is no value or code of its format goes to `odd_types`, and a
+    mixture to `errors`, unless `dtype` says what all shall become."""
     seen: dict[str, list[str]] = {}
     odd: dict[str, list[str]] = {}
+    no_weight = f"is not a weight type of this family ({', '.join(VALUE_DTYPES)})"
     for output in outputs:
         for part, name in output.sources:
             info = sources.get(name)
@@ -113,18 +115,16 @@ def common_dtype(
                 for tensor in formats[name].sources[1:]:
                     companion = sources.get(tensor.of(name))
                     if companion is not None and not _fits(companion.dtype, tensor):
-                        odd.setdefault(companion.dtype, []).append(companion.name)
+                        text = f"is not what {formats[name].needs} need ({' or '.join(_fitting(tensor))})"
+                        odd.setdefault(f"{companion.dtype} {text}", []).append(companion.name)
             elif output.rule.dtype in WHOLE and info.dtype in WHOLE:
                 continue
             elif info.dtype not in VALUE_DTYPES:
-                odd.setdefault(info.dtype, []).append(name)
+                odd.setdefault(f"{info.dtype} {no_weight}", []).append(name)
             elif not output.rule.dtype:
                 seen.setdefault(info.dtype, []).append(name)
-    for kind, names in odd.items():
-        errors += [
-            f"{name}: element type {kind} is not a weight type of this family ({', '.join(VALUE_DTYPES)})."
-            for name, _ in fold(names)
-        ]
+    for text, names in odd.items():
+        odd_types += [f"{name}: element type {text}." for name, _ in fold(names)]
     if len(seen) > 1 and dtype is None:
         kinds = "\n".join(f"{d}:\n{listing(names, 4)}" for d, names in seen.items())
         errors.append(
@@ -135,8 +135,13 @@ def common_dtype(
 
 def _fits(dtype: str, tensor: Stored) -> bool:
     """Whether a companion of this type can be read as the one that its format names."""
-    wanted = tensor.dtype
-    return dtype in (wanted, tensor.bits) or (wanted in ("", *VALUE_DTYPES) and dtype in VALUE_DTYPES)
+    return dtype in _fitting(tensor)
+
+
+def _fitting(tensor: Stored) -> list[str]:
+    """The element types as which a companion can be read."""
+    values = VALUE_DTYPES if tensor.dtype in ("", *VALUE_DTYPES) else ()
+    return list(dict.fromkeys(kind for kind in (*values, tensor.dtype, tensor.bits) if kind))
 
 
 def mixtures(outputs: list[Output], formats: Formats) -> list[str]:

@@ -29,8 +29,8 @@ DAMAGED = (
 class Examined:
     """A checkpoint's headers held against a weight table: the same for any number of ranks.  `damage`: what is
     missing, unknown or misshapen; `mixed`: matrices stored as one and not alike; `unfit`: codes where none can be;
-    `others`: element types.  `beside`: what is left out of those that `dropped` has, by the matrix it belongs to.
-    `source_dtype`: of most values."""
+    `types`: element types that cannot be; `others`: several of values.  `beside`: what is left out of those that
+    `dropped` has, by the matrix it belongs to.  `source_dtype`: of most values."""
 
     outputs: list[Output]
     formats: Formats
@@ -40,11 +40,12 @@ class Examined:
     damage: list[str]
     mixed: list[str]
     unfit: list[str]
+    types: list[str]
     others: list[str]
 
     @property
     def problems(self) -> list[str]:
-        return [*self.damage, *self.mixed, *self.unfit, *self.others]
+        return [*self.damage, *self.mixed, *self.unfit, *self.types, *self.others]
 
     def hint(self, sizes: Sizes, mesh: Mesh, quant: MadeFormat | None) -> str:
         """What to do next."""
@@ -54,6 +55,8 @@ class Examined:
             return "Quantise them alike, or leave all of them out."
         if self.unfit:
             return "Leave --quant out: they stay as they are." if quant else "Quantise the model without them."
+        if self.types:
+            return "Save these tensors in one of the types that are named, or quantise the model again."
         return other_layout(self.outputs, sizes, mesh)
 
 
@@ -75,10 +78,10 @@ def examine(
         *dropped_sources(table, sizes, sources, used),
     ]
     damage = coverage(outputs, sizes, sources, formats, dropped)
-    others: list[str] = []
-    source_dtype = common_dtype(outputs, sources, formats, dtype, others)
+    types, others = list[str](), list[str]()
+    source_dtype = common_dtype(outputs, sources, formats, dtype, types, others)
     mixed, codes = mixtures(outputs, formats), unfit(outputs, formats, quant)
-    return Examined(outputs, formats, beside, dropped, source_dtype, damage, mixed, codes, others)
+    return Examined(outputs, formats, beside, dropped, source_dtype, damage, mixed, codes, types, others)
 
 
 def make_plan(

@@ -10,7 +10,7 @@ import msgspec
 
 from ..draft_kinds import DRAFT_KINDS, DraftKind
 from ..errors import ArtifactError
-from ..roles import can_serve, of_model, of_variant
+from ..roles import DECODE, PREFILL, can_serve, of_model, of_variant
 from .directory import read_manifest, write_manifest
 from .files import read_file
 from .manifest import Graph, Manifest, Weights, digest_bytes
@@ -63,12 +63,14 @@ class Artifact:
     def graphs(self, target: str) -> list[Graph]:
         """Raises ArtifactError unless a batch can be prefilled and decoded on the target, or a draft extended."""
         graphs = self.manifest.graphs_for(target)
-        if not graphs or not (self.is_draft or can_serve(of_variant(graphs, ""))):
+        hint = f"Run `msconv compile {self.root} --target {target}`."
+        if not graphs:
             have = f" (only for {', '.join(self.targets)})." if self.targets else "."
-            raise ArtifactError(
-                f"{self.root}: has no graphs for {target}{have}",
-                f"Run `msconv compile {self.root} --target {target}`.",
-            )
+            raise ArtifactError(f"{self.root}: has no graphs for {target}{have}", hint)
+        there = of_variant(graphs, "")
+        if not (self.is_draft or can_serve(there)):
+            lacks = " and no ".join(role.name for role in (PREFILL, DECODE) if role.name not in there)
+            raise ArtifactError(f"{self.root}: has no graphs for {target} that can serve: no {lacks} graph.", hint)
         return graphs
 
     def config_bytes(self) -> bytes:
