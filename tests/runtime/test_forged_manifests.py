@@ -14,11 +14,12 @@ import msgspec
 import pytest
 
 from msconv_runtime import claims
-from msconv_runtime.artifact import Artifact, Draft, Manifest, Verified, digest_bytes, read_manifest
+from msconv_runtime.artifact import Artifact, Draft, Manifest, digest_bytes, read_manifest
 from msconv_runtime.artifact.consistency import contradiction
 from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import ArtifactError
 from tests.commands import run_msconv
+from tests.runtime.proofs import LED, proof
 
 SEED = 20261128
 ROUNDS = 400
@@ -36,33 +37,7 @@ WORDS = (
     "ascend910b",
 )
 NUMBERS = (-1, 0, 1, 2**31, 2**53, 2**63 - 1, 2**64, -(2**63), 10**30, 1.5, -0.0, 1e308)
-LED = {"int8_codes_compared": 100000, "int8_codes_led": 1, "int8_codes_unexplained": 0}
 OTHERS: tuple[Any, ...] = (None, [], {}, [None], {"a": 1}, True, [[[[[]]]]], ["x"] * 3000)
-
-
-def proof(root: Path, **changes: Any) -> Verified:
-    manifest = read_manifest(root)
-    assert manifest.weights is not None
-    fields: dict[str, Any] = {
-        "target": "cpu",
-        "weights_digest": manifest.weights.digest,
-        "graph_digests": sorted(g.digest for g in manifest.graphs),
-        "reference": "transformers on untied",
-        "mode": "float32",
-        "bound": 1e-4,
-        "max_abs_logit_error": 2e-6,
-        "argmax_agreement": 1.0,
-        "ranks": 1,
-        "logits_compared": 80,
-        "settings": {
-            "prefill": 2e-6,
-            "half_precision_max_abs_logit_error": 0.5,
-            "half_precision_argmax_agreement": 0.9,
-            **LED,
-        },
-        "norms": {"model.norm": 1e-6},
-    }
-    return Verified(**fields | changes)
 
 
 def promises(manifest: Manifest) -> tuple[set[bytes], set[bytes], set[bytes]]:

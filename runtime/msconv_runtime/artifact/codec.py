@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import PurePosixPath
+from typing import Any
 
 import msgspec
 
@@ -15,9 +18,28 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
-    """JSON, in today's format."""
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+def encode_manifest(manifest: Manifest, where: str = "msconv.json") -> bytes:
+    """JSON, in today's format; `where` is for messages.  Raises ArtifactError for what could not be read back:
+    JSON has no number that is not finite, and null would stand in its place."""
+    data = msgspec.json.encode(manifest)
+    try:
+        msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as e:
+        found = next(_not_finite(msgspec.to_builtins(manifest), ""), "")
+        raise ArtifactError(
+            f"{where}: is not written, it could not be read again: {found or e}.",
+            "Nothing was replaced.  This is a fault in msconv: please report it with the command you ran.",
+        ) from None
+    return msgspec.json.format(data, indent=1) + b"\n"
+
+
+def _not_finite(value: Any, place: str) -> Iterator[str]:
+    """Each number that JSON does not have, with its place."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} is {value}"
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, f"{place}.{key}".lstrip("."))
 
 
 def decode_manifest(data: bytes, where: str) -> Manifest:

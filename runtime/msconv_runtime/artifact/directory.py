@@ -85,10 +85,11 @@ def read_manifest(root: str | os.PathLike[str]) -> Manifest:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Replace manifest and READY.  READY names the old and the new manifest while they change places."""
-    data = encode_manifest(manifest)
-    new = digest_bytes(data)
+    """Replace manifest and READY.  READY names the old and the new manifest while they change places.  Raises
+    ArtifactError, and replaces nothing, for a manifest that could not be read again."""
     path = root / MANIFEST
+    data = encode_manifest(manifest, str(path))
+    new = digest_bytes(data)
     if (root / READY).exists() and path.exists():
         replace_file(root / READY, f"{digest_bytes(path.read_bytes())}\n{new}\n".encode())
     replace_file(path, data)

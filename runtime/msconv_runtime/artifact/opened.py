@@ -11,6 +11,7 @@ import msgspec
 from ..draft_kinds import DRAFT_KINDS, DraftKind
 from ..errors import ArtifactError
 from ..roles import DECODE, PREFILL, can_serve, of_model, of_variant
+from .consistency import contradiction
 from .directory import read_manifest, write_manifest
 from .files import read_file
 from .manifest import Graph, Manifest, Weights, digest_bytes
@@ -87,7 +88,13 @@ class Artifact:
         return data
 
     def changed(self, **fields: Any) -> Artifact:
-        """The artifact with other fields of its manifest, written down.  Hold the directory's lock."""
+        """The artifact with other fields of its manifest, written down.  Hold the directory's lock.  Raises
+        ArtifactError, and changes nothing, if the next reader would refuse it."""
         manifest = msgspec.structs.replace(self.manifest, **fields)
+        if problem := contradiction(manifest):
+            raise ArtifactError(
+                f"{self.root}: its new manifest would contradict itself and is not written: {problem}.",
+                "Nothing was replaced.  This is a fault in msconv: please report it with the command you ran.",
+            )
         write_manifest(self.root, manifest)
         return Artifact(self.root, manifest)
