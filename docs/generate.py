@@ -37,7 +37,8 @@ brackets and left out, the newest one in `artifacts/` is taken; `doctor` then lo
 """
 FIELDS_INTRODUCTION = """\
 One object on stdout. `[]` is a list of such values, a name without further ones may hold an object whose keys are
-data. After an error it is `{"error": {"code", "message", "hint"}}` with the codes below.
+data. A number that is not finite, such as the error of a logit that is NaN, is `null`: JSON has none for it.
+After an error it is `{"error": {"code", "message", "hint"}}` with the codes below.
 """
 
 

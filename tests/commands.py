@@ -25,10 +25,14 @@ class Result:
 
     @property
     def json(self) -> dict[str, Any]:
-        """stdout as the one JSON object that --json promises."""
-        value = json.loads(self.stdout)
+        """stdout as the one JSON object that --json promises: NaN and Infinity are none."""
+        value = json.loads(self.stdout, parse_constant=_no_constant)
         assert isinstance(value, dict)
         return value
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")
 
 
 def run_msconv(

@@ -64,6 +64,12 @@ def test_a_no_is_an_error_for_people_and_an_exit_code_for_programs() -> None:
     assert (done.exit_code, json.loads(done.stdout), done.stderr) == (NO.exit_code, {"ok": False}, "a line\n")
 
 
+def test_what_programs_get_is_json_whatever_the_numbers_are() -> None:
+    infinite = float("inf")
+    done = answer(Result({"error": infinite, "norms": {"a": [-infinite, float("nan"), 1.5]}}), "--json")
+    assert json.loads(done.stdout) == {"error": None, "norms": {"a": [None, None, 1.5]}}
+
+
 def test_names_cannot_steer_a_terminal_unless_their_maker_says_that_they_do_not() -> None:
     assert answer(Result({}, "a\x1b[1mb")).stdout == "a\\x1b[1mb\n"
     assert answer(Result({}, verbatim="if x\tthen")).stdout == "if x\tthen\n"

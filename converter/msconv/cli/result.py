@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -102,7 +103,16 @@ def is_json_asked() -> bool:
 
 
 def _emit(data: dict[str, Any]) -> None:
-    click.echo(json.dumps(data, indent=1))
+    click.echo(json.dumps(_finite(data), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The same, with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report(error: BaseException) -> int:
