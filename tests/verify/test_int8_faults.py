@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -239,6 +240,27 @@ def test_a_bound_on_the_drift_is_kept(own: Callable[[str], Path], few_steps: Non
     assert "from the values of the source's codes, --max-kl is 1.00e-07" in done.exception.message
     assert read_manifest(root).proof_for(TARGET) is None
     assert verify(root, "--max-kl", "1")["int8"]["drift_kl_bound"] == 1.0
+
+
+def test_a_drift_that_is_not_finite_takes_the_proof_away(
+    own: Callable[[str], Path], few_steps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An artifact that is proved stays readable: in its manifest there would be null."""
+    from msconv.verify.int8.reference import QuantisedReference
+
+    def overflown(self: QuantisedReference, sequences: list[list[int]]) -> Any:
+        return [replace(t, logits=t.logits * np.float32("nan")) for t in self.traces(sequences)]
+
+    root = own("dense")
+    assert verify(root)["ok"]
+    monkeypatch.setattr(QuantisedReference, "traces_of_values", overflown)
+    found = verify(root)
+    assert (found["code"], found["ok"]) == (VerificationFailed.exit_code, False)
+    assert (found["int8"]["drift_kl"], found["int8"]["drift_perplexity_unquantised"]) == (None, None)
+    assert found["place"].startswith(
+        "the logits of the values of the source's codes are not finite, first of token 0"
+    )
+    assert read_manifest(root).proof_for(TARGET) is None
 
 
 def test_a_fault_takes_the_proof_away_and_is_the_errors_place(own: Callable[[str], Path], few_steps: None) -> None:

@@ -182,6 +182,11 @@ def _failure(root: Path, proof: Proof) -> VerificationFailed:
             "In a very deep model rounding alone may do that: verify without --ray, which sees what errors come "
             "to.",
         )
+    if proof.not_finite:
+        return VerificationFailed(
+            f"{root}: not proven for {proof.target}: the graphs agree with the reference, but {proof.not_finite}.",
+            "Scales or values of the source are most likely damaged: `msconv lint CHECKPOINT` names them.",
+        )
     return VerificationFailed(
         f"{root}: not proven for {proof.target}: largest logit error {c.max_abs_logit_error:.3e} "
         f"(bound {c.bound:.0e}) at {c.worst or 'no row'}; argmax agrees in {c.argmax_agreement:.2%}"

@@ -21,7 +21,8 @@ FLOAT32_BOUND = 1e-4  # float32 sums in another order; measured 1e-5 on random m
 @dataclass
 class Comparison:
     """How far apart candidate and reference are.  A row whose two best reference logits are closer than
-    twice the bound has no argmax to agree on: it is counted in `ties` and left out of `argmax_agreement`.
+    twice the bound has no argmax to agree on: it is counted in `ties` and left out of `argmax_agreement`.  A row
+    that is not finite, in either, does not agree.
 
     Rows from the first position on where a router's choice hung on rounding are left out too: `undecided`;
     `closest_routing` is the closest that was judged.  `places` counts tokens likewise, for norms.  Sequences are
@@ -126,10 +127,7 @@ class Comparison:
         judged = np.array([p < traces[i].decided for i, p in places])
         self.looked_at[phase] = list(dict.fromkeys([*self.looked_at.get(phase, ()), *probes]))
         for name, found in probes.items():
-            expected = _at(places, [t.probes[name] for t in traces])
-            largest = float(np.abs(expected).max())
-            same = found.shape == expected.shape
-            error = largest_error(found[judged], expected[judged]) / max(1.0, largest) if same else float("inf")
+            error = relative_error(found, _at(places, [t.probes[name] for t in traces]), judged)
             self.probes[name] = max(error, self.probes.get(name, 0.0))
             if error >= self.bound and not self.first:
                 self.first = f"{culprit(name, self.looked_at[phase])}, seen at {name} in {phase}"
@@ -138,9 +136,7 @@ class Comparison:
         self, phase: str, found: NDArray[np.float32], expected: NDArray[np.float32], judged: NDArray[np.bool_]
     ) -> None:
         """Compare hidden states [T, ...] of a call, relative to the largest, where they are `judged`."""
-        same = found.shape == expected.shape
-        largest = max(1.0, float(np.abs(expected).max(initial=0.0)))
-        error = largest_error(found[judged], expected[judged]) / largest if same else float("inf")
+        error = relative_error(found, expected, judged)
         key = f"hidden states {phase}"
         self.by_phase[key] = max(error, self.by_phase.get(key, 0.0))
         if not error < self.bound:
@@ -158,11 +154,13 @@ class Comparison:
             self.max_abs_logit_error, self.worst = max(error, self.max_abs_logit_error), f"{phase}, {where}"
         self.largest_logit = max(self.largest_logit, float(np.abs(expected).max()))
         best = np.sort(expected)[-2:]
-        if len(best) == 2 and best[1] - best[0] <= 2 * min(self.bound, FLOAT32_BOUND):
+        is_finite = bool(np.isfinite(found).all() and np.isfinite(expected).all())
+        if is_finite and len(best) == 2 and best[1] - best[0] <= 2 * min(self.bound, FLOAT32_BOUND):
             self.ties += 1
             return
         self.decided += 1
-        self.agreeing += int(found.shape == expected.shape and found.argmax() == expected.argmax())
+        same = found.shape == expected.shape and found.argmax() == expected.argmax()
+        self.agreeing += int(is_finite and same)
 
 
 def _at(places: list[tuple[int, int]], values: list[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -183,6 +181,18 @@ def largest_error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> 
         return float("inf")
     error = float(np.abs(found.astype(np.float64) - expected).max(initial=0.0))
     return error if np.isfinite(error) else float("inf")
+
+
+def relative_error(
+    found: NDArray[np.float32], expected: NDArray[np.float32], judged: NDArray[np.bool_] | None = None
+) -> float:
+    """`largest_error` of the rows that are `judged`, of all without it, relative to the largest value expected of
+    any row, 1 at least.  Infinite, too, if what is expected is not finite."""
+    largest = float(np.abs(expected).max(initial=0.0))
+    if found.shape != expected.shape or not np.isfinite(largest):
+        return float("inf")
+    rows = slice(None) if judged is None else judged
+    return largest_error(found[rows], expected[rows]) / max(1.0, largest)
 
 
 def culprit(probe: str, looked_at: Collection[str] = (ATTENTION,)) -> str:

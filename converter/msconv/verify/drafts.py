@@ -22,7 +22,7 @@ from msconv_runtime.targets import Target
 from msconv_runtime.vector_math import choose_code
 
 from ..families import DecoderConfig
-from .comparison import FLOAT32_BOUND, Comparison, largest_error
+from .comparison import FLOAT32_BOUND, Comparison, relative_error
 from .drafting import DraftCandidate
 from .reference import Logits
 from .scenario import Lengths
@@ -157,7 +157,7 @@ def _judge(
         hidden = np.stack([h for (_, all_), span in zip(sequences, spans, strict=True) for h in all_[span]])
         found = candidate.run(call.role, new, hidden)
         own = np.concatenate([states[span] for (_, states), span in zip(expected, spans, strict=True)])
-        error = largest_error(found[HIDDEN], own) / max(1.0, float(np.abs(own).max()))
+        error = relative_error(found[HIDDEN], own)
         result.probes[HIDDEN] = max(error, result.probes.get(HIDDEN, 0.0))
         if error >= result.bound and not result.first:
             result.first = f"the draft's layer or what is before it, seen at its own states in {call.phase}"

@@ -27,7 +27,8 @@ class Proof:
     """The outcome.  `missing` and `unused` are tensor names: graph parameters against stored weights.
 
     Of int8 artifacts: `led`, what there was to say of codes; `drift` from the unquantised model, with the bound
-    `max_kl` if somebody set one; `tensors`, how many were compared bit for bit.
+    `max_kl` if somebody set one; `tensors`, how many were compared bit for bit.  `overflow`: where logits in the
+    target's own precision are not finite.
     """
 
     target: str
@@ -38,6 +39,7 @@ class Proof:
     seconds: float
     layers: int = 0
     half_precision: dict[str, float] = field(default_factory=dict)
+    overflow: str = ""
     led: Led | None = None
     drift: Drift | None = None
     max_kl: float | None = None
@@ -48,7 +50,7 @@ class Proof:
     @property
     def ok(self) -> bool:
         agrees = self.comparison.ok and (self.led is None or self.led.ok)
-        return agrees and not self.missing and not self.unused and not self.is_adrift
+        return agrees and not self.missing and not self.unused and not self.is_adrift and not self.not_finite
 
     @property
     def seconds_per_gb(self) -> float | None:
@@ -62,6 +64,13 @@ class Proof:
         return self.max_kl is not None and self.drift is not None and not self.drift.kl <= self.max_kl
 
     @property
+    def not_finite(self) -> str:
+        """What is no number though all that was compared agrees: that is served to nobody, and no proof."""
+        if self.overflow:
+            return f"in the target's own precision logits are not finite at {self.overflow}"
+        return self.drift.not_finite if self.drift else ""
+
+    @property
     def int8(self) -> dict[str, str | int | float]:
         """What is said of a proof of int8, {} of another."""
         if self.led is None:
@@ -73,7 +82,7 @@ class Proof:
     @property
     def place(self) -> str:
         """The first thing that is wrong."""
-        return (self.led.place if self.led else "") or self.comparison.first
+        return (self.led.place if self.led else "") or self.comparison.first or self.not_finite
 
 
 def entry_of(artifact: Artifact, proof: Proof) -> Verified:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,7 +132,7 @@ class Subject:
         proof = self._proof(comparison)
         if proof.ok and not layers and not self.is_large:
             self.tell("the target's own precision", 0, 1)
-            proof = replace(proof, half_precision=_half_precision(artifact, target, model, config))
+            proof = _with_half_precision(proof, artifact, target, model, config)
         return proof
 
     def led(self, max_kl: float | None, text: Path | None) -> Proof:
@@ -176,7 +177,7 @@ class Subject:
             return proof
         if not self.is_large:
             self.tell("the target's own precision", 0, 1)
-            proof = replace(proof, half_precision=_half_precision(artifact, target, model, config, is_int8=True))
+            proof = _with_half_precision(proof, artifact, target, model, config, is_int8=True)
         self.tell("drift", 0, 1)
         measured = drift.measure(self.source, artifact.manifest, model, text, config.vocab, config.max_positions)
         return replace(proof, drift=measured)
@@ -209,15 +210,21 @@ def is_int8(weights: Weights) -> bool:
     return any(f.rounds_input for f in formats_named(weights.quant))
 
 
-def _half_precision(
-    artifact: Artifact, target: Target, model: Reference, config: DecoderConfig, is_int8: bool = False
-) -> dict[str, float]:
-    """The same graphs with the target's own rounding, short: reported with a bound of its own, no gate.
+def _with_half_precision(
+    proof: Proof,
+    artifact: Artifact,
+    target: Target,
+    model: Reference,
+    config: DecoderConfig,
+    is_int8: bool = False,
+) -> Proof:
+    """The same graphs with the target's own rounding, short: reported with a bound of its own, no gate but that
+    logits are numbers.
 
     With experts there is no bound: half precision takes other ones.  Nor with int8: it takes other codes.
     """
     if target.dtype == "float32":
-        return {}
+        return proof
     candidate = Lockstep(artifact, target.name, exact=False)
     result = compare(candidate, model, config.vocab, config.max_positions, bound=float("inf"), steps=FEW_STEPS)
     found = {
@@ -226,7 +233,8 @@ def _half_precision(
     }
     if config.moe is None and not is_int8:
         found["half_precision_bound"] = half_precision_bound(target, result.largest_logit, config.layers)
-    return found
+    overflow = "" if isfinite(result.max_abs_logit_error) else f"{result.worst} ({target.dtype})"
+    return replace(proof, half_precision=found, overflow=overflow)
 
 
 def module_that_runs(target: Target) -> Any:

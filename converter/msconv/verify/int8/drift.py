@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import UsageError
 
+from ..comparison import culprit
 from ..reference import Reference, Trace
 from .reference import QuantisedReference
 
@@ -21,6 +22,7 @@ MOST_TOKENS = 1024
 FEWEST_TOKENS = 32
 OWN = "evaluation.txt"  # in the source's directory: what the model is for
 SHIPPED, RANDOM = "msconv's own text", "random tokens"
+INT8 = "the int8 model"
 SOURCE, VALUES = "the unquantised source", "the values of the source's codes"
 Logits = NDArray[np.float32]
 
@@ -28,7 +30,8 @@ Logits = NDArray[np.float32]
 @dataclass(frozen=True)
 class Drift:
     """Over all tokens of a text.  `kl`: mean of sum p log(p / q) in nats, p the unquantised model's.
-    `perplexity` of the int8 model, `perplexity_before` of the other, `against`.  `text`: what was read."""
+    `perplexity` of the int8 model, `perplexity_before` of the other, `against`.  `text`: what was read.
+    `not_finite`: which of these are no numbers, and where they cease to be; then nothing is proved."""
 
     kl: float
     argmax_agreement: float
@@ -37,6 +40,7 @@ class Drift:
     tokens: int
     text: str
     against: str
+    not_finite: str = ""
 
     @property
     def words(self) -> str:
@@ -72,15 +76,36 @@ def measure(
     else:
         before, against = reference.traces_of_values(windows), VALUES
     p, q = (np.concatenate([t.logits for t in traces]) for traces in (before, after))
-    return Drift(
-        divergence(p, q),
-        agreement(p, q),
-        perplexity(after, windows),
-        perplexity(before, windows),
-        sum(map(len, windows)),
-        text,
-        against,
-    )
+    with np.errstate(invalid="ignore", over="ignore"):  # said in words instead
+        found = Drift(
+            divergence(p, q),
+            agreement(p, q),
+            perplexity(after, windows),
+            perplexity(before, windows),
+            sum(map(len, windows)),
+            text,
+            against,
+        )
+    return replace(found, not_finite=_not_finite(found, before, after))
+
+
+def _not_finite(drift: Drift, before: list[Trace], after: list[Trace]) -> str:
+    """Where the logits of one of the two are no numbers, else which result is none; "" if all are."""
+    for whose, traces in ((drift.against, before), (INT8, after)):
+        token = 0
+        for trace in traces:
+            rows = np.flatnonzero(~np.isfinite(trace.logits).all(-1))
+            if rows.size:
+                norm = next((n for n, values in trace.probes.items() if not np.isfinite(values).all()), "")
+                place = f"{culprit(norm)}, seen at {norm}" if norm else "lm_head"
+                return (
+                    f"the logits of {whose} are not finite, first of token {token + rows[0]} of {drift.text}, by "
+                    f"{place}"
+                )
+            token += len(trace.logits)
+    results = {"KL divergence": drift.kl, f"perplexity of {INT8}": drift.perplexity}
+    results[f"perplexity of {drift.against}"] = drift.perplexity_before
+    return next((f"the {name} is {n}: not finite" for name, n in results.items() if not np.isfinite(n)), "")
 
 
 def tokens_of(root: Path, given: Path | None, vocab: int) -> tuple[list[int], str]:
@@ -120,17 +145,19 @@ def _encode(path: Path, text: str) -> list[int]:
 
 
 def divergence(p: Logits, q: Logits) -> float:
-    """Mean over rows [N, V] of logits of sum p log(p / q)."""
+    """Mean over rows [N, V] of logits of sum p log(p / q): never negative, which rounding would make it where
+    the two are nearly the same."""
     total = 0.0
     for a, b in zip(p, q, strict=True):
         log_p, log_q = _log_softmax(a), _log_softmax(b)
         total += float((np.exp(log_p) * (log_p - log_q)).sum())
-    return total / len(p)
+    return float(np.maximum(total / len(p), 0.0))  # NaN stays NaN
 
 
 def agreement(p: Logits, q: Logits) -> float:
-    """Share of rows whose largest logit is the same one."""
-    return float((p.argmax(-1) == q.argmax(-1)).mean())
+    """Share of rows [N, V] whose largest logit is the same one; a row that is not finite agrees with none."""
+    finite = np.isfinite(p).all(-1) & np.isfinite(q).all(-1)
+    return float(((p.argmax(-1) == q.argmax(-1)) & finite).mean())
 
 
 def perplexity(traces: list[Trace], windows: list[list[int]]) -> float:
