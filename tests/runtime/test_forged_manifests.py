@@ -156,6 +156,29 @@ def test_a_proof_that_contradicts_itself(compiled: Path, changes: dict[str, Any]
     assert told in contradiction(forged)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dtype": "x"}, "the weights have unknown element type 'x', known are bfloat16, float16, float32"),
+        ({"dtype": ""}, "the weights have unknown element type ''"),
+        ({"dtype": "int8"}, "the weights have unknown element type 'int8'"),
+        ({"source_dtype": "x" * 99}, f"the weights' source had unknown element type '{'x' * 40}'; a newer"),
+    ],
+)
+def test_weights_of_an_unknown_element_type(own_artifact: Path, changes: dict[str, str], told: str) -> None:
+    manifest = read_manifest(own_artifact)
+    assert manifest.weights is not None
+    for sound in ({"source_dtype": ""}, {"source_dtype": "float8_e4m3fn"}, {"dtype": "float16"}):
+        weights = msgspec.structs.replace(manifest.weights, **sound)
+        assert contradiction(msgspec.structs.replace(manifest, weights=weights)) == ""
+    raw = json.loads((own_artifact / "msconv.json").read_text())
+    raw["weights"] |= changes
+    put(own_artifact, raw)
+    with pytest.raises(ArtifactError) as caught:
+        read_manifest(own_artifact)
+    assert told in caught.value.message
+
+
 def test_what_is_fused_is_the_targets_and_named_once(compiled: Path) -> None:
     manifest = read_manifest(compiled)
     graph = next(g for g in manifest.graphs if g.role == "decode")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 from ..draft_kinds import DRAFT_KINDS, OF_CHECKPOINTS
-from ..dtypes import DTYPES
+from ..dtypes import DTYPES, VALUE_DTYPES
 from ..mindir_check.allowed import TP_GROUP
 from ..roles import ROLES, of_draft, of_model
 from ..targets import TARGETS
@@ -51,6 +51,12 @@ def _weights(manifest: Manifest) -> str:
     tp, w = manifest.parallel.tp, manifest.weights
     if w is None:
         return ""
+    if w.dtype not in VALUE_DTYPES:
+        return (
+            f"the weights have unknown element type {w.dtype[:40]!r}, known are {', '.join(VALUE_DTYPES)}; {NEWER}"
+        )
+    if w.source_dtype and w.source_dtype not in DTYPES:
+        return f"the weights' source had unknown element type {w.source_dtype[:40]!r}; {NEWER}"
     sizes: list[list[int]] = [[] for _ in range(tp)]
     for f in w.files:
         if not 0 <= f.rank < tp:
