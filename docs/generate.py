@@ -13,12 +13,15 @@ from pathlib import Path
 
 import click
 
+from msconv.checkpoint.hub_errors import HubError
+from msconv.checkpoint.store_errors import StoreError
 from msconv.cli import COMMANDS, cli
 from msconv.cli.result import INTERRUPTED
 from msconv.recipes import RecipeError
 from msconv_runtime import errors
 
 FIELDS = Path(__file__).parents[1] / "tests" / "cli" / "fields.txt"
+ELSEWHERE = (HubError, StoreError, RecipeError)  # errors with codes of their own beside those of `errors`
 DEFAULT = re.compile(r"\s*\[default: (.*)\]\.?$")
 EVERYWHERE = ("--json", "--quiet", "--verbose")
 INTRODUCTION = """\
@@ -140,7 +143,7 @@ def _exit_codes() -> Iterator[str]:
     yield FIELDS_INTRODUCTION
     yield "## Exit codes\n"
     rows = [("0", "", "Done.")]
-    for kind in (*vars(errors).values(), RecipeError):
+    for kind in (*vars(errors).values(), *ELSEWHERE):
         if inspect.isclass(kind) and issubclass(kind, errors.MsconvError) and kind is not errors.MsconvError:
             rows.append((str(kind.exit_code), f"`{kind.code}`", " ".join((kind.__doc__ or "").split())))
     rows.append(("1", "`internal`", "A fault in msconv itself."))

@@ -94,6 +94,26 @@ def test_the_command_reference_is_what_the_program_says() -> None:
     )
 
 
+def test_every_error_has_its_code_in_the_table_of_exit_codes() -> None:
+    """Found in the sources: some modules can only be imported where an engine is."""
+    paths = [p for package in ("converter", "runtime") for p in (ROOT / package).rglob("*.py")]
+    classes = [n for p in paths for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.ClassDef)]
+    errors: dict[str, ast.ClassDef | None] = {"MsconvError": None}
+    before = 0
+    while before < len(errors):  # until no class of an error is new
+        before = len(errors)
+        errors |= {c.name: c for c in classes if any(ast.unparse(b).split(".")[-1] in errors for b in c.bases)}
+    codes = {
+        ast.literal_eval(line.value)
+        for c in errors.values()
+        for line in (c.body if c else ())
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "code"
+    }
+    assert {"artifact", "hub", "store", "recipe"} <= codes
+    table = (ROOT / "docs" / "commands.md").read_text().split("## Exit codes")[1]
+    assert codes - set(re.findall(r"^\| \d+ \| `(\w+)` \|", table, re.M)) == set()
+
+
 def test_every_page_can_be_reached_from_the_readme() -> None:
     linked = {(ROOT / link.partition("#")[0]).resolve() for link in links((ROOT / "README.md").read_text())}
     assert [page.name for page in PAGES if page not in linked and page.name != "README.md"] == []
