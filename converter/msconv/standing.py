@@ -68,7 +68,7 @@ def standings(manifest: Manifest) -> list[Standing]:
     targets = dict.fromkeys(g.target for g in manifest.graphs if not device_of(g.target).has_run)
     proofs = {t: manifest.proof_for(t) for t in targets}
     return [
-        Standing(t, p is not None, p is not None and not is_checked_here(p), manifest.rehearsals_for(t))
+        Standing(t, p is not None, p is not None and not is_checked_here(manifest, p), manifest.rehearsals_for(t))
         for t, p in proofs.items()
     ]
 

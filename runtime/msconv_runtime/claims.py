@@ -2,7 +2,8 @@
 
 A proof in a manifest is a few numbers that anybody can write.  `msconv verify` also keeps a note of it in a
 private directory; one without a note was made elsewhere.  The note holds for the entry as it is, with the digests
-in it: what those do not defend against (other bytes made to have the same digest), it does not either.
+in it, and for the manifest's table of weights: which bytes are which tensor.  What the digests do not defend
+against (other bytes made to have the same digest), it does not either.
 """
 
 from __future__ import annotations
@@ -15,38 +16,57 @@ from pathlib import Path
 
 import msgspec
 
-from .artifact import Verified, replace_file
+from .artifact import Manifest, Verified, replace_file
 
 logger = logging.getLogger(__name__)
 CLAIMED = "claimed by its author"
 
 
-def note(proof: Verified) -> None:
-    """Remember that this proof was made here.  Where there is no place for that, it will read as a claim."""
+class _Note(msgspec.Struct, frozen=True):
+    """`table`: SHA-256 of the names, types, shapes and places of all weights."""
+
+    proof: Verified
+    table: str
+
+
+def note(manifest: Manifest, proof: Verified) -> None:
+    """Remember that this proof of this artifact was made here.  Where there is no place for that, it will read as
+    a claim."""
     try:
-        path = _place(proof)
+        text = _text(manifest, proof)
+        path = _place(text)
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        replace_file(path, msgspec.json.encode(proof))
+        replace_file(path, text)
         path.chmod(0o600)
     except (OSError, RuntimeError) as e:
         logger.warning("%s: the proof cannot be noted here, and will read as %s.", e, CLAIMED)
 
 
-def is_checked_here(proof: Verified) -> bool:
-    """Whether this very proof was made by this user on this machine."""
+def is_checked_here(manifest: Manifest, proof: Verified) -> bool:
+    """Whether this very proof, of these very weights, was made by this user on this machine."""
     try:
-        path = _place(proof)
-        return _is_private(path.parent) and _is_private(path) and path.read_bytes() == msgspec.json.encode(proof)
+        text = _text(manifest, proof)
+        path = _place(text)
+        return _is_private(path.parent) and _is_private(path) and path.read_bytes() == text
     except (OSError, RuntimeError):
         return False
 
 
-def _place(proof: Verified) -> Path:
+def _text(manifest: Manifest, proof: Verified) -> bytes:
+    """What a note holds."""
+    weights = manifest.weights
+    tensors = [(t.name, t.dtype, t.shape, t.file, t.begin, t.parts) for t in weights.tensors] if weights else []
+    files = [(f.path, f.rank, f.size) for f in weights.files] if weights else []
+    table = hashlib.sha256(msgspec.json.encode((tensors, files))).hexdigest()
+    return msgspec.json.encode(_Note(proof, table))
+
+
+def _place(text: bytes) -> Path:
     """https://specifications.freedesktop.org/basedir-spec/latest/: a relative path is invalid, and ignored.
     Raises RuntimeError if there is no home directory."""
     told = Path(os.environ.get("XDG_STATE_HOME", ""))
     state = told if told.is_absolute() else Path.home() / ".local" / "state"
-    key = hashlib.sha256(_machine() + b"\0" + msgspec.json.encode(proof)).hexdigest()
+    key = hashlib.sha256(_machine() + b"\0" + text).hexdigest()
     return state / "msconv" / "proofs" / f"{key}.json"
 
 

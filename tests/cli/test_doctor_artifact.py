@@ -69,7 +69,7 @@ def test_a_proof_is_seen_and_next_is_serve(own_artifact: Path) -> None:
     done = run_msconv("doctor", own_artifact)
     assert "largest logit error 2.00e-06 (claimed by its author, not checked here)" in done.stdout
     assert done.stderr.splitlines()[-1] == f"Next: msconv verify {own_artifact}"
-    claims.note(proof)
+    claims.note(manifest, proof)
     done = run_msconv("doctor", own_artifact)
     assert "largest logit error 2.00e-06;" in done.stdout or "largest logit error 2.00e-06\n" in done.stdout
     assert done.stderr.splitlines()[-1] == f"Next: msconv serve {own_artifact}"

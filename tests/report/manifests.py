@@ -140,8 +140,6 @@ def manifest_of(
         )
         for target in (targets if proven else ())
     ]
-    for proof in verified:
-        claims.note(proof)
     model = Model(
         family=family.name,
         architecture=family.architecture,
@@ -153,4 +151,6 @@ def manifest_of(
     manifest = Manifest(
         FORMAT, "msconv 0.1.0", model, Parallel(tp, ep), stored if weights else None, graphs, verified
     )
+    for proof in verified:
+        claims.note(manifest, proof)
     return manifest, config

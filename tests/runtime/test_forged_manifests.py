@@ -212,7 +212,7 @@ def test_a_proof_is_a_claim_until_it_is_made_here(
     assert run_msconv("inspect", own_artifact, "--json").json["proven"]["cpu"]["checked_here"] is False
     assert run_msconv("report", own_artifact).code == 0
     assert "claimed by the artifact" in (own_artifact / "report.html").read_text()
-    claims.note(claimed)
+    claims.note(read_manifest(own_artifact), claimed)
     assert run_msconv("inspect", own_artifact, "--json").json["proven"]["cpu"]["checked_here"] is True
     assert run_msconv("report", own_artifact).code == 0
     assert "claimed by the artifact" not in (own_artifact / "report.html").read_text()
@@ -222,22 +222,22 @@ def test_a_note_that_others_could_have_written_counts_for_nothing(
     own_artifact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    found = proof(own_artifact)
-    assert not claims.is_checked_here(found)
-    claims.note(found)
-    assert claims.is_checked_here(found)
-    assert not claims.is_checked_here(proof(own_artifact, max_abs_logit_error=3e-6))
+    found, manifest = proof(own_artifact), read_manifest(own_artifact)
+    assert not claims.is_checked_here(manifest, found)
+    claims.note(manifest, found)
+    assert claims.is_checked_here(manifest, found)
+    assert not claims.is_checked_here(manifest, proof(own_artifact, max_abs_logit_error=3e-6))
     (note,) = (tmp_path / "state/msconv/proofs").iterdir()
     assert (note.stat().st_mode & 0o777, note.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     for path in (note, note.parent):
         before = path.stat().st_mode
         path.chmod(0o777)
-        assert not claims.is_checked_here(found)
+        assert not claims.is_checked_here(manifest, found)
         path.chmod(before)
-    assert claims.is_checked_here(found)
+    assert claims.is_checked_here(manifest, found)
     note.write_text("{}")
-    assert not claims.is_checked_here(found)
+    assert not claims.is_checked_here(manifest, found)
     shutil.rmtree(tmp_path / "state")
     (tmp_path / "state").write_text("no directory")
-    claims.note(found)
-    assert not claims.is_checked_here(found)
+    claims.note(manifest, found)
+    assert not claims.is_checked_here(manifest, found)

@@ -159,7 +159,7 @@ def summary(root: Path, manifest: Manifest) -> dict[str, Any]:
                 "max_abs_logit_error": p.max_abs_logit_error,
                 "bound": p.bound,
                 "reference": p.reference,
-                "checked_here": is_checked_here(p),
+                "checked_here": is_checked_here(manifest, p),
             }
             for t, p in proofs.items()
         },

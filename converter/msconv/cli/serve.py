@@ -184,7 +184,7 @@ def _warn(artifact: Artifact, target: Target) -> None:
     proof = manifest.proof_for(target.name)
     if proof is None or check_graphs(artifact):
         say(f"Warning: {root} is UNPROVEN for {target.name}; `msconv verify {root}` compares it with its source.")
-    elif not is_checked_here(proof):
+    elif not is_checked_here(manifest, proof):
         say(f"The proof for {target.name} is {CLAIMED}; `msconv verify {root}` checks it here.")
     if not target.device.has_run:
         say("Warning: nothing of msconv has run on an NPU yet; docs/ascend.md says how to report what happens.")

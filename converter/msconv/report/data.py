@@ -49,9 +49,7 @@ def describe(manifest: Manifest, config: DecoderConfig, timings: Mapping[str, Ti
         "memory": memory(manifest, config, mesh, targets),
         "ranks": _ranks(manifest, config, mesh),
         "cutting": _cutting(manifest, config, mesh),
-        "verification": [
-            verification(t, manifest.proof_for(t), config.layers, manifest.weights is not None) for t in targets
-        ],
+        "verification": [verification(t, manifest, config.layers) for t in targets],
         "int8": [d for t in targets if (d := int8_proof(t, manifest.proof_for(t), config.layers))],
         "standing": {s.target: s.data for s in standings(manifest)},
         "coverage": coverage(manifest, config, mesh, targets),
@@ -73,7 +71,7 @@ def _verdict(manifest: Manifest, targets: list[str]) -> Data:
             "no graphs",
             "There are weights only: without graphs nothing can be run or proven.",
         )
-    elif not unproven and not all(is_checked_here(p) for p in proofs.values() if p):
+    elif not unproven and not all(is_checked_here(manifest, p) for p in proofs.values() if p):
         state = "claimed"
         meaning = (
             f"That the graphs compute on these weights what transformers computes is {CLAIMED}; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from msconv_runtime.artifact import Verified
+from msconv_runtime.artifact import Manifest
 from msconv_runtime.artifact.consistency import DEVIATIONS, HALF, INT8
 from msconv_runtime.claims import CLAIMED, is_checked_here
 
@@ -16,12 +16,13 @@ MAX_COLUMNS = 96  # of more layers, neighbours share a column that shows the lar
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the bound, the upper ends of the scale's steps
 
 
-def verification(target: str, proof: Verified | None, layers: int, has_weights: bool) -> dict[str, Any]:
+def verification(target: str, manifest: Manifest, layers: int) -> dict[str, Any]:
     """`state`: proven or unproven, with `why`; without a proof there is nothing but that."""
+    proof = manifest.proof_for(target)
     if proof is None:
-        why = "not verified on these bytes" if has_weights else "without weights there is nothing to compare"
+        why = "not verified on these bytes" if manifest.weights else "without weights there is nothing to compare"
         return {"target": target, "state": "unproven", "why": why, "heat": _heat({}, layers, None)}
-    is_checked = is_checked_here(proof)
+    is_checked = is_checked_here(manifest, proof)
     errors = {k: float(v) for k, v in proof.settings.items() if isinstance(v, int | float)}
     half = {k.removeprefix(HALF): v for k, v in errors.items() if k.startswith(HALF)}
     return {

@@ -117,4 +117,4 @@ def record(root: Path, target: Target, entry: Verified | None) -> None:
         if sorted(kept, key=lambda v: v.target) != before:
             artifact.changed(verified=sorted(kept, key=lambda v: v.target))
         if entry:
-            claims.note(entry)
+            claims.note(artifact.manifest, entry)

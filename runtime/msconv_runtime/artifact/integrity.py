@@ -13,6 +13,7 @@ import xxhash
 from ..errors import ArtifactError, MsconvError
 from ..targets import TARGETS
 from .files import check_size, read_sized
+from .headers import MAX_HEADER_BYTES, differences, header_size
 from .manifest import Graph, Manifest, TensorEntry, WeightFile, Weights, digest_bytes, digest_of
 from .opened import Artifact
 from .served import wrong_files
@@ -76,18 +77,22 @@ def refusal(data: bytes, graph: Graph, manifest: Manifest) -> str:
 def check_file(
     root: Path, weights: Weights, file: WeightFile, progress: Callable[[int], None] = lambda n: None
 ) -> list[Damage]:
-    """Compare one rank file with the manifest.  Reads in order, in bounded memory, past the page cache."""
+    """Compare one rank file with the manifest: its bytes, and which tensors they are by its header.  Reads in
+    order, in bounded memory, past the page cache."""
     try:
         check_size(root / file.path, file.size)
     except ArtifactError as e:
         return [Damage(file.path, "", e.message)]
     index = [f.path for f in weights.files if f.rank == file.rank].index(file.path)
     entries = [t for t in weights.tensors if t.file == index]
+    size = header_size(entries) or file.size
+    if size > MAX_HEADER_BYTES:
+        return [Damage(file.path, "", f"a header of {size} bytes, {MAX_HEADER_BYTES} is the limit")]
     damage: list[Damage] = []
     buffer = bytearray(_BLOCK)
     with (root / file.path).open("rb", buffering=0) as f:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        header = f.read(min((t.begin for t in entries), default=file.size))
+        header = f.read(size)
         found = [digest_bytes(header)]
         for entry in entries:
             digest = tensor_digest(f.fileno(), entry, buffer)
@@ -96,9 +101,11 @@ def check_file(
                 damage.append(Damage(file.path, entry.name, "digest differs"))
             os.posix_fadvise(f.fileno(), entry.begin, entry.nbytes, os.POSIX_FADV_DONTNEED)
             progress(entry.nbytes)
-    if not damage and digest_of(found) != file.digest:
-        damage.append(Damage(file.path, "", "the header differs"))
-    return damage
+    if damage:
+        return damage
+    if digest_of(found) != file.digest:
+        return [Damage(file.path, "", "the header differs")]
+    return [Damage(file.path, name, problem) for name, problem in differences(header, entries)]
 
 
 def tensor_digest(fd: int, entry: TensorEntry, buffer: bytearray) -> str:

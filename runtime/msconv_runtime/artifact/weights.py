@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES, is_float
 from ..errors import ArtifactError
-from .files import check_size
+from .files import AGAIN, check_size
+from .headers import MAX_HEADER_BYTES, differences, header_size
 from .opened import Artifact
 
 LoadMode = Literal["mmap", "read"]
@@ -28,11 +29,21 @@ class RankWeights:
             raise ArtifactError(f"{root}: has ranks 0 to {artifact.tp - 1}, not {rank}.")
         self.rank = rank
         self.tensors = {t.name: t for t in self.weights.tensors}
-        self._files = []
+        self._files: list[NDArray[np.uint8]] = []
         for file in self.weights.files:
             if file.rank == rank:
                 check_size(root / file.path, file.size)
-                self._files.append(_load(root / file.path, mode))
+                data = _load(root / file.path, mode)
+                self._refuse_other_table(file.path, data)
+                self._files.append(data)
+
+    def _refuse_other_table(self, path: str, data: NDArray[np.uint8]) -> None:
+        """Raises ArtifactError if the next file holds other tensors than the manifest says: its digests alone are
+        not looked at here, and would not tell."""
+        entries = [t for t in self.weights.tensors if t.file == len(self._files)]
+        header = data[: min(header_size(entries), MAX_HEADER_BYTES)].tobytes()
+        for name, problem in differences(header, entries) if entries else ():
+            raise ArtifactError(f"{path}: {f'{name}: ' if name else ''}{problem}.", AGAIN)
 
     def raw(self, name: str) -> NDArray[Any]:
         """Stored values, no copy.  bfloat16 comes as its bits, uint16."""

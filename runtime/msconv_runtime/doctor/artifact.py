@@ -115,7 +115,7 @@ def _graphs(machine: Machine, root: Path, manifest: Manifest, target: str, intac
     if graphs:
         proof = manifest.proof_for(target) if intact else None
         found = f"largest logit error {proof.max_abs_logit_error:.2e}" if proof else "UNPROVEN"
-        checked = proof is not None and is_checked_here(proof)
+        checked = proof is not None and is_checked_here(manifest, proof)
         found += f" ({CLAIMED}, not checked here)" * (proof is not None and not checked)
         if not device.has_run:
             found += ", interpreted" * bool(proof) + "; has run on no device"

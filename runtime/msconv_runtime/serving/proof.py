@@ -34,7 +34,7 @@ def proof_of(artifact: Artifact, target: str) -> dict[str, Any]:
             "max_abs_logit_error": proof.max_abs_logit_error,
             "argmax_agreement": proof.argmax_agreement,
             "logits_compared": proof.logits_compared,
-            "checked_here": is_checked_here(proof),
+            "checked_here": is_checked_here(manifest, proof),
         },
         "rehearsed": [
             {"sglang": r.sglang, "mode": r.mode, "tokens": r.tokens, "max_logit_error": r.max_logit_error}
