@@ -134,7 +134,7 @@ def command(
     print_command: bool,
     sglang_args: tuple[str, ...],
 ) -> None:
-    """Serve an artifact with SGLang, or with vLLM (--engine vllm).
+    """Serve an artifact with SGLang.
 
     Prints the exact command and environment and becomes that process: signals and the exit code are the server's.
     Everything after -- goes to it unchanged and wins over what msconv would say.
