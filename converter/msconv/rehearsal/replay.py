@@ -146,12 +146,12 @@ class Replayer:
         for rank, (call, expected) in enumerate(zip(calls, logits, strict=True)):
             error, bound = largest_error(call.logits.numpy(), expected), self._bound(expected)
             found.error = max(found.error, error)
-            if error >= bound:
+            if not error < bound:
                 place = next(
                     (
                         f"; first in {culprit(name)}, seen at {name}"
                         for name, values in step.probes.items()
-                        if name in call.probes and largest_error(call.probes[name].numpy(), values) >= bound
+                        if name in call.probes and not largest_error(call.probes[name].numpy(), values) < bound
                     ),
                     "",
                 )
@@ -162,7 +162,7 @@ class Replayer:
         for rank, (call, outputs) in enumerate(zip(calls, step.outputs, strict=True)):
             if call.states is not None:
                 error, bound = largest_error(call.states.numpy(), outputs[1]), self._bound(outputs[1])
-                if error >= bound:
+                if not error < bound:
                     yield f"hidden states of rank {rank} differ from the interpreter's by {error:.2e}"
 
 
