@@ -43,7 +43,7 @@ class Remembered:
     """The reference, which computes each sequence once for all tests."""
 
     def __init__(self, reference: Any) -> None:
-        self.reference = reference
+        self.reference, self.weights = reference, reference.weights
         self.known: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def traces(self, sequences: list[list[int]]) -> Any:

@@ -41,6 +41,11 @@ class Stored:
         """How many a rank has of a tensor; 0 if it has none of this name."""
         return self._opened(rank, name, lambda file: int(file.get_slice(name).get_shape()[0])) or 0
 
+    def get(self, rank: int, name: str) -> torch.Tensor | None:
+        """A tensor; None if the rank has none of this name."""
+        found: torch.Tensor | None = self._opened(rank, name, lambda file: file.get_tensor(name))
+        return found
+
     def compare(
         self,
         rank: int,
@@ -98,8 +103,8 @@ class Untouched:
             moe = self.config.moe
             if moe is not None and self.config.has_experts(layer) and not self.found.place:
                 prefix = f"model.layers.{layer}.mlp."
-                self._routers(prefix)
-                self._experts(f"{prefix}experts.", moe, chosen.get(layer, frozenset()))
+                order = self._routers(prefix, moe.experts)
+                self._experts(f"{prefix}experts.", moe, order, chosen.get(layer, frozenset()))
         return self.found
 
     def _embedding(self) -> None:
@@ -111,43 +116,55 @@ class Untouched:
             first = rank * own
             for begin in range(first, min(first + own, self.config.vocab), step):
                 end = min(begin + step, first + own, self.config.vocab)
-                self._compare(rank, EMBEDDING, self.weights.rows(EMBEDDING, begin, end), begin=begin - first)
+                wanted = self._stored_as(EMBEDDING, self.weights.rows(EMBEDDING, begin, end))
+                self.found.compare(rank, EMBEDDING, wanted, [EMBEDDING], begin=begin - first)
 
-    def _routers(self, prefix: str) -> None:
-        for name in (prefix + leaf for leaf in ROUTER):
-            if name in self.found.types:
-                for rank in range(self.tp):
-                    self._compare(rank, name, self.weights.get(name))
+    def _routers(self, prefix: str, experts: int) -> list[int]:
+        """Which of the source's experts each of the artifact's is: one numbered anew is the same model."""
+        names = [name for name in (prefix + leaf for leaf in ROUTER) if name in self.found.types]
+        wanted = {name: self._stored_as(name, self.weights.get(name)) for name in names}
+        own = [_rows(tensor) for name in names if (tensor := self.found.get(0, name)) is not None]
+        numbers: dict[tuple[bytes, ...], list[int]] = {}
+        for number, rows in enumerate(zip(*map(_rows, wanted.values()), strict=True)):
+            numbers.setdefault(rows, []).append(number)
+        order = [found.pop(0) if (found := numbers.get(rows)) else -1 for rows in zip(*own, strict=True)]
+        if sorted(order) != list(range(experts)):
+            order = list(range(experts))  # some row is no row of the source's: it is found below
+        for name, values in wanted.items():
+            for rank in range(self.tp):
+                self.found.compare(rank, name, values[order], [name])
+        return order
 
-    def _experts(self, prefix: str, moe: Moe, chosen: frozenset[int]) -> None:
+    def _experts(self, prefix: str, moe: Moe, order: list[int], chosen: frozenset[int]) -> None:
         gate_up, down = prefix + "gate_up_proj.weight", prefix + "down_proj.weight"
         if self.found.types.get(down) == "int8":
             return
         group = self.tp // self.ep
         local, width = moe.experts // self.ep, moe.ffn // group
-        for expert in sorted(set(range(moe.experts)) - chosen):
-            parts = [self.weights.get(f"{prefix}{expert}.{p}_proj.weight") for p in ("gate", "up", "down")]
+        for expert, number in enumerate(order):
+            if number in chosen:
+                continue
+            source = f"{prefix}{number}"
+            parts = [self.weights.get(f"{source}.{p}_proj.weight") for p in ("gate", "up", "down")]
             for rank in range(expert // local * group, (expert // local + 1) * group):
                 mine = slice(rank % group * width, (rank % group + 1) * width)
                 both = torch.cat([parts[0][mine], parts[1][mine]])
                 for name, values in ((gate_up, both), (down, parts[2][:, mine])):
-                    self._compare(rank, name, values.T.unsqueeze(0), f"{prefix}{expert}", expert % local)
+                    wanted = self._stored_as(name, values.T.unsqueeze(0))
+                    self.found.compare(rank, name, wanted, [source], expert % local)
 
-    def _compare(
-        self,
-        rank: int,
-        name: str,
-        wanted: torch.Tensor,
-        part: str = "",
-        item: int | None = None,
-        begin: int | None = None,
-    ) -> None:
-        wanted = wanted.to(getattr(torch, self.found.types[name]))
-        self.found.compare(rank, name, wanted, [part or name], item, begin)
+    def _stored_as(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """In the type in which the artifact has them."""
+        return values.to(getattr(torch, self.found.types[name]))
 
 
 def _kind(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _rows(tensor: torch.Tensor) -> list[bytes]:
+    """The bytes of each."""
+    return [row.tobytes() for row in _bits(tensor).numpy()]
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
