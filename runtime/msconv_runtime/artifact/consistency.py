@@ -55,8 +55,6 @@ def _weights(manifest: Manifest) -> str:
         return (
             f"the weights have unknown element type {w.dtype[:40]!r}, known are {', '.join(VALUE_DTYPES)}; {NEWER}"
         )
-    if w.source_dtype and w.source_dtype not in DTYPES:
-        return f"the weights' source had unknown element type {w.source_dtype[:40]!r}; {NEWER}"
     sizes: list[list[int]] = [[] for _ in range(tp)]
     for f in w.files:
         if not 0 <= f.rank < tp:
