@@ -208,7 +208,7 @@ def make_checkpoint(directory: Path, say: Callable[[str], object] = print) -> No
     torch.set_num_threads(threads)
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
-    (directory / "evaluation.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")  # for verify of int8
+    (directory / "evaluation.txt").write_text(EOS.join(lines), encoding="utf-8")  # for verify of int8
     count = check(directory, lines)
     say(f"{directory}: {count} prompts answered exactly, {time.monotonic() - began:.0f} s in all")
 

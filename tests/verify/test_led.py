@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from msconv.verify.int8.arithmetic import Quotients, by_input, by_token, product, quantise_rows
 from msconv.verify.int8.codes import Record
-from msconv.verify.int8.drift import OWN, SHIPPED, agreement, divergence, perplexity, tokens_of
+from msconv.verify.int8.drift import (
+    OWN,
+    SHIPPED,
+    agreement,
+    divergence,
+    ends_of,
+    perplexity,
+    tokens_of,
+    windows_of,
+)
 from msconv.verify.int8.lead import TIE, Lead, Verdict
 from msconv.verify.reference import Trace
 from msconv_runtime.errors import UsageError
@@ -206,3 +216,13 @@ def test_a_text_beside_the_source_comes_before_the_one_that_ships(tmp_path: Path
     (tmp_path / OWN).write_text("w1 w2")
     with pytest.raises(UsageError, match="makes 2 tokens"):
         tokens_of(tmp_path, None, 41)
+
+
+def test_an_end_token_separates_documents(tmp_path: Path) -> None:
+    """A row that follows the end of a text is decided by nothing: it is not compared."""
+    config = tmp_path / "config.json"
+    for value, ends in ((9, {9}), ([9, 8], {8, 9}), (None, set()), (True, set())):
+        config.write_text(json.dumps({"eos_token_id": value}))
+        assert ends_of(tmp_path) == ends
+    assert windows_of([1, 2, 3, 9, 4, 9, 5, 6, 9, 9], frozenset({9}), 2) == [[1, 2], [5, 6]]
+    assert windows_of([1, 2, 9, 3], frozenset(), 3) == [[1, 2, 9]]

@@ -50,6 +50,7 @@ class Model:
 
 def drift(tmp_path: Path, after: dict[str, int], before: dict[str, int], value: float = NAN) -> Drift:
     """Over 256 tokens in windows of 100, of which the second is bad."""
+    (tmp_path / "config.json").write_text("{}")
     model: Any = Model(after, before, value)
     return measure(tmp_path, SimpleNamespace(), model, None, VOCAB, 100)  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,9 +67,9 @@ def measure(
     """`root`: of the source.  `given`: a text instead of the one that ships.  Raises UsageError for one that
     cannot be read."""
     tokens, text = tokens_of(root, given, vocab)
-    size = max(2, min(WINDOW, positions))
-    windows = [tokens[i : i + size] for i in range(0, len(tokens), size)]
-    windows = [w for w in windows if len(w) > 1]
+    windows = windows_of(tokens, ends_of(root), max(2, min(WINDOW, positions)))
+    if not windows:
+        raise UsageError(f"{text}: no document in it has two tokens.", "Give a text of whole sentences.")
     after = reference.traces(windows)
     if reference.weights.is_made:
         plain = Reference(root, msgspec.structs.replace(manifest, weights=None))
@@ -130,6 +131,24 @@ def tokens_of(root: Path, given: Path | None, vocab: int) -> tuple[list[int], st
         return found[:MOST_TOKENS], given.name if given is not None else SHIPPED
     rng = np.random.default_rng(0)
     return [int(t) for t in rng.integers(0, vocab, WINDOW)], RANDOM
+
+
+def ends_of(root: Path) -> frozenset[int]:
+    """The tokens that end an answer, as config.json has them."""
+    ends = json.loads((root / "config.json").read_bytes()).get("eos_token_id")
+    return frozenset(end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int)
+
+
+def windows_of(tokens: list[int], ends: frozenset[int], size: int) -> list[list[int]]:
+    """Sequences of 2 to `size` tokens: of each document by itself, where an end token separates documents."""
+    documents: list[list[int]] = [[]]
+    for token in tokens:
+        if token in ends:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    windows = [document[i : i + size] for document in documents for i in range(0, len(document), size)]
+    return [window for window in windows if len(window) > 1]
 
 
 def _encode(path: Path, text: str) -> list[int]:
