@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run_command, run_msconv
+from tests.commands import run_command, run_msconv, run_python
 from tests.conftest import Checkpoints
 
 
@@ -211,3 +211,19 @@ def test_an_installed_wheel_brings_the_recipes(tmp_path: Path) -> None:
     )
     assert done.code == 0, done.stderr
     assert done.json["path"] == str(site / "msconv" / "recipe_files" / "Qwen3-8B.yaml")
+
+
+# Packages
+
+
+@pytest.mark.parametrize("command", ["verify", "rehearse"])
+@pytest.mark.parametrize("package", ["torch", "transformers", "safetensors"])
+def test_a_package_of_the_reference_that_is_missing_is_named(compiled: Path, package: str, command: str) -> None:
+    code = (
+        "import sys; sys.modules[sys.argv[1]] = None; sys.argv = ['msconv', *sys.argv[2:]]\n"
+        "from msconv.cli import main\nmain()"
+    )
+    done = run_python(code, package, command, compiled)
+    assert done.code == 4
+    assert f"{package} cannot be imported" in done.stderr
+    assert done.stderr.splitlines()[-1] == 'Next: Install them: pip install "msconv[verify]".'

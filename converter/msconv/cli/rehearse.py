@@ -26,6 +26,10 @@ SHOWN = 20  # problems
 
 
 def _options(prompts: int | None, nnodes: int, **values: Any) -> Options:
+    import_torch_alone()
+    from ..verify.packages import require_reference
+
+    require_reference()
     from ..rehearsal.plan import Options
 
     return Options(prompts=prompts or 0, machines=nnodes, **values)
@@ -81,7 +85,6 @@ def command(artifact: Path | None, options: Options, sglang_args: tuple[str, ...
     msconv rehearse artifacts/Qwen3-0.6B-tp2 --target ascend310p --prompts 3
     msconv rehearse artifacts/Qwen3-0.6B-tp2 -- --dp-size 2
     """
-    import_torch_alone()
     from ..rehearsal.rehearse import rehearse
 
     artifact, extra = parted_from_flags(artifact, sglang_args)

@@ -83,6 +83,9 @@ def command(
             phases(f"comparing {root} ({target}) with transformers") as tell,
             leaving_at_once(),
         ):
+            from ..verify.packages import require_reference
+
+            require_reference()
             from ..verify.prove import prove
 
             proof = prove(root, target, reference, layers, tell, max_kl, text, max_memory, by_layer)

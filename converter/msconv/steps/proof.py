@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msconv_runtime.dtypes import DTYPES
-from msconv_runtime.errors import EnvironmentProblem
 from msconv_runtime.targets import Target
 
 from ..layout.plan import Plan
@@ -60,16 +59,13 @@ def predict_proof(planned: Estimate, target: Target) -> Cost:
     begun = time.perf_counter()
     _refuse(planned, target)
     from ..graph.toolchain import require
+    from ..verify.packages import require_reference
 
     require(target.form)
-    try:
-        from ..verify import trial
-        from ..verify.reference import model_without_weights, parts_bytes
-    except ImportError as e:
-        raise EnvironmentProblem(
-            f"The time of a proof needs torch and transformers ({e}).",
-            'Install them: pip install "msconv[verify]".',
-        ) from None
+    require_reference()
+    from ..verify import trial
+    from ..verify.reference import model_without_weights, parts_bytes
+
     shape = _shape(planned, target)
     model = model_without_weights(planned.checkpoint.root, planned.checkpoint.family, shape.layers)
     startup = planned.startup + time.perf_counter() - begun  # a proof has to import and make as much

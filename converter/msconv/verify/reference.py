@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msconv_runtime.artifact import Manifest
-from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
+from msconv_runtime.errors import UsageError, VerificationFailed
 from msconv_runtime.vector_math import choose_code
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
@@ -69,13 +69,8 @@ class Reference:
 
     def __init__(self, root: Path, manifest: Manifest, layers: int = 0, bound: Manifest | None = None) -> None:
         """`bound`: the manifest with the types in which a server binds the weights, if that rounds once more."""
-        try:
-            import torch
-            import transformers  # noqa: F401
-        except ImportError as e:
-            raise EnvironmentProblem(
-                f"verify needs torch and transformers ({e}).", 'Install them: pip install "msconv[verify]".'
-            ) from None
+        import torch
+
         choose_code()
         self.tell: Tell = quietly
         self.kept = NOTHING  # where what was computed is kept for a run after this one
