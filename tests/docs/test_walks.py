@@ -126,7 +126,7 @@ ELSEWHERE = {  # by a pattern of lines: why no walk has them
     r"--predict": "tests/cli/test_predict.py",
     r"--fuse ": "tests/verify/test_fused.py",
     r"s3://": "tests/storage, on stores on localhost",
-    r"--ray ": "tests/ray",
+    r"--ray |/shared/": "tests/ray",
     r"artifacts/(draft|qwen3)\b": "tests/e2e/test_hidden_drafts.py",
     r"convert DeepSeek-V3( --no-drafts)?$": "tests/layout and tests/stream, on models with such layers",
     r"msconv plan DeepSeek-R1$": "256 experts over 32 ranks: tests/cli/test_recipes.py plans every recipe",

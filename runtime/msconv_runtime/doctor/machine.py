@@ -117,7 +117,7 @@ def system_findings(machine: Machine) -> Iterator[Finding]:
     yield Finding("cores", "ok", str(machine.cores), "one or more")
     why, needed = machine.no_kernels(), "those of msconv, built by a C++ compiler"
     fix = "install g++" if not why or "no C++ compiler" in why else "mend that"
-    hint = f"{fix}: without them a CPU serves by MindSpore's own operations, 1.5 to 3 times slower"
+    hint = f"{fix}: without them a CPU serves by MindSpore's own operations, several times slower"
     yield Finding("CPU kernels", "missing" if why else "ok", why or "built", needed, hint)
     for name, free, hint in (
         ("memory free", machine.memory(), "end other programs, or raise the container's limit"),
