@@ -227,3 +227,32 @@ def test_a_package_of_the_reference_that_is_missing_is_named(compiled: Path, pac
     assert done.code == 4
     assert f"{package} cannot be imported" in done.stderr
     assert done.stderr.splitlines()[-1] == 'Next: Install them: pip install "msconv[verify]".'
+
+
+# Values of options
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_a_bound_that_is_no_number_is_refused_at_once(compiled: Path, value: str) -> None:
+    done = run_msconv("verify", compiled, "--max-kl", value)
+    assert done.code == 2
+    assert "--max-kl" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a/b..c", "a/b.git", "a--b/c"])
+@pytest.mark.parametrize("command", ["pull", "plan"])
+def test_a_name_that_no_hub_has_is_refused_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, name: str, command: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    done = run_msconv(command, name, *(["--tp", "1"] if command == "plan" else []))
+    assert done.code == 2
+    assert f"{name}: is no name of a model" in done.stderr
+
+
+def test_what_an_artifact_has_decided_is_not_asked_of_it(compiled: Path) -> None:
+    done = run_msconv(
+        "plan", compiled, "--tp", 1, "--roofline", "910B3", "--dtype", "float32", "--max-memory", "1G"
+    )
+    assert done.code == 2
+    assert "--dtype, --max-memory would change nothing" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 from itertools import pairwise
@@ -220,6 +221,22 @@ def test_the_command_prints_where_it_is_or_what_it_says(proven: Path, tmp_path: 
     assert run_msconv("report", root, "--output", elsewhere).stdout == f"{elsewhere}\n"
     assert elsewhere.read_bytes() == before
     assert run_msconv("inspect", root, "--check", "--json").json["check"]["ok"] is True
+
+
+def test_a_page_replaces_nothing_but_a_page(compiled: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(compiled, tmp_path / "own"))
+    (root / "report.html").unlink(missing_ok=True)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    os.mkfifo(root / "report.html")
+    before = {name: (root / name).read_bytes() for name in ("msconv.json", "READY", "config.json")}
+    within = [root / name for name in (*before, "page.html", "weights/page.html")]
+    for output in (None, pipe, *within):
+        done = run_msconv("report", root, *(("--output", output) if output else ()))
+        assert done.code == 2, output
+        assert "nothing was written" in done.stderr
+    assert {name: (root / name).read_bytes() for name in before} == before
+    assert not list(root.rglob("page.html"))
 
 
 def test_the_command_says_where_it_cannot_write(compiled: Path, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_machines_that_serve_together_are_told_so() -> None:
     nodes = Nodes(2, 1, "10.0.0.7:5000")
     nodes.check(Parallel(4))
     assert nodes.host == "10.0.0.7"
+    Nodes(2, 1, "[fe80::1]:65535").check(Parallel(4))
     assert node_flags(nodes) == {"--nnodes": "2", "--node-rank": "1", "--dist-init-addr": "10.0.0.7:5000"}
     Nodes().check(Parallel(1))
     assert node_flags(Nodes()) == {}
@@ -126,11 +127,20 @@ def test_machines_that_serve_together_are_told_so() -> None:
         (Nodes(2, 2, "a:1"), "--node-rank 2"),
         (Nodes(2, 0, None), "--dist-init-addr"),
         (Nodes(3, 0, "a:1"), "4 ranks"),
+        (Nodes(2, 1, "foo"), "foo: is not HOST:PORT"),
+        (Nodes(2, 1, ":5000"), "is not HOST:PORT"),
+        (Nodes(2, 1, "a:65536"), "is not HOST:PORT"),
+        (Nodes(2, 1, "::1:5000"), "is not HOST:PORT"),
     ],
 )
 def test_machines_that_cannot_be_are_refused(nodes: Nodes, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         nodes.check(Parallel(4))
+
+
+def test_an_empty_host_is_refused(own_artifact: Path) -> None:
+    with pytest.raises(UsageError, match="--host: is empty"):
+        plan_launch(own_artifact, "cpu", "", 30000, [])
 
 
 def test_each_copy_of_the_model_gets_its_cores(own_artifact: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from msconv_runtime.artifact.integrity import check_artifact
 from msconv_runtime.errors import (
     ArtifactError,
     BusyError,
+    CheckpointError,
     MsconvError,
     ResourceError,
     UsageError,
@@ -201,6 +203,38 @@ def test_a_directory_that_holds_something_else_is_refused_and_untouched(
         convert(checkpoint("untied"), out, force=force)
     assert sorted(p.name for p in out.rglob("*")) == ["model-rank-0-part-0.safetensors", "thesis.tex", "weights"]
     assert (out / "weights" / "model-rank-0-part-0.safetensors").read_text() == "mine"
+
+
+def test_nothing_is_written_into_an_artifact_from_outside(
+    checkpoint: Checkpoints, compiled: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(compiled, tmp_path / "own"))
+    before = read_tree(root)
+    for command in (
+        ("convert", checkpoint("untied"), "--tp", 2, "--output", root / "sub"),
+        ("reshard", root, "--tp", 2, "--output", root / "sub" / "deep"),
+        ("compile", "--model", checkpoint("untied"), "--tp", 2, "--target", "cpu", "--output", root / "sub"),
+        ("compile", root, "--target", "cpu", "--graphs", root),
+        ("compile", root, "--target", "cpu", "--graphs", root / "graphs"),
+    ):
+        done = run_msconv(*command)
+        assert done.code == 2, command
+        assert f"lies in the artifact {root}" in done.stderr
+    assert read_tree(root) == before
+
+
+@pytest.mark.parametrize("kind", ["link", "directory"])
+def test_a_tokenizer_that_cannot_be_copied_is_no_tokenizer_left_out(
+    own_checkpoint: Checkpoints, tmp_path: Path, kind: str
+) -> None:
+    model = own_checkpoint("untied")
+    path = model / "tokenizer.json"
+    path.unlink(missing_ok=True)
+    path.symlink_to("nowhere") if kind == "link" else path.mkdir()
+    said = "a link to nothing" if kind == "link" else "no regular file"
+    with pytest.raises(CheckpointError, match=f"tokenizer.json: is {said}"):
+        convert(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -238,6 +238,7 @@ def test_a_bound_on_the_drift_is_kept(own: Callable[[str], Path], few_steps: Non
     done = CliRunner().invoke(command, [str(root), "--target", TARGET, "--max-kl", "1e-7"])
     assert isinstance(done.exception, VerificationFailed)
     assert "from the values of the source's codes, --max-kl is 1.00e-07" in done.exception.message
+    assert done.exception.hint.startswith("All else agrees: give a larger --max-kl")
     assert read_manifest(root).proof_for(TARGET) is None
     assert verify(root, "--max-kl", "1")["int8"]["drift_kl_bound"] == 1.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -102,7 +103,13 @@ class Checkpoint:
 
     @property
     def auxiliary(self) -> list[Path]:
-        return [self.root / n for n in AUXILIARY if (self.root / n).is_file()]
+        """Files that are copied.  Raises CheckpointError for a name whose file cannot be."""
+        found = [path for n in AUXILIARY if os.path.lexists(path := self.root / n)]
+        for path in found:
+            if not path.is_file():
+                what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
+                raise CheckpointError(f"{path}: is {what}.", "Bring the file, or remove what is in its place.")
+        return found
 
 
 def open_configuration(root: Path, harmless: Iterable[str] = ()) -> Checkpoint:

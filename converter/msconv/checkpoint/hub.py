@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.file_download import get_hf_file_metadata, repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils._runtime import is_xet_available
 
 from msconv_runtime.errors import CheckpointError
@@ -205,6 +206,10 @@ def resolve(name: str, revision: str, wanted: Callable[[str], bool], purpose: Pu
     """The revision's commit and those of its files whose names are `wanted`.  Raises HubError, UsageError."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it would warn of, we say ourselves
     asked = f"{name}@{revision}" if revision else name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as e:
+        raise explain(e, asked, purpose=purpose) from e
     if why := unreachable(constants.ENDPOINT):
         raise _out_of_reach(asked, name, why, purpose)
     patience = Patience(threading.Event())

@@ -16,6 +16,7 @@ from msconv_runtime.units import human_bytes
 from ..checkpoint.reference import Hub, configuration
 from ..graph.spec import Fixed
 from ..location import open_reference
+from ..workspace.clearing import refuse_inside
 from .command import Command
 from .console import find_artifact, say
 from .here import quoted, usual_target
@@ -56,6 +57,8 @@ class Asked:
     def of(cls, kept: Path | None, onnx_static: bool, onnx_shapes: str | None, fused: tuple[str, ...]) -> Asked:
         if onnx_shapes is not None and not onnx_static:
             raise click.UsageError("--onnx-shapes goes with --onnx-static.")
+        if kept is not None:
+            refuse_inside(kept / "any", "--graphs")
         return cls(kept, (onnx_shapes or "") if onnx_static else None, tuple(sorted(set(fused))))
 
     def check(self, targets: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,16 @@ def at_home(value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith("~"):
         return value
     return os.path.expanduser(value)  # noqa: PTH111  # Path's raises where there is no such user
+
+
+class Finite(click.FloatRange):
+    """A range that takes neither infinity nor what is no number."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return found
 
 
 def grouped(name: str, make: Callable[..., Any], *options: Decorator) -> Decorator:

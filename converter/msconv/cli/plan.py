@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from msconv_runtime.artifact import is_artifact
 from msconv_runtime.errors import MsconvError, UsageError
@@ -32,6 +33,12 @@ from .roofline import lines as roofline_lines
 if TYPE_CHECKING:
     from ..steps.costs import Cost
     from ..steps.estimate import Estimate
+
+
+OF_CHECKPOINTS = (
+    *("--dtype", "--quant", "--no-drafts", "--harmless", "--output", "--jobs"),
+    *("--max-memory", "--device-memory", "--predict"),
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ def command(
     chosen = [target_named(name) for name in proved_for]
     asked = bounds.asked(device.context, device.batch)
     if asked is not None and is_artifact(Path(layout.model)):
+        _refuse_of_checkpoints(layout.model)
         show(bound_artifact(Path(layout.model), layout.tp, layout.ep, asked))
         return
     location = _location(layout)
@@ -150,6 +158,17 @@ def _following(e: Estimate, layout: LayoutOptions, device: DeviceOptions) -> str
     elif e.lacking_bytes:
         notes.append(f"first free {human_bytes(e.lacking_bytes)}, or give --output on another disk")
     return command + f"  # {'; '.join(notes)}" * bool(notes)
+
+
+def _refuse_of_checkpoints(artifact: str) -> None:
+    """Raises UsageError for options that an artifact has decided already."""
+    ctx = click.get_current_context()
+    named = {p.opts[-1]: ctx.get_parameter_source(p.name or "") for p in ctx.command.params}
+    if given := [option for option in OF_CHECKPOINTS if named[option] is ParameterSource.COMMANDLINE]:
+        raise UsageError(
+            f"{artifact}: is an artifact, of which {', '.join(given)} would change nothing.",
+            "Leave it out, or give the checkpoint.",
+        )
 
 
 def _location(layout: LayoutOptions) -> Location:

@@ -43,7 +43,7 @@ AFTER_INTERRUPT = {  # by the command
     "reshard": "Run the same command again: it resumes where it was.",
     "push": "Run the same command again: what was uploaded is kept.",
     "pull": "Run the same command again: what was downloaded is kept.",
-    "compile": "The artifact is whole, with the graphs that it had; run the same command again.",
+    "compile": "The artifact is whole, with the graphs that it had or the new ones; run the same command again.",
     "verify": "The artifact is as it was; run the same command again: a proof begins anew.",
     "rehearse": "Its servers were ended, the artifact is as it was; run the same command again.",
     "serve": "No server was started.",

@@ -10,7 +10,7 @@ import click
 
 from msconv_runtime.units import human_bytes
 
-from .options import grouped
+from .options import Finite, grouped
 from .result import Result
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ roofline_options = grouped(
     click.option(
         "--accept-length",
         default=0.0,
-        type=click.FloatRange(0, 1024),
+        type=Finite(0, 1024),
         help="With --draft-tokens: tokens that such a step gives on average.",
     ),
 )

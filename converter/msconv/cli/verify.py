@@ -20,7 +20,7 @@ from .command import Command
 from .console import find_artifact, import_torch_alone, say
 from .here import machine_kind, quoted, serve_command, usual_target
 from .interrupts import leaving_at_once
-from .options import artifact_argument, complete_targets, memory_option, reference_option
+from .options import Finite, artifact_argument, complete_targets, memory_option, reference_option
 from .phases import phases
 from .report import refresh
 from .result import Result, json_option, show
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )
 @reference_option
 @click.option("--layers", default=0, type=click.IntRange(0), help="Only the first N layers: for large models.")
-@click.option("--max-kl", type=click.FloatRange(0), help="int8: fail above this divergence from the source.")
+@click.option("--max-kl", type=Finite(0), help="int8: fail above this divergence from the source.")
 @click.option(
     "--text",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
@@ -198,8 +198,15 @@ def _failure(root: Path, proof: Proof) -> VerificationFailed:
         + (f"; ranks differ by {c.apart:.1e} where they must agree" if c.apart >= c.bound else "")
         + (f"; tensors missing or unused: {names}" if names else "")
         + ".",
-        "Check that --reference is what was converted; then convert and compile again with --force.",
+        "Check that --reference is what was converted; then convert and compile again with --force."
+        if not _is_only_adrift(proof)
+        else "All else agrees: give a larger --max-kl, another --text, or serve the unquantised weights.",
     )
+
+
+def _is_only_adrift(proof: Proof) -> bool:
+    """Nothing is wrong but the distance to the source, for which somebody set a bound."""
+    return proof.is_adrift and replace(proof, max_kl=None).ok
 
 
 def _of_int8(proof: Proof) -> str:

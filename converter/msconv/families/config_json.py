@@ -149,7 +149,7 @@ def _check_windows(r: Reader, layers: int, max_positions: int, by_layer: bool) -
     if isinstance(kinds, list):
         if any(k != "full_attention" for k in kinds):
             r.problems.append("layer_types has layers that are not full_attention: not supported")
-        elif len(kinds) != layers:
+        elif len(kinds) != layers == r.raw.get("num_hidden_layers"):
             r.problems.append(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
     elif kinds is not None:
         r.problems.append(f"layer_types = {show(kinds)}: a list is needed")

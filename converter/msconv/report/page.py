@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from msconv_runtime.artifact import Artifact, Manifest, replace_file
+from msconv_runtime.errors import UsageError
 
 from ..checkpoint.reference import configuration
 from ..workspace.names import REPORT
@@ -22,13 +23,15 @@ def facts(root: Path, manifest: Manifest | None = None) -> dict[str, Any]:
 
 def write_report(root: Path, manifest: Manifest | None = None, output: Path | None = None) -> Path:
     """Write the page, by default into the artifact.  What is there already is left alone if it says the same.
-    Raises MsconvError for what is no artifact, OSError if the file cannot be written."""
+    Raises MsconvError for what is no artifact and for a place where no page belongs, OSError if the file cannot be
+    written."""
     from .render import render
 
     path = output or root / REPORT
+    _refuse_place(root, path)
     page = render(facts(root, manifest)).encode()
     with contextlib.suppress(OSError):
-        if path.read_bytes() == page:
+        if path.stat().st_size == len(page) and path.read_bytes() == page:
             return path
     try:
         replace_file(path, page)
@@ -37,3 +40,18 @@ def write_report(root: Path, manifest: Manifest | None = None, output: Path | No
             path.with_name(path.name + ".tmp").unlink()  # what it took is needed for more important files
         raise
     return path
+
+
+def _refuse_place(root: Path, path: Path) -> None:
+    """Raises UsageError for what is no regular file, and for the artifact's other files."""
+    if (path.exists() or path.is_symlink()) and not (path.is_file() or path.is_dir()):
+        raise UsageError(
+            f"{path}: is no regular file; nothing was written.", "Give another --output, or remove it."
+        )
+    inside = root.resolve()
+    place = path.parent.resolve() / path.name
+    if place != inside / REPORT and place.is_relative_to(inside):
+        raise UsageError(
+            f"{path}: lies in the artifact, where only {REPORT} belongs; nothing was written.",
+            "Give --output a file elsewhere, or leave it out.",
+        )

@@ -15,14 +15,17 @@ from .names import DOWNLOADS, IDENTITY, JOURNAL, REPORT
 
 
 def refuse_foreign(root: Path, source: Path | None = None) -> None:
-    """Raises UsageError if `root` is the source itself or holds something that msconv did not write."""
+    """Raises UsageError if `root` is the source itself, lies in an artifact, or holds what msconv did not
+    write."""
     try:
-        if not root.exists():
-            return
+        is_there = root.exists()
     except (OSError, ValueError):
         raise UsageError(
             f"{str(root)[:300]}: no directory can have this name.", "Give another --output."
         ) from None
+    refuse_inside(root, "--output")
+    if not is_there:
+        return
     if not root.is_dir():
         raise UsageError(f"{root}: is a file, not a directory.", "Give another --output.")
     if source is not None and root.resolve() == source.resolve():
@@ -32,6 +35,15 @@ def refuse_foreign(root: Path, source: Path | None = None) -> None:
         raise UsageError(
             f"{root}: holds something else than an artifact; nothing was touched.",
             "Give an empty or new directory with --output.",
+        )
+
+
+def refuse_inside(path: Path, option: str) -> None:
+    """Raises UsageError if a path lies in an artifact, which takes no other files."""
+    if above := next((p for p in path.resolve().parents if is_artifact(p)), None):
+        raise UsageError(
+            f"{option} lies in the artifact {above}, which could not be served with other files in it.",
+            "Give a directory elsewhere.",
         )
 
 

@@ -78,6 +78,8 @@ def _weights(manifest: Manifest) -> str:
             return f"{t.name} has shape {t.shape} and {t.nbytes} bytes at {t.begin}"
         if t.begin + t.nbytes > min(s[t.file] for s in sizes):
             return f"{t.name} ends at byte {t.begin + t.nbytes}, past the end of its file"
+    if w.tensors and all(t.dtype != w.dtype for t in w.tensors):
+        return f"the weights are {w.dtype}, and none of their tensors is"
     return ""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..artifact import Artifact
+from ..errors import UsageError
 from ..targets import Target
 from .choice import target_to_serve
 from .engine import Engine, chosen_engine
@@ -55,6 +56,8 @@ def plan_launch(
     artifact has several for the device; `settings.target` is set here.  `engine`: None for the chosen one.
     `half`: of two servers, None for one that prefills and decodes.
     """
+    if not host.strip():
+        raise UsageError("--host: is empty.", "Give an address of this machine, or 0.0.0.0 for all of them.")
     engine = engine or chosen_engine()
     artifact = Artifact(root)
     parallel, chosen = artifact.manifest.parallel, target_to_serve(artifact, device, target)
