@@ -185,7 +185,7 @@ def test_the_command_names_the_layout_and_the_cores(artifact: Path, monkeypatch:
     assert "--sleep-on-idle" in launch.argv
     assert launch.environment["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "3|4")
-    assert "SGLANG_CPU_OMP_THREADS_BIND" not in plan_launch(artifact, "cpu", "", 1, []).environment
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in plan_launch(artifact, "cpu", "127.0.0.1", 30000, []).environment
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def _refuse_place(root: Path, path: Path) -> None:
         raise UsageError(
             f"{path}: is no regular file; nothing was written.", "Give another --output, or remove it."
         )
-    inside = root.resolve()
-    place = path.parent.resolve() / path.name
+    inside = Path(os.path.realpath(root))
+    place = Path(os.path.realpath(path.parent)) / path.name
     if place != inside / REPORT and place.is_relative_to(inside):
         raise UsageError(
             f"{path}: lies in the artifact, where only {REPORT} belongs; nothing was written.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def refuse_foreign(root: Path, source: Path | None = None) -> None:
 
 def refuse_inside(path: Path, option: str) -> None:
     """Raises UsageError if a path lies in an artifact, which takes no other files."""
-    if above := next((p for p in path.resolve().parents if is_artifact(p)), None):
+    if above := next((p for p in Path(os.path.realpath(path)).parents if is_artifact(p)), None):
         raise UsageError(
             f"{option} lies in the artifact {above}, which could not be served with other files in it.",
             "Give a directory elsewhere.",

@@ -67,7 +67,7 @@ def measure(
     """`root`: of the source.  `given`: a text instead of the one that ships.  Raises UsageError for one that
     cannot be read."""
     tokens, text = tokens_of(root, given, vocab)
-    windows = windows_of(tokens, ends_of(root), max(2, min(WINDOW, positions)))
+    windows = windows_of(tokens, frozenset() if text == RANDOM else ends_of(root), max(2, min(WINDOW, positions)))
     if not windows:
         raise UsageError(f"{text}: no document in it has two tokens.", "Give a text of whole sentences.")
     after = reference.traces(windows)
