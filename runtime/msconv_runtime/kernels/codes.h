@@ -144,19 +144,26 @@ NEVER_INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w,
     UNROLLED
     for (int j = 0; j < N; j++) s[r][j] = _mm512_setzero_si512();
   const int64_t depth = x.depth;
-  for (int64_t k = 0; k < depth; k += 64) {
+  const auto weights_at = [&](int j, int64_t k) __attribute__((always_inline)) {
     const __mmask64 there = depth - k >= 64 ? ~__mmask64(0) : ~__mmask64(0) >> (64 - (depth - k));
-    __m512i v[N];
+    __builtin_prefetch(from[j] + ahead + k, 0, 2);
+    return unsigned_of(_mm512_maskz_loadu_epi8(there, from[j] + k));
+  };
+  if constexpr (R == 1) {  // bound by memory: one row of weights after the other, as they lie there
     UNROLLED
-    for (int j = 0; j < N; j++) {
-      __builtin_prefetch(from[j] + ahead + k, 0, 2);
-      v[j] = unsigned_of(_mm512_maskz_loadu_epi8(there, from[j] + k));
-    }
-    UNROLLED
-    for (int r = 0; r < R; r++) {
-      const __m512i codes = _mm512_load_si512(u[r] + k);
+    for (int j = 0; j < N; j++)
+      for (int64_t k = 0; k < depth; k += 64) add_products(s[0][j], weights_at(j, k), _mm512_load_si512(u[0] + k));
+  } else {
+    for (int64_t k = 0; k < depth; k += 64) {
+      __m512i v[N];
       UNROLLED
-      for (int j = 0; j < N; j++) add_products(s[r][j], v[j], codes);
+      for (int j = 0; j < N; j++) v[j] = weights_at(j, k);
+      UNROLLED
+      for (int r = 0; r < R; r++) {
+        const __m512i codes = _mm512_load_si512(u[r] + k);
+        UNROLLED
+        for (int j = 0; j < N; j++) add_products(s[r][j], v[j], codes);
+      }
     }
   }
   UNROLLED
