@@ -29,7 +29,7 @@ SERVED = [
         for layout in (("deepseek_v3", 2, 2), ("qwen3_moe", 1, 1), ("deepseek_v3", 1, 1), ("qwen3_moe", 2, 1))
     ),
 ]
-END_S = 60  # after this no process of a server may be left, however busy the machine is
+END_S = 15  # after this no process of a server may be left
 
 
 @pytest.mark.parametrize(("kind", "tp", "ep"), SERVED)

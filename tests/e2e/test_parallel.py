@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 CHUNK = 64
 KEY = "of-the-administrator"
-END_S = 60  # after this no process of a server may be left, however busy the machine is
+END_S = 15  # after this no process of a server may be left
 
 
 @pytest.fixture(scope="module")
