@@ -146,18 +146,24 @@ NEVER_INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w,
   const int64_t depth = x.depth;
   const auto weights_at = [&](int j, int64_t k) __attribute__((always_inline)) {
     const __mmask64 there = depth - k >= 64 ? ~__mmask64(0) : ~__mmask64(0) >> (64 - (depth - k));
-    __builtin_prefetch(from[j] + ahead + k, 0, 2);
     return unsigned_of(_mm512_maskz_loadu_epi8(there, from[j] + k));
   };
-  if constexpr (R == 1) {  // bound by memory: one row of weights after the other, as they lie there
+  if constexpr (R == 1) {  // bound by memory, which the processor fetches in time if rows are read as they lie there
     UNROLLED
-    for (int j = 0; j < N; j++)
-      for (int64_t k = 0; k < depth; k += 64) add_products(s[0][j], weights_at(j, k), _mm512_load_si512(u[0] + k));
+    for (int j = 0; j < N; j++) {
+      int64_t k = 0;
+      for (; k + 64 <= depth; k += 64)
+        add_products(s[0][j], unsigned_of(_mm512_loadu_si512(from[j] + k)), _mm512_load_si512(u[0] + k));
+      if (k < depth) add_products(s[0][j], weights_at(j, k), _mm512_load_si512(u[0] + k));
+    }
   } else {
     for (int64_t k = 0; k < depth; k += 64) {
       __m512i v[N];
       UNROLLED
-      for (int j = 0; j < N; j++) v[j] = weights_at(j, k);
+      for (int j = 0; j < N; j++) {
+        __builtin_prefetch(from[j] + ahead + k, 0, 2);
+        v[j] = weights_at(j, k);
+      }
       UNROLLED
       for (int r = 0; r < R; r++) {
         const __m512i codes = _mm512_load_si512(u[r] + k);
@@ -244,7 +250,7 @@ void multiply_codes(const Codes& x, const int8_t* w, int64_t width, const F& fin
         for (int64_t n = from; n < std::min(end, from + part); n++)
           code_tiles<4>(x, r, std::min(each, x.rows - r), w, 4 * n, finish);
   };
-  const int64_t least = std::max(int64_t(1), SERIAL / 4 / x.depth);
+  const int64_t least = std::max(int64_t(1), SERIAL / x.depth);
   has_few ? guided_for(width / 4, least, columns) : parallel_for(width / 4, least, columns);
   const auto one = [&](int64_t row, int64_t column, const int32_t* sums) { finish.one(row, column, sums[0]); };
   for (int64_t n = width / 4 * 4; n < width; n++)
