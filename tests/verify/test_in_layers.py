@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from msconv.mindir.program import Node, Program
 from msconv.steps.compile import compile_graphs
@@ -84,6 +85,25 @@ def test_calls_together_give_what_each_gives_by_itself(
         assert set(expected) <= set(got)
         for name, value in expected.items():
             np.testing.assert_array_equal(got[name], value, err_msg=f"{call.phase} {name}")
+
+
+def test_a_head_that_is_the_embedding_is_no_value_that_calls_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every call has a copy of it for each rank: eight layers of Qwen3-4B took above 24 GB, not 5."""
+    model = make_qwen3(tmp_path / "model", "bfloat16", **{**TINY, "tie_word_embeddings": True})
+    run(prepare(model, 2, output=tmp_path / "artifact"))
+    compile_graphs(tmp_path / "artifact", TARGET)
+    artifact = Artifact(tmp_path / "artifact")
+    (table,) = (tuple(t.shape) for t in artifact.weights.tensors if t.name == "model.embed_tokens.weight")
+    monkeypatch.setattr(lockstep, "KEEP_BYTES", 0)
+    together = Lockstep(artifact, TARGET)
+    lengths = Lengths.within(POSITIONS, STEPS, True)
+    calls = calls_of("", [[1] * n for n in lengths.totals], lengths, True)
+    executions, names = together.executions(calls)
+    for _, _pieces in together.together(executions, names):
+        values = [value for e in executions for env in e.values for value in env.values()]
+        assert not [v for v in values if isinstance(v, torch.Tensor) and tuple(v.shape) == table]
 
 
 def test_sequences_in_one_row_do_not_see_each_other(reference: Reference) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,13 @@ def parse_bytes(data: bytes, path: str) -> Program:
         nodes.append(Node(op_type, inputs, n.output[0], attributes, None, weights[0], weights[-1]))
     floats = [DATA_TYPES.get(p.data_type) for p in graph.parameter]
     dtype = next((d for d in floats if d in (torch.bfloat16, torch.float16)), torch.float32)
-    nodes = _without_order(_on_demand(nodes, graph.output[0].name))
+    output = graph.output[0].name
+    nodes = _without_order(_on_demand(_without_loads(nodes, parameters, output), output))
     last_use = {name: i for i, n in enumerate(nodes) for name in n.inputs}
     declared = {parameters[p.name]: (DATA_TYPES.get(p.data_type), tuple(p.dims)) for p in graph.parameter}
     given = [i.name for i in graph.input]
     count = _num_outputs(graph.output[0])
-    return Program(parameters, declared, given, nodes, graph.output[0].name, dtype, count, last_use)
+    return Program(parameters, declared, given, nodes, output, dtype, count, last_use)
 
 
 def _num_outputs(output: Any) -> int:
@@ -131,6 +133,15 @@ def _on_demand(nodes: list[Node], output: str) -> list[Node]:
             stack.append((name, True))
             stack += [(i, False) for i in reversed(made[name].inputs)]
     return order
+
+
+def _without_loads(nodes: list[Node], parameters: Collection[str], output: str) -> list[Node]:
+    """The same nodes, which take weights themselves and not what Load makes of them: a weight that two layers read
+    is then no value that is held between them."""
+    of = {n.output: n.inputs[0] for n in nodes if n.kind == "Load" and n.inputs[:1] and n.inputs[0] in parameters}
+    of.pop(output, None)
+    kept = (n for n in nodes if n.output not in of)
+    return [replace(n, inputs=tuple(of.get(i, i) for i in n.inputs)) for n in kept]
 
 
 def _without_order(nodes: list[Node]) -> list[Node]:
