@@ -69,12 +69,13 @@ class SourceWeights:
     def published(self, name: str, rounds: Any) -> Any:
         """A tensor's values in float32, decoded by its format's published rule, through `rounds`."""
         info = self._require(name)
+        if {by_name.get(name, default) for by_name, default in self.types} <= {info.dtype}:
+            rounds = _unchanged  # by rounding to its own type; and it stays in the arena
         headers = ChainMap(self.checkpoint.tensors, dict(self.checkpoint.stacked))
         stored = format_of(name, headers, self.checkpoint.config.formats)
         if stored:
             return stored.reference(name, self._read, rounds)
-        kept = {by_name.get(name, default) for by_name, default in self.types} <= {info.dtype}
-        return self._read(name) if kept else rounds(self._read(name))  # rounding to its own type changes nothing
+        return rounds(self._read(name))
 
     def _require(self, name: str) -> Any:
         info = self.checkpoint.find(name)
@@ -92,6 +93,10 @@ class SourceWeights:
             stored = opened.get_tensor(self.checkpoint.stored.get(name, name))
             found = self.arena.widened(stored) if self.arena is not None else None
             return stored.to(torch.float32, copy=True) if found is None else found
+
+
+def _unchanged(value: Any) -> Any:
+    return value
 
 
 class ExpertsOnUse:
