@@ -2,8 +2,7 @@
 
     python benchmarks/serve.py --model Qwen3-0.6B --rounds 3 --json FILE
 
-One bfloat16 checkpoint of a published shape with random values, computed in float32 everywhere, greedy, one server
-at a time:
+One bfloat16 checkpoint of a published shape with random values, computed in float32 everywhere, greedy:
   msconv   `msconv serve` on the artifact, whose weights are stored as `--dtype`
   sglang   SGLang's own torch model on the checkpoint
   traced   the same cells as in the artifact, built in Python from the checkpoint and compiled by MindSpore's
@@ -16,8 +15,11 @@ at a time:
 Start is from the process's start to the first token of a first request of 8 tokens.  Decode counts the tokens
 between the moment the last request has its first token and the moment the first one ends, for prompts that differ
 from their first token.  Beside it, the processors' time a token, of all the server's processes: other programs on
-the machine disturb it less.  The order of the ways changes from round to round.  Where a way does not start, or
-gives no tokens, the table says `-`, and the rest is measured.
+the machine disturb it less.  A round starts a server in each way, one after the other; then they decode in turns,
+so that all meet the machine as it is at that time.  One server works at a time: the others are held (SIGSTOP), and
+keep only their memory.  Where the memory does not hold all, a round has groups of them (`--at-once`).  The order
+of the ways changes from round to round.  Where a way does not start, or gives no tokens, the table says `-`, and
+the rest is measured.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,18 +62,21 @@ START_LIMIT_S = 600
 REQUEST_LIMIT_S = 1800
 NEW_TOKENS = 24
 SETTLING_S = 3
+TURNS = 3  # of each way, in decoding a shape
+PER_TURN = ("decode", "decode_cpu")  # of what is found
+SERVER_BYTES = 2 << 30  # of a server's processes, without weights and caches
 POOL_TOKENS = 20480  # 16 requests of 1,024 tokens and what they generate
 RUNTIME_SHARE = re.compile(r"msconv: start, seconds: (\{.*\})")
 
 
 @dataclass
 class Found:
-    """What one server showed.  Seconds, tokens per second, seconds of processors a token, bytes."""
+    """What one server showed: seconds, tokens per second, seconds of processors, bytes; decoding: by turns."""
 
     start_s: float = MISSING
     own_s: dict[str, float] = field(default_factory=dict)
-    decode: dict[str, float] = field(default_factory=dict)
-    decode_cpu: dict[str, float] = field(default_factory=dict)
+    decode: dict[str, list[float]] = field(default_factory=dict)
+    decode_cpu: dict[str, list[float]] = field(default_factory=dict)
     prefill: dict[str, float] = field(default_factory=dict)
     idle_bytes: dict[str, int] = field(default_factory=dict)
     loaded_bytes: dict[str, int] = field(default_factory=dict)
@@ -90,6 +95,9 @@ def main() -> None:
     parser.add_argument("--requests", default="1,4,16")
     parser.add_argument("--contexts", default="128,1024")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--at-once", type=int, help="servers that are up at once  [default: what the memory holds]"
+    )
     parser.add_argument("--starts-only", action="store_true", help="measure only the start")
     parser.add_argument("--work", type=Path, help="keep checkpoint and artifact here  [default: temporary]")
     parser.add_argument("--json", type=Path)
@@ -103,13 +111,15 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         places = prepare(work, args)
+        at_once = args.at_once or servers_that_fit(places.source)
         rounds: list[dict[str, Found]] = []
         for number in range(args.rounds):
             order = ways[number % len(ways) :] + ways[: number % len(ways)]
-            found = {}
+            found: dict[str, Found] = {}
+            for first in range(0, len(order), at_once):
+                group = order[first : first + at_once]
+                found |= measure(group, places, [] if args.starts_only else shapes, work, args.new_tokens)
             for way in order:
-                warm(places.artifact(way) or places.source)
-                found[way] = measure(way, places, [] if args.starts_only else shapes, work, args.new_tokens)
                 print(f"round {number + 1}, {way}: {found[way]}", flush=True)
             rounds.append(found)
     report = summarise(rounds, ways)
@@ -176,6 +186,15 @@ def write_first_layers(source: Path, to: Path, layers: int) -> None:
     save_file(kept, to / "model.safetensors")
 
 
+def servers_that_fit(source: Path) -> int:
+    """How many servers the memory holds at once, each with the weights and the whole pool in float32."""
+    config = json.loads((source / "config.json").read_text())
+    values = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    weights = sum(path.stat().st_size for path in source.glob("*.safetensors")) * 2  # of bfloat16
+    each = weights + values * 4 * POOL_TOKENS + SERVER_BYTES
+    return max(1, int(psutil.virtual_memory().available // each))
+
+
 def warm(directory: Path) -> None:
     """Read every weight file once, so that all ways start with their files in memory."""
     for path in directory.rglob("*.safetensors"):
@@ -208,8 +227,38 @@ def command(way: str, places: Places, port: int) -> tuple[list[str], dict[str, s
     return argv, environment
 
 
+class NoAnswer(Exception):
+    """A server that did not start, or a request without tokens."""
+
+
+FAILURES = (NoAnswer, OSError, aiohttp.ClientError, TimeoutError, psutil.Error)  # of one way: the others go on
+
+
+@dataclass(frozen=True)
+class Server:
+    port: int
+    main: psutil.Process
+
+    def everyone(self) -> list[psutil.Process]:
+        return [self.main, *self.main.children(recursive=True)]
+
+    def hold(self) -> None:
+        """Take no processor's time until `awake`."""
+        for process in self.everyone():
+            process.suspend()
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        for process in self.everyone():
+            process.resume()
+        try:
+            yield
+        finally:
+            self.hold()
+
+
 @contextlib.contextmanager
-def running(way: str, places: Places, log: Path) -> Iterator[tuple[int, psutil.Process]]:
+def running(way: str, places: Places, log: Path) -> Iterator[Server]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -218,11 +267,16 @@ def running(way: str, places: Places, log: Path) -> Iterator[tuple[int, psutil.P
         process = subprocess.Popen(
             argv, env={**os.environ, **environment}, stdout=f, stderr=subprocess.STDOUT, start_new_session=True
         )
-    main = psutil.Process(process.pid)
+    server = Server(port, psutil.Process(process.pid))
     try:
-        yield port, main
+        yield server
     finally:
-        everyone = [main, *main.children(recursive=True)]
+        everyone = [server.main]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everyone = server.everyone()
+        for one in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.resume()  # what is held hears no other signal
         process.send_signal(signal.SIGTERM)
         _, left = psutil.wait_procs(everyone, 60)
         for one in left:
@@ -230,43 +284,63 @@ def running(way: str, places: Places, log: Path) -> Iterator[tuple[int, psutil.P
         process.wait()
 
 
-class NoAnswer(Exception):
-    """A server that did not start, or a request without tokens."""
-
-
-def measure(way: str, places: Places, shapes: list[tuple[int, int]], work: Path, new_tokens: int) -> Found:
-    """One server from start to end."""
-    found = Found()
-    log = work / f"{way}.log"
-    started = time.monotonic()
-    with running(way, places, log) as (port, main):
-        try:
-            asyncio.run(_first_token(port, main, log))
-        except (NoAnswer, OSError, aiohttp.ClientError, TimeoutError) as e:
-            print(f"{way}: {e!r}", file=sys.stderr)
-            return found
-        found.start_s = time.monotonic() - started
-        found.idle_bytes = memory(main)
-        asyncio.run(_settle(port))
-        if own := RUNTIME_SHARE.search(log.read_text(errors="replace")):
-            found.own_s = json.loads(own[1])
+def measure(
+    ways: Sequence[str], places: Places, shapes: list[tuple[int, int]], work: Path, new_tokens: int
+) -> dict[str, Found]:
+    """One server in each way from start to end.  They are started one after the other, and decode in turns."""
+    found = {way: Found() for way in ways}
+    servers: dict[str, Server] = {}
+    with contextlib.ExitStack() as stack:
+        for way in ways:
+            warm(places.artifact(way) or places.source)
+            log, started = work / f"{way}.log", time.monotonic()
+            server = stack.enter_context(running(way, places, log))
+            with reported(way):
+                asyncio.run(_first_token(server, log))
+                found[way].start_s = time.monotonic() - started
+                found[way].idle_bytes = memory(server)
+                asyncio.run(_settle(server.port))
+                if own := RUNTIME_SHARE.search(log.read_text(errors="replace")):
+                    found[way].own_s = json.loads(own[1])
+                server.hold()
+                servers[way] = server
         for requests, context in shapes:
             shape = f"{requests}x{context}"
-            try:
-                prefill, decode, cpu = asyncio.run(_load(port, main, requests, context, new_tokens))
-            except (NoAnswer, OSError, aiohttp.ClientError, TimeoutError) as e:
-                print(f"{way}, {shape}: {e!r}", file=sys.stderr)
-                continue
-            found.prefill.setdefault(str(context), prefill)
-            found.decode[shape], found.decode_cpu[shape] = decode, cpu
-        found.loaded_bytes = memory(main)
+            prompts = some_prompts(requests, context)
+            ready = []
+            for way, server in servers.items():
+                with reported(f"{way}, {shape}"), server.awake():
+                    found[way].prefill.setdefault(str(context), asyncio.run(_prefill(server.port, prompts)))
+                    ready.append(way)
+            for way in ready * TURNS:
+                rate, cpu = MISSING, MISSING
+                with reported(f"{way}, {shape}"), servers[way].awake():
+                    rate, cpu = asyncio.run(_decode(servers[way], prompts, new_tokens))
+                found[way].decode.setdefault(shape, []).append(rate)
+                found[way].decode_cpu.setdefault(shape, []).append(cpu)
+        for way, server in servers.items():
+            found[way].loaded_bytes = memory(server)
     return found
 
 
-def memory(main: psutil.Process) -> dict[str, int]:
+@contextlib.contextmanager
+def reported(what: str) -> Iterator[None]:
+    """What fails in one way is said, and the rest is measured."""
+    try:
+        yield
+    except FAILURES as e:
+        print(f"{what}: {e!r}", file=sys.stderr)
+
+
+def some_prompts(requests: int, context: int) -> list[list[int]]:
+    drawn = random.Random(f"{requests} {context}")
+    return [[drawn.randrange(1000, 100_000) for _ in range(context)] for _ in range(requests)]
+
+
+def memory(server: Server) -> dict[str, int]:
     """Of all the server's processes, in bytes: what is theirs alone (anonymous), and what is resident."""
     total = {"anonymous": 0, "resident": 0}
-    for process in [main, *main.children(recursive=True)]:
+    for process in server.everyone():
         with contextlib.suppress(OSError, psutil.Error):
             for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
                 if line.startswith("RssAnon:"):
@@ -276,21 +350,22 @@ def memory(main: psutil.Process) -> dict[str, int]:
     return total
 
 
-def cpu_time(main: psutil.Process) -> float:
+def cpu_time(server: Server) -> float:
     """Of all the server's processes, user's and system's, in seconds."""
-    times = [p.cpu_times() for p in [main, *main.children(recursive=True)]]
+    times = [p.cpu_times() for p in server.everyone()]
     return sum(t.user + t.system for t in times)
 
 
-async def _first_token(port: int, main: psutil.Process, log: Path) -> None:
+async def _first_token(server: Server, log: Path) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     async with aiohttp.ClientSession() as session:
         while True:
             with contextlib.suppress(aiohttp.ClientConnectionError, aiohttp.ServerDisconnectedError):
-                times = await _stream(session, port, list(range(1000, 1008)), 1)
+                times = await _stream(session, server.port, list(range(1000, 1008)), 1)
                 if times:
                     return
-            if not main.is_running() or main.status() == psutil.STATUS_ZOMBIE or time.monotonic() > deadline:
+            ended = not server.main.is_running() or server.main.status() == psutil.STATUS_ZOMBIE
+            if ended or time.monotonic() > deadline:
                 raise NoAnswer(f"the server did not start; the end of its log:\n{log.read_text()[-4000:]}")
             await asyncio.sleep(0.05)
 
@@ -303,30 +378,33 @@ async def _settle(port: int) -> None:
         await asyncio.sleep(SETTLING_S)
 
 
-async def _load(
-    port: int, main: psutil.Process, requests: int, context: int, new_tokens: int
-) -> tuple[float, float, float]:
-    """(prompt tokens a second of one request alone, generated tokens a second of all together, the
-    processors' seconds a generated token)."""
-    drawn = random.Random(f"{requests} {context}")
-    prompts = [[drawn.randrange(1000, 100_000) for _ in range(context)] for _ in range(requests)]
-    timeout = aiohttp.ClientTimeout(total=REQUEST_LIMIT_S)
-    async with aiohttp.ClientSession(timeout=timeout) as session:
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_LIMIT_S))
+
+
+async def _prefill(port: int, prompts: list[list[int]]) -> float:
+    """Prompt tokens a second of the first, alone.  Then all are in the prefix cache: what comes next decodes."""
+    async with _session() as session:
         started = time.monotonic()
         if not (first := await _stream(session, port, prompts[0], 1)):
             raise NoAnswer("no token came for a prompt")
-        prefill = context / (first[0] - started)
-        for prompt in prompts[1:]:  # into the prefix cache: what is measured next is decoding
+        for prompt in prompts[1:]:
             await _stream(session, port, prompt, 1)
-        before = cpu_time(main)
-        all_times = await asyncio.gather(*(_stream(session, port, p, new_tokens) for p in prompts))
-        spent = cpu_time(main) - before
+    return len(prompts[0]) / (first[0] - started)
+
+
+async def _decode(server: Server, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
+    """(generated tokens a second of all requests together, the processors' seconds a generated token)."""
+    before = cpu_time(server)
+    async with _session() as session:
+        all_times = await asyncio.gather(*(_stream(session, server.port, p, new_tokens) for p in prompts))
+    spent = cpu_time(server) - before
     if not all(all_times):
         raise NoAnswer("an answer without tokens")
     begin, end = max(t[0] for t in all_times), min(t[-1] for t in all_times)
     tokens = sum(begin < t <= end for times in all_times for t in times)
     rate = tokens / (end - begin) if begin < end else MISSING  # none was generated while all ran
-    return prefill, rate, spent / sum(map(len, all_times))
+    return rate, spent / sum(map(len, all_times))
 
 
 async def _stream(session: aiohttp.ClientSession, port: int, ids: list[int], new: int) -> list[float]:
@@ -351,14 +429,18 @@ def middle(values: Iterable[float]) -> float | None:
 
 
 def summarise(rounds: list[dict[str, Found]], ways: list[str]) -> dict[str, Any]:
-    """Medians over rounds, and of each round's ratios of two ways; None of what no round showed."""
+    """Medians over rounds and turns, and of the ratios of two ways in each; None of what none showed."""
 
     def parts(key: str) -> list[str]:
         """What any way showed of this kind."""
         return list(dict.fromkeys(part for r in rounds for found in r.values() for part in getattr(found, key)))
 
     def each(way: str, key: str, part: str) -> list[float]:
-        return [getattr(r[way], key).get(part, MISSING) for r in rounds]
+        values: list[float] = []
+        for r in rounds:
+            value = getattr(r[way], key).get(part, [MISSING] * TURNS if key in PER_TURN else MISSING)
+            values += value if key in PER_TURN else [value]
+        return values
 
     def ratio(one: str, other: str, key: str, part: str) -> float | None:
         pairs = zip(each(one, key, part), each(other, key, part), strict=True)

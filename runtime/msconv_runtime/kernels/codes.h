@@ -116,7 +116,7 @@ INLINE void encode_input(const float* x, float scale, float offset, Codes& to, i
 
 // sums[r][j] = x[r] . w[j] for `R` rows of codes and `N` of weights.  `ahead`: what follows the rows of w, in bytes, or 0.
 #ifdef MSCONV_VNNI
-constexpr int64_t SOON = 2048;  // bytes ahead of what one row of codes is multiplied with; 8192 would be too far
+constexpr int64_t SOON = 2048;  // bytes ahead of what a few rows are multiplied with; 8192 would be too far
 
 INLINE __m512i unsigned_of(__m512i w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
 
@@ -150,16 +150,19 @@ NEVER_INLINE void code_dots(const Codes& x, int64_t row, const int8_t* const* w,
     const __mmask64 there = depth - k >= 64 ? ~__mmask64(0) : ~__mmask64(0) >> (64 - (depth - k));
     return unsigned_of(_mm512_maskz_loadu_epi8(there, from[j] + k));
   };
-  if constexpr (R == 1) {  // bound by memory: one row of weights after the other, as they lie there
+  if constexpr (R <= 3) {  // bound by memory: one row of weights after the other, as they lie there
     UNROLLED
     for (int j = 0; j < N; j++) {
       int64_t k = 0;
       _Pragma("GCC unroll 4")
       for (; k + 64 <= depth; k += 64) {
         __builtin_prefetch(from[j] + k + SOON, 0, 2);
-        add_products(s[0][j], unsigned_of(_mm512_loadu_si512(from[j] + k)), _mm512_load_si512(u[0] + k));
+        const __m512i v = unsigned_of(_mm512_loadu_si512(from[j] + k));
+        UNROLLED
+        for (int r = 0; r < R; r++) add_products(s[r][j], v, _mm512_load_si512(u[r] + k));
       }
-      if (k < depth) add_products(s[0][j], weights_at(j, k), _mm512_load_si512(u[0] + k));
+      if (k < depth)
+        for (int r = 0; r < R; r++) add_products(s[r][j], weights_at(j, k), _mm512_load_si512(u[r] + k));
     }
   } else {
     for (int64_t k = 0; k < depth; k += 64) {
