@@ -31,11 +31,12 @@ from tests.hub.server import Hub
 
 WITHIN = 0.25
 BRING = """
-import sys
+import sys, time
 from msconv.location import open_reference
 from msconv.process import peak_rss_bytes
+started = time.perf_counter()
 open_reference(sys.argv[1]).bring()
-print(peak_rss_bytes())
+print(time.perf_counter() - started, peak_rss_bytes())
 """
 
 
@@ -139,19 +140,18 @@ def download_of(case: Case, source: Path, target: Path) -> dict[str, tuple[float
     try:
         layout = ["--model", name, "--tp", case.tp, "--ep", case.ep]
         said, _ = msconv("plan", *layout, "--predict", environment=environment)
-        started = time.perf_counter()
         command = [sys.executable, "-c", BRING, name]
         done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
-        seconds = time.perf_counter() - started
     finally:
         hub.stop()
     if done.returncode:
         sys.exit(done.stderr)
+    seconds, memory = map(float, done.stdout.split())
     size = sum(f.stat().st_size for f in target.rglob("snapshots/*/*.safetensors"))
     return {
         "seconds": (said["download"]["seconds"], seconds),
         "bytes": (said["download"]["read_bytes"], size),
-        "peak memory": (said["download"]["peak_memory_bytes"], int(done.stdout)),
+        "peak memory": (said["download"]["peak_memory_bytes"], memory),
     }
 
 

@@ -141,20 +141,20 @@ def fetch(url: str, file: RemoteFile, partial: Path, progress: Progress, cancell
 
 
 def try_range(url: str, file: RemoteFile, place: Path, seconds: float) -> float:
-    """Take the beginning of a file for so long, hash and write it as `fetch` does, and throw it away: how many
-    bytes came in a second, once they came.  Raises what the network or the directory `place` raised."""
+    """Take the beginning of a file for so long, hash and write it to the disk as `fetch` does, and throw it away:
+    how many bytes came in a second, once they came.  Raises what the network or the directory `place` raised."""
     with (
         tempfile.NamedTemporaryFile(dir=place, prefix=".msconv-sample-") as scratch,
         _Landing(file, Path(scratch.name), lambda n: None) as landing,
         opened(url, 0, min(file.size, MOST_TRIED)) as response,
     ):
-        begun = now = time.monotonic()
+        begun = time.monotonic()
         for piece in paced(response):
             landing.add(piece)
-            now = time.monotonic()
-            if now > begun + seconds:
+            if time.monotonic() > begun + seconds:
                 break
-        return landing.have / max(now - begun, 1e-9)
+        os.fdatasync(landing.fd)
+        return landing.have / max(time.monotonic() - begun, 1e-9)
 
 
 class _Landing:

@@ -21,4 +21,5 @@ def predict_coming(location: Location, planned: Estimate) -> Cost | None:
     size = planned.download_bytes if location.is_kept else plan.read_bytes
     kind = "downloaded" if location.is_kept else "read where it is"
     most = BASE_BYTES + location.buffered_bytes
-    return Cost(planned.startup, (Tried(kind, size, rate),), size, most, time.perf_counter() - begun)
+    startup = 0.0  # it is part of a command that has begun
+    return Cost(startup, (Tried(kind, size, rate),), size, most, time.perf_counter() - begun)

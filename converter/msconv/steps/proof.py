@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 HEAD_ROWS = 2048  # of a rank's vocabulary, in graphs that are tried
 FLOAT32 = 4
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)(?=$|\.)")
+EMBEDDING = "embed_tokens"
 LAYER, VALUE, ROW = "layers", "values", "rows"
 
 
@@ -172,6 +173,9 @@ def _reading(planned: Estimate) -> Iterator[Tried]:
     for dtype, amount in codes.items():
         yield Tried(f"{dtype} to float32", amount, decoded[dtype], VALUE)
     of_ranks = sum(size for _, size in _widened(plan)) // FLOAT32 * plan.mesh.tp
+    # An embedding is compared with the source's, row by row; where it is the head, both are widened once more.
+    embedding = sum(prod(t.shape) for t in plan.tensors if EMBEDDING in t.name) * plan.mesh.tp
+    of_ranks += embedding * (3 if planned.checkpoint.config.tied else 1)
     yield Tried(f"{plan.dtype} to float32", plain + of_ranks, widened, VALUE)
 
 
@@ -194,5 +198,5 @@ def _widened(plan: Plan) -> list[tuple[str, int]]:
     """One rank's tensors with their bytes in float32, but for the embedding and experts, of which only what is
     looked up is widened."""
     parts = {m.tensor for moves in plan.moves.values() for m in moves if m.is_transposed}
-    whole = [t for i, t in enumerate(plan.tensors) if i not in parts and "embed_tokens" not in t.name]
+    whole = [t for i, t in enumerate(plan.tensors) if i not in parts and EMBEDDING not in t.name]
     return [(t.name, FLOAT32 * prod(t.shape)) for t in whole]
