@@ -189,7 +189,8 @@ def write_first_layers(source: Path, to: Path, layers: int) -> None:
 def servers_that_fit(source: Path) -> int:
     """How many servers the memory holds at once, each with the weights and the whole pool in float32."""
     config = json.loads((source / "config.json").read_text())
-    values = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    values = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * width  # of a token
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors")) * 2  # of bfloat16
     each = weights + values * 4 * POOL_TOKENS + SERVER_BYTES
     return max(1, int(psutil.virtual_memory().available // each))
@@ -294,7 +295,8 @@ def measure(
         for way in ways:
             warm(places.artifact(way) or places.source)
             log, started = work / f"{way}.log", time.monotonic()
-            server = stack.enter_context(running(way, places, log))
+            of_way = stack.enter_context(contextlib.ExitStack())
+            server = of_way.enter_context(running(way, places, log))
             with reported(way):
                 asyncio.run(_first_token(server, log))
                 found[way].start_s = time.monotonic() - started
@@ -304,6 +306,8 @@ def measure(
                     found[way].own_s = json.loads(own[1])
                 server.hold()
                 servers[way] = server
+            if way not in servers:
+                of_way.close()
         for requests, context in shapes:
             shape = f"{requests}x{context}"
             prompts = some_prompts(requests, context)

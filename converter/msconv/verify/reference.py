@@ -28,7 +28,7 @@ from ..location import open_reference
 from ..workspace.state import recorded_source
 from .arena import Arena
 from .kept import NOTHING
-from .reference_pass import Packed, Padded, run_layers
+from .reference_pass import Packed, run_layers
 from .routing import closeness
 from .source_weights import FUSED, ExpertsOnUse, SourceWeights
 from .telling import Tell, quietly
@@ -64,8 +64,6 @@ class Trace:
 class Reference:
     """The source model in float32.  Where conversion rounded, its weights are rounded alike, so that what is
     compared is the computation and the layout."""
-
-    is_packed = True  # sequences one after another in one row, which are not filled up
 
     def __init__(self, root: Path, manifest: Manifest, layers: int = 0, bound: Manifest | None = None) -> None:
         """`bound`: the manifest with the types in which a server binds the weights, if that rounds once more."""
@@ -141,7 +139,7 @@ class Reference:
 
     def traces(self, sequences: list[list[int]]) -> list[Trace]:
         """Each sequence by itself: logits [T, V], and outputs [T, hidden] of all norms of the residual stream."""
-        batch = Packed.of(sequences) if self.is_packed else Padded.of(sequences)
+        batch = Packed.of(sequences)
         passed = run_layers(self, batch, self.kept)
         before, last = passed.entering["model.norm"], passed.norms["model.norm"]
         streams = [passed.entering[f"model.layers.{i}.input_layernorm"] for i in self.captured if not self.layers]

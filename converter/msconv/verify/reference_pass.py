@@ -23,30 +23,13 @@ OUT = "out"
 
 
 @dataclass(frozen=True)
-class Padded:
-    """Sequences as rows [S, L], filled up on the right: no token looks there."""
+class Packed:
+    """Sequences one after another, [1, T in all].  Positions begin anew with each, by which transformers tells
+    them apart (masking_utils.find_packed_sequence_indices): no token looks into another sequence."""
 
     ids: Any
     lengths: list[int]
-    positions: Any = None
-
-    @classmethod
-    def of(cls, sequences: list[list[int]]) -> Padded:
-        import torch
-
-        longest = max(map(len, sequences))
-        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
-        return cls(ids, [len(s) for s in sequences])
-
-    def apart(self, values: Any) -> list[Any]:
-        """[S, L, ...] -> each sequence's, [T, ...]."""
-        return [row[:n] for row, n in zip(values, self.lengths, strict=True)]
-
-
-@dataclass(frozen=True)
-class Packed(Padded):
-    """Sequences one after another, [1, T in all].  Positions begin anew with each, by which transformers tells
-    them apart (masking_utils.find_packed_sequence_indices): no token looks into another sequence."""
+    positions: Any
 
     @classmethod
     def of(cls, sequences: list[list[int]]) -> Packed:
@@ -94,7 +77,7 @@ class Passed:
                 groups[kind][name] = value
 
 
-def run_layers(reference: Reference, batch: Padded, kept: Kept) -> Passed:
+def run_layers(reference: Reference, batch: Packed, kept: Kept) -> Passed:
     """Run transformers' model over a batch."""
     torch, model = reference.torch, reference.model.model
     layers = model.layers[: model.config.num_hidden_layers]

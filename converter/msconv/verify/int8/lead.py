@@ -6,6 +6,7 @@ logits by 1e-2.  A flip next to a tie is explained by that noise; any other diff
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,17 +62,23 @@ class Verdict:
 
 
 class Lead:
-    """Leads one pass of the reference over sequences [S, L], or lets it round by itself while `record` is None."""
+    """Leads one pass of the reference over sequences, or lets it round by itself while `record` is None."""
 
     def __init__(self) -> None:
         self.record: Record | None = None
         self.judged: dict[tuple[str, int], Judged] = {}
+        self._places = torch.arange(0)  # of the pass's rows among the record's, [S * L]
 
-    def begin(self, record: Record | None) -> None:
+    def begin(self, record: Record | None, lengths: Sequence[int] | None = None) -> None:
+        """`lengths`: of sequences whose tokens are the rows, one after another; None: there are [S, L] rows."""
         self.record, self.judged = record, {}
+        if record is not None:
+            count, longest = record.shape
+            of_each = [longest] * count if lengths is None else lengths
+            self._places = torch.cat([i * longest + torch.arange(n) for i, n in enumerate(of_each)])
 
     def codes(self, matrix: str, part: int, quotients: Quotients) -> torch.Tensor:
-        """The codes to go on with, int8 [S * L, K], for an input of one row a token."""
+        """The codes to go on with, int8 [T, K], for an input of one row a token."""
         own = quotients.codes
         if self.record is None:
             return own
@@ -80,9 +87,9 @@ class Lead:
         if entry is None or entry.codes.ndim != 3 or entry.codes.shape[-1] != own.shape[1]:
             theirs, seen = own, torch.zeros(len(own), dtype=torch.bool)
         else:
-            theirs = torch.from_numpy(entry.codes.reshape(-1, own.shape[1]))
-            seen = torch.from_numpy(entry.seen.reshape(-1))
-        return self._judge(matrix, part, torch.arange(len(own)), quotients.exact, own, theirs, seen)
+            theirs = torch.from_numpy(entry.codes.reshape(-1, own.shape[1]))[self._places]
+            seen = torch.from_numpy(entry.seen.reshape(-1))[self._places]
+        return self._judge(matrix, part, self._places, quotients.exact, own, theirs, seen)
 
     def codes_of_expert(
         self, matrix: str, part: int, expert: int, rows: torch.Tensor, quotients: Quotients
@@ -91,42 +98,43 @@ class Lead:
         own = quotients.codes
         if self.record is None:
             return own
+        places = self._places[rows]
         entry = self.record.inputs.get((matrix, part))
         chosen = self.record.chosen.get(matrix.rpartition("experts.")[0])
         if entry is None or chosen is None or entry.codes.ndim != 4 or entry.codes.shape[-1] != own.shape[1]:
             theirs, seen = own, torch.zeros(len(own), dtype=torch.bool)
         else:
-            ids = torch.from_numpy(chosen.reshape(-1, chosen.shape[-1]))[rows]
+            ids = torch.from_numpy(chosen.reshape(-1, chosen.shape[-1]))[places]
             slot = (ids == expert).to(torch.uint8).argmax(1)
-            theirs = torch.from_numpy(entry.codes.reshape(-1, *entry.codes.shape[2:]))[rows, slot]
-            seen = torch.from_numpy(entry.seen.reshape(-1, entry.seen.shape[-1]))[rows, slot]
+            theirs = torch.from_numpy(entry.codes.reshape(-1, *entry.codes.shape[2:]))[places, slot]
+            seen = torch.from_numpy(entry.seen.reshape(-1, entry.seen.shape[-1]))[places, slot]
             seen = seen & (ids == expert).any(1)
-        return self._judge(matrix, part, rows, quotients.exact, own, theirs, seen)
+        return self._judge(matrix, part, places, quotients.exact, own, theirs, seen)
 
     def _judge(
         self,
         matrix: str,
         part: int,
-        rows: torch.Tensor,
+        places: torch.Tensor,
         exact: torch.Tensor,
         own: torch.Tensor,
         theirs: torch.Tensor,
         seen: torch.Tensor,
     ) -> torch.Tensor:
-        """`rows` [N]: which tokens these are.  `seen` [N]: whether the candidate has codes of them."""
+        """`places` [N]: which tokens these are.  `seen` [N]: whether the candidate has codes of them."""
         assert self.record is not None
         judged = self.judged.setdefault((matrix, part), Judged.of(self.record.shape))
         differs = (theirs != own) & seen[:, None]
         led = differs & ((theirs.double() - exact).abs() < 0.5 + TIE)  # the other one beside the middle
         wrong = (differs & ~led) | ~seen[:, None]
-        where = rows.numpy()
+        where = places.numpy()
         np.add.at(judged.compared.reshape(-1), where, own.shape[1])
         np.add.at(judged.led.reshape(-1), where, led.sum(1).numpy())
         np.add.at(judged.unexplained.reshape(-1), where, wrong.sum(1).numpy())
         bad = wrong.any(1)
         if bad.any():
             first = wrong[bad].to(torch.uint8).argmax(1)
-            at = rows[bad].numpy()
+            at = places[bad].numpy()
             judged.column.reshape(-1)[at] = first.numpy()
             judged.own.reshape(-1)[at] = exact[bad, first].numpy()
             judged.theirs.reshape(-1)[at] = theirs[bad, first].to(torch.int64).numpy()

@@ -22,7 +22,6 @@ class QuantisedReference(Reference):
     answers are those of an artifact with the manifest's tp and ep."""
 
     weights: QuantisedWeights
-    is_packed = False  # codes are recorded by sequence and position
 
     def __init__(self, root: Path, manifest: Manifest, layers: int = 0, bound: Manifest | None = None) -> None:
         self.lead = Lead()
@@ -49,10 +48,11 @@ class QuantisedReference(Reference):
 
     def led_traces(self, sequences: list[list[int]], record: Record) -> tuple[list[Trace], Verdict]:
         """As `traces`, with the candidate's codes at ties, and what there was to say of the others."""
-        self.lead.begin(record)
+        lengths = [len(s) for s in sequences]
+        self.lead.begin(record, lengths)
         try:
             traces = self.traces(sequences)
-            verdict = self.lead.verdict([t.decided for t in traces], [len(s) for s in sequences])
+            verdict = self.lead.verdict([t.decided for t in traces], lengths)
         finally:
             self.lead.begin(None)
         return traces, verdict
