@@ -13,6 +13,7 @@ from msconv.published import published
 from msconv.steps.costs import Cost, Tried
 from msconv.steps.estimate import Estimate, estimate
 from msconv.steps.predict import ROUND_BYTES, SCRATCH_BYTES, calibrate, sample
+from msconv.steps.proof import _reading
 from msconv_runtime.errors import ResourceError
 from tests.cli.interface import fields
 from tests.cli.test_interface import frozen_fields
@@ -84,6 +85,17 @@ def test_a_proof_that_is_not_predicted_says_why(tmp_path: Path) -> None:
     done = run_msconv("plan", tmp_path, "--tp", 1, "--target", "cpu")
     assert done.code == 2
     assert "Add --predict" in done.stderr
+
+
+def test_a_head_that_is_the_embedding_becomes_float32_as_another_does(tmp_path: Path) -> None:
+    values = []
+    for tied in (False, True):
+        model = tmp_path / str(tied)
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(qwen3_config(tie_word_embeddings=tied, vocab_size=24)))
+        found = estimate(LocalDirectory(model), 2, 1, None, tmp_path / "out", 2, None, 64, 1, None)
+        values.append(next(t.amount for t in _reading(found) if t.kind == "bfloat16 to float32"))
+    assert values[0] == values[1]
 
 
 def test_the_proof_of_a_target_is_tried_and_its_work_is_counted(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_a_download_is_tried_with_ranges_and_leaves_no_shard(hub: Hub, shards: P
     assert download["read_bytes"] == done.json["download_bytes"]
     (kind,) = download["kinds"]
     assert kind["per_s"] > 0
+    assert download["startup_s"] == 0  # the command that downloads has begun
     found = {f for f in fields(done.json) if f.startswith("download")}
     assert found <= frozen_fields()["msconv plan --predict --target"]
     assert not list((tmp_path / "home").rglob("*.safetensors"))

@@ -93,6 +93,18 @@ def test_a_token_without_codes_is_named() -> None:
     assert "position 1" in verdict.place
 
 
+def test_rows_of_sequences_one_after_another_meet_their_own_codes() -> None:
+    record = Record((2, 3), tp=1)
+    record.saw(0, MATRIX, codes([1], [2], [3], [9]), None)
+    record.place([(0, 0), (1, 0), (1, 1), (1, 2)], "prefill")
+    lead = Lead()
+    lead.begin(record, [1, 3])
+    lead.codes(MATRIX, 0, Quotients(torch.tensor([[1.0], [2.0], [3.0], [4.0]]).double(), torch.ones(1, 1)))
+    verdict = lead.verdict([9, 9], [1, 3])
+    assert (verdict.compared, verdict.unexplained) == (4, 1)
+    assert "sequence 1, position 2, column 0: 9, and 4.0000" in verdict.place
+
+
 def test_an_input_that_only_one_of_both_rounds_is_named() -> None:
     record = Record((1, 1), tp=1)
     record.saw(0, DOWN, codes([1]), None)
