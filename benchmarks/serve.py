@@ -322,6 +322,7 @@ def measure(
                     rate, cpu = asyncio.run(_decode(servers[way], prompts, new_tokens))
                 found[way].decode.setdefault(shape, []).append(rate)
                 found[way].decode_cpu.setdefault(shape, []).append(cpu)
+                print(f"{way}, {shape}: {rate:.1f} tokens/s", file=sys.stderr, flush=True)
         for way, server in servers.items():
             found[way].loaded_bytes = memory(server)
     return found
