@@ -2,9 +2,12 @@
 
     python benchmarks/serve.py --model Qwen3-0.6B --rounds 3 --json FILE
 
-One bfloat16 checkpoint of a published shape with random values, computed in float32 everywhere, greedy:
+One bfloat16 checkpoint of a published shape with random values, computed in float32 but where named, greedy:
   msconv   `msconv serve` on the artifact, whose weights are stored as `--dtype`
   sglang   SGLang's own torch model on the checkpoint
+  msconv-bfloat16, sglang-bfloat16
+           the first two with activations in bfloat16 too: kernels that round, and `--dtype bfloat16`; only if
+           `--ways` names them
   traced   the same cells as in the artifact, built in Python from the checkpoint and compiled by MindSpore's
            `@jit` at the first requests, as a slot without artifacts does it
   quant    `msconv serve` on the artifact that `msconv convert --quant` of `--quant` makes of the checkpoint
@@ -27,15 +30,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import os
 import random
 import re
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,15 +50,24 @@ import aiohttp
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.synthetic import write_checkpoint
+from benchmarks.servers import (
+    DRAFTS,
+    MSCONV,
+    MSCONV_BFLOAT16,
+    QUANT,
+    SGLANG,
+    SGLANG_BFLOAT16,
+    WAYS,
+    Places,
+    Server,
+    cpu_time,
+    memory,
+    prepare,
+    running,
+    servers_that_fit,
+    warm,
+)
 
-ROOT = Path(__file__).parent.parent
-WAYS = ("msconv", "sglang", "traced")
-QUANT = "quant"  # a fourth, with --quant
-DRAFTS = {  # further ones, with --drafts: flags of SGLang
-    "ngram": ["--speculative-algorithm", "NGRAM", "--page-size", "1"],
-    "standalone": ["--speculative-algorithm", "STANDALONE", "--speculative-draft-model-path"],
-}
 MISSING = float("nan")  # what a way did not show
 START_LIMIT_S = 600
 REQUEST_LIMIT_S = 1800
@@ -64,8 +75,6 @@ NEW_TOKENS = 24
 SETTLING_S = 3
 TURNS = 3  # of each way, in decoding a shape
 PER_TURN = ("decode", "decode_cpu")  # of what is found
-SERVER_BYTES = 2 << 30  # of a server's processes, without weights and caches
-POOL_TOKENS = 20480  # 16 requests of 1,024 tokens and what they generate
 RUNTIME_SHARE = re.compile(r"msconv: start, seconds: (\{.*\})")
 
 
@@ -128,161 +137,11 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-@dataclass(frozen=True)
-class Places:
-    """A checkpoint, its artifact, that of its quantised matrices and that of its first layers, if there are."""
-
-    source: Path
-    values: Path
-    quantised: Path
-    draft: Path
-
-    def artifact(self, way: str) -> Path | None:
-        """What `msconv serve` gets in this way; None if the way reads the checkpoint."""
-        return {"msconv": self.values, QUANT: self.quantised, **dict.fromkeys(DRAFTS, self.values)}.get(way)
-
-    def flags(self, way: str) -> list[str]:
-        """SGLang's, of this way alone."""
-        return [*DRAFTS.get(way, []), *([str(self.draft)] if way == "standalone" else [])]
-
-
-def prepare(work: Path, args: argparse.Namespace) -> Places:
-    """Made once if they are kept."""
-    source = work / (f"{args.model}-repeating" if args.drafts else args.model)
-    first = source.with_name(f"{source.name}-first")
-    artifact = source.with_name(f"{source.name}-{args.dtype}")
-    quantised, draft = (artifact.with_name(f"{artifact.name}-{name}") for name in (args.quant, "draft"))
-    if not (source / "model.safetensors.index.json").exists():  # what is written last
-        write_checkpoint(source, args.model, args.layers, repeats=bool(args.drafts))
-    make(source, artifact, args.dtype)
-    if args.quant:
-        make(source, quantised, args.dtype, "--quant", args.quant)
-    if args.drafts:
-        write_first_layers(source, first, args.draft_layers)
-        make(first, draft, args.dtype)
-    return Places(source, artifact, quantised, draft)
-
-
-def make(source: Path, artifact: Path, dtype: str, *options: str) -> None:
-    """Convert and compile, unless that was done."""
-    if (artifact / "READY").exists():
-        return
-    msconv = [sys.executable, "-m", "msconv"]
-    convert = ["convert", "--model", str(source), "--tp", "1", "--dtype", dtype, *options]
-    subprocess.run([*msconv, *convert, "--output", str(artifact)], check=True)
-    subprocess.run([*msconv, "compile", str(artifact), "--target", "cpu"], check=True)
-
-
-def write_first_layers(source: Path, to: Path, layers: int) -> None:
-    """A checkpoint of the first layers of another, with its embedding, last norm and head."""
-    from safetensors.torch import load_file, save_file
-
-    to.mkdir(exist_ok=True)
-    config = json.loads((source / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
-    tensors = {k: v for path in source.glob("*.safetensors") for k, v in load_file(path).items()}
-    numbers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in tensors}
-    kept = {n: t for n, t in tensors.items() if not (found := numbers[n]) or int(found[1]) < layers}
-    save_file(kept, to / "model.safetensors")
-
-
-def servers_that_fit(source: Path) -> int:
-    """How many servers the memory holds at once, each with the weights and the whole pool in float32."""
-    config = json.loads((source / "config.json").read_text())
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    values = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * width  # of a token
-    weights = sum(path.stat().st_size for path in source.glob("*.safetensors")) * 2  # of bfloat16
-    each = weights + values * 4 * POOL_TOKENS + SERVER_BYTES
-    return max(1, int(psutil.virtual_memory().available // each))
-
-
-def warm(directory: Path) -> None:
-    """Read every weight file once, so that all ways start with their files in memory."""
-    for path in directory.rglob("*.safetensors"):
-        with path.open("rb") as f:
-            while f.read(16 << 20):
-                pass
-
-
-def command(way: str, places: Places, port: int) -> tuple[list[str], dict[str, str]]:
-    """What starts a server, and the environment it needs besides ours."""
-    source = places.source
-    common = ["--skip-tokenizer-init", "--max-total-tokens", str(POOL_TOKENS), "--log-level", "info"]
-    if (artifact := places.artifact(way)) is not None:
-        serve = ["serve", str(artifact), "--port", str(port), "--", *common, *places.flags(way)]
-        return [sys.executable, "-m", "msconv", *serve], {}
-    serve = ["serve", str(places.values), "--port", str(port), "--json", "--print-command", "--", *common]
-    ask = [sys.executable, "-m", "msconv", *serve]
-    printed = subprocess.run(ask, capture_output=True, text=True, check=True)
-    launch = json.loads(printed.stdout)
-    argv, environment = launch["argv"], launch["environment"]
-    if way == "sglang":
-        argv[argv.index("--model-path") + 1] = str(source)
-        argv[argv.index("--model-impl") + 1] = "sglang"
-    else:
-        environment |= {
-            "SGLANG_EXTERNAL_MODEL_PACKAGE": "benchmarks.traced",
-            "TRACED_CHECKPOINT": str(source),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")])),
-        }
-    return argv, environment
-
-
 class NoAnswer(Exception):
     """A server that did not start, or a request without tokens."""
 
 
 FAILURES = (NoAnswer, OSError, aiohttp.ClientError, TimeoutError, psutil.Error)  # of one way: the others go on
-
-
-@dataclass(frozen=True)
-class Server:
-    port: int
-    main: psutil.Process
-
-    def everyone(self) -> list[psutil.Process]:
-        return [self.main, *self.main.children(recursive=True)]
-
-    def hold(self) -> None:
-        """Take no processor's time until `awake`."""
-        for process in self.everyone():
-            process.suspend()
-
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        for process in self.everyone():
-            process.resume()
-        try:
-            yield
-        finally:
-            self.hold()
-
-
-@contextlib.contextmanager
-def running(way: str, places: Places, log: Path) -> Iterator[Server]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    argv, environment = command(way, places, port)
-    with log.open("wb") as f:
-        process = subprocess.Popen(
-            argv, env={**os.environ, **environment}, stdout=f, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    server = Server(port, psutil.Process(process.pid))
-    try:
-        yield server
-    finally:
-        everyone = [server.main]
-        with contextlib.suppress(psutil.NoSuchProcess):
-            everyone = server.everyone()
-        for one in everyone:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.resume()  # what is held hears no other signal
-        process.send_signal(signal.SIGTERM)
-        _, left = psutil.wait_procs(everyone, 60)
-        for one in left:
-            one.kill()
-        process.wait()
 
 
 def measure(
@@ -340,25 +199,6 @@ def reported(what: str) -> Iterator[None]:
 def some_prompts(requests: int, context: int) -> list[list[int]]:
     drawn = random.Random(f"{requests} {context}")
     return [[drawn.randrange(1000, 100_000) for _ in range(context)] for _ in range(requests)]
-
-
-def memory(server: Server) -> dict[str, int]:
-    """Of all the server's processes, in bytes: what is theirs alone (anonymous), and what is resident."""
-    total = {"anonymous": 0, "resident": 0}
-    for process in server.everyone():
-        with contextlib.suppress(OSError, psutil.Error):
-            for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    total["anonymous"] += int(line.split()[1]) * 1024
-                elif line.startswith("VmRSS:"):
-                    total["resident"] += int(line.split()[1]) * 1024
-    return total
-
-
-def cpu_time(server: Server) -> float:
-    """Of all the server's processes, user's and system's, in seconds."""
-    times = [p.cpu_times() for p in server.everyone()]
-    return sum(t.user + t.system for t in times)
 
 
 async def _first_token(server: Server, log: Path) -> None:
@@ -464,7 +304,10 @@ def summarise(rounds: list[dict[str, Found]], ways: list[str]) -> dict[str, Any]
         report["ways"][way] = {"start_s": middle(r[way].start_s for r in rounds)}
         for name, key in named.items():
             report["ways"][way][name] = {part: middle(each(way, key, part)) for part in parts(key)}
-    for one, other in (("msconv", "sglang"), ("msconv", "traced"), *((w, "msconv") for w in (QUANT, *DRAFTS))):
+    for one, other in (
+        *itertools.product((MSCONV, MSCONV_BFLOAT16), (SGLANG, SGLANG_BFLOAT16, "traced")),
+        *((w, MSCONV) for w in (MSCONV_BFLOAT16, QUANT, *DRAFTS)),
+    ):
         if one not in ways or other not in ways:
             continue
         report["ratios"][f"{one} to {other}"] = {

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
+from msconv_runtime.kernels import library
 from tests.e2e.servers import Server, expected, make_artifact, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -94,6 +95,10 @@ def test_hundreds_of_requests_with_aborts_all_answer_right(server: Server, model
         assert all(pool.map(ask, range(AT_ONCE, REQUESTS)))
     assert anonymous_bytes(server) - before < GROWTH_BYTES
     assert server.state()["compiles_since_ready"] == 0
+
+
+def test_the_kernels_are_named(server: Server) -> None:
+    assert server.state()["kernels"] == library().variant
 
 
 def test_start_up_is_told_apart(server: Server) -> None:

@@ -101,6 +101,7 @@ def test_a_server_says_what_was_proved_to_whoever_may_ask(server: Server) -> Non
     assert (proof["model"], proof["target"]) == ("random-qwen3", "cpu")
     assert 0 < proof["proven"]["max_abs_logit_error"] < proof["proven"]["bound"]
     assert proof["proven"]["checked_here"] is True
+    assert proof["rounding_kernels"] == ""
     assert line(server, "proof") == f"http://127.0.0.1:{server.port}/msconv/proof"
 
 

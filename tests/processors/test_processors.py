@@ -18,7 +18,7 @@ import pytest
 
 from msconv_runtime import kernels
 from msconv_runtime.kernels import check
-from msconv_runtime.kernels.variants import VARIANTS, features, machine
+from msconv_runtime.kernels.variants import VARIANTS, Variant, features, machine
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,7 +27,7 @@ pytestmark = [
     ),
 ]
 HERE, SOURCES = Path(__file__).parent, Path(kernels.__file__).parent
-EXAMPLES = check.examples(np.random.default_rng(0))
+EXAMPLES = {rounds: check.examples(np.random.default_rng(0), rounds) for rounds in (False, True)}
 GCC_ARM, CLANG_ARM = "aarch64-linux-gnu-g++", "clang++ --target=aarch64-linux-gnu"
 ARM = "qemu-aarch64 -L /usr/aarch64-linux-gnu -cpu"
 NATIVE = ""
@@ -39,6 +39,15 @@ class Case:
     variant: str
     compiler: str
     emulator: str
+
+    @property
+    def of_processor(self) -> Variant:
+        (found,) = (v for v in VARIANTS if v.name == self.variant)
+        return found
+
+    @property
+    def examples(self) -> check.Examples:
+        return EXAMPLES[self.of_processor.rounds]
 
     def __str__(self) -> str:
         return (
@@ -57,7 +66,7 @@ CASES = (
     Case("avx2", "clang++", "qemu-x86_64 -cpu Haswell"),
     *(
         Case(name, compiler, NATIVE)
-        for name in ("avxvnni", "avx512", "avx512vnni")
+        for name in ("avxvnni", "avx512", "avx512vnni", "avx512bf16")
         for compiler in ("g++", "clang++", "g++-11", "g++-10")
     ),
 )
@@ -65,7 +74,7 @@ CASES = (
 
 def build(case: Case, directory: Path) -> Path:
     """The library beside `run`, both built by this case's compiler."""
-    (variant,) = (v for v in VARIANTS if v.name == case.variant)
+    variant = case.of_processor
     if shutil.which(case.compiler.split()[0]) is None:
         pytest.skip(f"no {case.compiler.split()[0]}")
     if case.emulator and shutil.which(case.emulator.split()[0]) is None:
@@ -89,7 +98,7 @@ def write_example(file: Path, name: str, inputs: Sequence[check.Array], outputs:
 
 
 def run(case: Case, made: Path, name: str) -> subprocess.CompletedProcess[bytes]:
-    inputs, expected = EXAMPLES[name]
+    inputs, expected = case.examples[name]
     example = made.with_name("example")
     write_example(example, name, inputs, expected)
     command = [*shlex.split(case.emulator), str(made.with_name("run")), str(made), str(example)]
@@ -100,7 +109,7 @@ def run(case: Case, made: Path, name: str) -> subprocess.CompletedProcess[bytes]
 def test_a_variant_computes_what_numpy_does(case: Case, tmp_path: Path) -> None:
     """Int8 to the last bit: the same integers on every processor."""
     made = build(case, tmp_path)
-    for name, (_, expected) in EXAMPLES.items():
+    for name, (_, expected) in case.examples.items():
         done = run(case, made, name)
         assert done.returncode == 0, (name, done.stderr)
         values, found = np.frombuffer(done.stdout, np.float32), []

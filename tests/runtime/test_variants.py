@@ -14,7 +14,7 @@ from msconv_runtime import kernels
 from msconv_runtime.errors import EnvironmentProblem
 from msconv_runtime.kernels import library, variants
 from msconv_runtime.kernels.compiler import Compiler, problem
-from msconv_runtime.kernels.variants import VARIANTS, usable
+from msconv_runtime.kernels.variants import VARIANTS, rounding_choice, usable
 
 LAPTOP = "sse sse2 avx avx2 fma"
 XEON = f"{LAPTOP} avx512f avx512bw avx512dq avx512vl"
@@ -54,6 +54,7 @@ class Processor:
     ("machine", "has", "names"),
     [
         ("x86_64", f"{XEON} avx512_vnni", ["avx512vnni", "avx512", "avx2", "sse2"]),
+        ("x86_64", f"{XEON} avx512_vnni avx512_bf16", ["avx512vnni", "avx512", "avx2", "sse2"]),
         ("x86_64", f"{XEON} avx512_vnni avx_vnni", ["avx512vnni", "avx512", "avxvnni", "avx2", "sse2"]),
         ("x86_64", XEON, ["avx512", "avx2", "sse2"]),
         ("x86_64", "avx2 avx512f fma", ["avx2", "sse2"]),
@@ -70,6 +71,20 @@ def test_the_best_that_a_processor_can_run_comes_first(
     assert [v.name for v in usable()] == names
 
 
+def test_what_rounds_is_taken_only_by_its_name(on: type[Processor]) -> None:
+    on("x86_64", f"{XEON} avx512_vnni avx512_bf16")
+    assert not any(v.rounds for v in usable())
+    assert [(v.name, v.rounds) for v in usable("avx512bf16")] == [("avx512bf16", True)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "rounds"), [("avx512bf16", True), (" avx512bf16 ", True), ("avx2", False), ("", False)]
+)
+def test_a_choice_that_rounds_is_told(monkeypatch: pytest.MonkeyPatch, choice: str, rounds: bool) -> None:
+    monkeypatch.setenv("MSCONV_KERNELS", choice)
+    assert rounding_choice() == ("avx512bf16" if rounds else "")
+
+
 def test_what_only_some_cores_have_is_not_taken(on: type[Processor]) -> None:
     on("aarch64", "asimd asimddp", "asimd")
     assert [v.name for v in usable()] == ["neon"]
@@ -79,6 +94,7 @@ def test_what_only_some_cores_have_is_not_taken(on: type[Processor]) -> None:
     ("choice", "why"),
     [
         ("avx512", "MSCONV_KERNELS=avx512: this processor cannot run them"),
+        ("avx512bf16", "MSCONV_KERNELS=avx512bf16: this processor cannot run them"),
         ("neon", "MSCONV_KERNELS=neon: this processor cannot run them"),
         ("best", "MSCONV_KERNELS=best: no such kernels"),
     ],

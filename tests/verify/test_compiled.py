@@ -20,8 +20,8 @@ from msconv.steps.compile import compile_graphs
 from msconv.verify.compare import compare
 from msconv.verify.prove import prove
 from msconv_runtime.artifact import read_manifest
-from msconv_runtime.errors import VerificationFailed
-from msconv_runtime.kernels import LIBRARY, check, library
+from msconv_runtime.errors import EnvironmentProblem, VerificationFailed
+from msconv_runtime.kernels import LIBRARY, Library, check, library
 from msconv_runtime.kernels.check import call, narrow, upcast
 from tests.checkpoints import make_qwen3
 from tests.conftest import Checkpoints
@@ -184,6 +184,18 @@ def test_what_is_out_of_range_is_refused_before_memory_is_touched(name: str, inp
         inputs = [normal(2, 1, 1, 16), *caches, *(np.array(a, np.int32) for a in inputs)]
     with pytest.raises(ArithmeticError, match=rf"{name} returned [124]"):
         call(path, name, inputs, (1, 16))
+
+
+def test_kernels_that_round_are_not_proved(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint("untied")
+    convert(source, tmp_path / "artifact")
+    compile_graphs(tmp_path / "artifact", "cpu")
+    chosen = Library(library().path, variant="avx512bf16", rounds=True)
+    monkeypatch.setattr("msconv.verify.candidates.library", lambda: chosen)
+    with pytest.raises(EnvironmentProblem, match="MSCONV_KERNELS=avx512bf16: these kernels round activ"):
+        prove(tmp_path / "artifact", "cpu", source)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from ..errors import EnvironmentProblem, MsconvError, ResourceError
 from ..mindir_check import allowed
 from .builds import cached_build
 from .compiler import BUILD_S, Compiler, find_compiler, problem
-from .variants import CHOICE, Variant, usable
+from .variants import CHOICE, Variant, chosen, usable
 
 logger = logging.getLogger(__name__)
 LIBRARY = allowed.LIBRARY
@@ -39,12 +39,13 @@ QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # ve
 
 @dataclass(frozen=True)
 class Library:
-    """`path` is None where there is none, and `why` says the reason.  `variant`: its name."""
+    """`path` is None where there is none, and `why` says the reason.  `variant`: its name.  `rounds`: its too."""
 
     path: Path | None
     why: str = ""
     handle: ctypes.CDLL | None = None  # keeps it loaded: MindSpore opens and closes it at every node
     variant: str = ""
+    rounds: bool = False
 
 
 @functools.cache
@@ -54,7 +55,7 @@ def library() -> Library:
         if os.environ.get(switch) == "0":
             return Library(None, f"{switch}=0")
     try:
-        return _first_that_works(find_compiler(), usable(os.environ.get(CHOICE, "").strip()))
+        return _first_that_works(find_compiler(), usable(chosen()))
     except MsconvError as e:
         place = "no place for them: " if isinstance(e, ResourceError) else ""
         return Library(None, f"{place}{e.message}; {e.hint}")
@@ -82,7 +83,14 @@ def _first_that_works(compiler: Compiler, variants: list[Variant]) -> Library:
                 variants[0].name,
                 failed.message,
             )
-        return Library(path, handle=ctypes.CDLL(str(path)), variant=variant.name)
+        if variant.rounds:
+            logger.warning(
+                "msconv: %s=%s: products of more than 32 tokens with bfloat16 weights round activations to "
+                "bfloat16, which no proof covers",
+                CHOICE,
+                variant.name,
+            )
+        return Library(path, handle=ctypes.CDLL(str(path)), variant=variant.name, rounds=variant.rounds)
     assert failed is not None
     raise failed
 

@@ -1,5 +1,7 @@
 // An operation as MindSpore calls it: what it is given, checked, and what MindSpore asks before.  Memory for its work.
 #pragma once
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -23,6 +25,7 @@ constexpr int64_t SERIAL = 16384;  // elements below which threads cost more tha
 
 enum Failure { NONE = 0, UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2, OUT_OF_MEMORY = 3, WRONG_SHAPE = 4 };  // what an operation returns
 constexpr int64_t MOST = int64_t(1) << 48;  // elements of one tensor: their bytes can still be counted
+constexpr size_t LARGE_PAGE = size_t(2) << 20;  // memory of that is given by the system at once, not in 512 pieces
 constexpr int64_t ANY = -1;
 
 // What a graph gives an operation.  Graphs come from strangers: nothing is read or written before it was checked.
@@ -65,9 +68,12 @@ class Room {
     if (count > count_) {
       free(data_);
       count_ = 0;
-      const size_t whole = (count + COLUMNS - 1) / COLUMNS * COLUMNS;
-      data_ = static_cast<V*>(aligned_alloc(64, whole * sizeof(V)));
+      size_t whole = (count + COLUMNS - 1) / COLUMNS * COLUMNS;
+      const bool is_large = whole * sizeof(V) >= 2 * LARGE_PAGE;
+      if (is_large) whole = (whole * sizeof(V) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE / sizeof(V);
+      data_ = static_cast<V*>(aligned_alloc(is_large ? LARGE_PAGE : 64, whole * sizeof(V)));
       if (!data_) throw std::bad_alloc();
+      if (is_large) madvise(data_, whole * sizeof(V), MADV_HUGEPAGE);  // where refused, small pages do
       count_ = whole;
     }
     return data_;

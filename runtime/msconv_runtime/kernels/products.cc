@@ -1,13 +1,42 @@
 // Products of a few rows, bound by memory, and of many, bound by arithmetic.
 #include "products.h"
 
+#include <type_traits>
 #include <vector>
 
 #include "activation.h"
 #include "dots.h"
 #include "pool.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace {
+
+#if defined(__AVX512BF16__)
+constexpr bool ROUNDS = true;
+// The products of two pairs of bfloat16, whose 32 bits are moved as those of a float.
+struct Pairs {
+  static constexpr int64_t COUNT = 2;
+  INLINE vf32 repeated(const float* x) { return (vf32)_mm512_set1_ps(*x); }
+  INLINE void add(vf32& sums, vf32 x, vf32 v) { sums = (vf32)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)v); }
+  // x is rounded to the nearest, of two to that with an even last bit.
+  INLINE void place(const float* x, int64_t depth, float* to, int64_t step) {
+    for (int64_t d = 0; d < depth; d += LANES) {
+      const int64_t count = std::min(LANES, depth - d), low = std::min(LANES, 2 * count), high = 2 * count - low;
+      const __m512 a = _mm512_maskz_loadu_ps(__mmask16((1u << low) - 1), x + 2 * d);
+      const __m512 b = _mm512_maskz_loadu_ps(__mmask16((1u << high) - 1), x + 2 * d + low);
+      float pairs[LANES];
+      store(pairs, (vf32)_mm512_cvtne2ps_pbh(b, a));
+      for (int64_t i = 0; i < count; i++) to[(d + i) * step] = pairs[i];
+    }
+  }
+};
+#else
+constexpr bool ROUNDS = false;
+typedef Values Pairs;
+#endif
 
 constexpr int64_t FEW_ROWS = 5;  // up to here a weight is multiplied as it lies in memory, once for all rows
 constexpr int64_t SOME_ROWS = LANES == 4 ? 48 : 32;  // and up to here, from a cache, once for each tile of rows
@@ -133,7 +162,8 @@ void some_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth
   });
 }
 
-template <class W>
+// w [width, depth] of what M takes at one depth, x of as many values.
+template <class M, class W>
 void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
   const int64_t tiles = (rows + TILE - 1) / TILE;
   Floats shared(tiles * TILE * depth);
@@ -144,7 +174,7 @@ void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth
         const int64_t deep = std::min(DEPTH, depth - k), count = std::min(TILE, rows - i * TILE);
         float* to = tiled + (k * tiles + i * deep) * TILE;
         for (int64_t r = 0; r < count; r++)
-          for (int64_t d = 0; d < deep; d++) to[d * TILE + r] = x[(i * TILE + r) * depth + k + d];
+          M::place(x + ((i * TILE + r) * depth + k) * M::COUNT, deep, to + r, TILE);
       }
   });
   Pool::one().run((width + COLUMNS - 1) / COLUMNS, [&](int64_t part) {
@@ -161,7 +191,7 @@ void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth
       for (int64_t i = 0; i < tiles; i++) {
         const float *from = tiled + (k * tiles + i * deep) * TILE, *a[TILE];
         for (int64_t r = 0; r < TILE; r++) a[r] = from + r;
-        tile_of(rows - i * TILE, a, TILE, Even{packed, COLUMNS}, deep, out + i * TILE * stride, stride, k > 0);
+        tile_of<M>(rows - i * TILE, a, TILE, Even{packed, COLUMNS}, deep, out + i * TILE * stride, stride, k > 0);
       }
     }
     if (count < COLUMNS)
@@ -171,15 +201,21 @@ void many_rows(const float* x, const W* w, float* y, int64_t rows, int64_t depth
 
 template <class W>
 void multiply_by(const float* x, const W* w, float* y, int64_t rows, int64_t depth, int64_t width) {
+  if constexpr (ROUNDS && std::is_same_v<W, bf16>)
+    if (rows > SOME_ROWS && depth % 2 == 0)
+      return many_rows<Pairs>(x, reinterpret_cast<const float*>(w), y, rows, depth / 2, width);
   if (rows <= FEW_ROWS)
     few_rows(x, w, y, rows, depth, width);
   else if (rows <= SOME_ROWS && depth >= SOME_DEPTH)
     some_rows(x, w, y, rows, depth, width);
   else
-    many_rows(x, w, y, rows, depth, width);
+    many_rows<Values>(x, w, y, rows, depth, width);
 }
 
 }  // namespace
+
+// Whether products of more than SOME_ROWS with bfloat16 round rows of x to it, too.
+extern "C" int Rounds() { return ROUNDS; }
 
 void multiply(const float* x, const Weights& w, float* y, int64_t rows) {
   if (w.is_narrow)

@@ -174,8 +174,19 @@ struct Scattered {
 
 constexpr int64_t VECTORS = REGISTERS == 32 ? 4 : 2;  // of a row's sums at once, which stay in registers
 
+// How a lane of sums takes what there is at one depth: the product of two values.
+struct Values {
+  static constexpr int64_t COUNT = 1;  // of values at one depth
+  INLINE vf32 repeated(const float* x) { return all(*x); }
+  INLINE void add(vf32& sums, vf32 x, vf32 v) { sums += x * v; }
+  // to[d * step] for x[d]
+  INLINE void place(const float* x, int64_t depth, float* to, int64_t step) {
+    for (int64_t d = 0; d < depth; d++) to[d * step] = x[d];
+  }
+};
+
 // c[R][64] (+)= a[R][depth] b[depth][64].  a[r][k] is at a[r] + k * step.
-template <int R, class B>
+template <class M, int R, class B>
 INLINE void tile(const float* const* a, int64_t step, B b, int64_t depth, float* c, int64_t ldc, bool add) {
   for (int64_t n = 0; n < COLUMNS; n += VECTORS * LANES, c += VECTORS * LANES) {
     vf32 s[R][VECTORS];
@@ -185,8 +196,8 @@ INLINE void tile(const float* const* a, int64_t step, B b, int64_t depth, float*
       vf32 v[VECTORS];
       for (int j = 0; j < VECTORS; j++) v[j] = load(b(k) + n + j * LANES);
       for (int r = 0; r < R; r++) {
-        vf32 x = all(a[r][k * step]);
-        for (int j = 0; j < VECTORS; j++) s[r][j] += x * v[j];
+        vf32 x = M::repeated(a[r] + k * step);
+        for (int j = 0; j < VECTORS; j++) M::add(s[r][j], x, v[j]);
       }
     }
     for (int r = 0; r < R; r++)
@@ -195,16 +206,16 @@ INLINE void tile(const float* const* a, int64_t step, B b, int64_t depth, float*
 }
 
 // The same for up to `TILE` rows; more are left alone.
-template <class B>
+template <class M = Values, class B>
 INLINE void tile_of(int64_t rows, const float* const* a, int64_t step, B b, int64_t depth, float* c, int64_t ldc,
                     bool add) {
   switch (rows) {
-    case 1: tile<1>(a, step, b, depth, c, ldc, add); break;
-    case 2: tile<2>(a, step, b, depth, c, ldc, add); break;
-    case 3: tile<3>(a, step, b, depth, c, ldc, add); break;
-    case 4: tile<4>(a, step, b, depth, c, ldc, add); break;
-    case 5: tile<5>(a, step, b, depth, c, ldc, add); break;
-    default: tile<6>(a, step, b, depth, c, ldc, add); break;
+    case 1: tile<M, 1>(a, step, b, depth, c, ldc, add); break;
+    case 2: tile<M, 2>(a, step, b, depth, c, ldc, add); break;
+    case 3: tile<M, 3>(a, step, b, depth, c, ldc, add); break;
+    case 4: tile<M, 4>(a, step, b, depth, c, ldc, add); break;
+    case 5: tile<M, 5>(a, step, b, depth, c, ldc, add); break;
+    default: tile<M, 6>(a, step, b, depth, c, ldc, add); break;
   }
 }
 

@@ -119,6 +119,7 @@ def _told(root: Path, loaded: Loaded) -> dict[str, Any]:
     return {
         "artifact": str(root),
         "graphs": sorted(g.name for g in loaded.graphs.entries.values()),
+        "kernels": loaded.graphs.library.variant,
         "compiles_since_ready": loaded.graphs.compiles_since_ready,
         "start_seconds": loaded.seconds,
     }

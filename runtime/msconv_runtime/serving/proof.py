@@ -6,12 +6,14 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..claims import is_checked_here
-from ..targets import device_of
+from ..kernels.variants import rounding_choice
+from ..targets import device_of, target_named
 from .ready import has_chat_template
 
 
 def proof_of(artifact: Artifact, target: str) -> dict[str, Any]:
-    """Model, layout, digests, and the proof and rehearsals that hold for exactly these digests."""
+    """Model, layout, digests, and the proof and rehearsals that hold for exactly these digests.  No proof covers
+    `rounding_kernels`, if there are any."""
     manifest = artifact.manifest
     proof, weights = manifest.proof_for(target), manifest.weights
     return {
@@ -36,6 +38,7 @@ def proof_of(artifact: Artifact, target: str) -> dict[str, Any]:
             "logits_compared": proof.logits_compared,
             "checked_here": is_checked_here(manifest, proof),
         },
+        "rounding_kernels": rounding_choice() if target_named(target).device.is_host else "",
         "rehearsed": [
             {"sglang": r.sglang, "mode": r.mode, "tokens": r.tokens, "max_logit_error": r.max_logit_error}
             for r in manifest.rehearsals_for(target)

@@ -34,10 +34,11 @@ async function introduce() {
   if (!proof.chat_template) at('mode').value = 'text';
   const found = proof.proven;
   const who = found && !found.checked_here ? ', as its author claims' : '';
+  const rounding = proof.rounding_kernels ? '; not of these kernels, which round (' + proof.rounding_kernels + ')' : '';
   const device = proof.run_on_device ? '' : '; never run on a device before';
   at('proof').textContent = found
     ? `${proof.target}: proven against transformers${who}, largest logit error ` +
-      `${power(found.max_abs_logit_error, 1)} (bound ${power(found.bound, 0)})${device}`
+      `${power(found.max_abs_logit_error, 1)} (bound ${power(found.bound, 0)})${rounding}${device}`
     : `${proof.target}: UNPROVEN${device}`;
 }
 
