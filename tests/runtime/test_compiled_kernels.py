@@ -173,12 +173,12 @@ import resource, sys
 import numpy as np
 from msconv_runtime.kernels import check, library
 path = library().path
-x, weight = np.ones((2048, 4096), np.float32), np.ones((64, 4096), np.float32)
-check.call(path, "Product", [x, weight], (2048, 64))  # with its copy of x, 32 MB
+x, weight = np.ones((4096, 4096), np.float32), np.ones((64, 4096), np.float32)
+check.call(path, "Product", [x[:1024], weight], (1024, 64))  # with its copy of x, 16 MB, which is kept
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), -1))
 try:
-    check.call(path, "Product", [x, weight], (2048, 64))
+    check.call(path, "Product", [x, weight], (4096, 64))
 except ArithmeticError as e:
     print(e)
 """
@@ -211,6 +211,62 @@ int main() {
 """)
     made, here = tmp_path / "parts", str(Path(kernels.__file__).parent)
     subprocess.run(["g++", "-std=c++17", "-O2", "-pthread", f"-I{here}", "-o", made, program], check=True)
+    done = subprocess.run([made], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_large_memory_is_kept_for_the_next_that_it_fits_and_not_more_than_so_much(tmp_path: Path) -> None:
+    program = tmp_path / "workspace.cc"
+    program.write_text("""
+#include <cstdio>
+#include <workspace.h>
+#include <sys/resource.h>
+#include <vector>
+#define CHECK(truth) if (!(truth)) return printf("line %d: %s\\n", __LINE__, #truth), 1
+typedef LargePieces Large;
+int main() {
+  constexpr size_t MB = 1 << 20;
+  Large& pieces = Large::one();
+  const auto first = pieces.take(5 * MB);
+  CHECK(first.bytes == 6 * MB && size_t(first.at) % Large::PAGE == 0);
+  pieces.give_back(first);
+  const auto larger = pieces.take(7 * MB), much_smaller = pieces.take(2 * MB);
+  CHECK(larger.at != first.at && much_smaller.at != first.at);
+  CHECK(pieces.take(3 * MB).at == first.at && pieces.take(6 * MB).at != first.at);
+  const auto whole = pieces.take(Large::MOST);
+  pieces.give_back(first);
+  pieces.give_back(pieces.take(Large::MOST + 1));  // more than is kept: what is kept stays
+  CHECK(pieces.take(6 * MB).at == first.at);
+  pieces.give_back(first);
+  pieces.give_back(whole);  // it goes where that is too much
+  CHECK(pieces.take(Large::MOST).at == whole.at);
+  for (int i = 0; i < 40; i++) pieces.give_back(pieces.take(4 * MB));
+  std::vector<Large::Piece> many;
+  for (int i = 0; i < 40; i++) many.push_back(pieces.take(4 * MB));
+  for (const auto& piece : many) pieces.give_back(piece);
+  pieces.give_back(whole);
+  rlimit limit{size_t(1) << 40, RLIM_INFINITY};
+  long pages = 0;
+  fscanf(fopen("/proc/self/statm", "r"), "%ld", &pages);
+  limit.rlim_cur = pages * 4096 + 32 * MB;
+  setrlimit(RLIMIT_AS, &limit);
+  const auto instead = pieces.take(60 * MB);  // what is kept is of another size, and is given back for it
+  bool failed = false;
+  try {
+    pieces.take(size_t(1) << 34);
+  } catch (const std::bad_alloc&) {
+    failed = true;
+  }
+  CHECK(failed && instead.bytes == 60 * MB);
+  Floats few(100), rows(2 * MB);
+  CHECK(size_t(few.reserve(0)) % 64 == 0 && size_t(rows.reserve(0)) % Large::PAGE == 0);
+  float* at = rows.reserve(MB);
+  CHECK(at == rows.reserve(2 * MB));
+}
+""")
+    made, here = tmp_path / "workspace", str(Path(kernels.__file__).parent)
+    command = ["g++", "-std=c++17", "-O2", "-Wno-psabi", "-pthread", f"-I{here}", "-o", made]
+    subprocess.run([*command, program], check=True)
     done = subprocess.run([made], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
 

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 LIBRARY = allowed.LIBRARY
 UNITS = ("kernels.cc", "layers.cc", "products.cc", "attention.cc", "int8.cc")
 HEADERS = (
-    "activation.h attention.h bytes.h codes.h dots.h experts.h halves.h norms.h operation.h pool.h products.h "
-    "vector.h"
+    "activation.h attention.h bytes.h codes.h dots.h experts.h halves.h norms.h operation.h pool.h "
+    "products.h vector.h workspace.h"
 )
 SOURCES = (*UNITS, *HEADERS.split())
 FLAGS = ("-O3", "-ffp-contract=fast", "-std=c++17", "-pthread", "-shared", "-fPIC", "-Wno-psabi")

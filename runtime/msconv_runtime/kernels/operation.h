@@ -1,15 +1,13 @@
-// An operation as MindSpore calls it: what it is given, checked, and what MindSpore asks before.  Memory for its work.
+// An operation as MindSpore calls it: what it is given, checked, and what MindSpore asks before.
 #pragma once
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <new>
 #include <vector>
 
 #include "vector.h"
+#include "workspace.h"
 
 namespace mindspore {
 class AotExtra;
@@ -25,7 +23,6 @@ constexpr int64_t SERIAL = 16384;  // elements below which threads cost more tha
 
 enum Failure { NONE = 0, UNKNOWN_TYPE = 1, OUT_OF_RANGE = 2, OUT_OF_MEMORY = 3, WRONG_SHAPE = 4 };  // what an operation returns
 constexpr int64_t MOST = int64_t(1) << 48;  // elements of one tensor: their bytes can still be counted
-constexpr size_t LARGE_PAGE = size_t(2) << 20;  // memory of that is given by the system at once, not in 512 pieces
 constexpr int64_t ANY = -1;
 
 // What a graph gives an operation.  Graphs come from strangers: nothing is read or written before it was checked.
@@ -55,35 +52,6 @@ struct Arguments {
   int64_t size(int i, int axis) const { return shapes[i][axis < 0 ? ranks[i] + axis : axis]; }
   bool is(int i, const char* type) const { return strcmp(types[i], type) == 0; }
 };
-
-// Memory from a multiple of 64 bytes on: a vector across two cache lines loads at half speed.
-template <class V>
-class Room {
- public:
-  explicit Room(size_t count = 0) { reserve(count); }
-  Room(const Room&) = delete;
-  ~Room() { free(data_); }
-  // For so many elements; what was there is lost if there was less.
-  V* reserve(size_t count) {
-    if (count > count_) {
-      free(data_);
-      count_ = 0;
-      size_t whole = (count + COLUMNS - 1) / COLUMNS * COLUMNS;
-      const bool is_large = whole * sizeof(V) >= 2 * LARGE_PAGE;
-      if (is_large) whole = (whole * sizeof(V) + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE / sizeof(V);
-      data_ = static_cast<V*>(aligned_alloc(is_large ? LARGE_PAGE : 64, whole * sizeof(V)));
-      if (!data_) throw std::bad_alloc();
-      if (is_large) madvise(data_, whole * sizeof(V), MADV_HUGEPAGE);  // where refused, small pages do
-      count_ = whole;
-    }
-    return data_;
-  }
-
- private:
-  V* data_ = nullptr;
-  size_t count_ = 0;
-};
-typedef Room<float> Floats;
 
 }  // namespace
 

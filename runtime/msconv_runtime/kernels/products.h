@@ -3,8 +3,6 @@
 #include "operation.h"
 #include "vector.h"
 
-#define HIDDEN __attribute__((visibility("hidden")))  // from what loads the library
-
 // An argument that is a matrix [width, depth]; of no depth if it is something else.
 struct Weights {
   static constexpr int COUNT = 1;

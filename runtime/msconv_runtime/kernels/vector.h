@@ -31,6 +31,7 @@ struct bf16 {
 };
 
 #define INLINE static inline __attribute__((always_inline))
+#define HIDDEN __attribute__((visibility("hidden")))  // from what loads the library
 #ifdef __clang__
 #define SHUFFLE __builtin_shufflevector
 #else
