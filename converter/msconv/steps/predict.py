@@ -7,7 +7,6 @@ Each kind that counts is tried by itself, in as many threads as the conversion w
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import threading
@@ -23,7 +22,7 @@ from msconv_runtime.errors import MsconvError, ResourceError
 
 from ..layout.model import TensorInfo
 from ..layout.plan import Plan
-from ..stream.execute import CHECKPOINT_BYTES, plan_memory
+from ..stream.execute import plan_memory
 from ..stream.movers.threads import LocalThreads
 from ..stream.outputs import Outputs, RankFiles
 from ..stream.source import DirectoryShards, Source, read_exactly
@@ -31,9 +30,8 @@ from ..stream.task import Opened, Task, Unit
 from .costs import Cost, Tried
 
 SAMPLE_BYTES, SCRATCH_BYTES = 192 << 20, 512 << 20
-BLOCK_BYTES = 32 << 20  # forgotten at once: of smaller pieces, whose pages are kept together, none would be
-ROUND_BYTES = 96 << 20  # of source bytes: moved once to begin, and once to see how often it is to be done
-TRIED_S = 1.0  # of each kind
+ROUND_BYTES = 96 << 20  # of source bytes that are moved before the clock is looked at
+TRIED_S = 0.8  # of each kind
 SMALL = 0.03  # kinds with less of the bytes are taken to cost what the others do
 LOW, HIGH = 0x30, 0x3F  # bytes that are finite values of every type, and positive ones
 WRITE_OUT_EVERY = 16 << 20
@@ -88,16 +86,23 @@ def kind_of(plan: Plan, unit: Unit) -> Kind:
 
 
 def _rate(task: Task, opened: Opened, mover: LocalThreads, units: Sequence[Unit]) -> tuple[float, float]:
-    """(source bytes a second, seconds that only the first round takes); 0 for units that a sample cannot be."""
+    """(source bytes a second, seconds that only the first round takes); 0 for units that a sample cannot be.
+    As in a conversion, the disk works while more is moved, and is waited for after many."""
     chosen = _round(task.plan, units)
+    size = sum(task.plan.unit_bytes(u) for u in chosen)
     try:
-        first = _seconds(task, opened, mover, chosen)
-        one = _seconds(task, opened, mover, chosen)
-        many = [*chosen] * math.ceil(TRIED_S / one)
-        seconds = _seconds(task, opened, mover, many)
+        first = _move(task, opened, mover, chosen)
+        opened.outputs.sync()
+        rounds, moved = 0, 0.0
+        started = time.perf_counter()
+        while moved < TRIED_S:
+            _move(task, opened, mover, chosen)
+            rounds, moved = rounds + 1, time.perf_counter() - started
+        opened.outputs.sync()
+        seconds = time.perf_counter() - started
     except MsconvError:
         return 0.0, 0.0
-    return sum(task.plan.unit_bytes(u) for u in many) / seconds, max(0.0, first - one)
+    return size * rounds / seconds, max(0.0, first - moved / rounds)
 
 
 def _round(plan: Plan, units: Sequence[Unit]) -> list[Unit]:
@@ -115,18 +120,13 @@ def _round(plan: Plan, units: Sequence[Unit]) -> list[Unit]:
     return chosen
 
 
-def _seconds(task: Task, opened: Opened, mover: LocalThreads, units: Sequence[Unit]) -> float:
-    """Until the units are moved and on the disk, with waits for it where a conversion has them."""
-    waiting = 0
+def _move(task: Task, opened: Opened, mover: LocalThreads, units: Sequence[Unit]) -> float:
+    """Seconds of one round, until all is written, which the disk need not have yet."""
     started = time.perf_counter()
     moving = mover.start(task, units, opened, lambda n: None)
     try:
-        for moved in moving:
-            waiting += sum(task.plan.sources[m.name].nbytes for m in moved)
-            if waiting >= CHECKPOINT_BYTES:
-                moving.sync()
-                waiting = 0
-        moving.sync()
+        for _ in moving:
+            pass
     finally:
         moving.stop()
     return time.perf_counter() - started
@@ -162,32 +162,32 @@ class _Turns:
     def __init__(self, size: int) -> None:
         self._size, self._at, self._lock = size, 0, threading.Lock()
 
-    def take(self, count: int) -> int:
+    def take(self, count: int) -> tuple[int, bool]:
+        """(where, whether it began anew)."""
         with self._lock:
-            at = 0 if self._at + count > self._size else self._at
+            anew = self._at + count > self._size
+            at = 0 if anew else self._at
             self._at = at + count
-            return at
+            return at, anew
 
 
 class SampleSource(Source):
     """Gives the sample's bytes for any tensor, read as the conversion reads: with pread, and cold."""
 
     def __init__(self, fd: int, place: Path) -> None:
-        self._fd, self._place, self._turns, self._block = fd, place, _Turns(SAMPLE_BYTES), 0
+        self._fd, self._place, self._turns = fd, place, _Turns(SAMPLE_BYTES)
         self._forget()
 
     def read(self, info: TensorInfo, begin: int, out: memoryview) -> None:
         for first in range(0, len(out), SAMPLE_BYTES):
             piece = out[first : first + SAMPLE_BYTES]
-            at = self._turns.take(len(piece))
-            for block in range(at - at % BLOCK_BYTES, at + len(piece), BLOCK_BYTES):
-                if block != self._block:
-                    self._block = block
-                    self._forget((block + SAMPLE_BYTES // 2) % SAMPLE_BYTES, BLOCK_BYTES)
+            at, anew = self._turns.take(len(piece))
+            if anew:
+                self._forget()
             read_exactly(self._fd, piece, at, self._place)
 
     def release(self, info: TensorInfo) -> None:
-        """What was read is forgotten half a file later: not what is read ahead for another thread."""
+        self._forget()
 
     def check_unchanged(self) -> None:
         """Nobody else knows it."""
@@ -198,8 +198,8 @@ class SampleSource(Source):
     def close(self) -> None:
         """Its file is closed by who made it."""
 
-    def _forget(self, begin: int = 0, size: int = 0) -> None:
-        os.posix_fadvise(self._fd, begin, size, os.POSIX_FADV_DONTNEED)
+    def _forget(self) -> None:
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Scratch(Outputs):
@@ -216,4 +216,4 @@ class Scratch(Outputs):
     def write(self, rank: int, file: int, offset: int, data: memoryview) -> None:
         for first in range(0, len(data), WRITE_OUT_EVERY):
             piece = data[first : first + WRITE_OUT_EVERY]
-            super().write(0, 0, self._turns.take(len(piece)), piece)
+            super().write(0, 0, self._turns.take(len(piece))[0], piece)
