@@ -2,12 +2,12 @@
 
     python benchmarks/serve.py --model Qwen3-0.6B --rounds 3 --json FILE
 
-One bfloat16 checkpoint of a published shape with random values, computed in float32 but where named, greedy:
+One bfloat16 checkpoint of a published shape with random values, greedy, activations in float32 if nothing is said:
   msconv   `msconv serve` on the artifact, whose weights are stored as `--dtype`
   sglang   SGLang's own torch model on the checkpoint
   msconv-bfloat16, sglang-bfloat16
-           the first two with activations in bfloat16 too: kernels that round, and `--dtype bfloat16`; only if
-           `--ways` names them
+           the first two with activations in bfloat16: kernels that round, which need `--dtype bfloat16` here, and
+           SGLang's own `--dtype bfloat16`; only if `--ways` names them
   traced   the same cells as in the artifact, built in Python from the checkpoint and compiled by MindSpore's
            `@jit` at the first requests, as a slot without artifacts does it
   quant    `msconv serve` on the artifact that `msconv convert --quant` of `--quant` makes of the checkpoint
@@ -38,6 +38,7 @@ import random
 import re
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -55,6 +56,7 @@ from benchmarks.servers import (
     MSCONV,
     MSCONV_BFLOAT16,
     QUANT,
+    ROUNDING,
     SGLANG,
     SGLANG_BFLOAT16,
     WAYS,
@@ -67,6 +69,8 @@ from benchmarks.servers import (
     servers_that_fit,
     warm,
 )
+from msconv_runtime.errors import EnvironmentProblem
+from msconv_runtime.kernels.variants import CHOICE, usable
 
 MISSING = float("nan")  # what a way did not show
 START_LIMIT_S = 600
@@ -114,7 +118,17 @@ def main() -> None:
     drafts = [name for name in args.drafts.split(",") if name]
     if not set(drafts) <= set(DRAFTS):
         parser.error(f"--drafts takes {' and '.join(DRAFTS)}")
-    ways = args.ways.split(",") + [QUANT] * bool(args.quant) + drafts
+    named = args.ways.split(",")
+    if unknown := set(named) - {*WAYS, MSCONV_BFLOAT16, SGLANG_BFLOAT16}:
+        parser.error(f"--ways: there is no {', '.join(sorted(unknown))}")
+    if MSCONV_BFLOAT16 in named:
+        if args.dtype != "bfloat16":
+            parser.error(f"{MSCONV_BFLOAT16} needs --dtype bfloat16: products with float32 are not rounded")
+        try:
+            usable(ROUNDING[CHOICE])
+        except EnvironmentProblem as e:
+            parser.error(f"{MSCONV_BFLOAT16}: {e.message}")
+    ways = named + [QUANT] * bool(args.quant) + drafts
     shapes = [(int(r), int(c)) for c in args.contexts.split(",") for r in args.requests.split(",")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the server that is running
     with contextlib.ExitStack() as stack:
@@ -141,7 +155,15 @@ class NoAnswer(Exception):
     """A server that did not start, or a request without tokens."""
 
 
-FAILURES = (NoAnswer, OSError, aiohttp.ClientError, TimeoutError, psutil.Error)  # of one way: the others go on
+FAILURES = (  # of one way: the others go on
+    NoAnswer,
+    OSError,
+    ValueError,
+    subprocess.SubprocessError,
+    aiohttp.ClientError,
+    TimeoutError,
+    psutil.Error,
+)
 
 
 def measure(
@@ -155,8 +177,8 @@ def measure(
             warm(places.artifact(way) or places.source)
             log, started = work / f"{way}.log", time.monotonic()
             of_way = stack.enter_context(contextlib.ExitStack())
-            server = of_way.enter_context(running(way, places, log))
             with reported(way):
+                server = of_way.enter_context(running(way, places, log))
                 asyncio.run(_first_token(server, log))
                 found[way].start_s = time.monotonic() - started
                 found[way].idle_bytes = memory(server)

@@ -19,12 +19,13 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.synthetic import write_checkpoint
+from msconv_runtime.kernels.variants import CHOICE
 
 ROOT = Path(__file__).parent.parent
 MSCONV, MSCONV_BFLOAT16 = "msconv", "msconv-bfloat16"
 SGLANG, SGLANG_BFLOAT16 = "sglang", "sglang-bfloat16"
 WAYS = (MSCONV, SGLANG, "traced")
-ROUNDING = {"MSCONV_KERNELS": "avx512bf16"}
+ROUNDING = {CHOICE: "avx512bf16"}
 QUANT = "quant"  # a further one, with --quant
 DRAFTS = {  # further ones, with --drafts: flags of SGLang
     "ngram": ["--speculative-algorithm", "NGRAM", "--page-size", "1"],
@@ -184,7 +185,8 @@ def running(way: str, places: Places, log: Path) -> Iterator[Server]:
         process.send_signal(signal.SIGTERM)
         _, left = psutil.wait_procs(everyone, 60)
         for one in left:
-            one.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait()
 
 

@@ -99,6 +99,7 @@ def test_hundreds_of_requests_with_aborts_all_answer_right(server: Server, model
 
 def test_the_kernels_are_named(server: Server) -> None:
     assert server.state()["kernels"] == library().variant
+    assert bool(library().variant) == (library().path is not None)
 
 
 def test_start_up_is_told_apart(server: Server) -> None:

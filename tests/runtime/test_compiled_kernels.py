@@ -224,8 +224,15 @@ def test_large_memory_is_kept_for_the_next_that_it_fits_and_not_more_than_so_muc
 #include <vector>
 #define CHECK(truth) if (!(truth)) return printf("line %d: %s\\n", __LINE__, #truth), 1
 typedef LargePieces Large;
+constexpr size_t MB = 1 << 20;
+size_t mapped() {
+  FILE* file = fopen("/proc/self/statm", "r");
+  size_t pages = 0;
+  if (!file || fscanf(file, "%zu", &pages) != 1) exit(2);
+  fclose(file);
+  return pages * 4096;
+}
 int main() {
-  constexpr size_t MB = 1 << 20;
   Large& pieces = Large::one();
   const auto first = pieces.take(5 * MB);
   CHECK(first.bytes == 6 * MB && size_t(first.at) % Large::PAGE == 0);
@@ -240,15 +247,16 @@ int main() {
   pieces.give_back(first);
   pieces.give_back(whole);  // it goes where that is too much
   CHECK(pieces.take(Large::MOST).at == whole.at);
-  for (int i = 0; i < 40; i++) pieces.give_back(pieces.take(4 * MB));
-  std::vector<Large::Piece> many;
-  for (int i = 0; i < 40; i++) many.push_back(pieces.take(4 * MB));
-  for (const auto& piece : many) pieces.give_back(piece);
-  pieces.give_back(whole);
-  rlimit limit{size_t(1) << 40, RLIM_INFINITY};
-  long pages = 0;
-  fscanf(fopen("/proc/self/statm", "r"), "%ld", &pages);
-  limit.rlim_cur = pages * 4096 + 32 * MB;
+  const size_t before = mapped();
+  for (size_t size : {4 * MB, 16 * MB}) {
+    std::vector<Large::Piece> many;
+    for (int i = 0; i < 40; i++) many.push_back(pieces.take(size));
+    CHECK(mapped() >= before + 40 * size);
+    for (const auto& piece : many) pieces.give_back(piece);
+    CHECK(mapped() <= before + (size == 4 * MB ? 16 * size : Large::MOST));  // so many pieces, or so many bytes
+  }
+  CHECK(mapped() >= before + Large::MOST);
+  rlimit limit{mapped() + 32 * MB, RLIM_INFINITY};
   setrlimit(RLIMIT_AS, &limit);
   const auto instead = pieces.take(60 * MB);  // what is kept is of another size, and is given back for it
   bool failed = false;

@@ -19,10 +19,11 @@ from msconv.mindir.kernels.compiled import EXPECTED
 from msconv.steps.compile import compile_graphs
 from msconv.verify.compare import compare
 from msconv.verify.prove import prove
-from msconv_runtime.artifact import read_manifest
+from msconv_runtime.artifact import Artifact, read_manifest
 from msconv_runtime.errors import EnvironmentProblem, VerificationFailed
-from msconv_runtime.kernels import LIBRARY, Library, check, library
+from msconv_runtime.kernels import LIBRARY, check, library
 from msconv_runtime.kernels.check import call, narrow, upcast
+from msconv_runtime.serving.proof import proof_of
 from tests.checkpoints import make_qwen3
 from tests.conftest import Checkpoints
 from tests.conversions import convert
@@ -189,13 +190,19 @@ def test_what_is_out_of_range_is_refused_before_memory_is_touched(name: str, inp
 def test_kernels_that_round_are_not_proved(
     checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And what was proved before stays so."""
     source = checkpoint("untied")
     convert(source, tmp_path / "artifact")
     compile_graphs(tmp_path / "artifact", "cpu")
-    chosen = Library(library().path, variant="avx512bf16", rounds=True)
-    monkeypatch.setattr("msconv.verify.candidates.library", lambda: chosen)
+    assert prove(tmp_path / "artifact", "cpu", source).ok
+    proven = (tmp_path / "artifact/msconv.json").read_bytes()
+    monkeypatch.setenv("MSCONV_KERNELS", "avx512bf16")
     with pytest.raises(EnvironmentProblem, match="MSCONV_KERNELS=avx512bf16: these kernels round activ"):
         prove(tmp_path / "artifact", "cpu", source)
+    assert (tmp_path / "artifact/msconv.json").read_bytes() == proven
+    artifact = Artifact(tmp_path / "artifact")
+    told = {target: proof_of(artifact, target)["rounding_kernels"] for target in ("cpu", "ascend910b")}
+    assert told == {"cpu": "avx512bf16", "ascend910b": ""}
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from msconv_runtime.artifact import Artifact
-from msconv_runtime.errors import EnvironmentProblem
 from msconv_runtime.kernels import library
-from msconv_runtime.kernels.variants import CHOICE
 from msconv_runtime.roles import COMPILED, of_draft, of_variant
 from msconv_runtime.targets import Target
 
@@ -41,14 +39,9 @@ def runs_as_a_whole(artifact: Artifact, target: Target) -> str:
 
 def candidates(artifact: Artifact, target: Target, layers: int) -> dict[str, Callable[[], Candidate]]:
     """By variant, "" first: graphs of compiled kernels, if there are any, are proved after those of MindSpore's
-    operations.  Raises EnvironmentProblem where the chosen kernels compute something else than is to be proved."""
+    operations."""
     found: dict[str, Callable[[], Candidate]] = {"": partial(candidate_of, artifact, target, layers)}
     if of_variant(artifact.graphs(target.name), COMPILED):
-        if runs_here(artifact, target, layers, COMPILED) and library().rounds:
-            raise EnvironmentProblem(
-                f"{CHOICE}={library().variant}: these kernels round activations to bfloat16, and cannot be proved",
-                f"unset {CHOICE}; what is proved with others can be served with these.",
-            )
         found[COMPILED] = partial(candidate_of, artifact, target, layers, COMPILED)
     return found
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from msconv_runtime.artifact import Artifact
 from msconv_runtime.artifact.integrity import refuse_damage
-from msconv_runtime.errors import UsageError, VerificationFailed
+from msconv_runtime.errors import EnvironmentProblem, UsageError, VerificationFailed
+from msconv_runtime.kernels.variants import CHOICE, rounding_choice
+from msconv_runtime.roles import COMPILED, of_variant
 from msconv_runtime.targets import Target, target_named
 
 from ..checkpoint.reference import configuration
@@ -41,13 +43,14 @@ def prove(
     `max_kl` if that is given.  `max_memory`: a ceiling in bytes; raises ResourceError if it cannot hold the least
     that is needed.  Of large models, what is done is kept for a run after this one if it is ended.  `tell`: hears
     of each phase how much of it is done.  `by_layer`: workers that prove layers each by itself, where that can be:
-    raises UsageError elsewhere.
+    raises UsageError elsewhere.  Raises EnvironmentProblem where kernels that round are asked for.
     """
     started = time.monotonic()
     artifact = Artifact(root)
     config = configuration(artifact)
     artifact.graphs(target_name)
     target = target_named(target_name)
+    _refuse_rounding(artifact, target)
     layers = layers if layers < config.layers else 0
     has_codes = is_int8(artifact.weights)
     if not has_codes and (max_kl is not None or text is not None):
@@ -78,6 +81,15 @@ def prove(
     if not layers:
         record(root, target, entry_of(artifact, proof) if proof.ok else None)
     return proof
+
+
+def _refuse_rounding(artifact: Artifact, target: Target) -> None:
+    """Raises EnvironmentProblem if the chosen kernels compute something else than is to be proved."""
+    if (name := rounding_choice()) and of_variant(artifact.graphs(target.name), COMPILED):
+        raise EnvironmentProblem(
+            f"{CHOICE}={name}: these kernels round activations to bfloat16, and cannot be proved",
+            f"unset {CHOICE}; what is proved with others can be served with these.",
+        )
 
 
 def _refuse_by_layer(artifact: Artifact, target: Target, layers: int, has_other_proof: bool) -> None:

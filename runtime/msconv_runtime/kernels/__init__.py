@@ -39,13 +39,12 @@ QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # ve
 
 @dataclass(frozen=True)
 class Library:
-    """`path` is None where there is none, and `why` says the reason.  `variant`: its name.  `rounds`: its too."""
+    """`path` is None where there is none, and `why` says the reason.  `variant`: its name."""
 
     path: Path | None
     why: str = ""
     handle: ctypes.CDLL | None = None  # keeps it loaded: MindSpore opens and closes it at every node
     variant: str = ""
-    rounds: bool = False
 
 
 @functools.cache
@@ -90,7 +89,7 @@ def _first_that_works(compiler: Compiler, variants: list[Variant]) -> Library:
                 CHOICE,
                 variant.name,
             )
-        return Library(path, handle=ctypes.CDLL(str(path)), variant=variant.name, rounds=variant.rounds)
+        return Library(path, handle=ctypes.CDLL(str(path)), variant=variant.name)
     assert failed is not None
     raise failed
 

@@ -87,7 +87,7 @@ def usable(choice: str = "") -> list[Variant]:
         return [v for v in able if not v.rounds]
     found = [v for v in able if v.name == choice]
     if not found:
-        names = ", ".join(v.name for v in able)
+        names = ", ".join(v.name for v in able if not v.rounds)
         kind = "this processor cannot run them" if choice in {v.name for v in VARIANTS} else "no such kernels"
         raise EnvironmentProblem(f"{CHOICE}={choice}: {kind}", f"unset it, or set it to one of {names}")
     return found

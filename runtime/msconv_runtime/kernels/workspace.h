@@ -9,8 +9,8 @@
 
 #include "vector.h"
 
-// Memory by large pages.  What is given back is kept for the next that it fits, up to MOST bytes: the system clears what
-// it gives, which would be all values of a prompt in every layer.
+// Memory in large pages.  What is given back is kept, up to MOST bytes, for the next that it fits: the system clears each
+// page that it gives, and every layer of a prompt asks for as much again.
 class HIDDEN LargePieces {
  public:
   struct Piece {
@@ -30,26 +30,38 @@ class HIDDEN LargePieces {
     std::lock_guard<std::mutex> lock(mutex_);
     for (int i = 0; i < count_; i++)
       if (kept_[i].bytes >= bytes && kept_[i].bytes <= 2 * bytes) return remove(i);
-    void* at = aligned_alloc(PAGE, bytes);
+    void* at = map(bytes);
     if (!at) {
-      while (count_ > 0) free(remove(0).at);
-      at = aligned_alloc(PAGE, bytes);
+      while (count_ > 0) unmap(remove(0));
+      at = map(bytes);
     }
     if (!at) throw std::bad_alloc();
-    madvise(at, bytes, MADV_HUGEPAGE);  // where refused, small pages do
     return {at, bytes};
   }
 
   void give_back(Piece piece) {
-    if (piece.bytes > MOST) return free(piece.at);
+    if (piece.bytes > MOST) return unmap(piece);
     std::lock_guard<std::mutex> lock(mutex_);
-    while (count_ == AT_ONCE || bytes_ + piece.bytes > MOST) free(remove(0).at);
+    while (count_ == AT_ONCE || bytes_ + piece.bytes > MOST) unmap(remove(0));
     kept_[count_++] = piece;
     bytes_ += piece.bytes;
   }
 
  private:
   static constexpr int AT_ONCE = 16;
+
+  // At a multiple of PAGE; null where there is no memory.
+  static void* map(size_t bytes) {
+    void* whole = mmap(nullptr, bytes + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (whole == MAP_FAILED) return nullptr;
+    const size_t before = (PAGE - uintptr_t(whole) % PAGE) % PAGE;
+    char* at = static_cast<char*>(whole) + before;
+    if (before) munmap(whole, before);
+    munmap(at + bytes, PAGE - before);
+    madvise(at, bytes, MADV_HUGEPAGE);  // where it is refused, small pages do
+    return at;
+  }
+  static void unmap(Piece piece) { munmap(piece.at, piece.bytes); }
 
   // The oldest is the first.
   Piece remove(int i) {
@@ -68,7 +80,7 @@ class HIDDEN LargePieces {
 
 // From a multiple of 64 bytes on: a vector across two cache lines loads at half speed.
 template <class V>
-class Room {
+class HIDDEN Room {
  public:
   explicit Room(size_t count = 0) { reserve(count); }
   Room(const Room&) = delete;

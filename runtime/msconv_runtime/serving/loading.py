@@ -16,6 +16,7 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..graphs import Graphs, Place
+from ..kernels.variants import chosen
 from ..targets import target_named
 from .settings import Settings
 from .signed import refuse_unsigned_once
@@ -100,7 +101,8 @@ def finish(artifact: Artifact, place: Place, model: Graphs | None = None) -> Gra
         " and ".join(g.name for g in loaded.graphs.entries.values()),
     )
     if loaded.graphs.target.device.is_host and (why := loaded.graphs.library.why):
-        logger.info("msconv: MindSpore's own operations, slower on a CPU than compiled kernels: %s", why)
+        tell = logger.warning if chosen() else logger.info
+        tell("msconv: MindSpore's own operations, slower on a CPU than compiled kernels: %s", why)
     logger.info("msconv: start, seconds: %s", json.dumps(seconds))
     _finished[key] = loaded
     return loaded.graphs

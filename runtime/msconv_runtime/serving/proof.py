@@ -13,7 +13,7 @@ from .ready import has_chat_template
 
 def proof_of(artifact: Artifact, target: str) -> dict[str, Any]:
     """Model, layout, digests, and the proof and rehearsals that hold for exactly these digests.  No proof covers
-    `rounding_kernels`, if there are any."""
+    `rounding_kernels`, those that were asked for."""
     manifest = artifact.manifest
     proof, weights = manifest.proof_for(target), manifest.weights
     return {
