@@ -126,7 +126,9 @@ def command(way: str, places: Places, port: int) -> tuple[list[str], dict[str, s
     printed = subprocess.run(ask, capture_output=True, text=True, check=True)
     launch = json.loads(printed.stdout)
     argv, environment = launch["argv"], launch["environment"]
+    del environment["TORCHDYNAMO_DISABLE"]  # for artifacts alone
     if way in (SGLANG, SGLANG_BFLOAT16):
+        environment["SGLANG_PLUGINS"] = "none"  # no plug-in of ours either
         argv[argv.index("--model-path") + 1] = str(source)
         argv[argv.index("--model-impl") + 1] = "sglang"
         argv[argv.index("--dtype") + 1] = "float32" if way == SGLANG else "bfloat16"

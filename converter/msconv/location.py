@@ -13,7 +13,7 @@ from msconv_runtime.errors import UsageError
 from .checkpoint import directory
 from .checkpoint.client import require_client
 from .checkpoint.directory import AUXILIARY, Checkpoint
-from .checkpoint.reference import REPOSITORY, Hub
+from .checkpoint.hubs import REPOSITORY, Hub
 from .checkpoint.remote import CONFIGURATION
 from .checkpoint.urls import checked_url, is_url, require_driver
 from .layout.plan import Plan

@@ -1,15 +1,18 @@
 """Imports SGLang's side with msconv beside it, run by the interpreter of an installed environment.
 
 That is the engine, the HTTP server, the MindSpore slot and the benchmark; then SGLang loads its plug-ins.  Prints
-as JSON its version, how many places msconv changes, how many of them SGLang could change, and what was logged.
+as JSON its version, how many places msconv changes, how many of them are changed, and what was logged.
 """
 
 import importlib
 import io
 import json
 import logging
+import pkgutil
 
+from msconv_runtime.sglang import changes
 from msconv_runtime.sglang.environment import use_cpu
+from msconv_runtime.sglang.plugin import CHANGES
 
 MODULES = (
     "sglang",
@@ -22,6 +25,14 @@ MODULES = (
 )
 
 
+def is_changed(place: str) -> bool:
+    """Whether msconv's code is called at a place of SGLang's."""
+    try:
+        return bool(pkgutil.resolve_name(place).__code__.co_filename == changes.__file__)
+    except (ImportError, AttributeError):
+        return False
+
+
 def main() -> None:
     said = io.StringIO()
     logging.basicConfig(level="WARNING", stream=said)
@@ -29,12 +40,12 @@ def main() -> None:
     for name in MODULES:
         importlib.import_module(name)
     plugins = importlib.import_module("sglang.srt.plugins")
-    registry = importlib.import_module("sglang.srt.plugins.hook_registry").HookRegistry
     plugins.load_plugins()
+    places = {change.place for change in CHANGES}
     found = {
         "version": importlib.import_module("sglang").__version__,
-        "registered": len(registry._hooks),
-        "changed": len(registry._patched),
+        "to change": len(places),
+        "changed": sum(map(is_changed, places)),
         "log": said.getvalue(),
     }
     print(json.dumps(found))

@@ -1,20 +1,14 @@
-"""Names of models on a hub, and the configuration of the model that an artifact holds."""
+"""The configuration of the model that an artifact holds."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from typing import Literal
 
 from msconv_runtime.artifact import Artifact
 
 from ..families import DecoderConfig, configure
 from ..quant import formats_named
 from .headers import parse_json
-
-Hub = Literal["huggingface", "modelscope"]
-HUBS: tuple[Hub, ...] = ("huggingface", "modelscope")
-REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,99}/[\w.-]{1,100})(?:@([\w][\w./-]{0,199}))?", re.ASCII)
 
 
 def configuration(artifact: Artifact) -> DecoderConfig:

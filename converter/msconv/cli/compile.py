@@ -13,7 +13,8 @@ from msconv_runtime.draft_kinds import TITLES
 from msconv_runtime.targets import FUSIONS, ONNX, TARGETS, target_named
 from msconv_runtime.units import human_bytes
 
-from ..checkpoint.reference import Hub, configuration
+from ..checkpoint.hubs import Hub
+from ..checkpoint.reference import configuration
 from ..graph.spec import Fixed
 from ..location import open_reference
 from ..workspace.clearing import refuse_inside

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from msconv_runtime.units import human_bytes
 
-from ..checkpoint.reference import Hub
+from ..checkpoint.hubs import Hub
 from ..checkpoint.urls import StoreUrl
 from ..layout.kept import KeptGroup, kept_groups
 from ..quant import formats_named

@@ -18,7 +18,7 @@ from msconv_runtime.signatures import described, refuse_unsigned
 from msconv_runtime.targets import device_of
 from msconv_runtime.units import human_bytes
 
-from ..checkpoint.reference import REPOSITORY
+from ..checkpoint.hubs import REPOSITORY
 from ..layout.kept import KeptGroup, kept_groups
 from ..layout.names import fold
 from ..quant import formats_named

@@ -12,7 +12,7 @@ import click
 from msconv_runtime.errors import CheckpointError
 from msconv_runtime.units import human_bytes
 
-from ..checkpoint.reference import Hub
+from ..checkpoint.hubs import Hub
 from ..location import LocalDirectory, Location, open_reference
 from .command import Command
 from .console import byte_progress, say, step, visible

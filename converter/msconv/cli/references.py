@@ -16,7 +16,7 @@ from msconv_runtime.artifact import Manifest
 from msconv_runtime.errors import UsageError
 from msconv_runtime.serving.flags import given_flags
 
-from ..checkpoint.reference import HUBS
+from ..checkpoint.hubs import HUBS
 from ..recipes import NAME, Recipe, all_recipes, find_recipe, near_names
 from .command import NOTES, RECIPE
 from .console import say

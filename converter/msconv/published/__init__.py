@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.reference import REPOSITORY
+from ..checkpoint.hubs import REPOSITORY
 
 HERE = Path(__file__).parent
 

@@ -14,7 +14,7 @@ from msconv_runtime.errors import ArtifactError, UsageError
 from msconv_runtime.targets import TARGETS
 
 from ..checkpoint.directory import AUXILIARY
-from ..checkpoint.reference import REPOSITORY
+from ..checkpoint.hubs import REPOSITORY
 from ..checkpoint.remote import Progress, RemoteFile, hasher
 
 WEIGHTS = re.compile(r"weights/model-rank-\d+-part-\d+\.safetensors", re.ASCII)

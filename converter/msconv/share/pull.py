@@ -37,7 +37,7 @@ from ..checkpoint.concurrency import each
 from ..checkpoint.http import http
 from ..checkpoint.hub import Repository, resolve
 from ..checkpoint.hub_errors import explain
-from ..checkpoint.reference import REPOSITORY
+from ..checkpoint.hubs import REPOSITORY
 from ..checkpoint.remote import Cancelled, Progress, RemoteFile
 from ..checkpoint.transfer import fetch
 from ..workspace.clearing import refuse_foreign

@@ -8,7 +8,8 @@ from msconv_runtime.artifact import Artifact, Draft, is_artifact
 from msconv_runtime.draft_kinds import TITLES
 from msconv_runtime.errors import UsageError
 
-from ..checkpoint.reference import Hub, configuration
+from ..checkpoint.hubs import Hub
+from ..checkpoint.reference import configuration
 from ..families import DecoderConfig
 from ..location import open_reference
 from ..workspace.lock import exclusive

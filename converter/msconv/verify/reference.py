@@ -21,7 +21,7 @@ from msconv_runtime.errors import UsageError, VerificationFailed
 from msconv_runtime.vector_math import choose_code
 
 from ..checkpoint.directory import Checkpoint, open_checkpoint
-from ..checkpoint.reference import REPOSITORY
+from ..checkpoint.hubs import REPOSITORY
 from ..checkpoint.urls import is_url
 from ..families import Family
 from ..location import open_reference
