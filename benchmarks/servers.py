@@ -20,6 +20,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.synthetic import write_checkpoint
 from msconv_runtime.kernels.variants import CHOICE
+from msconv_runtime.sglang.environment import STARTUP
 
 ROOT = Path(__file__).parent.parent
 MSCONV, MSCONV_BFLOAT16 = "msconv", "msconv-bfloat16"
@@ -126,7 +127,9 @@ def command(way: str, places: Places, port: int) -> tuple[list[str], dict[str, s
     printed = subprocess.run(ask, capture_output=True, text=True, check=True)
     launch = json.loads(printed.stdout)
     argv, environment = launch["argv"], launch["environment"]
-    del environment["TORCHDYNAMO_DISABLE"]  # for artifacts alone
+    del environment["TORCHDYNAMO_DISABLE"]  # as STARTUP for artifacts alone
+    path = environment["PYTHONPATH"].split(os.pathsep)
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in path if p != str(STARTUP))
     if way in (SGLANG, SGLANG_BFLOAT16):
         environment["SGLANG_PLUGINS"] = "none"  # no plug-in of ours either
         argv[argv.index("--model-path") + 1] = str(source)
@@ -136,7 +139,7 @@ def command(way: str, places: Places, port: int) -> tuple[list[str], dict[str, s
         environment |= {
             "SGLANG_EXTERNAL_MODEL_PACKAGE": "benchmarks.traced",
             "TRACED_CHECKPOINT": str(source),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), environment["PYTHONPATH"]])),
         }
     return argv, environment
 

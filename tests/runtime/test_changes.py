@@ -87,7 +87,8 @@ def test_two_changes_of_one_function_are_both_made_the_later_outside(package: An
 
 
 @pytest.mark.parametrize(
-    "place", ["changed_package.none", "changed_package.None_.more", "changed_package.Box.none", "no_package.double"]
+    "place",
+    ["changed_package.none", "changed_package.None_.more", "changed_package.Box.none", "no_package.double"],
 )
 def test_where_one_place_is_missing_nothing_is_changed(package: Any, place: str) -> None:
     original = package.double

@@ -25,7 +25,9 @@ def other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PACKAGE)
 
 
-def test_where_a_part_is_missing_nothing_is_changed_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_parts_are_missing_nothing_is_changed_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     plugin.activate()
     assert PACKAGE not in os.environ
     (record,) = caplog.records

@@ -1,21 +1,21 @@
 """Changes to SGLang's functions and methods, made together: all of them, or none.
 
-SGLang has a registry for what plug-ins change.  For each function it looks through all names of all modules: 0.04 s
-among a server's six thousand, in each of its processes.  Here all functions are looked for at once, and methods,
-which are found by their class, not at all.
+SGLang has a registry for what plug-ins change.  For each function it looks through all names of all modules,
+which takes 0.04 s among a server's six thousand, in each of its processes.  Here all functions are looked for at
+once, and methods, which are found by their class, not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from .garbage import no_search
 
 Function = Callable[..., Any]
 
@@ -73,7 +73,7 @@ def instead(place: str, decide: Function) -> Change:
 
 def make(changes: Iterable[Change]) -> list[str]:
     """Make all changes, and return []; or none, and return the places that are not there."""
-    with _few_searches():
+    with no_search():
         found = [(change, _holder(change.place)) for change in changes]
     if lacking := [change.place for change, holder in found if holder is None]:
         return lacking
@@ -85,21 +85,6 @@ def make(changes: Iterable[Change]) -> list[str]:
     functions = [place for place, (holder, _) in places.items() if isinstance(holder, ModuleType)]
     _change_imported({id(originals[place]): getattr(*places[place]) for place in functions})
     return []
-
-
-@contextlib.contextmanager
-def _few_searches() -> Iterator[None]:
-    """No search for garbage is made meanwhile, and what came into memory counts as old afterwards, so that none of
-    the frequent ones looks at it.  While SGLang is imported they take 0.8 s."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.unfreeze()
-        if was:
-            gc.enable()
 
 
 def _holder(place: str) -> Any | None:

@@ -19,6 +19,7 @@ from .meeting import one_machine_environment
 
 VERSIONS = ("0.5.23",)  # versions of SGLang: the plug-in changes functions of this very one
 STANDINS = Path(__file__).with_name("standins")
+STARTUP = Path(__file__).with_name("startup")  # what a process does before it imports anything
 NO_COREDUMP = {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}  # else a server that lost a process waits 60 s for CUDA
 
 
@@ -59,15 +60,18 @@ def cpu_environment() -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",  # its threads would keep SGLang's processes from being copies of one
         "TORCHDYNAMO_DISABLE": "1",  # torch compiles nothing for an artifact, and gets ready to for 0.6 s
     }
-    return environment | path_of_standins()
+    return environment | python_path([str(STARTUP), *standins()])
 
 
-def path_of_standins() -> dict[str, str]:
-    """PYTHONPATH with the stand-ins for what does not import here; nothing if all does."""
-    roots = [str(STANDINS / f"for_{name}") for name in ("torchvision", "sgl_kernel") if not imports(name)]
-    before = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    path = os.pathsep.join([*roots, *(p for p in before if p not in roots)])
-    return {"PYTHONPATH": path} if roots else {}
+def standins() -> list[str]:
+    """Folders of the stand-ins for what does not import here."""
+    return [str(STANDINS / f"for_{name}") for name in ("torchvision", "sgl_kernel") if not imports(name)]
+
+
+def python_path(first: list[str]) -> dict[str, str]:
+    """PYTHONPATH with these folders before what it says now; nothing without folders."""
+    before = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in first]
+    return {"PYTHONPATH": os.pathsep.join([*first, *before])} if first else {}
 
 
 def use_cpu(tp: int = 1) -> None:
@@ -90,7 +94,7 @@ def imports(name: str) -> bool:
 
 def main() -> None:
     """Prints what a POSIX shell is to `eval`; nothing where nothing is missing."""
-    for name, value in path_of_standins().items():
+    for name, value in python_path(standins()).items():
         print(f"export {name}={shlex.quote(value)}")
 
 
