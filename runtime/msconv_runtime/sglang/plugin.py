@@ -74,7 +74,7 @@ CHANGES = [
     after("sglang.srt.distributed.bootstrap._resolve_dist_init_method", server.meet_at_one_address),
     instead(f"{AUTH}.app_has_admin_force_endpoints", server.guard_always),
     after(f"{AUTH}.add_api_key_middleware", server.add_gate),
-    after("sglang.srt.entrypoints.http_server._wait_and_warmup", server.say_ready),
+    instead("sglang.srt.entrypoints.http_server._wait_and_warmup", server.get_ready),
     after("sglang.srt.server_args.ServerArgs.resolved_dict", server.hide_from_fields),
     after("sglang.srt.server_args.ServerArgs.__repr__", keys.hide_text),
     before(f"{WATERMARKS}.redact_watermark_command_line", server.hide_from_words),

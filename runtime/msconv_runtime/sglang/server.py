@@ -19,6 +19,7 @@ from .flags import NO_TOKENIZER
 from .halves import next_address, next_steps
 from .keys import hide_fields, hide_words
 from .served import is_served, serves
+from .warmup import begun_at_once
 
 
 def meet_at_one_address(url: str, *, dist_port: int) -> str:
@@ -52,14 +53,20 @@ def add_gate(result: None, app: Any, *, api_key: str | None, admin_api_key: str 
     app.add_middleware(Pages, proof=proof_of(artifact, settings.target), ui=settings.ui, keys=keys)
 
 
-def say_ready(result: None, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """Where the server is and what it can be asked, once it is ready."""
+def get_ready(original: Callable[..., None], server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang's warm-up, and then where the server is and what it can be asked."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 
-    up = http_server._global_state.tokenizer_manager.server_status == ServerStatus.Up
-    if not up or not is_served(server_args.model_path):
-        return
+    if not is_served(server_args.model_path):
+        return original(server_args, *args, **kwargs)
+    with begun_at_once(http_server, server_args.url()):
+        original(server_args, *args, **kwargs)
+    if http_server._global_state.tokenizer_manager.server_status == ServerStatus.Up:
+        _say_ready(server_args)
+
+
+def _say_ready(server_args: Any) -> None:
     url, name = address(server_args.host, server_args.port), server_args.served_model_name
     mode = server_args.disaggregation_mode
     is_half = mode in MODES
