@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,11 +59,10 @@ def get_ready(original: Callable[..., None], server_args: Any, *args: Any, **kwa
     from sglang.srt.entrypoints import http_server
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 
-    if not is_served(server_args.model_path):
-        return original(server_args, *args, **kwargs)
-    with begun_at_once(http_server, server_args.url()):
+    ours = is_served(server_args.model_path)
+    with begun_at_once(http_server, server_args.url()) if ours else contextlib.nullcontext():
         original(server_args, *args, **kwargs)
-    if http_server._global_state.tokenizer_manager.server_status == ServerStatus.Up:
+    if ours and http_server._global_state.tokenizer_manager.server_status == ServerStatus.Up:
         _say_ready(server_args)
 
 
