@@ -7,6 +7,7 @@ Each kind that counts is tried by itself, in as many threads as the conversion w
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from ..stream.source import DirectoryShards, Source, read_exactly
 from ..stream.task import Opened, Task, Unit
 from .costs import Cost, Tried
 
-SAMPLE_BYTES, SCRATCH_BYTES = 192 << 20, 512 << 20
+SAMPLE_BYTES, SCRATCH_BYTES = 192 << 20, 2560 << 20
 ROUND_BYTES = 96 << 20  # of source bytes that are moved before the clock is looked at
 TRIED_S = 0.8  # of each kind
 SMALL = 0.03  # kinds with less of the bytes are taken to cost what the others do
@@ -87,19 +88,20 @@ def kind_of(plan: Plan, unit: Unit) -> Kind:
 
 def _rate(task: Task, opened: Opened, mover: LocalThreads, units: Sequence[Unit]) -> tuple[float, float]:
     """(source bytes a second, seconds that only the first round takes); 0 for units that a sample cannot be.
-    As in a conversion, the disk works while more is moved, and is waited for after many."""
+    As in a conversion, threads take one unit after another, the disk works meanwhile, and is waited for after
+    many.  The first round is slower, so a second one says how many are enough."""
     chosen = _round(task.plan, units)
     size = sum(task.plan.unit_bytes(u) for u in chosen)
     try:
         first = _move(task, opened, mover, chosen)
         opened.outputs.sync()
-        rounds, moved = 0, 0.0
-        started = time.perf_counter()
-        while moved < TRIED_S:
-            _move(task, opened, mover, chosen)
-            rounds, moved = rounds + 1, time.perf_counter() - started
-        opened.outputs.sync()
-        seconds = time.perf_counter() - started
+        rounds, moved = 1, 0.0
+        while moved < TRIED_S / 2:
+            rounds = math.ceil(rounds * min(TRIED_S / moved, 8)) if moved else 1
+            started = time.perf_counter()
+            moved = _move(task, opened, mover, chosen * rounds)
+            opened.outputs.sync()
+            seconds = time.perf_counter() - started
     except MsconvError:
         return 0.0, 0.0
     return size * rounds / seconds, max(0.0, first - moved / rounds)
@@ -176,6 +178,7 @@ class SampleSource(Source):
 
     def __init__(self, fd: int, place: Path) -> None:
         self._fd, self._place, self._turns = fd, place, _Turns(SAMPLE_BYTES)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self._forget()
 
     def read(self, info: TensorInfo, begin: int, out: memoryview) -> None:
@@ -187,7 +190,7 @@ class SampleSource(Source):
             read_exactly(self._fd, piece, at, self._place)
 
     def release(self, info: TensorInfo) -> None:
-        self._forget()
+        """All of it is forgotten at once when it is read again: other threads have read ahead in it."""
 
     def check_unchanged(self) -> None:
         """Nobody else knows it."""

@@ -35,6 +35,8 @@ class HubShards(SourceLocation):
 class HubSource(Source):
     """The shards of a repository.  Where its own directory is used, those that were read are deleted."""
 
+    is_arriving = True
+
     def __init__(self, shards: HubShards) -> None:
         self._planned, self._tensors = shards.files, shards.tensors
         self._downloads = Downloads(shards.repository)

@@ -30,7 +30,10 @@ class FileState:
 
 
 class Source(Protocol):
-    """Where rows of source tensors come from."""
+    """Where rows of source tensors come from.  `is_arriving`: its files come while others are read, one after
+    another."""
+
+    is_arriving: bool = False
 
     def expect(self, names: Iterable[str], progress: Progress) -> None:
         """These tensors will be read, about in this order; one that is named twice, twice.  `progress` gets the
