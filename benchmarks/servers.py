@@ -20,7 +20,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.synthetic import write_checkpoint
 from msconv_runtime.kernels.variants import CHOICE
-from msconv_runtime.sglang.environment import STARTUP
+from msconv_runtime.sglang.environment import NO_COMPILING, STARTUP
 
 ROOT = Path(__file__).parent.parent
 MSCONV, MSCONV_BFLOAT16 = "msconv", "msconv-bfloat16"
@@ -127,7 +127,7 @@ def command(way: str, places: Places, port: int) -> tuple[list[str], dict[str, s
     printed = subprocess.run(ask, capture_output=True, text=True, check=True)
     launch = json.loads(printed.stdout)
     argv, environment = launch["argv"], launch["environment"]
-    del environment["TORCHDYNAMO_DISABLE"]  # as STARTUP for artifacts alone
+    environment.pop(NO_COMPILING, None)  # like STARTUP below, this is only for artifacts
     path = environment["PYTHONPATH"].split(os.pathsep)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in path if p != str(STARTUP))
     if way in (SGLANG, SGLANG_BFLOAT16):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from msconv.location import LocalDirectory
 from msconv.published import published
+from msconv.quant.record import LeftOut
 from msconv.steps.costs import Cost, Tried
 from msconv.steps.estimate import Estimate, estimate
-from msconv.steps.predict import ROUND_BYTES, SCRATCH_BYTES, calibrate, sample
+from msconv.steps.predict import LEAST_SCRATCH, ROUND_BYTES, calibrate, sample
 from msconv.steps.proof import _reading
 from msconv_runtime.errors import ResourceError
 from tests.cli.interface import fields
@@ -124,10 +126,21 @@ def test_a_place_without_room_is_one_message(tmp_path: Path, monkeypatch: pytest
     import os
 
     there = os.statvfs(tmp_path)
-    small = os.statvfs_result((there.f_bsize, there.f_frsize, *[SCRATCH_BYTES // there.f_frsize] * 3, *there[5:]))
+    small = os.statvfs_result((there.f_bsize, there.f_frsize, *[LEAST_SCRATCH // there.f_frsize] * 3, *there[5:]))
     monkeypatch.setattr(os, "statvfs", lambda place: small)
     with pytest.raises(ResourceError, match="too few for a sample"):
         calibrate(planned(tmp_path, None).plan, tmp_path, 1, None, 0.0)
+
+
+def test_a_kind_of_which_no_unit_can_be_tried_costs_what_others_do(tmp_path: Path) -> None:
+    """Tensors of zeros that a checkpoint must have (`weight_offset`) are compared, which a sample is not."""
+    found = planned(tmp_path, None)
+    names = [n for n, t in found.plan.sources.items() if t.dtype.startswith("float8")]
+    zeros = LeftOut(next(iter(found.plan.sources)), "zeros", is_zero=True)
+    plan = replace(found.plan, checked=dict.fromkeys(names, (zeros,)))
+    tried = calibrate(plan, tmp_path, 1, None, 0.0).tried
+    assert {t.per_s for t in tried if t.kind.source.startswith("float8")} == {0.0}
+    assert any(t.per_s for t in tried)
 
 
 def test_a_sample_has_values_of_every_type(tmp_path: Path) -> None:

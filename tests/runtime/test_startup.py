@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +20,13 @@ RUNTIME = Path(msconv_runtime.__file__).parents[1]
 SAY = "import gc, json, sys; print(json.dumps([gc.get_threshold(), getattr(sys, 'from_elsewhere', None)]))"
 
 
-def started(*path: Path, isolated: bool = False) -> tuple[list[int], str | None, str]:
-    """Thresholds of a Python with this PYTHONPATH, what another sitecustomize said, and standard error."""
+def started(*path: Path, isolated: bool = False, program: str = "sglang") -> tuple[list[int], str | None, str]:
+    """Thresholds of a Python with this PYTHONPATH, what another sitecustomize said, and standard error.
+    `program`: a word of its command line."""
     flags = ["-S"] if isolated else []  # without site-packages, by hand: as a Python that has no msconv
     code = "import sitecustomize\n" + SAY if isolated else SAY
     found = subprocess.run(
-        [sys.executable, *flags, "-c", code],
+        [sys.executable, *flags, "-c", code, program],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
         capture_output=True,
         text=True,
@@ -63,7 +65,32 @@ def test_no_search_looks_often_at_what_came_in_between() -> None:
     with garbage.no_search():
         kept = [[] for _ in range(10_000)]
     assert len(gc.get_objects(generation=0)) < 5_000 <= len(kept)
-    assert gc.get_freeze_count() == 0
+
+
+def test_what_somebody_has_frozen_stays_so() -> None:
+    if gc.get_freeze_count():
+        pytest.skip("something of this process is frozen already")
+    try:
+        gc.freeze()
+        frozen = gc.get_freeze_count()
+        with garbage.no_search():
+            pass
+        assert gc.get_freeze_count() >= frozen > 0
+    finally:
+        gc.unfreeze()
+
+
+def test_another_program_of_a_server_searches_as_ever() -> None:
+    assert started(STARTUP, RUNTIME, program="a tool")[0] != list(garbage.RARELY)
+
+
+def test_two_of_them_are_each_read_once(tmp_path: Path) -> None:
+    other, own = tmp_path / "other", tmp_path / "own"
+    shutil.copytree(STARTUP, other)
+    own.mkdir()
+    (own / "sitecustomize.py").write_text("import sys\nsys.from_elsewhere = sys.modules[__name__].__file__\n")
+    threshold, elsewhere, said = started(STARTUP, other, own, RUNTIME)
+    assert (threshold, elsewhere, said) == (list(garbage.RARELY), str(own / "sitecustomize.py"), "")
 
 
 def test_the_file_of_the_machine_is_read_as_well(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from ..stream.source import DirectoryShards, Source, read_exactly
 from ..stream.task import Opened, Task, Unit
 from .costs import Cost, Tried
 
-SAMPLE_BYTES, SCRATCH_BYTES = 192 << 20, 2560 << 20
+SAMPLE_BYTES, SCRATCH_BYTES, LEAST_SCRATCH = 192 << 20, 2560 << 20, 512 << 20
 ROUND_BYTES = 96 << 20  # of source bytes that are moved before the clock is looked at
 TRIED_S = 0.8  # of each kind
 SMALL = 0.03  # kinds with less of the bytes are taken to cost what the others do
@@ -65,7 +65,8 @@ def calibrate(plan: Plan, place: Path, jobs: int, max_memory: int | None, startu
     whole = sum(sizes.values())
     buffers, most = plan_memory(plan, jobs, max_memory)
     tried: list[Tried] = []
-    with sample(place) as (source, outputs):
+    scratch_bytes = min(SCRATCH_BYTES, max(LEAST_SCRATCH, plan.output_bytes))
+    with sample(place, scratch_bytes) as (source, outputs):
         task = Task(plan, DirectoryShards({}), RankFiles(place, 1, 1), buffers)
         opened = Opened(source, outputs)
         for kind in sorted(of_kind, key=lambda k: -sizes[k]):
@@ -91,6 +92,8 @@ def _rate(task: Task, opened: Opened, mover: LocalThreads, units: Sequence[Unit]
     As in a conversion, threads take one unit after another, the disk works meanwhile, and is waited for after
     many.  The first round is slower, so a second one says how many are enough."""
     chosen = _round(task.plan, units)
+    if not chosen:
+        return 0.0, 0.0
     size = sum(task.plan.unit_bytes(u) for u in chosen)
     try:
         first = _move(task, opened, mover, chosen)
@@ -135,10 +138,10 @@ def _move(task: Task, opened: Opened, mover: LocalThreads, units: Sequence[Unit]
 
 
 @contextmanager
-def sample(place: Path) -> Iterator[tuple[Source, Outputs]]:
+def sample(place: Path, scratch_bytes: int = SCRATCH_BYTES) -> Iterator[tuple[Source, Outputs]]:
     """A file to read from, cold, and one to write to, in `place`; both are gone afterwards."""
     free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
-    if free < 2 * (SAMPLE_BYTES + SCRATCH_BYTES):
+    if free < SAMPLE_BYTES + 2 * scratch_bytes:
         raise ResourceError(f"{place}: {free >> 20} MiB are free, too few for a sample.", "Leave --predict out.")
     try:
         with (
@@ -150,8 +153,8 @@ def sample(place: Path) -> Iterator[tuple[Source, Outputs]]:
                 source.write(block)
             source.flush()
             os.fdatasync(source.fileno())
-            os.posix_fallocate(scratch.fileno(), 0, SCRATCH_BYTES)
-            yield SampleSource(source.fileno(), place), Scratch(scratch.fileno(), place)
+            os.posix_fallocate(scratch.fileno(), 0, scratch_bytes)
+            yield SampleSource(source.fileno(), place), Scratch(scratch.fileno(), place, scratch_bytes)
     except OSError as e:
         raise ResourceError(
             f"{place}: a sample cannot be written there: {e.strerror}.", "Give --output."
@@ -208,13 +211,13 @@ class SampleSource(Source):
 class Scratch(Outputs):
     """Takes what is written for any rank's file, one after another, and starts it towards the disk as often."""
 
-    def __init__(self, fd: int, place: Path) -> None:
+    def __init__(self, fd: int, place: Path, size: int) -> None:
         self.files = RankFiles(place, 1, 1)
         self._fds = {(0, 0): fd}
         self._unstarted = {}
         self._lock = threading.Lock()
         self._error = None
-        self._turns = _Turns(SCRATCH_BYTES)
+        self._turns = _Turns(size)
 
     def write(self, rank: int, file: int, offset: int, data: memoryview) -> None:
         for first in range(0, len(data), WRITE_OUT_EVERY):

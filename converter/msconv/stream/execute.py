@@ -82,14 +82,14 @@ def execute(
 
 
 def moving_order(plan: Plan, source: Source) -> list[Unit]:
-    """Units as they lie in their files.  Where workers compute, and all files are there, large ones (embedding and
-    head) come early, and after each as many bytes of others: at the end one worker would have it, and the others
-    nothing; and two of them at a time wait for the disk, while beside others one does not."""
+    """Units as they lie in their files.  Where some are decoded or encoded, and all files are there, large ones
+    (the embedding, the head) come early, the largest first, and after each as many bytes of others.  At the end
+    one worker would be left alone with the head; and workers that copy two at the same time wait for the disk."""
     order = sorted(plan.units, key=lambda u: (plan.sources[u[0]].file, plan.sources[u[0]].offset))
     computes = bool(plan.encoded) or any(plan.is_decoded(u[0]) for u in order)
     if source.is_arriving or not computes:
         return order
-    large = [u for u in order if plan.unit_bytes(u) >= LARGE_BYTES]
+    large = sorted((u for u in order if plan.unit_bytes(u) >= LARGE_BYTES), key=plan.unit_bytes, reverse=True)
     others = deque(u for u in order if plan.unit_bytes(u) < LARGE_BYTES)
     early: list[Unit] = []
     for unit in large:

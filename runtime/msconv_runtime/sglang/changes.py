@@ -2,16 +2,17 @@
 
 SGLang has a registry for what plug-ins change.  For each function it looks through all names of all modules,
 which takes 0.04 s among a server's six thousand, in each of its processes.  Here all functions are looked for at
-once, and methods, which are found by their class, not at all.
+once, and methods, which are found by their class, not at all.  What other plug-ins change by the registry is
+changed after, and around, this.
 """
 
 from __future__ import annotations
 
 import functools
-import pkgutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -71,30 +72,42 @@ def instead(place: str, decide: Function) -> Change:
     return Change(place, around)
 
 
-def make(changes: Iterable[Change]) -> list[str]:
-    """Make all changes, and return []; or none, and return the places that are not there."""
+def make(changes: Iterable[Change]) -> dict[str, str]:
+    """Make all changes, and return {}; or none, and return the places that are not there, with the reasons."""
+    changes = list(changes)
+    holders: dict[str, Any] = {}
+    lacking: dict[str, str] = {}
     with no_search():
-        found = [(change, _holder(change.place)) for change in changes]
-    if lacking := [change.place for change, holder in found if holder is None]:
+        for place in dict.fromkeys(change.place for change in changes):
+            try:
+                holders[place] = _holder(place)
+            except (ImportError, AttributeError) as e:
+                lacking[place] = str(e)
+    if lacking:
         return lacking
-    places = {change.place: (holder, change.place.rpartition(".")[2]) for change, holder in found}
+    places = {place: (holder, place.rpartition(".")[2]) for place, holder in holders.items()}
     originals = {place: getattr(holder, name) for place, (holder, name) in places.items()}
-    for change, _ in found:
+    for change in changes:
         holder, name = places[change.place]
         setattr(holder, name, change.around(getattr(holder, name)))
     functions = [place for place, (holder, _) in places.items() if isinstance(holder, ModuleType)]
     _change_imported({id(originals[place]): getattr(*places[place]) for place in functions})
-    return []
+    return {}
 
 
-def _holder(place: str) -> Any | None:
-    """The module or class that has a function; it is imported.  None where there is no such place."""
+def _holder(place: str) -> Any:
+    """The module or class that has a function; it is imported.  Raises ImportError or AttributeError where there
+    is no such place."""
     path, _, name = place.rpartition(".")
     try:
-        holder = pkgutil.resolve_name(path)
-    except (ImportError, AttributeError):
-        return None
-    return holder if hasattr(holder, name) else None
+        holder: Any = import_module(path)
+    except ModuleNotFoundError as e:
+        module, _, kind = path.rpartition(".")
+        if not module or not path.startswith(str(e.name)):
+            raise  # something else is missing
+        holder = getattr(import_module(module), kind)
+    getattr(holder, name)
+    return holder
 
 
 def _change_imported(changed: dict[int, Function]) -> None:
@@ -102,4 +115,4 @@ def _change_imported(changed: dict[int, Function]) -> None:
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType):
             names = vars(module)
-            names.update([(name, changed[id(value)]) for name, value in names.items() if id(value) in changed])
+            names.update([(name, changed[id(value)]) for name, value in [*names.items()] if id(value) in changed])

@@ -20,13 +20,16 @@ from .meeting import one_machine_environment
 VERSIONS = ("0.5.23",)  # versions of SGLang: the plug-in changes functions of this very one
 STANDINS = Path(__file__).with_name("standins")
 STARTUP = Path(__file__).with_name("startup")  # what a process does before it imports anything
+NO_COMPILING = "TORCHDYNAMO_DISABLE"
 NO_COREDUMP = {"SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}  # else a server that lost a process waits 60 s for CUDA
 
 
 def server_environment(target: Target, ranks: int, machines: int) -> dict[str, str]:
     """What a server of so many ranks, over all machines, gets beside this process's environment."""
     common = NO_COREDUMP | (one_machine_environment() if machines == 1 else {})
-    return common if not target.device.is_host else common | cpu_environment() | rank_environment(ranks, machines)
+    if not target.device.is_host:
+        return common
+    return common | cpu_environment() | fast_start_environment() | rank_environment(ranks, machines)
 
 
 def rank_environment(ranks: int, machines: int = 1) -> dict[str, str]:
@@ -58,9 +61,16 @@ def cpu_environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "OPENBLAS_NUM_THREADS": "1",  # its threads would keep SGLang's processes from being copies of one
-        "TORCHDYNAMO_DISABLE": "1",  # torch compiles nothing for an artifact, and gets ready to for 0.6 s
     }
-    return environment | python_path([str(STARTUP), *standins()])
+    return environment | python_path(standins())
+
+
+def fast_start_environment() -> dict[str, str]:
+    """For the processes of a server, not for a user's program: few searches for garbage while SGLang is imported,
+    and what torch would compile runs as it is (parts of SGLang's sampling), unless the user wants it otherwise.
+    Getting ready to compile takes 0.6 s."""
+    path = python_path([str(STARTUP), *standins()])
+    return path | ({} if NO_COMPILING in os.environ else {NO_COMPILING: "1"})
 
 
 def standins() -> list[str]:

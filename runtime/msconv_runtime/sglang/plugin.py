@@ -33,13 +33,15 @@ def activate() -> None:
     import sglang
 
     if lacking := make(CHANGES):
+        place, reason = next(iter(lacking.items()))
         logger.warning(
             "msconv: SGLang %s has no %s%s: artifacts cannot be served by it, other models are served as without "
-            "msconv.  msconv was tried with %s.",
+            "msconv.  msconv was tried with %s.  The reason: %s.",
             sglang.__version__,
-            lacking[0],
-            f" (and lacks {len(lacking) - 1} more)" if lacking[1:] else "",
+            place,
+            f" (and lacks {len(lacking) - 1} more)" if len(lacking) > 1 else "",
             " and ".join(VERSIONS),
+            reason,
         )
         return
     found = os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", PACKAGE)

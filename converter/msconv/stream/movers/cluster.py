@@ -57,7 +57,7 @@ class Nodes(Mover):
 
 
 def batches(plan: Plan, units: Sequence[Unit], nodes: int) -> deque[Batch]:
-    """Units one after another, in the order of the source's files, so that each worker reads in order."""
+    """Units one after another, as they are given, mostly in the order of the source's files."""
     total = sum(plan.unit_bytes(u) for u in units)
     most = min(BATCH_BYTES, total // (BATCHES_A_NODE * max(1, nodes)))
     made: deque[Batch] = deque()

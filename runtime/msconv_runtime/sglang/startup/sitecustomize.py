@@ -9,14 +9,17 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
 
-try:
-    from msconv_runtime.sglang.garbage import search_rarely
-except ImportError:  # of another Python, started by a server
-    pass
-else:
-    search_rarely()
+if any("sglang" in word or "multiprocessing" in word for word in sys.orig_argv):  # no other Python of a server's
+    try:
+        from msconv_runtime.sglang.garbage import search_rarely
+    except ImportError:  # of an environment without msconv
+        pass
+    else:
+        search_rarely()
 
-HERE = Path(__file__).resolve().parent
-elsewhere = PathFinder.find_spec("sitecustomize", [path for path in sys.path if Path(path).resolve() != HERE])
-if elsewhere is not None and elsewhere.loader is not None:
-    elsewhere.loader.exec_module(module_from_spec(elsewhere))
+places = [Path(path).resolve() for path in sys.path]
+here = places.index(Path(__file__).resolve().parent)
+found = PathFinder.find_spec("sitecustomize", sys.path[here + 1 :])
+if found is not None and found.loader is not None:
+    sys.modules["sitecustomize"] = module = module_from_spec(found)
+    found.loader.exec_module(module)
