@@ -29,36 +29,6 @@ class Change:
     around: Callable[[Function], Function]
 
 
-def before(place: str, look: Function) -> Change:
-    """`look` gets the arguments, and returns None or others as (arguments, named arguments)."""
-
-    def around(original: Function) -> Function:
-        @functools.wraps(original)
-        def changed(*args: Any, **kwargs: Any) -> Any:
-            if (other := look(*args, **kwargs)) is not None:
-                args, kwargs = other
-            return original(*args, **kwargs)
-
-        return changed
-
-    return Change(place, around)
-
-
-def after(place: str, look: Function) -> Change:
-    """`look` gets the result and the arguments, and returns None or another result."""
-
-    def around(original: Function) -> Function:
-        @functools.wraps(original)
-        def changed(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            other = look(result, *args, **kwargs)
-            return result if other is None else other
-
-        return changed
-
-    return Change(place, around)
-
-
 def instead(place: str, decide: Function) -> Change:
     """`decide` gets the original and the arguments, and returns the result."""
 
@@ -70,6 +40,28 @@ def instead(place: str, decide: Function) -> Change:
         return changed
 
     return Change(place, around)
+
+
+def before(place: str, look: Function) -> Change:
+    """`look` gets the arguments, and returns None or others as (arguments, named arguments)."""
+
+    def decide(original: Function, *args: Any, **kwargs: Any) -> Any:
+        if (other := look(*args, **kwargs)) is not None:
+            args, kwargs = other
+        return original(*args, **kwargs)
+
+    return instead(place, decide)
+
+
+def after(place: str, look: Function) -> Change:
+    """`look` gets the result and the arguments, and returns None or another result."""
+
+    def decide(original: Function, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        other = look(result, *args, **kwargs)
+        return result if other is None else other
+
+    return instead(place, decide)
 
 
 def make(changes: Iterable[Change]) -> dict[str, str]:
